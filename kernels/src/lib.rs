@@ -1,0 +1,30 @@
+//! The ops of a training step, each forward and backward, on packed sequences.
+//!
+//! Tensors in, tensors out; nothing here knows of models, batches or ranks. Every op is one file: its
+//! formula, its forward, its backward and its tests. Activations are `(T, D)`: the T tokens of a chunk's
+//! N sequences end to end, without padding; [`Packing`] says where each sequence lies.
+//!
+//! Gradients of parameters are *added* to the tensor that is given (`dw`), because the chunks of a batch
+//! share it; gradients of activations are returned.
+//!
+//! Letters in shapes: T tokens, N sequences, B rows, M candidates, D width, H heads, G key-value heads,
+//! K head width, F feed-forward width, V vocabulary, P positions, R rank of LoRA, I and O a linear's
+//! input and output width.
+
+pub mod packing;
+pub mod embedding;
+pub mod norm;
+pub mod linear;
+pub mod lora;
+pub mod rope;
+pub mod attention;
+pub mod activation;
+pub mod dropout;
+pub mod pool;
+pub mod infonce;
+pub mod adamw;
+
+mod simd;
+mod tensor;
+
+pub use packing::Packing;

@@ -1,0 +1,126 @@
+//! Vector instructions chosen when the program runs, threads, and the functions that vectorise.
+//!
+//! Loops are plain Rust that the compiler vectorises; [`vectorised`] compiles them for AVX2 and AVX-512 beside
+//! the baseline and takes the best that the processor has. What a loop calls must be `#[inline(always)]`.
+
+use rayon::prelude::*;
+use std::sync::LazyLock;
+
+static ARCH: LazyLock<pulp::Arch> = LazyLock::new(pulp::Arch::new);
+
+/// Runs `f` compiled for the widest vectors of this processor.
+#[inline(always)]
+pub(crate) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
+    ARCH.dispatch(f)
+}
+
+/// Elements below which a second thread costs more than it saves.
+pub(crate) const GRAIN: usize = 16 * 1024;
+
+/// Splits `rows` rows of `width` elements into pieces of whole rows, one task each, large enough to be worth it.
+pub(crate) fn rows_per_task(rows: usize, width: usize) -> usize {
+    let fair = rows.div_ceil(4 * rayon::current_num_threads()).max(1);
+    fair.max(GRAIN.div_ceil(width.max(1)))
+}
+
+/// Fills each row of `out` (rows of `width`) by `f(row number, row)`, on all threads, vectorised.
+pub(crate) fn fill_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if out.is_empty() {
+        return;
+    }
+    let step = rows_per_task(out.len() / width, width);
+    out.par_chunks_mut(step * width).enumerate().for_each(|(piece, rows)| {
+        vectorised(|| {
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                f(piece * step + i, row);
+            }
+        });
+    });
+}
+
+/// eˣ within 2 ulp, for x in the whole range (0 below -87.3, which is under the smallest normal f32; x above 88.7 is taken as 88.7).
+///
+/// Reduction to |r| ≤ ln2/2 and the polynomial of Cephes' `expf` (S. Moshier).
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the nearest integer in the low bits
+    let clamped = x.clamp(-87.336_54, 88.722_83);
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (clamped - n * 0.693_359_375) - n * -2.121_944_4e-4;
+    let p = ((((1.987_569_1e-4 * r + 1.398_199_9e-3) * r + 8.333_452e-3) * r + 4.166_579_6e-2) * r + 0.166_666_66) * r
+        + 0.500_000_0;
+    let mantissa = (p * r) * r + r + 1.0;
+    // n = 128 has no exponent of its own: two halves reach it.
+    let bits = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let half = bits >> 1;
+    let power = |e: i32| f32::from_bits(((e + 127) << 23) as u32);
+    let value = mantissa * power(half) * power(bits - half);
+    if x < -87.336_54 { 0.0 } else { value }
+}
+
+/// Σ aᵢbᵢ in sixteen lanes: an order of addition that does not depend on the processor.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (a16, b16) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a16.remainder().iter().zip(b16.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in a16.zip(b16) {
+        for i in 0..16 {
+            lanes[i] += x[i] * y[i];
+        }
+    }
+    total(lanes) + rest
+}
+
+/// Σ aᵢ in sixteen lanes.
+#[inline(always)]
+pub(crate) fn sum(a: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let a16 = a.chunks_exact(16);
+    let rest: f32 = a16.remainder().iter().sum();
+    for x in a16 {
+        for i in 0..16 {
+            lanes[i] += x[i];
+        }
+    }
+    total(lanes) + rest
+}
+
+#[inline(always)]
+fn total(mut lanes: [f32; 16]) -> f32 {
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_exact_to_two_ulp() {
+        for i in -8_800..=8_872 {
+            let x = i as f32 / 100.0 + 0.003;
+            if x > 88.7 || x < -87.3 {
+                continue;
+            }
+            let (got, want) = (exp(x) as f64, f64::from(x).exp());
+            assert!(((got - want) / want).abs() < 2.4e-7, "exp({x}) = {got}, expected {want}");
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sums_cover_the_remainder() {
+        let a: Vec<f32> = (0..37).map(|i| i as f32).collect();
+        assert_eq!(sum(&a), 666.0);
+        assert_eq!(dot(&a, &a), (0..37).map(|i| (i * i) as f32).sum());
+        assert_eq!(sum(&[]), 0.0);
+    }
+}

@@ -1,0 +1,76 @@
+//! A tensor's memory on the CPU: read as a slice, written as a slice.
+
+use candle_core::{
+    CpuStorage, Device, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType,
+    backend::BackendStorage, bail,
+};
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::ops::{Deref, Range};
+
+/// The elements of a contiguous CPU tensor, readable while this lives.
+pub(crate) struct Elements<'a, T> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+    element: PhantomData<T>,
+}
+
+/// Reads a contiguous CPU tensor of element type `T`.
+pub(crate) fn read<T: WithDType>(tensor: &Tensor) -> Result<Elements<'_, T>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let range = contiguous(layout)?;
+    match &*storage {
+        Storage::Cpu(cpu) => drop(cpu.as_slice::<T>()?),
+        _ => bail!("this op has no kernel for {:?}", tensor.device().location()),
+    }
+    Ok(Elements { storage, range, element: PhantomData })
+}
+
+impl<T: WithDType> Deref for Elements<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match &*self.storage {
+            // `read` has checked both device and type.
+            Storage::Cpu(cpu) => cpu.as_slice::<T>().map_or(&[], |all| &all[self.range.clone()]),
+            _ => &[],
+        }
+    }
+}
+
+/// Lets `write` change the elements of a contiguous f32 CPU tensor where they lie. Every view of the same
+/// storage sees the change: that is how parameters and gradients live in one flat buffer.
+pub(crate) fn write<F: FnOnce(&mut [f32])>(tensor: &Tensor, write: F) -> Result<()> {
+    tensor.inplace_op1(&Write(RefCell::new(Some(write))))
+}
+
+struct Write<F>(RefCell<Option<F>>);
+
+impl<F: FnOnce(&mut [f32])> InplaceOp1 for Write<F> {
+    fn name(&self) -> &'static str {
+        "write"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let range = contiguous(layout)?;
+        let CpuStorage::F32(all) = storage else {
+            bail!("expected an f32 tensor, got {:?}", storage.dtype());
+        };
+        if let Some(write) = self.0.take() {
+            write(&mut all[range]);
+        }
+        Ok(())
+    }
+}
+
+fn contiguous(layout: &Layout) -> Result<Range<usize>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(start..end),
+        None => bail!("expected a contiguous tensor, got strides {:?}", layout.stride()),
+    }
+}
+
+/// A new CPU tensor that owns `elements`.
+pub(crate) fn tensor<T: WithDType>(elements: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(elements, shape.into(), &Device::Cpu)
+}

@@ -1,0 +1,81 @@
+//! A batch: the list of its unique sequences, and the table by which the loss reads their embeddings.
+//!
+//! Rows exist only for the loss. The encoder sees a list of sequences, each text once however often it occurs, so
+//! chunks and ranks may cut that list as they like.
+
+/// One text as the encoder sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Sequence {
+    /// Token ids, special tokens included; never empty.
+    pub ids: Vec<u32>,
+    /// Leading tokens that mean pooling leaves out: the prompt's, where the model says `include_prompt: false`.
+    pub skip: u32,
+}
+
+/// Lists of candidate columns, one a row, laid end to end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lists {
+    /// (B+1) row i's columns are `columns[offsets[i]..offsets[i + 1]]`.
+    pub offsets: Vec<u32>,
+    /// Ascending within a row.
+    pub columns: Vec<u32>,
+}
+
+/// Which embeddings the loss compares. Indices point into [`Batch::sequences`] (queries, candidates) or into
+/// `candidates` (everything called a column).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// (B) the sequence of each row's query.
+    pub queries: Vec<u32>,
+    /// (M) the sequence of each column: the positives of all rows, then their first negatives, their second, …
+    pub candidates: Vec<u32>,
+    /// (B) the column of each row's positive.
+    pub positives: Vec<u32>,
+    /// Columns that row i must not count as negatives: its own positive's text, or another known positive of its query.
+    /// Empty lists where `mask_known_positives` is off.
+    pub excluded: Lists,
+    /// Row i's own columns: its positive and its negatives. The candidates without in-batch negatives.
+    pub own: Lists,
+}
+
+/// Where a row came from, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowId {
+    /// Index into the configuration's `data.train`.
+    pub dataset: u32,
+    /// Row number in that data set, from 0.
+    pub row: u64,
+}
+
+/// Where the reader of the training rows stands: enough to go on with the very next batch.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Cursor {
+    /// Epochs finished.
+    pub epoch: u64,
+    /// Rows of this epoch's order that were looked at.
+    pub position: u64,
+    /// Rows that were looked at but put off, because a text of theirs stood in the batch already (`no_duplicates`).
+    pub deferred: Vec<u64>,
+}
+
+/// The rows of one optimizer step.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Unique texts. A sequence's index here is its number in the global batch.
+    pub sequences: Vec<Sequence>,
+    /// What the loss compares.
+    pub table: Table,
+    /// (B) where each row came from.
+    pub rows: Vec<RowId>,
+    /// Where to go on after this batch.
+    pub cursor: Cursor,
+    /// Epochs done after this batch, a fraction.
+    pub epoch: f64,
+}
+
+impl Batch {
+    /// Tokens of the unique sequences: what the encoder computes.
+    pub fn tokens(&self) -> usize {
+        self.sequences.iter().map(|s| s.ids.len()).sum()
+    }
+}
