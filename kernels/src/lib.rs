@@ -11,18 +11,18 @@
 //! K head width, F feed-forward width, V vocabulary, P positions, R rank of LoRA, I and O a linear's
 //! input and output width.
 
-pub mod packing;
+pub mod activation;
+pub mod adamw;
+pub mod attention;
+pub mod dropout;
 pub mod embedding;
-pub mod norm;
+pub mod infonce;
 pub mod linear;
 pub mod lora;
-pub mod rope;
-pub mod attention;
-pub mod activation;
-pub mod dropout;
+pub mod norm;
+pub mod packing;
 pub mod pool;
-pub mod infonce;
-pub mod adamw;
+pub mod rope;
 
 mod simd;
 mod tensor;

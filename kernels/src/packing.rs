@@ -75,7 +75,10 @@ mod tests {
     fn tokens_are_located_past_empty_sequences() {
         let packing = Packing::new(&[2, 0, 3], vec![7, 8, 9]);
         assert_eq!((packing.tokens(), packing.sequences(), packing.longest()), (5, 3, 3));
-        assert_eq!((0..5).map(|t| packing.locate(t)).collect::<Vec<_>>(), [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]);
+        assert_eq!(
+            (0..5).map(|t| packing.locate(t)).collect::<Vec<_>>(),
+            [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+        );
         assert_eq!(packing.range(1), 2..2);
     }
 

@@ -1,1 +1,4 @@
 //! model
+pub mod folder;
+
+pub use folder::{Folder, Pooling};

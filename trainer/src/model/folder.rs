@@ -1,0 +1,451 @@
+//! What a model folder says besides its weights: how its vectors are pooled, its prompts, its longest text.
+//!
+//! A folder of sentence-transformers has `modules.json`, and beside it or below it a configuration for each module. Both
+//! schemas are read: the legacy one (booleans `pooling_mode_*`, `max_seq_length`) and the compact one of
+//! sentence-transformers 5.4 and later (`pooling_mode`, the length in `tokenizer_config.json`). A folder without
+//! `modules.json` is a bare transformer: what it does not say is `None`, and the architecture decides.
+//!
+//! A module or a pooling mode that is not known here is an error. Leaving it out would give other embeddings.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// How the vectors of a text's tokens become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// The mean over the tokens.
+    Mean,
+    /// The first token.
+    Cls,
+    /// The last token.
+    LastToken,
+}
+
+/// What a model folder says besides its weights.
+#[derive(Clone, Debug)]
+pub struct Folder {
+    /// Where `config.json`, the tokenizer and the weights lie: the folder itself, unless `modules.json` puts the
+    /// transformer in a folder of its own.
+    pub path: PathBuf,
+    /// `config.json`.
+    pub config: Value,
+    /// `adapter_config.json`, where the folder holds a LoRA adapter of PEFT.
+    pub adapter: Option<Value>,
+    /// None: the folder has no `modules.json`.
+    pub pooling: Option<Pooling>,
+    /// Whether embeddings are scaled to length one. None: the folder has no `modules.json`.
+    pub normalize: Option<bool>,
+    /// Whether the tokens of the prompt count in mean pooling.
+    pub include_prompt: bool,
+    /// Longest text in tokens, special tokens included. The model's positions may be fewer still.
+    pub max_length: Option<usize>,
+    /// Whether texts are put into lower case before the tokenizer's own normaliser.
+    pub lower_case: bool,
+    /// Prompts by name: `query`, `document`, `passage`, …
+    pub prompts: BTreeMap<String, String>,
+    /// The name of the prompt for texts that are neither query nor document.
+    pub default_prompt: Option<String>,
+}
+
+impl Folder {
+    /// Reads the folder at `path`.
+    ///
+    /// # Errors
+    /// No folder there, no `config.json`, malformed JSON, or a module, pooling mode or setting that is not supported.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Err(Error::file(path, "no such model folder"));
+        }
+        let modules = read::<Vec<Module>>(&path.join("modules.json"))?;
+        let stack = modules.as_deref().map(|modules| Stack::open(path, modules)).transpose()?;
+        let root = stack.as_ref().map_or_else(|| path.to_path_buf(), |stack| stack.transformer.clone());
+
+        let adapter = read(&root.join("adapter_config.json"))?;
+        let Some(config) = read::<Value>(&root.join("config.json"))? else {
+            let hint = match &adapter {
+                Some(_) => {
+                    "it holds a LoRA adapter alone; merge it into its base model, or put the base's config.json beside it"
+                }
+                None => "a model folder holds config.json, the tokenizer's files and *.safetensors",
+            };
+            return Err(Error::file(path, format!("has no config.json\nhint: {hint}")));
+        };
+
+        let encoder = Encoder::open(&root)?;
+        let tokenizer: TokenizerConfig = read(&root.join("tokenizer_config.json"))?.unwrap_or_default();
+        let named: Named = read(&path.join("config_sentence_transformers.json"))?.unwrap_or_default();
+        if let Some(dimension) = named.truncate_dim {
+            let place = path.join("config_sentence_transformers.json");
+            return Err(Error::file(
+                place,
+                format!("truncate_dim: {dimension} is not supported, expected null"),
+            ));
+        }
+        let prompts: BTreeMap<_, _> =
+            named.prompts.into_iter().map(|(name, prompt)| (name, prompt.unwrap_or_default())).collect();
+        if let Some(name) = named.default_prompt_name.as_ref().filter(|name| !prompts.contains_key(*name)) {
+            let place = path.join("config_sentence_transformers.json");
+            let known: Vec<_> = prompts.keys().map(String::as_str).collect();
+            let message =
+                format!("default_prompt_name: {name:?} is none of the prompts ({})", known.join(", "));
+            return Err(Error::file(place, message));
+        }
+
+        Ok(Self {
+            path: root,
+            config,
+            adapter,
+            pooling: stack.as_ref().map(|stack| stack.pooling),
+            normalize: stack.as_ref().map(|stack| stack.normalize),
+            include_prompt: stack.as_ref().is_none_or(|stack| stack.include_prompt),
+            max_length: encoder.max_seq_length.or_else(|| tokenizer.max_length()),
+            lower_case: encoder.do_lower_case,
+            prompts,
+            default_prompt: named.default_prompt_name,
+        })
+    }
+
+    /// The prompt of a query, empty where the folder names none.
+    pub fn query_prompt(&self) -> &str {
+        self.prompts.get("query").map_or("", String::as_str)
+    }
+
+    /// The prompt of a document: the first of `document`, `passage`, `corpus` that is named, as sentence-transformers
+    /// documents `encode_document`.
+    pub fn document_prompt(&self) -> &str {
+        ["document", "passage", "corpus"]
+            .iter()
+            .find_map(|name| self.prompts.get(*name))
+            .map_or("", String::as_str)
+    }
+
+    /// The prompt of a text that is neither: `default_prompt_name`'s, or none.
+    pub fn text_prompt(&self) -> &str {
+        self.default_prompt.as_ref().and_then(|name| self.prompts.get(name)).map_or("", String::as_str)
+    }
+}
+
+/// One entry of `modules.json`.
+#[derive(Deserialize)]
+struct Module {
+    path: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+/// The modules that are understood: a transformer, its pooling, and maybe the scaling to length one.
+struct Stack {
+    transformer: PathBuf,
+    pooling: Pooling,
+    include_prompt: bool,
+    normalize: bool,
+}
+
+impl Stack {
+    fn open(folder: &Path, modules: &[Module]) -> Result<Self> {
+        let place = folder.join("modules.json");
+        // Both `sentence_transformers.models.Pooling` and, since 5.4,
+        // `sentence_transformers.sentence_transformer.modules.pooling.Pooling`; a model's own code is neither.
+        let names: Vec<_> = modules
+            .iter()
+            .map(|module| match module.kind.split_once('.') {
+                Some(("sentence_transformers", rest)) => rest.rsplit('.').next().unwrap_or(rest),
+                _ => module.kind.as_str(),
+            })
+            .collect();
+        let expected = "expected Transformer, Pooling and, if need be, Normalize, in this order";
+        if let Some(other) = names.iter().find(|name| !["Transformer", "Pooling", "Normalize"].contains(name))
+        {
+            return Err(Error::file(place, format!("module {other} is not supported, {expected}")));
+        }
+        let (transformer, pooling, normalize) = match names.as_slice() {
+            ["Transformer", "Pooling"] => (&modules[0], &modules[1], None),
+            ["Transformer", "Pooling", "Normalize"] => (&modules[0], &modules[1], Some(&modules[2])),
+            _ => return Err(Error::file(place, format!("found {}, {expected}", names.join(", ")))),
+        };
+        if let Some(module) = normalize {
+            let place = folder.join(&module.path).join("config.json");
+            let config: NormalizeConfig = read(&place)?.unwrap_or_default();
+            for name in [config.module_input_name, config.module_output_name].into_iter().flatten() {
+                if name != "sentence_embedding" {
+                    let message =
+                        format!("Normalize of {name} is not supported, expected sentence_embedding");
+                    return Err(Error::file(place, message));
+                }
+            }
+        }
+        let place = folder.join(&pooling.path).join("config.json");
+        let config: PoolingConfig = read(&place)?.ok_or_else(|| Error::file(&place, "no such file"))?;
+        Ok(Self {
+            transformer: folder.join(&transformer.path),
+            pooling: config.pooling(&place)?,
+            include_prompt: config.include_prompt,
+            normalize: normalize.is_some(),
+        })
+    }
+}
+
+/// `1_Pooling/config.json` in either schema.
+#[derive(Deserialize)]
+struct PoolingConfig {
+    pooling_mode: Option<Modes>,
+    #[serde(default = "yes")]
+    include_prompt: bool,
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Modes {
+    One(String),
+    Many(Vec<String>),
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl PoolingConfig {
+    /// The one mode. Several at once are concatenated by sentence-transformers, which is not supported here.
+    fn pooling(&self, place: &Path) -> Result<Pooling> {
+        let modes: Vec<&str> = match &self.pooling_mode {
+            Some(Modes::One(mode)) => vec![mode],
+            Some(Modes::Many(modes)) => modes.iter().map(String::as_str).collect(),
+            None => {
+                let legacy = self.others.iter().filter(|(_, value)| **value == Value::Bool(true));
+                let modes: Vec<_> = legacy.filter_map(|(key, _)| key.strip_prefix("pooling_mode_")).collect();
+                // Without any, sentence-transformers takes the mean.
+                if modes.is_empty() { vec!["mean"] } else { modes }
+            }
+        };
+        match modes.as_slice() {
+            ["mean" | "mean_tokens"] => Ok(Pooling::Mean),
+            ["cls" | "cls_token"] => Ok(Pooling::Cls),
+            ["lasttoken"] => Ok(Pooling::LastToken),
+            _ => {
+                let message = format!(
+                    "pooling by {} is not supported, expected one of mean, cls, lasttoken",
+                    modes.join(" + ")
+                );
+                Err(Error::file(place, message))
+            }
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct NormalizeConfig {
+    module_input_name: Option<String>,
+    module_output_name: Option<String>,
+}
+
+/// `sentence_bert_config.json`, or the name it had for another architecture in the first versions.
+#[derive(Default, Deserialize)]
+struct Encoder {
+    max_seq_length: Option<usize>,
+    #[serde(default)]
+    do_lower_case: bool,
+    transformer_task: Option<String>,
+}
+
+impl Encoder {
+    fn open(root: &Path) -> Result<Self> {
+        for name in ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"] {
+            let place = root.join(format!("sentence_{name}_config.json"));
+            let Some(encoder) = read::<Self>(&place)? else { continue };
+            return match encoder.transformer_task.as_deref() {
+                None | Some("feature-extraction") => Ok(encoder),
+                Some(task) => {
+                    let message = format!(
+                        "transformer_task {task:?} is not supported, expected \"feature-extraction\""
+                    );
+                    Err(Error::file(place, message))
+                }
+            };
+        }
+        Ok(Self::default())
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    model_max_length: Option<f64>,
+}
+
+impl TokenizerConfig {
+    /// transformers writes 1e30 where a tokenizer knows no limit.
+    fn max_length(&self) -> Option<usize> {
+        self.model_max_length.filter(|length| (1.0..1e9).contains(length)).map(|length| length as usize)
+    }
+}
+
+/// `config_sentence_transformers.json`.
+#[derive(Default, Deserialize)]
+struct Named {
+    #[serde(default)]
+    prompts: BTreeMap<String, Option<String>>,
+    default_prompt_name: Option<String>,
+    truncate_dim: Option<usize>,
+}
+
+/// The JSON file at `path`; None where there is no such file.
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| Error::file(path, format!("malformed: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        folder
+    }
+
+    const LEGACY: &str = r#"[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}]"#;
+    const COMPACT: &str = r#"[
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling",
+         "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"}]"#;
+
+    #[test]
+    fn legacy_schema_is_read() {
+        let folder = folder(&[
+            ("modules.json", LEGACY),
+            (
+                "1_Pooling/config.json",
+                r#"{"word_embedding_dimension": 8, "pooling_mode_cls_token": true,
+                "pooling_mode_mean_tokens": false, "include_prompt": false}"#,
+            ),
+            ("sentence_bert_config.json", r#"{"max_seq_length": 256, "do_lower_case": true}"#),
+            ("tokenizer_config.json", r#"{"model_max_length": 512}"#),
+            (
+                "config_sentence_transformers.json",
+                r#"{"prompts": {"query": "query: ", "passage": "passage: "},
+                "default_prompt_name": "passage"}"#,
+            ),
+            ("config.json", r#"{"model_type": "bert"}"#),
+        ]);
+        let found = Folder::open(folder.path()).unwrap();
+        assert_eq!(found.pooling, Some(Pooling::Cls));
+        assert_eq!(found.normalize, Some(true));
+        assert!(!found.include_prompt && found.lower_case);
+        assert_eq!(found.max_length, Some(256));
+        assert_eq!((found.query_prompt(), found.document_prompt()), ("query: ", "passage: "));
+        assert_eq!(found.text_prompt(), "passage: ");
+        assert_eq!(found.config["model_type"], "bert");
+    }
+
+    #[test]
+    fn compact_schema_is_read_and_the_tokenizer_gives_the_length() {
+        let folder = folder(&[
+            ("modules.json", COMPACT),
+            (
+                "1_Pooling/config.json",
+                r#"{"embedding_dimension": 8, "pooling_mode": "lasttoken", "include_prompt": true}"#,
+            ),
+            (
+                "sentence_bert_config.json",
+                r#"{"transformer_task": "feature-extraction", "module_output_name": "x"}"#,
+            ),
+            ("tokenizer_config.json", r#"{"model_max_length": 77}"#),
+            ("config.json", "{}"),
+        ]);
+        let found = Folder::open(folder.path()).unwrap();
+        assert_eq!(found.pooling, Some(Pooling::LastToken));
+        assert_eq!(found.normalize, Some(false));
+        assert_eq!(found.max_length, Some(77));
+        assert_eq!(found.document_prompt(), "");
+    }
+
+    #[test]
+    fn bare_transformer_leaves_pooling_open() {
+        let folder =
+            folder(&[("config.json", "{}"), ("tokenizer_config.json", r#"{"model_max_length": 1e30}"#)]);
+        let found = Folder::open(folder.path()).unwrap();
+        assert_eq!((found.pooling, found.normalize, found.max_length), (None, None, None));
+        assert!(found.include_prompt);
+    }
+
+    #[test]
+    fn transformer_may_have_a_folder_of_its_own() {
+        let modules = LEGACY.replacen(r#""path": """#, r#""path": "0_Transformer""#, 1);
+        let folder = folder(&[
+            ("modules.json", &modules),
+            ("1_Pooling/config.json", "{}"),
+            ("0_Transformer/config.json", r#"{"model_type": "bert"}"#),
+        ]);
+        let found = Folder::open(folder.path()).unwrap();
+        assert_eq!(found.path, folder.path().join("0_Transformer"));
+        assert_eq!(found.pooling, Some(Pooling::Mean));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        let dense = LEGACY.replace("models.Normalize", "models.Dense");
+        let own = LEGACY.replace("sentence_transformers.models.Pooling", "own_code.Pooling");
+        let alone = r#"[{"path": "", "type": "sentence_transformers.models.Transformer"}]"#;
+        let cases: &[(&[(&str, &str)], &str)] = &[
+            (&[("modules.json", &dense)], "module Dense is not supported"),
+            (&[("modules.json", &own)], "module own_code.Pooling is not supported"),
+            (&[("modules.json", alone)], "found Transformer, expected"),
+            (
+                &[
+                    ("modules.json", LEGACY),
+                    ("1_Pooling/config.json", r#"{"pooling_mode_weightedmean_tokens": true}"#),
+                ],
+                "pooling by weightedmean_tokens is not supported",
+            ),
+            (
+                &[
+                    ("modules.json", LEGACY),
+                    ("1_Pooling/config.json", r#"{"pooling_mode": ["cls", "mean"]}"#),
+                ],
+                "pooling by cls + mean is not supported",
+            ),
+            (&[("modules.json", LEGACY)], "1_Pooling/config.json: no such file"),
+            (&[("modules.json", "[{")], "modules.json: malformed"),
+            (&[("adapter_config.json", "{}")], "LoRA adapter alone"),
+            (&[], "has no config.json"),
+            (
+                &[("config.json", "{}"), ("config_sentence_transformers.json", r#"{"truncate_dim": 64}"#)],
+                "truncate_dim: 64 is not supported",
+            ),
+            (
+                &[
+                    ("config.json", "{}"),
+                    ("sentence_bert_config.json", r#"{"transformer_task": "fill-mask"}"#),
+                ],
+                "transformer_task \"fill-mask\" is not supported",
+            ),
+        ];
+        for (files, expected) in cases {
+            let folder = folder(files);
+            let error = Folder::open(folder.path()).unwrap_err().to_string();
+            assert!(error.contains(expected), "expected {expected:?} in {error:?}");
+        }
+        assert!(
+            Folder::open(Path::new("/no/such")).unwrap_err().to_string().contains("no such model folder")
+        );
+    }
+}
