@@ -1,0 +1,197 @@
+//! Whether the values make sense, as far as the configuration alone can tell.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::{Config, Dtype, Every, Kind, LossKind, Targets};
+use crate::Result;
+
+/// Refuses values outside their range and keys that exclude each other.
+pub(super) fn values(config: &Config) -> Result<()> {
+    let Config { model, lora, data, loss, training, evaluation, checkpoint, logging, .. } = config;
+    let check = Check { config };
+
+    check.that(
+        !model.path.is_empty(),
+        "model.path",
+        "missing: expected a model folder or an id of the hub",
+    )?;
+    for (field, value) in [
+        ("model.max_query_length", model.max_query_length),
+        ("model.max_document_length", model.max_document_length),
+    ] {
+        check.that(value != Some(0), field, "expected at least 1 token, found 0")?;
+    }
+    if let Some(p) = model.dropout {
+        check.share("model.dropout", p)?;
+    }
+    if let Some(lora) = lora {
+        check.at_least_1("lora.rank", lora.rank as u64)?;
+        check.above_0("lora.alpha", lora.alpha)?;
+        check.share("lora.dropout", lora.dropout)?;
+        check.that(
+            lora.targets != Targets::Names(Vec::new()),
+            "lora.targets",
+            "expected `all-linear` or at least one module name, found an empty list",
+        )?;
+    }
+
+    check.that(
+        !data.train.is_empty(),
+        "data.train",
+        "missing: expected at least one data set with a `path`",
+    )?;
+    let mut names = BTreeSet::new();
+    for (i, set) in data.train.iter().enumerate() {
+        let field = |key: &str| format!("data.train.{i}.{key}");
+        check.that(
+            !set.path.as_os_str().is_empty(),
+            &field("path"),
+            "missing: expected a file or a BEIR folder",
+        )?;
+        check.that(set.samples != Some(0), &field("samples"), "expected at least 1 row, found 0")?;
+        check.above_0(&field("weight"), set.weight)?;
+        check.that(
+            set.name.is_empty() || names.insert(&set.name),
+            &field("name"),
+            &format!("`{}` is the name of an earlier data set too", set.name),
+        )?;
+    }
+
+    check.above_0("loss.temperature", loss.temperature)?;
+    if let Some(margin) = loss.false_negative_margin {
+        check.that(
+            margin.is_finite(),
+            "loss.false_negative_margin",
+            "expected a number, a difference of cosines",
+        )?;
+    }
+
+    check.at_least_1("training.epochs", training.epochs)?;
+    check.that(training.max_steps != Some(0), "training.max_steps", "expected at least 1, found 0")?;
+    check.at_least_1("training.batch_size", training.batch_size as u64)?;
+    check.that(training.chunk_tokens != Some(0), "training.chunk_tokens", "expected at least 1, found 0")?;
+    check.that(training.chunk_size != Some(0), "training.chunk_size", "expected at least 1, found 0")?;
+    check.that(
+        training.chunk_tokens.is_none() || training.chunk_size.is_none(),
+        "training.chunk_size",
+        "expected either this or training.chunk_tokens, found both",
+    )?;
+    check.not_negative("training.learning_rate", training.learning_rate)?;
+    check.that(
+        training.warmup_ratio.is_none() || training.warmup_steps.is_none(),
+        "training.warmup_steps",
+        "expected either this or training.warmup_ratio, found both",
+    )?;
+    if let Some(ratio) = training.warmup_ratio {
+        check.that(
+            (0.0..=1.0).contains(&ratio),
+            "training.warmup_ratio",
+            &format!("expected a share from 0 to 1, found {ratio}"),
+        )?;
+    }
+    check.not_negative("training.weight_decay", training.weight_decay)?;
+    check.share("training.betas.0", training.betas.0)?;
+    check.share("training.betas.1", training.betas.1)?;
+    check.above_0("training.epsilon", training.epsilon)?;
+    check.not_negative("training.max_grad_norm", training.max_grad_norm)?;
+    check.at_least_1("training.max_nonfinite", training.max_nonfinite)?;
+
+    let mut names = BTreeSet::new();
+    for (i, set) in evaluation.sets.iter().enumerate() {
+        let field = |key: &str| format!("evaluation.sets.{i}.{key}");
+        check.that(
+            !set.path.as_os_str().is_empty(),
+            &field("path"),
+            "missing: expected a folder or a file",
+        )?;
+        check.that(
+            set.name.is_empty() || names.insert(&set.name),
+            &field("name"),
+            &format!(
+                "`{}` is the name of an earlier set too: their metrics could not be told apart",
+                set.name
+            ),
+        )?;
+    }
+    check.that(!evaluation.metric.is_empty(), "evaluation.metric", "expected a metric, as cosine_ndcg@10")?;
+    check.that(
+        evaluation.patience != Some(0),
+        "evaluation.patience",
+        "expected at least 1 evaluation, found 0",
+    )?;
+    check.that(
+        checkpoint.every != Every::Steps(0),
+        "checkpoint.every",
+        "expected a number of steps from 1, or `epoch`, found 0",
+    )?;
+    check.at_least_1("checkpoint.keep", checkpoint.keep as u64)?;
+    check.at_least_1("logging.every", logging.every)
+}
+
+/// Refuses what is known by name but not there yet. The one place to change when it is.
+pub(super) fn supported(config: &Config) -> Result<()> {
+    let check = Check { config };
+    check.that(
+        config.model.dtype == Dtype::F32,
+        "model.dtype",
+        &format!("`{}` is not supported yet on a CPU, expected f32", config.model.dtype),
+    )?;
+    check.that(
+        config.loss.kind == LossKind::InfoNce,
+        "loss.kind",
+        &format!("`{}` is not supported yet, expected info_nce", config.loss.kind),
+    )?;
+    for (i, set) in config.data.train.iter().enumerate() {
+        if let Some(kind @ (Kind::Labelled | Kind::Similarity)) = set.kind {
+            let message = format!("`{kind}` is not supported yet, expected pairs or triplets");
+            check.that(false, &format!("data.train.{i}.kind"), &message)?;
+        }
+        let remote = set.path.to_str().is_some_and(|path| path.starts_with("hf://"));
+        let parquet = set.path.extension().is_some_and(|ending| ending == "parquet")
+            || Path::new(set.path.file_stem().unwrap_or_default())
+                .extension()
+                .is_some_and(|e| e == "parquet");
+        let what = if remote { "hf:// is" } else { "Parquet is" };
+        check.that(
+            !remote && !parquet,
+            &format!("data.train.{i}.path"),
+            &format!("{what} not supported yet, expected a .jsonl, .csv or .tsv file (also .gz or .zst) or a BEIR folder"),
+        )?;
+    }
+    Ok(())
+}
+
+struct Check<'a> {
+    config: &'a Config,
+}
+
+impl Check<'_> {
+    fn that(&self, holds: bool, field: &str, message: &str) -> Result<()> {
+        if holds { Ok(()) } else { Err(self.config.error(field, message)) }
+    }
+
+    fn at_least_1(&self, field: &str, value: u64) -> Result<()> {
+        self.that(value >= 1, field, "expected at least 1, found 0")
+    }
+
+    fn above_0(&self, field: &str, value: f64) -> Result<()> {
+        self.that(
+            value > 0.0 && value.is_finite(),
+            field,
+            &format!("expected a number above 0, found {value}"),
+        )
+    }
+
+    fn not_negative(&self, field: &str, value: f64) -> Result<()> {
+        self.that(value >= 0.0 && value.is_finite(), field, &format!("expected 0 or above, found {value}"))
+    }
+
+    fn share(&self, field: &str, value: f64) -> Result<()> {
+        self.that(
+            (0.0..1.0).contains(&value),
+            field,
+            &format!("expected 0 or above and below 1, found {value}"),
+        )
+    }
+}

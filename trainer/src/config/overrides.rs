@@ -1,0 +1,58 @@
+//! `KEY=VALUE` after a configuration: the key dotted, list entries by their number from 0, the value YAML.
+
+use serde_yaml::{Mapping, Value};
+
+use crate::{Error, Result};
+
+/// Sets one value in the tree and gives back its field.
+pub(super) fn apply(tree: &mut Value, argument: &str) -> Result<Vec<String>> {
+    let wrong = |message: String| Error::Config {
+        origin: "command line".to_owned(),
+        field: argument.split('=').next().unwrap_or_default().to_owned(),
+        message,
+    };
+    let (key, text) = argument
+        .split_once('=')
+        .filter(|(key, _)| !key.split('.').any(str::is_empty))
+        .ok_or_else(|| wrong("expected KEY=VALUE, as training.learning_rate=2e-5".to_owned()))?;
+    let value = value(text).map_err(|e| wrong(format!("`{text}` is not YAML: {e}")))?;
+    let parts: Vec<String> = key.split('.').map(str::to_owned).collect();
+    let mut at = tree;
+    for (depth, part) in parts.iter().enumerate() {
+        if at.is_null() {
+            *at = if part == "0" { Value::Sequence(Vec::new()) } else { Value::Mapping(Mapping::new()) };
+        }
+        at = match at {
+            Value::Mapping(map) => map.entry(Value::String(part.clone())).or_insert(Value::Null),
+            Value::Sequence(items) => {
+                let count = items.len();
+                let index = part.parse::<usize>().ok().filter(|index| *index <= count).ok_or_else(|| {
+                    let list = parts[..depth].join(".");
+                    wrong(format!(
+                        "`{list}` is a list of {count}: expected a number from 0 to {count}, found `{part}`"
+                    ))
+                })?;
+                if index == count {
+                    items.push(Value::Null);
+                }
+                &mut items[index]
+            }
+            _ => {
+                return Err(wrong(format!(
+                    "`{}` is a single value and has no keys",
+                    parts[..depth].join(".")
+                )));
+            }
+        };
+    }
+    *at = value;
+    Ok(parts)
+}
+
+/// `query: ` is meant as text: YAML's mapping in lines makes no sense in an argument.
+fn value(text: &str) -> std::result::Result<Value, serde_yaml::Error> {
+    match serde_yaml::from_str(text)? {
+        Value::Mapping(_) if !text.trim_start().starts_with('{') => Ok(Value::String(text.to_owned())),
+        value => Ok(value),
+    }
+}

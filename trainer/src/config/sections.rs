@@ -1,0 +1,340 @@
+//! The sections of a configuration, key by key. A field's comment gives its unit and its default.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Batching, Bytes, Dtype, Every, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind, Targets,
+};
+
+/// `model`: the encoder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Model {
+    /// A model folder, or an id of the Hugging Face hub. Required.
+    pub path: String,
+    /// Where the weights come from. Default: pretrained.
+    pub init: Init,
+    /// How the tokens of a text become one embedding. Default: what the model folder says, else by architecture.
+    pub pooling: Option<Pooling>,
+    /// Whether embeddings are scaled to length 1. Default: what the model folder says, else true.
+    pub normalize: Option<bool>,
+    /// What products and activations are computed in; parameters that are trained stay f32. Default: f32.
+    pub dtype: Dtype,
+    /// Whether a GPU may round the inputs of f32 products to TF32. Default: true.
+    pub tf32: bool,
+    /// Tokens of a query at most, the prompt and special tokens included. Default: what the model folder says.
+    pub max_query_length: Option<usize>,
+    /// Tokens of a document at most, the prompt and special tokens included. Default: what the model folder says.
+    pub max_document_length: Option<usize>,
+    /// The encoder's own dropout, hidden states and attention alike, in [0, 1). Default: what its config.json says.
+    pub dropout: Option<f64>,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self {
+            path: String::new(),
+            init: Init::Pretrained,
+            pooling: None,
+            normalize: None,
+            dtype: Dtype::F32,
+            tf32: true,
+            max_query_length: None,
+            max_document_length: None,
+            dropout: None,
+        }
+    }
+}
+
+/// `lora`: low-rank adapters, the only parameters trained where the section is present.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Lora {
+    /// Width between A and B. Default: 8.
+    pub rank: usize,
+    /// The adapter's product is scaled by alpha / rank. Default: 8, as in PEFT.
+    pub alpha: f64,
+    /// Dropout on the adapter's input, in [0, 1). Default: 0.
+    pub dropout: f64,
+    /// Which linear layers get one: `all-linear`, or a list of module names. Default: all-linear.
+    pub targets: Targets,
+    /// Whether the scale is alpha / √rank instead. Default: false.
+    pub rslora: bool,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self { rank: 8, alpha: 8.0, dropout: 0.0, targets: Targets::AllLinear, rslora: false }
+    }
+}
+
+/// `data`: what the model learns from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Data {
+    /// The data sets. At least one is required for training.
+    pub train: Vec<DataSet>,
+    /// Hard negatives taken per row and step; rows with fewer are used as they are. Default: 5.
+    pub negatives: usize,
+    /// Whether a batch mixes the data sets or is of one. Default: mixed.
+    pub batching: Batching,
+    /// Whether every epoch has an order of its own, from the seed; else the order of the files. Default: true.
+    pub shuffle: bool,
+    /// Whether no text may stand twice in a batch other than as the same item. Default: true.
+    pub no_duplicates: bool,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            train: Vec::new(),
+            negatives: 5,
+            batching: Batching::Mixed,
+            shuffle: true,
+            no_duplicates: true,
+        }
+    }
+}
+
+/// One of `data.train`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSet {
+    /// What it is called in messages. Default: the name of the file, without its endings.
+    pub name: String,
+    /// A .jsonl, .csv or .tsv file, each also .gz or .zst, or a BEIR folder. Required.
+    pub path: PathBuf,
+    /// Which column is what. Default: by their names.
+    pub columns: Columns,
+    /// What a row is. Default: by the columns.
+    pub kind: Option<Kind>,
+    /// How many of its rows are used, a random subset that follows from the seed. Default: all.
+    pub samples: Option<u64>,
+    /// Put before each query. Default: nothing.
+    pub query_prompt: String,
+    /// Put before each positive and negative. Default: nothing.
+    pub document_prompt: String,
+    /// How often a row is seen in an epoch: rows an epoch are round(samples · weight). Default: 1.
+    pub weight: f64,
+}
+
+impl Default for DataSet {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            path: PathBuf::new(),
+            columns: Columns::default(),
+            kind: None,
+            samples: None,
+            query_prompt: String::new(),
+            document_prompt: String::new(),
+            weight: 1.0,
+        }
+    }
+}
+
+/// `columns`: the data set's own name for each part of a row. Default of each: the usual names are understood.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Columns {
+    /// The question, or what else is searched with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub query: Option<String>,
+    /// The text that answers it, or several: `[answer_1, answer_2]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub positive: Option<Names>,
+    /// Texts that do not: one column (a text or a list), or several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negatives: Option<Names>,
+    /// The text of a labelled row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// Its label.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// The first text of a similarity row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sentence1: Option<String>,
+    /// The second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sentence2: Option<String>,
+    /// How similar they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<String>,
+}
+
+/// `loss`: how the model learns from a batch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Loss {
+    /// Which loss. Default: info_nce.
+    pub kind: LossKind,
+    /// What similarities are divided by, above 0. Default: 0.02.
+    pub temperature: f64,
+    /// Whether the other rows' texts count as negatives. Default: true.
+    pub in_batch_negatives: bool,
+    /// Whether the positives also look for their queries. Default: false.
+    pub symmetric: bool,
+    /// Whether a text known to answer a row's query is left out of its negatives. Default: true.
+    pub mask_known_positives: bool,
+    /// Candidates scoring above the positive by more than this (a cosine) are left out. Default: null, none are.
+    pub false_negative_margin: Option<f64>,
+}
+
+impl Default for Loss {
+    fn default() -> Self {
+        Self {
+            kind: LossKind::InfoNce,
+            temperature: 0.02,
+            in_batch_negatives: true,
+            symmetric: false,
+            mask_known_positives: true,
+            false_negative_margin: None,
+        }
+    }
+}
+
+/// `training`: how long and how fast.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Training {
+    /// Times that the rows are gone through. Default: 1.
+    pub epochs: u64,
+    /// Optimizer steps at most. Default: null, as many as the epochs have.
+    pub max_steps: Option<u64>,
+    /// Rows per optimizer step, over all ranks. Default: 64.
+    pub batch_size: usize,
+    /// Tokens encoded at once at most; a longer text is alone. Default: from free memory.
+    pub chunk_tokens: Option<usize>,
+    /// Sequences encoded at once at most, instead of `chunk_tokens`.
+    pub chunk_size: Option<usize>,
+    /// Memory for tapes kept from the first pass, in bytes or `2GiB`; 0: everything is computed twice.
+    /// Default: null, from free memory.
+    pub tape_memory: Option<Bytes>,
+    /// The highest rate of the schedule. Default: 5e-5.
+    pub learning_rate: f64,
+    /// How the rate goes down after the warm-up. Default: linear.
+    pub schedule: Schedule,
+    /// Share of the steps in which the rate goes up. Default: 0.1, unless `warmup_steps` is given.
+    pub warmup_ratio: Option<f64>,
+    /// Steps in which the rate goes up, instead of `warmup_ratio`.
+    pub warmup_steps: Option<u64>,
+    /// AdamW's, decoupled. Default: 0.01.
+    pub weight_decay: f64,
+    /// Whether biases and norms decay too. Default: false.
+    pub decay_all: bool,
+    /// AdamW's. Default: [0.9, 0.999].
+    pub betas: (f64, f64),
+    /// AdamW's. Default: 1e-8.
+    pub epsilon: f64,
+    /// Gradients are scaled down to this norm; 0: never. Default: 1.
+    pub max_grad_norm: f64,
+    /// Steps with a loss or gradient that is not finite, after which the run stops. Default: 1.
+    pub max_nonfinite: u64,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self {
+            epochs: 1,
+            max_steps: None,
+            batch_size: 64,
+            chunk_tokens: None,
+            chunk_size: None,
+            tape_memory: None,
+            learning_rate: 5e-5,
+            schedule: Schedule::Linear,
+            warmup_ratio: None,
+            warmup_steps: None,
+            weight_decay: 0.01,
+            decay_all: false,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            max_nonfinite: 1,
+        }
+    }
+}
+
+impl Training {
+    /// The share of the steps in which the rate goes up, where no number of steps is given.
+    const WARMUP_RATIO: f64 = 0.1;
+
+    /// Steps in which the rate goes up, in a run of `total`: ceil(total · ratio), as transformers counts them.
+    pub fn warmup(&self, total: u64) -> u64 {
+        self.warmup_steps
+            .unwrap_or_else(|| (total as f64 * self.warmup_ratio.unwrap_or(Self::WARMUP_RATIO)).ceil() as u64)
+    }
+}
+
+/// `evaluation`: how good the model is, meanwhile.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Evaluation {
+    /// Steps between evaluations; 0: only before and after the training. Default: 0.
+    pub every: u64,
+    /// What is evaluated. Default: nothing.
+    pub sets: Vec<EvaluationSet>,
+    /// The metric whose mean over the sets decides "best" and early stopping. Default: cosine_ndcg@10.
+    pub metric: String,
+    /// Evaluations without a better metric, after which the training stops. Default: null, it does not.
+    pub patience: Option<u64>,
+}
+
+impl Default for Evaluation {
+    fn default() -> Self {
+        Self { every: 0, sets: Vec::new(), metric: "cosine_ndcg@10".to_owned(), patience: None }
+    }
+}
+
+/// One of `evaluation.sets`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluationSet {
+    /// The first part of its metrics' names. Default: the name of the folder.
+    pub name: String,
+    /// A BEIR folder, or a file of triplets or scored pairs. Required.
+    pub path: PathBuf,
+    /// What is measured. Default: retrieval.
+    pub kind: SetKind,
+    /// Which `qrels/SPLIT.tsv` is used. Default: test, else dev, else the only one.
+    pub split: Option<String>,
+    /// Put before each query. Default: what the model folder says for `query`.
+    pub query_prompt: Option<String>,
+    /// Put before each document. Default: what the model folder says for `document`.
+    pub document_prompt: Option<String>,
+}
+
+/// `checkpoint`: what is kept of a run that ends early.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Steps between checkpoints, or `epoch`. Default: 500.
+    pub every: Every,
+    /// How many are kept, besides the best. Default: 3.
+    pub keep: usize,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self { every: Every::Steps(500), keep: 3 }
+    }
+}
+
+/// `logging`: what is told about the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Logging {
+    /// Steps between lines of metrics.jsonl. Default: 1.
+    pub every: u64,
+    /// Whether event files for TensorBoard are written. Default: true.
+    pub tensorboard: bool,
+}
+
+impl Default for Logging {
+    fn default() -> Self {
+        Self { every: 1, tensorboard: true }
+    }
+}

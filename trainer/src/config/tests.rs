@@ -1,0 +1,324 @@
+//! Tests of the whole section: they read files as a user would.
+
+use super::*;
+
+const SMALL: &str = "\
+model:
+  path: some/model
+data:
+  train:
+    - path: a.jsonl
+";
+
+fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("zeta.yaml");
+    std::fs::write(&path, text).unwrap();
+    (folder, path)
+}
+
+fn load(text: &str, overrides: &[&str]) -> Result<Config> {
+    let (_folder, path) = file(text);
+    Config::load(&path, &overrides.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>())
+}
+
+/// The message, without the temporary folder.
+fn message(text: &str, overrides: &[&str]) -> String {
+    let error = load(text, overrides).unwrap_err().to_string();
+    error.find("zeta.yaml").map_or(error.clone(), |at| error[at..].to_owned())
+}
+
+#[test]
+fn a_small_file_takes_its_defaults() {
+    let config = load(SMALL, &[]).unwrap();
+    assert_eq!((config.name.as_str(), config.seed), ("zeta", 42));
+    assert_eq!(config.output, Path::new("runs/zeta"));
+    assert_eq!(config.training, Training::default());
+    assert_eq!(config.lora, None);
+    assert_eq!(config.data.train[0].weight, 1.0);
+}
+
+#[test]
+fn every_key_of_the_interface_is_read() {
+    let text = r#"
+name: zeta
+seed: 7
+output: runs/elsewhere
+model:
+  path: intfloat/e5-mistral-7b-instruct
+  init: random
+  pooling: last_token
+  normalize: true
+  dtype: f32
+  tf32: false
+  max_query_length: 192
+  max_document_length: 512
+  dropout: 0.1
+lora:
+  rank: 8
+  alpha: 32
+  dropout: 0.1
+  targets: [q_proj, v_proj]
+  rslora: true
+data:
+  train:
+    - name: msmarco
+      path: data/msmarco.jsonl
+      columns: {query: q, positive: [a, b], negatives: n, text: t, label: l, sentence1: x, sentence2: y, score: s}
+      kind: pairs
+      samples: 200000
+      query_prompt: "Instruct: …\nQuery: "
+      document_prompt: ""
+      weight: 1.5
+  negatives: 3
+  batching: per_dataset
+  shuffle: false
+  no_duplicates: false
+loss:
+  kind: info_nce
+  temperature: 0.2
+  in_batch_negatives: false
+  symmetric: true
+  mask_known_positives: false
+  false_negative_margin: 0.1
+training:
+  epochs: 2
+  max_steps: 10
+  batch_size: 1024
+  chunk_size: 8
+  tape_memory: 2GiB
+  learning_rate: 1e-4
+  schedule: cosine
+  warmup_steps: 10
+  weight_decay: 0
+  decay_all: true
+  betas: [0.8, 0.99]
+  epsilon: 1.0e-6
+  max_grad_norm: 0.5
+  max_nonfinite: 3
+evaluation:
+  every: 50
+  sets:
+    - {name: scifact, path: data/scifact, kind: triplet, split: dev, query_prompt: "q: ", document_prompt: "d: "}
+  metric: cosine_accuracy
+  patience: 10
+checkpoint:
+  every: epoch
+  keep: 2
+logging:
+  every: 5
+  tensorboard: false
+"#;
+    let config = load(text, &[]).unwrap();
+    let lora = config.lora.as_ref().unwrap();
+    assert_eq!(lora.targets, Targets::Names(vec!["q_proj".into(), "v_proj".into()]));
+    assert_eq!(config.model.pooling, Some(Pooling::LastToken));
+    let set = &config.data.train[0];
+    assert_eq!(set.columns.positive, Some(Names(vec!["a".into(), "b".into()])));
+    assert_eq!(set.query_prompt, "Instruct: …\nQuery: ");
+    assert_eq!(config.training.tape_memory, Some(Bytes(2 << 30)));
+    assert_eq!(config.training.learning_rate, 1e-4);
+    assert_eq!(config.training.betas, (0.8, 0.99));
+    assert_eq!(config.training.warmup(1000), 10);
+    assert_eq!(config.checkpoint.every, Every::Epoch);
+    assert_eq!(config.evaluation.sets[0].split.as_deref(), Some("dev"));
+}
+
+#[test]
+fn the_resolved_configuration_reloads_to_the_same() {
+    for overrides in [&[][..], &["lora.rank=4", "training.tape_memory=1.5GiB", "checkpoint.every=epoch"]] {
+        let yaml = load(SMALL, overrides).unwrap().to_yaml().unwrap();
+        let again = load(&yaml, &[]).unwrap().to_yaml().unwrap();
+        assert_eq!(yaml, again);
+        assert!(yaml.contains("output: runs/zeta"), "{yaml}");
+    }
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest_known_one_and_its_place() {
+    assert_eq!(
+        message(&format!("{SMALL}training:\n  epochs: 1\n  learning-rate: 1\n"), &[]),
+        "zeta.yaml:8: training.learning-rate: unknown key in `training`\nhint: did you mean `learning_rate`?"
+    );
+    assert_eq!(
+        message(&format!("{SMALL}trainig: {{}}\n"), &[]),
+        "zeta.yaml:6: trainig: unknown key\nhint: did you mean `training`?"
+    );
+    assert_eq!(
+        message(&SMALL.replace("- path: a.jsonl", "- path: a.jsonl\n      sample: 3"), &[]),
+        "zeta.yaml:6: data.train.0.sample: unknown key in `data.train.0`\nhint: did you mean `samples`?"
+    );
+    let far = message(&format!("{SMALL}checkpoint: {{zzzzzz: 1}}\n"), &[]);
+    assert_eq!(
+        far,
+        "zeta.yaml:6: checkpoint.zzzzzz: unknown key in `checkpoint`, expected one of every, keep"
+    );
+}
+
+#[test]
+fn a_wrong_type_names_the_value_and_what_was_expected() {
+    for (section, expected) in [
+        (
+            "training:\n  batch_size: many",
+            "7: training.batch_size: expected a whole number, 0 or above, found string \"many\"",
+        ),
+        (
+            "training:\n  batch_size: -3",
+            "7: training.batch_size: expected a whole number, 0 or above, found integer `-3`",
+        ),
+        (
+            "training:\n  batch_size: 1.5",
+            "7: training.batch_size: expected a whole number, 0 or above, found floating point `1.5`",
+        ),
+        ("training:\n  epochs: null", "7: training.epochs: expected a whole number, 0 or above, found null"),
+        ("training:\n  epochs: [1]", "7: training.epochs: expected a whole number, 0 or above, found a list"),
+        ("training:\n  learning_rate: {}", "7: training.learning_rate: expected a number, found a mapping"),
+        ("training:\n  decay_all: 1", "7: training.decay_all: expected true or false, found integer `1`"),
+        (
+            "training:\n  betas: [1]",
+            "7: training.betas: expected two numbers, as [0.9, 0.999], found a list of 1",
+        ),
+        ("training: 3", "6: training: expected `key: value` lines, found integer `3`"),
+        ("name: 3", "6: name: expected a string, found integer `3`\nhint: quote it if it is meant as text"),
+        (
+            "checkpoint:\n  every: often",
+            "7: checkpoint.every: expected a number of steps or `epoch`, found string \"often\"",
+        ),
+        (
+            "training:\n  tape_memory: 2 cups",
+            "7: training.tape_memory: expected bytes, or an amount like 2GiB, found string \"2 cups\"",
+        ),
+        (
+            "training:\n  schedule: liner",
+            "7: training.schedule: `liner` is none of linear, cosine, constant\nhint: did you mean `linear`?",
+        ),
+    ] {
+        assert_eq!(message(&format!("{SMALL}{section}\n"), &[]), format!("zeta.yaml:{expected}"));
+    }
+}
+
+#[test]
+fn a_list_entry_is_found_by_its_line() {
+    let text = "model: {path: m}\ndata:\n  train:\n    - path: a.jsonl\n    -\n      path: b.jsonl\n      samples: x\n    - 3\n";
+    assert!(message(text, &[]).starts_with("zeta.yaml:7: data.train.1.samples: "), "{}", message(text, &[]));
+    let text = text.replace("samples: x", "samples: 2");
+    assert_eq!(
+        message(&text, &[]),
+        "zeta.yaml:8: data.train.2: expected `key: value` lines, found integer `3`"
+    );
+}
+
+#[test]
+fn values_outside_their_range_are_refused() {
+    for (section, field, part) in [
+        ("training: {batch_size: 0}", "training.batch_size", "at least 1, found 0"),
+        ("training: {learning_rate: -1}", "training.learning_rate", "found -1"),
+        ("training: {learning_rate: .nan}", "training.learning_rate", "found NaN"),
+        ("training: {betas: [0.9, 1.0]}", "training.betas.1", "below 1, found 1"),
+        ("training: {warmup_ratio: 1.1}", "training.warmup_ratio", "found 1.1"),
+        ("training: {warmup_ratio: 0.1, warmup_steps: 3}", "training.warmup_steps", "either"),
+        ("training: {chunk_size: 1, chunk_tokens: 3}", "training.chunk_size", "either"),
+        ("loss: {temperature: 0}", "loss.temperature", "above 0, found 0"),
+        ("lora: {rank: 0}", "lora.rank", "at least 1"),
+        ("lora: {targets: []}", "lora.targets", "at least one"),
+        ("checkpoint: {every: 0}", "checkpoint.every", "from 1"),
+        ("evaluation: {sets: [{name: a}]}", "evaluation.sets.0.path", "missing"),
+        ("evaluation: {sets: [{name: a, path: b}, {name: a, path: c}]}", "evaluation.sets.1.name", "earlier"),
+    ] {
+        let text = message(&format!("{SMALL}{section}\n"), &[]);
+        assert!(text.starts_with(&format!("zeta.yaml:6: {field}: ")) && text.contains(part), "{text}");
+    }
+    assert_eq!(
+        message("seed: 1\n", &[]),
+        "zeta.yaml: model.path: missing: expected a model folder or an id of the hub"
+    );
+    assert!(
+        message("model:\n  path: m\ndata:\n  shuffle: true\n", &[])
+            .starts_with("zeta.yaml:3: data.train: missing")
+    );
+}
+
+#[test]
+fn features_to_come_are_refused_by_name() {
+    for (section, field) in [
+        ("model.dtype=bf16", "model.dtype"),
+        ("loss.kind=triplet", "loss.kind"),
+        ("data.train.0.kind=labelled", "data.train.0.kind"),
+        ("data.train.0.path=x.parquet", "data.train.0.path"),
+        ("data.train.0.path=hf://datasets/a/b/c.jsonl", "data.train.0.path"),
+    ] {
+        let text = message(SMALL, &[section]);
+        assert!(text.starts_with(&format!("command line: {field}: ")), "{text}");
+        assert!(text.contains("not supported yet") && text.contains("expected "), "{text}");
+    }
+}
+
+#[test]
+fn the_command_line_overrides_and_is_blamed() {
+    let config = load(
+        SMALL,
+        &[
+            "training.learning_rate=2e-5",
+            "data.train.0.samples=1000",
+            "data.train.1.path=b.csv",
+            "data.train.0.query_prompt=query: ",
+            "lora.targets=[query, value]",
+            "name=other=name",
+        ],
+    )
+    .unwrap();
+    assert_eq!(config.training.learning_rate, 2e-5);
+    assert_eq!(config.data.train[0].samples, Some(1000));
+    assert_eq!(config.data.train[0].query_prompt, "query: ");
+    assert_eq!(config.data.train[1].path, Path::new("b.csv"));
+    assert_eq!(config.name, "other=name");
+    assert_eq!(config.lora.unwrap().targets, Targets::Names(vec!["query".into(), "value".into()]));
+
+    assert_eq!(
+        message(SMALL, &["training.epoch=3"]),
+        "command line: training.epoch: unknown key in `training`\nhint: did you mean `epochs`?"
+    );
+    assert_eq!(
+        message(SMALL, &["training.epochs=x"]),
+        "command line: training.epochs: expected a whole number, 0 or above, found string \"x\""
+    );
+    assert_eq!(
+        message(SMALL, &["data.train.5.path=x"]),
+        "command line: data.train.5.path: `data.train` is a list of 1: expected a number from 0 to 1, found `5`"
+    );
+    assert_eq!(
+        message(SMALL, &["model.path.x=1"]),
+        "command line: model.path.x: `model.path` is a single value and has no keys"
+    );
+    assert!(message(SMALL, &["--epochs"]).starts_with("command line: --epochs: expected KEY=VALUE"));
+    assert!(message(SMALL, &["=3"]).contains("expected KEY=VALUE"));
+    assert!(
+        message(SMALL, &["training.betas=[0.9"])
+            .starts_with("command line: training.betas: `[0.9` is not YAML")
+    );
+}
+
+#[test]
+fn what_is_not_yaml_is_named_by_line() {
+    assert!(message("model:\n\tpath: x\n", &[]).starts_with("zeta.yaml:2: this is not YAML"));
+    assert!(message("model: {}\nmodel: {}\n", &[]).contains("duplicate"));
+    assert!(message("- 1\n", &[]).contains("expected `key: value` lines"));
+    let missing = Config::load(Path::new("no/such.yaml"), &[]).unwrap_err().to_string();
+    assert!(missing.starts_with("no/such.yaml: cannot read: "), "{missing}");
+}
+
+#[test]
+fn memory_is_read_and_written_in_words() {
+    for (text, bytes) in [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("10kb", 10_000), ("0", 0), ("7B", 7)] {
+        let config = load(SMALL, &[&format!("training.tape_memory={text}")]).unwrap();
+        assert_eq!(config.training.tape_memory, Some(Bytes(bytes)), "{text}");
+    }
+    assert_eq!(Bytes(3 << 29).to_string(), "1.5 GiB");
+    assert_eq!(Bytes(12).to_string(), "12 B");
+}
+
+#[test]
+fn warm_up_is_counted_as_transformers_counts_it() {
+    let training = Training::default();
+    assert_eq!((training.warmup(10), training.warmup(11), training.warmup(0)), (1, 2, 0));
+}

@@ -1,0 +1,309 @@
+//! The values that are neither text, number nor truth: choices by name, and the few keys that take two forms.
+
+use std::fmt;
+
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+
+/// A choice by name: the enum, its spelling in the file, and its `Display`.
+macro_rules! choice {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+        pub enum $name {
+            $($(#[$doc])* #[serde(rename = $text)] $variant),+
+        }
+
+        impl $name {
+            /// The spelling in a configuration.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $text),+
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.name())
+            }
+        }
+    };
+}
+
+choice! {
+    /// `model.init`: where the weights come from.
+    Init {
+        /// From the model folder.
+        Pretrained = "pretrained",
+        /// Drawn from the seed.
+        Random = "random",
+    }
+}
+
+choice! {
+    /// `model.pooling`: how the tokens of a text become one embedding.
+    Pooling {
+        /// The mean of all tokens, the prompt's left out where the model says so.
+        Mean = "mean",
+        /// The first token.
+        Cls = "cls",
+        /// The last token.
+        LastToken = "last_token",
+    }
+}
+
+choice! {
+    /// `model.dtype`: what products and activations are computed in.
+    Dtype {
+        /// 32-bit floating point.
+        F32 = "f32",
+        /// bfloat16.
+        Bf16 = "bf16",
+        /// 16-bit floating point, with loss scaling.
+        F16 = "f16",
+    }
+}
+
+choice! {
+    /// `data.train.N.kind`: what a row is.
+    Kind {
+        /// A query and its positives.
+        Pairs = "pairs",
+        /// A query, its positives and its negatives.
+        Triplets = "triplets",
+        /// A text and its class.
+        Labelled = "labelled",
+        /// Two texts and how similar they are.
+        Similarity = "similarity",
+    }
+}
+
+choice! {
+    /// `data.batching`: whether a batch mixes the data sets.
+    Batching {
+        /// Rows of all data sets in one batch, as the shuffled order has them.
+        Mixed = "mixed",
+        /// Every batch is of one data set; the batches take turns in proportion.
+        PerDataset = "per_dataset",
+    }
+}
+
+choice! {
+    /// `loss.kind`.
+    LossKind {
+        /// Cross-entropy of the positive among the candidates.
+        InfoNce = "info_nce",
+        /// The positive closer than the negative by a margin.
+        Triplet = "triplet",
+    }
+}
+
+choice! {
+    /// `training.schedule`: how the rate goes down after the warm-up.
+    Schedule {
+        /// Straight to 0.
+        Linear = "linear",
+        /// Along half a cosine to 0.
+        Cosine = "cosine",
+        /// Not at all.
+        Constant = "constant",
+    }
+}
+
+choice! {
+    /// `evaluation.sets.N.kind`: what is measured.
+    #[derive(Default)]
+    SetKind {
+        /// Whether queries find their documents.
+        #[default]
+        Retrieval = "retrieval",
+        /// Whether positives are closer than negatives.
+        Triplet = "triplet",
+        /// Whether similarities follow given scores.
+        Similarity = "similarity",
+    }
+}
+
+/// `lora.targets`: `all-linear`, or a list of module names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// Every linear layer of the encoder.
+    AllLinear,
+    /// Those whose name ends so: `query`, `q_proj`, `attention.output.dense`.
+    Names(Vec<String>),
+}
+
+/// One column's name, or several.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names(pub Vec<String>);
+
+/// `checkpoint.every`: a number of steps, or `epoch`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Every {
+    /// At the end of each epoch.
+    Epoch,
+    /// After so many steps.
+    Steps(u64),
+}
+
+/// An amount of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    const UNITS: [(&str, u64); 7] = [
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("KB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+    ];
+
+    fn parse(text: &str) -> Option<Self> {
+        let text = text.trim();
+        let (number, unit) =
+            text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
+        let number: f64 = number.trim().parse().ok()?;
+        let unit = match unit {
+            "" | "B" => 1,
+            _ => Self::UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit))?.1,
+        };
+        let bytes = number * unit as f64;
+        (bytes >= 0.0 && bytes < u64::MAX as f64).then_some(Self(bytes as u64))
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Self::UNITS[..4].iter().rev().find(|(_, unit)| self.0 >= *unit) {
+            Some((name, unit)) => write!(f, "{:.1} {name}", self.0 as f64 / *unit as f64),
+            None => write!(f, "{} B", self.0),
+        }
+    }
+}
+
+impl Serialize for Targets {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::AllLinear => serializer.serialize_str("all-linear"),
+            Self::Names(names) => names.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Targets {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl<'de> Visitor<'de> for Form {
+            type Value = Targets;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`all-linear` or a list of module names")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Targets, E> {
+                match text {
+                    "all-linear" => Ok(Targets::AllLinear),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                }
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Targets, A::Error> {
+                strings(items).map(Targets::Names)
+            }
+        }
+        deserializer.deserialize_any(Form)
+    }
+}
+
+impl Serialize for Names {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0.as_slice() {
+            [name] => serializer.serialize_str(name),
+            names => names.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl<'de> Visitor<'de> for Form {
+            type Value = Names;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a column's name or a list of them")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Names, E> {
+                Ok(Names(vec![text.to_owned()]))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Names, A::Error> {
+                strings(items).map(Names)
+            }
+        }
+        deserializer.deserialize_any(Form)
+    }
+}
+
+impl Serialize for Every {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Epoch => serializer.serialize_str("epoch"),
+            Self::Steps(steps) => serializer.serialize_u64(*steps),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Every {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl Visitor<'_> for Form {
+            type Value = Every;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of steps or `epoch`")
+            }
+            fn visit_u64<E: de::Error>(self, steps: u64) -> Result<Every, E> {
+                Ok(Every::Steps(steps))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Every, E> {
+                match text {
+                    "epoch" => Ok(Every::Epoch),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(Form)
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl Visitor<'_> for Form {
+            type Value = Bytes;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("bytes, or an amount like 2GiB")
+            }
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Bytes, E> {
+                Ok(Bytes(bytes))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Bytes, E> {
+                Bytes::parse(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Form)
+    }
+}
+
+fn strings<'de, A: SeqAccess<'de>>(mut items: A) -> Result<Vec<String>, A::Error> {
+    let mut all = Vec::new();
+    while let Some(item) = items.next_element()? {
+        all.push(item);
+    }
+    Ok(all)
+}
