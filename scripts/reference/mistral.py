@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Writes tests/golden/mistral: a tiny random Mistral with last-token pooling, and what transformers and PEFT compute with it.
+
+The sliding window of 5 is shorter than most texts, two query heads share a key head, and the tokenizer falls back to
+bytes and appends the end token, as that of e5-mistral does. transformers computes norms, softmax and rotations in
+float32 even in a float64 model; here those three are replaced by the same formulas in float64.
+
+Run: python scripts/reference/mistral.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
+"""
+
+import string
+
+import torch
+from common import GOLDEN, randomise, write_adapter, write_folder, write_golden, write_training
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import MistralConfig, MistralModel
+from transformers.models.mistral import modeling_mistral
+
+FOLDER = GOLDEN / "mistral"
+MAX_LENGTH = 64
+CONFIG = {
+    "architectures": ["MistralModel"], "model_type": "mistral", "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
+    "max_position_embeddings": MAX_LENGTH, "sliding_window": 5, "rope_theta": 10000.0, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": False,
+    "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}
+
+
+def norm(self, x):
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def rotation(self, x, position_ids):
+    width = self.config.head_dim
+    inverse = 1.0 / self.config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=x.dtype) / width)
+    angles = position_ids[..., None].to(x.dtype) * inverse
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def attention(module, query, key, value, mask, scaling, **_):
+    key, value = (modeling_mistral.repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def exact():
+    modeling_mistral.MistralRMSNorm.forward = norm
+    modeling_mistral.MistralRotaryEmbedding.forward = torch.no_grad()(rotation)
+    modeling_mistral.eager_attention_forward = attention
+
+
+def tokenizer():
+    """BPE as sentencepiece's, converted: words start with U+2581, what has no piece becomes bytes, merges build a few words."""
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>"])}
+    for piece in [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", *string.ascii_letters, *string.digits, *"?,;:.-"]:
+        vocabulary[piece] = len(vocabulary)
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("\u2581", "a"), ("i", "r"), ("ir", "on"), ("o", "n"),
+              ("\u2581", "m"), ("e", "t"), ("et", "al"), ("a", "l"), ("\u2581m", "etal"), ("i", "s"), ("\u2581", "is")]
+    merges.sort(key=lambda m: merges_depth(m, merges))
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    tok = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tok.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> <s>:1 $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tok.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(" ", 1, 0)])
+    return tok, len(vocabulary)
+
+
+def merges_depth(merge, merges):
+    """How many merges lie below this one: a merge may only use what earlier ones have built."""
+    made = {left + right: (left, right) for left, right in merges}
+    return 1 + max((merges_depth(made[part], merges) for part in merge if part in made), default=0)
+
+
+def main():
+    exact()
+    tok, size = tokenizer()
+    config = CONFIG | {"vocab_size": size}
+    model = MistralModel(MistralConfig(**config))
+    randomise(model, seed=4)
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_LENGTH, "unk_token": "<unk>",
+             "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "padding_side": "right"}
+    write_folder(FOLDER, model, config, tok, named, "lasttoken", MAX_LENGTH)
+    write_adapter(FOLDER / "adapter", model, "all-linear", seed=5)
+    sequences = write_golden(FOLDER, "lasttoken", single=9, max_length=MAX_LENGTH)
+    write_training(FOLDER, "lasttoken", sequences, adapter=True, temperature=0.02)
+
+
+if __name__ == "__main__":
+    main()
