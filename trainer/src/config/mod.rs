@@ -18,10 +18,9 @@ pub use origin::Origins;
 pub use sections::{
     Checkpoint, Columns, Data, DataSet, Evaluation, EvaluationSet, Logging, Lora, Loss, Model, Training,
 };
-pub use values::{
-    Batching, Bytes, Dtype, Every, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind, Targets,
-};
+pub use values::{Batching, Bytes, Dtype, Every, Init, Kind, LossKind, Names, Schedule, SetKind, Targets};
 
+pub use crate::model::Pooling;
 use crate::{Error, Result};
 
 /// A whole configuration file.

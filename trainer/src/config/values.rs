@@ -42,18 +42,6 @@ choice! {
 }
 
 choice! {
-    /// `model.pooling`: how the tokens of a text become one embedding.
-    Pooling {
-        /// The mean of all tokens, the prompt's left out where the model says so.
-        Mean = "mean",
-        /// The first token.
-        Cls = "cls",
-        /// The last token.
-        LastToken = "last_token",
-    }
-}
-
-choice! {
     /// `model.dtype`: what products and activations are computed in.
     Dtype {
         /// 32-bit floating point.
