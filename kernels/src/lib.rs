@@ -24,7 +24,11 @@ pub mod packing;
 pub mod pool;
 pub mod rope;
 
+mod matmul;
+mod rows;
 mod simd;
 mod tensor;
+#[cfg(test)]
+mod testing;
 
 pub use packing::Packing;

@@ -122,7 +122,7 @@ mod tests {
     fn sums_cover_the_remainder() {
         let a: Vec<f32> = (0..37).map(|i| i as f32).collect();
         assert_eq!(sum(&a), 666.0);
-        assert_eq!(dot(&a, &a), (0..37).map(|i| (i * i) as f32).sum());
+        assert_eq!(dot(&a, &a), (0..37).map(|i| (i * i) as f32).sum::<f32>());
         assert_eq!(sum(&[]), 0.0);
     }
 }

@@ -74,3 +74,19 @@ fn contiguous(layout: &Layout) -> Result<Range<usize>> {
 pub(crate) fn tensor<T: WithDType>(elements: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(elements, shape.into(), &Device::Cpu)
 }
+
+/// The two dimensions of a matrix called `name`.
+pub(crate) fn matrix(name: &str, tensor: &Tensor) -> Result<(usize, usize)> {
+    match *tensor.dims() {
+        [rows, columns] => Ok((rows, columns)),
+        _ => bail!("`{name}` has the shape {:?}, expected two dimensions", tensor.dims()),
+    }
+}
+
+/// Fails unless the tensor called `name` has this shape.
+pub(crate) fn expect_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
+    if tensor.dims() != shape {
+        bail!("`{name}` has the shape {:?}, expected {shape:?}", tensor.dims());
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! New tensors, written once: row by row, on all threads, vectorised.
+//!
+//! An op that returns a tensor says how one row of it comes about. The memory is never filled with zeros first,
+//! which for most ops would cost as much as the op itself. That every element is written is proven by types: the
+//! only way from an [`Unwritten`] row to the [`Row`] that an op must return is [`Unwritten::fill`].
+
+use crate::simd::{rows_per_task, vectorised};
+use rayon::prelude::*;
+use std::array;
+use std::marker::PhantomData;
+use std::mem::{self, MaybeUninit};
+use std::ops::{Deref, DerefMut, Range};
+
+/// A row of a new tensor, before it is written. No other row has the same `'r`.
+pub(crate) struct Unwritten<'r> {
+    elements: &'r mut [MaybeUninit<f32>],
+    brand: PhantomData<fn(&'r ()) -> &'r ()>,
+}
+
+/// A row of a new tensor, written.
+pub(crate) struct Row<'r> {
+    elements: &'r mut [f32],
+    brand: PhantomData<fn(&'r ()) -> &'r ()>,
+}
+
+impl<'r> Unwritten<'r> {
+    /// Writes `values`, one an element.
+    ///
+    /// # Panics
+    /// If there are fewer values than elements.
+    #[inline(always)]
+    pub(crate) fn fill(self, values: impl IntoIterator<Item = f32>) -> Row<'r> {
+        let mut written = 0;
+        for (element, value) in self.elements.iter_mut().zip(values) {
+            element.write(value);
+            written += 1;
+        }
+        assert_eq!(written, self.elements.len(), "a value for every element of a new row");
+        // SAFETY: as many elements as there are have just been written, each once.
+        Row { elements: unsafe { self.elements.assume_init_mut() }, brand: PhantomData }
+    }
+}
+
+impl Deref for Row<'_> {
+    type Target = [f32];
+
+    #[inline(always)]
+    fn deref(&self) -> &[f32] {
+        self.elements
+    }
+}
+
+impl DerefMut for Row<'_> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [f32] {
+        self.elements
+    }
+}
+
+/// N new tensors of `rows` rows, of `widths` elements each: `f(row number, rows)` fills a row of every one.
+#[inline(always)]
+pub(crate) fn new_rows<const N: usize>(
+    rows: usize,
+    widths: [usize; N],
+    f: impl for<'r> Fn(usize, [Unwritten<'r>; N]) -> [Row<'r>; N] + Sync,
+) -> [Vec<f32>; N] {
+    let step = rows_per_task(rows, widths.iter().sum());
+    in_pieces(
+        rows,
+        widths,
+        step,
+        0,
+        #[inline(always)]
+        |t, new, _: &mut [f32]| f(t, new),
+    )
+    .0
+}
+
+/// Rows that share one partial sum in [`new_rows_and_sums`]. Fixed, so that a sum is the same for any number of threads.
+const ROWS_PER_SUM: usize = 64;
+
+/// As [`new_rows`], and `f(row number, rows, sums)` also adds to `sums` (as many as told), which are returned.
+/// The order of addition depends on the number of rows only.
+#[inline(always)]
+pub(crate) fn new_rows_and_sums<const N: usize>(
+    rows: usize,
+    widths: [usize; N],
+    sums: usize,
+    f: impl for<'r> Fn(usize, [Unwritten<'r>; N], &mut [f32]) -> [Row<'r>; N] + Sync,
+) -> ([Vec<f32>; N], Vec<f32>) {
+    let (new, partial) = in_pieces(rows, widths, ROWS_PER_SUM, sums, f);
+    let mut total = vec![0.0; sums];
+    if sums > 0 {
+        vectorised(|| partial.chunks_exact(sums).for_each(|piece| add(&mut total, piece)));
+    }
+    (new, total)
+}
+
+/// `to += from`.
+#[inline(always)]
+pub(crate) fn add(to: &mut [f32], from: &[f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to += from;
+    }
+}
+
+/// One task for every `step` rows, each with `sums` zeros of its own to add to.
+#[inline(always)]
+fn in_pieces<const N: usize>(
+    rows: usize,
+    widths: [usize; N],
+    step: usize,
+    sums: usize,
+    f: impl for<'r> Fn(usize, [Unwritten<'r>; N], &mut [f32]) -> [Row<'r>; N] + Sync,
+) -> ([Vec<f32>; N], Vec<f32>) {
+    let mut new: [Vec<f32>; N] = widths.map(|width| Vec::with_capacity(rows * width));
+    let count = rows.div_ceil(step);
+    let mut partial = vec![0f32; count * sums];
+
+    let mut rest = new.each_mut().map(Vec::spare_capacity_mut);
+    let mut rest_partial = partial.as_mut_slice();
+    let mut pieces = Vec::with_capacity(count);
+    for piece in 0..count {
+        let range = piece * step..rows.min((piece + 1) * step);
+        let elements = array::from_fn(|i| take(&mut rest[i], range.len() * widths[i]));
+        pieces.push((range, elements, take(&mut rest_partial, sums)));
+    }
+    pieces.into_par_iter().for_each(
+        |(range, mut elements, sums): (Range<usize>, [&mut [MaybeUninit<f32>]; N], &mut [f32])| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for t in range {
+                        let row = array::from_fn(|i| Unwritten {
+                            elements: take(&mut elements[i], widths[i]),
+                            brand: PhantomData,
+                        });
+                        f(t, row, sums);
+                    }
+                },
+            );
+        },
+    );
+    for (tensor, width) in new.iter_mut().zip(widths) {
+        // SAFETY: the capacity is `rows * width`, and each row of it was handed to `f` exactly once. `f` returned N
+        // rows that bear the brand of the N unwritten rows it was given; those cannot be copied, and become `Row`s only in
+        // `fill`, which writes all of one. Had `f` panicked in any thread, this line would not be reached.
+        unsafe { tensor.set_len(rows * width) };
+    }
+    (new, partial)
+}
+
+/// Cuts the first `count` elements off `rest`.
+#[inline(always)]
+fn take<'a, T>(rest: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+    let (head, tail) = mem::take(rest).split_at_mut(count);
+    *rest = tail;
+    head
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_several_widths_are_written_in_order() {
+        for rows in [0, 1, 3, 1023] {
+            let [numbers, squares] = new_rows(rows, [2, 1], |t, [a, b]| {
+                [a.fill([t as f32, t as f32 + 0.5]), b.fill([(t * t) as f32])]
+            });
+            assert_eq!(numbers, (0..rows).flat_map(|t| [t as f32, t as f32 + 0.5]).collect::<Vec<_>>());
+            assert_eq!(squares, (0..rows).map(|t| (t * t) as f32).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn sums_do_not_depend_on_the_number_of_threads() {
+        let sums = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                new_rows_and_sums(1023, [], 3, |t, [], sums| {
+                    add(sums, &[1.0 / (t as f32 + 1.0), 1.0, t as f32]);
+                    []
+                })
+                .1
+            })
+        };
+        assert_eq!(sums(1), sums(3));
+        assert_eq!(sums(2)[1..], [1023.0, (1022 * 1023 / 2) as f32]);
+    }
+
+    #[test]
+    #[should_panic = "a value for every element"]
+    fn a_row_with_too_few_values_is_refused() {
+        new_rows(1, [3], |_, [row]| [row.fill([1.0, 2.0])]);
+    }
+}

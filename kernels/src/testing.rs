@@ -1,0 +1,62 @@
+//! What the tests of the ops share: random tensors, the measure of error, finite differences.
+
+use candle_core::{Device, Shape, Tensor};
+
+/// About standard normal elements, the same for the same seed.
+pub(crate) fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
+    let shape = shape.into();
+    // SplitMix64 (Steele, Lea, Flood 2014); the sum of twelve uniforms has variance 1.
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut uniform = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32
+    };
+    let elements: Vec<f32> =
+        (0..shape.elem_count()).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect();
+    Tensor::from_vec(elements, shape, &Device::Cpu).unwrap()
+}
+
+/// The elements of an f32 tensor, row by row.
+pub(crate) fn numbers(tensor: &Tensor) -> Vec<f64> {
+    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect()
+}
+
+/// ‖got − want‖ / ‖want‖; ‖got‖ when `want` is all zeros.
+pub(crate) fn relative_error(got: &Tensor, want: &[f64]) -> f64 {
+    relative_error_f64(&numbers(got), want)
+}
+
+/// As [`relative_error`], between two references.
+pub(crate) fn relative_error_f64(got: &[f64], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len(), "as many elements as expected");
+    let norm = |squares: f64| squares.sqrt();
+    let difference = norm(got.iter().zip(want).map(|(a, b)| (a - b) * (a - b)).sum());
+    let size = norm(want.iter().map(|b| b * b).sum());
+    if size == 0.0 { difference } else { difference / size }
+}
+
+/// The gradient of `f` at `x` by central differences; good to about 1e-9 for functions of size and curvature 1.
+pub(crate) fn finite_difference(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+    const STEP: f64 = 1e-5;
+    let mut x = x.to_vec();
+    (0..x.len())
+        .map(|i| {
+            let at = x[i];
+            x[i] = at + STEP;
+            let above = f(&x);
+            x[i] = at - STEP;
+            let below = f(&x);
+            x[i] = at;
+            (above - below) / (2.0 * STEP)
+        })
+        .collect()
+}
+
+/// Σ aᵢbᵢ: with `b` the gradient of a loss, this loss as a function of `a`.
+pub(crate) fn inner(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len(), "as many elements on both sides");
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
