@@ -1,0 +1,24 @@
+//! What sentence-transformers computed (tests/golden/metrics.json, written by scripts/reference/metrics.py).
+
+use serde_json::Value;
+
+pub(super) fn read() -> Value {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/metrics.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+pub(super) fn matrix(value: &Value) -> Vec<Vec<f32>> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+/// The same names in the same order, the same values.
+pub(super) fn assert_scores(scores: &[(String, f64)], golden: &Value) {
+    let name = golden["name"].as_str().unwrap();
+    let expected = golden["scores"].as_object().unwrap();
+    let names: Vec<_> = scores.iter().map(|(metric, _)| format!("{name}_{metric}")).collect();
+    assert_eq!(names, expected.keys().cloned().collect::<Vec<_>>());
+    for ((metric, score), expected) in scores.iter().zip(expected.values()) {
+        // Accuracies of triplets are a mean in f32 there.
+        assert!((score - expected.as_f64().unwrap()).abs() < 1e-6, "{metric}: {score}, expected {expected}");
+    }
+}
