@@ -1,2 +1,3 @@
 //! data
 pub mod batch;
+pub mod tokenize;

@@ -1,0 +1,438 @@
+//! Texts to token ids, as sentence-transformers 6 does it: the prompt and the text in one string, not stripped, special
+//! tokens by the tokenizer's own rule, cut to a length that includes them, never padded.
+//!
+//! `tokenizer.json` says nearly everything. Two settings stand beside it and change the ids:
+//! `sentence_bert_config.json` may ask for lower case, and `tokenizer_config.json` for a first or last special token
+//! that `tokenizer.json` does not add (Mistral models are embedded at a closing `</s>` that only stands there).
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde_json::Value;
+use tokenizers::normalizers::{Lowercase, NormalizerWrapper, Sequence as Normalizers};
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{PostProcessor, TruncationDirection};
+
+use super::batch::Sequence;
+use crate::{Error, Result};
+
+/// Texts that one task tokenises: enough to pay for handing it out.
+const TEXTS_PER_TASK: usize = 8;
+
+/// A model folder's tokenizer.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    vocabulary: usize,
+    special: BTreeSet<u32>,
+    /// Special tokens that a text alone is given.
+    added: usize,
+    cut: TruncationDirection,
+}
+
+/// What is put before texts of one kind, and how many tokens of it pooling leaves out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    text: String,
+    skip: u32,
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of the model folder `folder`.
+    ///
+    /// # Errors
+    /// There is no `tokenizer.json`, or it is not one.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(missing(folder));
+        }
+        let wrong = |e: tokenizers::Error| Error::file(&path, format!("this is not a tokenizer: {e}"));
+        let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(wrong)?;
+        let settings = settings(&folder.join("tokenizer_config.json"))?;
+        let mut cut = inner.get_truncation().map_or(TruncationDirection::Right, |cut| cut.direction);
+        match settings.get("truncation_side").and_then(Value::as_str) {
+            Some("left") => cut = TruncationDirection::Left,
+            Some("right") => cut = TruncationDirection::Right,
+            _ => {}
+        }
+        inner.with_truncation(None).map_err(wrong)?;
+        inner.with_padding(None);
+        if settings_ask_lower_case(folder)? {
+            lower_case(&mut inner).map_err(wrong)?;
+        }
+        add_ends(&mut inner, &settings).map_err(wrong)?;
+        let vocabulary = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+        let special = inner
+            .get_added_tokens_decoder()
+            .iter()
+            .filter(|(_, token)| token.special)
+            .map(|(id, _)| *id)
+            .collect();
+        let added = inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
+        Ok(Self { inner, path, vocabulary, special, added, cut })
+    }
+
+    /// Rows that an embedding needs: the highest id and one.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// Tokenises `texts`, `prompt` before each, to at most `max_length` tokens with the special ones, in parallel.
+    /// Without `include_prompt` pooling leaves the prompt's tokens out ([`Sequence::skip`]).
+    ///
+    /// # Errors
+    /// `max_length` leaves no room for the text; a text has no tokens at all.
+    pub fn encode(
+        &self,
+        texts: &[impl AsRef<str> + Sync],
+        prompt: &str,
+        max_length: usize,
+        include_prompt: bool,
+    ) -> Result<Vec<Sequence>> {
+        let prompt = self.prompt(prompt, max_length, include_prompt)?;
+        texts
+            .par_iter()
+            .with_min_len(TEXTS_PER_TASK)
+            .map(|text| self.encode_one(text.as_ref(), &prompt, max_length))
+            .collect()
+    }
+
+    /// Prepares a prompt for [`Self::encode_one`].
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn prompt(&self, prompt: &str, max_length: usize, include_prompt: bool) -> Result<Prompt> {
+        let mut skip = 0;
+        if !include_prompt && !prompt.is_empty() {
+            let alone = self.ids(prompt, max_length)?;
+            // A closing special token stands after the text, not after the prompt.
+            let closing = alone.last().is_some_and(|id| self.special.contains(id));
+            skip = alone.len() - usize::from(closing);
+        }
+        Ok(Prompt { text: prompt.to_owned(), skip: skip as u32 })
+    }
+
+    /// Tokenises one text.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_one(&self, text: &str, prompt: &Prompt, max_length: usize) -> Result<Sequence> {
+        let ids = match prompt.text.as_str() {
+            "" => self.ids(text, max_length)?,
+            before => self.ids(&[before, text].concat(), max_length)?,
+        };
+        if ids.is_empty() {
+            let shown: String = text.chars().take(40).collect();
+            return Err(Error::file(
+                &self.path,
+                format!("knows no token of the text `{}`", shown.escape_debug()),
+            ));
+        }
+        // Where the prompt alone fills the length, the last token is left to be pooled.
+        let skip = prompt.skip.min(ids.len() as u32 - 1);
+        Ok(Sequence { ids, skip })
+    }
+
+    fn ids(&self, text: &str, max_length: usize) -> Result<Vec<u32>> {
+        let wrong = |e: tokenizers::Error| Error::file(&self.path, format!("cannot tokenise a text: {e}"));
+        let Some(room) = max_length.checked_sub(self.added).filter(|room| *room > 0) else {
+            return Err(Error::file(
+                &self.path,
+                format!(
+                    "adds {} special tokens to a text, so a text of at most {max_length} tokens has no room for its own\n\
+                     hint: model.max_query_length and model.max_document_length must be {} or more",
+                    self.added,
+                    self.added + 1
+                ),
+            ));
+        };
+        let mut encoding = self.inner.encode_fast(text, false).map_err(wrong)?;
+        encoding.truncate(room, 0, self.cut);
+        // What was cut off would be given special tokens too.
+        encoding.take_overflowing();
+        let encoding = self.inner.post_process(encoding, None, true).map_err(wrong)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+}
+
+fn missing(folder: &Path) -> Error {
+    let older = [
+        "vocab.txt",
+        "sentencepiece.bpe.model",
+        "spiece.model",
+        "tokenizer.model",
+        "vocab.json",
+        "tekken.json",
+    ];
+    let found = older.iter().find(|name| folder.join(name).is_file());
+    let message = match found {
+        Some(name) => format!(
+            "has {name} but no tokenizer.json\nhint: write it once: python3 -c \"from transformers import \
+             AutoTokenizer; AutoTokenizer.from_pretrained('{0}').save_pretrained('{0}')\"",
+            folder.display()
+        ),
+        None => "has no tokenizer.json: expected a model folder of transformers or sentence-transformers"
+            .to_owned(),
+    };
+    Error::file(folder, message)
+}
+
+/// A folder's JSON settings; a file that is absent says nothing.
+fn settings(path: &Path) -> Result<Value> {
+    if !path.is_file() {
+        return Ok(Value::Null);
+    }
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    serde_json::from_str(&text).map_err(|e| Error::file(path, format!("this is not JSON: {e}")))
+}
+
+fn settings_ask_lower_case(folder: &Path) -> Result<bool> {
+    let settings = settings(&folder.join("sentence_bert_config.json"))?;
+    Ok(settings.get("do_lower_case").and_then(Value::as_bool).unwrap_or(false))
+}
+
+/// Lower case before all else, unless the tokenizer's own normalisation has it.
+fn lower_case(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
+    let mut steps = vec![NormalizerWrapper::from(Lowercase)];
+    match tokenizer.get_normalizer() {
+        Some(NormalizerWrapper::Lowercase(_)) => return Ok(()),
+        Some(NormalizerWrapper::Sequence(own)) => {
+            let own: &[NormalizerWrapper] = own.as_ref();
+            if own.iter().any(|step| matches!(step, NormalizerWrapper::Lowercase(_))) {
+                return Ok(());
+            }
+            steps.extend(own.iter().cloned());
+        }
+        Some(own) => steps.push(own.clone()),
+        None => {}
+    }
+    tokenizer.with_normalizer(Some(Normalizers::new(steps)))?;
+    Ok(())
+}
+
+/// Adds the first and last special tokens that the settings ask for and `tokenizer.json` leaves out.
+fn add_ends(tokenizer: &mut tokenizers::Tokenizer, settings: &Value) -> tokenizers::Result<()> {
+    let asked = |key: &str| settings.get(key).and_then(Value::as_bool) == Some(true);
+    let token = |key: &str| {
+        let value = settings.get(key)?;
+        let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+        Some((text.to_owned(), tokenizer.token_to_id(text)?))
+    };
+    let first = asked("add_bos_token").then(|| token("bos_token")).flatten();
+    let last = asked("add_eos_token").then(|| token("eos_token")).flatten();
+    let probe = tokenizer.encode_fast("a", true)?;
+    let has_first = first.as_ref().is_none_or(|(_, id)| probe.get_ids().first() == Some(id));
+    let has_last = last.as_ref().is_none_or(|(_, id)| probe.get_ids().last() == Some(id));
+    if has_first && has_last {
+        return Ok(());
+    }
+    let (mut template, mut special) = ("$A".to_owned(), Vec::new());
+    if let Some((text, id)) = first {
+        template = format!("{text} {template}");
+        special.push((text, id));
+    }
+    if let Some((text, id)) = last {
+        template = format!("{template} {text}");
+        special.push((text, id));
+    }
+    let template = TemplateProcessing::builder()
+        .try_single(template)
+        .and_then(|builder| builder.special_tokens(special).build().map_err(|e| e.to_string()))?;
+    tokenizer.with_post_processor(Some(template));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WORDS: [&str; 13] =
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "query", ":", "the", "cat", "sat", "##s", "İ"];
+
+    /// A folder with a WordPiece tokenizer over [`WORDS`], and `files` beside it.
+    fn folder(processor: &str, normalizer: &str, files: &[(&str, &str)]) -> tempfile::TempDir {
+        let vocabulary: Vec<String> =
+            WORDS.iter().enumerate().map(|(id, word)| format!("\"{word}\":{id}")).collect();
+        let special = |id: usize| {
+            format!(
+                r#"{{"id":{id},"content":"{}","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}}"#,
+                WORDS[id]
+            )
+        };
+        let json = format!(
+            r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{}],"normalizer":{normalizer},
+            "pre_tokenizer":{{"type":"BertPreTokenizer"}},"post_processor":{processor},"decoder":null,
+            "model":{{"type":"WordPiece","unk_token":"[UNK]","continuing_subword_prefix":"{}","max_input_chars_per_word":100,"vocab":{{{}}}}}}}"#,
+            (0..6).map(special).collect::<Vec<_>>().join(","),
+            "##",
+            vocabulary.join(",")
+        );
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
+        for (name, text) in files {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    const BERT: &str = r#"{"type":"BertProcessing","sep":["[SEP]",3],"cls":["[CLS]",2]}"#;
+    const UNCASED: &str = r#"{"type":"BertNormalizer","clean_text":true,"handle_chinese_chars":true,"strip_accents":null,"lowercase":true}"#;
+    const CASED: &str = r#"{"type":"BertNormalizer","clean_text":true,"handle_chinese_chars":true,"strip_accents":false,"lowercase":false}"#;
+
+    fn bert() -> Tokenizer {
+        Tokenizer::open(folder(BERT, UNCASED, &[]).path()).unwrap()
+    }
+
+    fn ids(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+        tokenizer.encode(&[text], "", 64, true).unwrap().remove(0).ids
+    }
+
+    #[test]
+    fn special_tokens_count_towards_the_length() {
+        let tokenizer = bert();
+        let text = "the cats sat the cat";
+        assert_eq!(ids(&tokenizer, text), [2, 8, 9, 11, 10, 8, 9, 3]);
+        for (length, expected) in
+            [(3, &[2, 8, 3][..]), (5, &[2, 8, 9, 11, 3]), (8, &[2, 8, 9, 11, 10, 8, 9, 3])]
+        {
+            assert_eq!(tokenizer.encode(&[text], "", length, true).unwrap()[0].ids, expected);
+        }
+    }
+
+    #[test]
+    fn cutting_equals_the_tokenizers_own_truncation() {
+        for side in ["left", "right"] {
+            let settings = format!(r#"{{"truncation_side":"{side}"}}"#);
+            let folder = folder(BERT, UNCASED, &[("tokenizer_config.json", &settings)]);
+            let ours = Tokenizer::open(folder.path()).unwrap();
+            let text = "the cat sat : the cats sat query the cat ".repeat(5);
+            for length in 3..60 {
+                let mut theirs =
+                    tokenizers::Tokenizer::from_file(folder.path().join("tokenizer.json")).unwrap();
+                let direction =
+                    if side == "left" { TruncationDirection::Left } else { TruncationDirection::Right };
+                let cut =
+                    tokenizers::TruncationParams { max_length: length, direction, ..Default::default() };
+                theirs.with_truncation(Some(cut)).unwrap();
+                let expected = theirs.encode(text.as_str(), true).unwrap().get_ids().to_vec();
+                assert_eq!(
+                    ours.encode(&[&text], "", length, true).unwrap()[0].ids,
+                    expected,
+                    "{side} {length}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_prompt_stands_before_the_text_and_may_be_left_out_of_the_pooling() {
+        let tokenizer = bert();
+        let with = tokenizer.encode(&["the cat", "sat"], "query: ", 64, true).unwrap();
+        assert_eq!(with[0], Sequence { ids: vec![2, 6, 7, 8, 9, 3], skip: 0 });
+        let without = tokenizer.encode(&["the cat", "sat"], "query: ", 64, false).unwrap();
+        assert_eq!(without[1], Sequence { ids: vec![2, 6, 7, 10, 3], skip: 3 });
+        let none = tokenizer.encode(&["sat"], "", 64, false).unwrap();
+        assert_eq!(none[0].skip, 0);
+        let cut = tokenizer.encode(&["sat"], "query: query: query: ", 3, false).unwrap();
+        assert_eq!(cut[0], Sequence { ids: vec![2, 6, 3], skip: 2 });
+    }
+
+    #[test]
+    fn any_text_has_at_least_its_special_tokens() {
+        let tokenizer = bert();
+        for text in ["", " ", "\u{0}", "\u{200b}\u{feff}", "\n\t"] {
+            assert_eq!(ids(&tokenizer, text), [2, 3], "{text:?}");
+        }
+        for text in [
+            "𝕏😀é\u{301}",
+            "漢字かな",
+            "שלום עולם",
+            "\u{10ffff}",
+            &"x".repeat(100_000),
+            &"the ".repeat(50_000),
+        ] {
+            let ids = ids(&tokenizer, text);
+            assert!((3..=64).contains(&ids.len()) && ids[0] == 2 && ids.last() == Some(&3));
+        }
+    }
+
+    #[test]
+    fn a_text_without_any_token_is_an_error() {
+        let tokenizer = Tokenizer::open(folder("null", UNCASED, &[]).path()).unwrap();
+        assert_eq!(ids(&tokenizer, "the"), [8]);
+        let error = tokenizer.encode(&["the", " \n"], "", 8, true).unwrap_err().to_string();
+        assert!(error.ends_with("tokenizer.json: knows no token of the text ` \\n`"), "{error}");
+    }
+
+    #[test]
+    fn a_length_without_room_for_text_is_an_error() {
+        let error = bert().encode(&["the"], "", 2, true).unwrap_err().to_string();
+        assert!(error.contains("adds 2 special tokens") && error.contains("must be 3 or more"), "{error}");
+    }
+
+    #[test]
+    fn the_settings_beside_it_may_ask_for_lower_case() {
+        let lower = [("sentence_bert_config.json", r#"{"max_seq_length": 8, "do_lower_case": true}"#)];
+        let as_is = [("sentence_bert_config.json", r#"{"max_seq_length": 8, "do_lower_case": false}"#)];
+        assert_eq!(
+            ids(&Tokenizer::open(folder(BERT, CASED, &as_is).path()).unwrap(), "The cat"),
+            [2, 1, 9, 3]
+        );
+        assert_eq!(
+            ids(&Tokenizer::open(folder(BERT, CASED, &lower).path()).unwrap(), "The cat"),
+            [2, 8, 9, 3]
+        );
+        assert_eq!(
+            ids(&Tokenizer::open(folder(BERT, "null", &lower).path()).unwrap(), "The cat"),
+            [2, 8, 9, 3]
+        );
+    }
+
+    #[test]
+    fn ends_that_only_the_settings_ask_for_are_added() {
+        let settings = r#"{"add_bos_token": true, "add_eos_token": true, "bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
+        let first = r#"{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],
+            "pair":[{"Sequence":{"id":"A","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],
+            "special_tokens":{"<s>":{"id":"<s>","ids":[4],"tokens":["<s>"]}}}"#;
+        for processor in [first, "null"] {
+            let tokenizer =
+                Tokenizer::open(folder(processor, UNCASED, &[("tokenizer_config.json", settings)]).path())
+                    .unwrap();
+            assert_eq!(ids(&tokenizer, "the cat"), [4, 8, 9, 5]);
+            assert_eq!(tokenizer.encode(&["the cat sat"], "", 4, true).unwrap()[0].ids, [4, 8, 9, 5]);
+        }
+        let plain =
+            Tokenizer::open(folder(first, UNCASED, &[("tokenizer_config.json", "{}")]).path()).unwrap();
+        assert_eq!(ids(&plain, "the cat"), [4, 8, 9]);
+    }
+
+    #[test]
+    fn many_texts_come_back_in_their_order() {
+        let tokenizer = bert();
+        let texts: Vec<String> = (0..1023).map(|i| ["the", "cat", "sat"][i % 3].repeat(1)).collect();
+        let all = tokenizer.encode(&texts, "", 8, true).unwrap();
+        assert!(all.iter().enumerate().all(|(i, s)| s.ids == [2, 8 + (i % 3) as u32, 3]));
+        assert!(tokenizer.encode(&[] as &[&str], "", 8, true).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_vocabulary_reaches_to_the_highest_id() {
+        assert_eq!(bert().vocabulary(), WORDS.len());
+    }
+
+    #[test]
+    fn a_folder_without_tokenizer_json_says_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let message = |folder: &Path| Tokenizer::open(folder).err().unwrap().to_string();
+        assert!(message(folder.path()).contains("has no tokenizer.json"));
+        std::fs::write(folder.path().join("vocab.txt"), "").unwrap();
+        let text = message(folder.path());
+        assert!(
+            text.contains("has vocab.txt but no tokenizer.json\nhint: ") && text.contains("save_pretrained")
+        );
+        std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+        assert!(message(folder.path()).contains("this is not a tokenizer"));
+    }
+}
