@@ -13,7 +13,7 @@ Files written for a model, beside the model folder itself:
     adapter/             the adapter, in PEFT's layout, with a B that is not zero
     rows.jsonl           forty rows: query, positive, one negative
     train.json           ten steps on them: losses, gradient norms before clipping, rates, every setting
-    train.safetensors    grad.NAME: gradients of step 1 (before clipping); embeddings (N,D) of golden.json's batch after the run
+    train.safetensors    grad.NAME: gradients of step 1 (before clipping); embeddings (N,D): golden.json's batch after the run
 """
 
 import json

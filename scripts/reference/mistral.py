@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/mistral: a tiny random Mistral with last-token pooling, and what transformers and PEFT compute with it.
+"""Writes tests/golden/mistral: a tiny random Mistral, last-token pooling, and what transformers and PEFT compute with it.
 
 The sliding window of 5 is shorter than most texts, two query heads share a key head, and the tokenizer falls back to
 bytes and appends the end token, as that of e5-mistral does. transformers computes norms, softmax and rotations in
@@ -53,7 +53,7 @@ def exact():
 
 
 def tokenizer():
-    """BPE as sentencepiece's, converted: words start with U+2581, what has no piece becomes bytes, merges build a few words."""
+    """BPE as converted from sentencepiece: U+2581 starts words, what has no piece becomes bytes, a few words are whole."""
     vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>"])}
     for piece in [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", *string.ascii_letters, *string.digits, *"?,;:.-"]:
         vocabulary[piece] = len(vocabulary)
