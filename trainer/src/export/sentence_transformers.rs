@@ -1,0 +1,105 @@
+//! The files around the weights, in the legacy schema of sentence-transformers.
+//!
+//! Every version of it reads that schema, and so do text-embeddings-inference and vLLM; the compact one of 5.4 and later
+//! they mistake or refuse.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::{About, put};
+use crate::model::{Folder, Pooling};
+use crate::{Error, Result};
+
+/// The tokenizer's files, whichever of them a model has.
+const TOKENIZER: [&str; 9] = [
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+];
+
+/// Writes everything but weights and model card into `folder`. `source` is the folder that the model was trained from.
+pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()> {
+    let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
+    if about.normalize {
+        modules.push(module(2, "2_Normalize", "Normalize"));
+    }
+    put(&folder.join("modules.json"), &Value::from(modules))?;
+
+    let pooling = folder.join("1_Pooling");
+    std::fs::create_dir(&pooling).map_err(Error::io("create", &pooling))?;
+    put(&pooling.join("config.json"), &pooling_config(about.pooling, about.width, source.include_prompt))?;
+
+    let encoder = json!({ "max_seq_length": about.max_length, "do_lower_case": source.lower_case });
+    put(&folder.join("sentence_bert_config.json"), &encoder)?;
+
+    let mut prompts = source.prompts.clone();
+    prompts.insert("query".into(), about.query_prompt.clone());
+    prompts.insert("document".into(), about.document_prompt.clone());
+    let named = json!({
+        "prompts": prompts,
+        "default_prompt_name": source.default_prompt,
+        "similarity_fn_name": "cosine",
+    });
+    put(&folder.join("config_sentence_transformers.json"), &named)?;
+
+    put(&folder.join("config.json"), &encoder_config(source.config.clone()))?;
+    for name in TOKENIZER {
+        let from = source.path.join(name);
+        if from.exists() {
+            std::fs::copy(&from, folder.join(name)).map_err(Error::io("copy", from))?;
+        }
+    }
+    let name = "tokenizer_config.json";
+    let from = source.path.join(name);
+    if from.exists() {
+        let text = std::fs::read(&from).map_err(Error::io("read", &from))?;
+        let mut config: Map<String, Value> = serde_json::from_slice(&text)
+            .map_err(|error| Error::file(&from, format!("malformed: {error}")))?;
+        config.insert("model_max_length".into(), about.max_length.into());
+        put(&folder.join(name), &config.into())?;
+    }
+    Ok(())
+}
+
+fn module(index: usize, path: &str, kind: &str) -> Value {
+    let kind = format!("sentence_transformers.models.{kind}");
+    json!({ "idx": index, "name": index.to_string(), "path": path, "type": kind })
+}
+
+fn pooling_config(pooling: Pooling, width: usize, include_prompt: bool) -> Value {
+    json!({
+        "word_embedding_dimension": width,
+        "pooling_mode_cls_token": pooling == Pooling::Cls,
+        "pooling_mode_mean_tokens": pooling == Pooling::Mean,
+        "pooling_mode_max_tokens": false,
+        "pooling_mode_mean_sqrt_len_tokens": false,
+        "pooling_mode_weightedmean_tokens": false,
+        "pooling_mode_lasttoken": pooling == Pooling::LastToken,
+        "include_prompt": include_prompt,
+    })
+}
+
+/// The encoder's `config.json`: the weights are f32 now, and those of an encoder without a head.
+fn encoder_config(mut config: Value) -> Value {
+    for key in ["torch_dtype", "dtype"] {
+        if let Some(dtype) = config.get_mut(key) {
+            *dtype = "float32".into();
+        }
+    }
+    if let Some(Value::Array(architectures)) = config.get_mut("architectures") {
+        for architecture in architectures {
+            // BertForMaskedLM → BertModel
+            if let Some((family, _)) = architecture.as_str().and_then(|name| name.split_once("For")) {
+                *architecture = format!("{family}Model").into();
+            }
+        }
+    }
+    config
+}
