@@ -411,7 +411,7 @@ mod tests {
     #[test]
     fn many_texts_come_back_in_their_order() {
         let tokenizer = bert();
-        let texts: Vec<String> = (0..1023).map(|i| ["the", "cat", "sat"][i % 3].repeat(1)).collect();
+        let texts: Vec<String> = (0..1023).map(|i| ["the", "cat", "sat"][i % 3].to_owned()).collect();
         let all = tokenizer.encode(&texts, "", 8, true).unwrap();
         assert!(all.iter().enumerate().all(|(i, s)| s.ids == [2, 8 + (i % 3) as u32, 3]));
         assert!(tokenizer.encode(&[] as &[&str], "", 8, true).unwrap().is_empty());

@@ -1,0 +1,232 @@
+//! Tests of the readers: files as users have them, and the messages they get.
+
+use std::io::Write;
+
+use super::*;
+
+fn set(path: &Path) -> DataSet {
+    DataSet { path: path.to_owned(), ..DataSet::default() }
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> std::path::PathBuf {
+        let path = self.0.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+}
+
+fn open(name: &str, text: impl AsRef<[u8]>) -> Result<Source> {
+    let folder = Folder::new();
+    Source::open(&set(&folder.write(name, text.as_ref())))
+}
+
+/// The message from the file's name on.
+fn message(name: &str, text: impl AsRef<[u8]>) -> String {
+    let error = open(name, text).err().expect("an error").to_string();
+    error[error.find(name).unwrap()..].to_owned()
+}
+
+fn rows(source: &Source) -> Vec<Row> {
+    (0..source.len()).map(|row| source.row(row).unwrap()).collect()
+}
+
+fn row(query: &str, positives: &[&str], negatives: &[&str]) -> Row {
+    let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    Row { query: query.to_owned(), positives: owned(positives), negatives: owned(negatives) }
+}
+
+#[test]
+fn jsonl_rows_come_in_all_their_forms() {
+    let text = "\u{feff}{\"query\": \"a\", \"positive\": \"b\"}\r\n\n  \n\
+        {\"query\": \"c\", \"positive\": [\"d\", \"e\"], \"negatives\": [\"f\", \"g\"], \"other\": 3}\n\
+        {\"anchor\": \"é\", \"document\": \"😀\\n\", \"negative\": \"h\"}\n\
+        {\"query\": \"i\", \"positive\": \"j\", \"negatives\": null}";
+    let source = open("a.jsonl", text).unwrap();
+    let expected = vec![
+        row("a", &["b"], &[]),
+        row("c", &["d", "e"], &["f", "g"]),
+        row("é", &["😀\n"], &["h"]),
+        row("i", &["j"], &[]),
+    ];
+    assert_eq!(rows(&source), expected);
+    assert!(source.error(1, "wrong").to_string().ends_with("a.jsonl:4: wrong"));
+}
+
+#[test]
+fn csv_rows_come_in_all_their_forms() {
+    let text = "\u{feff}id,Question,Answer,negatives\r\n1,\"a, \"\"b\"\"\",\"c\nd\",\r\n\r\n2, e ,f,\"[\"\"g\"\", \"\"h\"\"]\"\r\n3,i,j,k";
+    let source = open("a.csv", text).unwrap();
+    let expected =
+        vec![row("a, \"b\"", &["c\nd"], &[]), row(" e ", &["f"], &["g", "h"]), row("i", &["j"], &["k"])];
+    assert_eq!(rows(&source), expected);
+    assert!(source.error(1, "wrong").to_string().ends_with("a.csv:5: wrong"));
+    let source = open("a.tsv", "query\tpositive\tnegative\na, b\tc\t\n\nd\te\tf \n").unwrap();
+    assert_eq!(rows(&source), [row("a, b", &["c"], &[]), row("d", &["e"], &["f "])]);
+}
+
+#[test]
+fn numbered_negatives_are_taken_in_their_order() {
+    let source = open("a.csv", "anchor,positive,negative_2,negative_1\na,b,c,d\ne,f,,g\n").unwrap();
+    assert_eq!(rows(&source), [row("a", &["b"], &["d", "c"]), row("e", &["f"], &["g"])]);
+}
+
+#[test]
+fn packed_files_read_like_plain_ones() {
+    let folder = Folder::new();
+    let text = b"{\"query\": \"a\", \"positive\": \"b\"}\n{\"query\": \"c\", \"positive\": \"d\"}\n";
+    let plain = Source::open(&set(&folder.write("plain.jsonl", text))).unwrap();
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gz.write_all(&text[..30]).unwrap();
+    let mut gz = gz.finish().unwrap();
+    // Two members end to end, as `cat a.gz b.gz` makes them.
+    let mut rest = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    rest.write_all(&text[30..]).unwrap();
+    gz.extend(rest.finish().unwrap());
+    let zst = zstd::encode_all(&text[..], 1).unwrap();
+    for (name, bytes) in [("a.jsonl.gz", &gz), ("a.jsonl.zst", &zst)] {
+        let path = folder.write(name, bytes);
+        let source = Source::open(&set(&path)).unwrap();
+        assert_eq!(rows(&source), rows(&plain));
+        assert_eq!(source.digest(), plain.digest());
+        let cut = folder.write(name, &bytes[..bytes.len() / 2]);
+        let error = Source::open(&set(&cut)).err().unwrap().to_string();
+        assert!(error.contains(&format!("{name}: cannot unpack: ")), "{error}");
+    }
+}
+
+#[test]
+fn a_wrong_json_row_is_named_by_its_line() {
+    let good = "{\"query\": \"a\", \"positive\": \"b\"}\n";
+    for (bad, expected) in [
+        ("{\"query\": \"a\", \"positive\"}", "this is not JSON: expected `:` at column 26"),
+        ("{\"query\": \"a\"", "this is not JSON: EOF while parsing an object at column 13"),
+        ("[1]", "expected a JSON object, found a list"),
+        ("{\"query\": \"a\", \"positive\": \" \\n\"}", "`positive` has an empty text"),
+        ("{\"query\": \"\", \"positive\": \"b\"}", "`query` has an empty text"),
+        ("{\"query\": null, \"positive\": \"b\"}", "`query` is missing"),
+        ("{\"query\": [\"a\"], \"positive\": \"b\"}", "`query` is a list, expected one text"),
+        ("{\"query\": \"a\", \"positive\": null}", "has no positive: `positive` is missing or empty"),
+        ("{\"query\": \"a\", \"positive\": []}", "has no positive: `positive` is missing or empty"),
+        (
+            "{\"query\": \"a\", \"positive\": 3}",
+            "`positive` has the number 3 where text was expected\nhint: put it in quotes",
+        ),
+        (
+            "{\"query\": \"a\", \"positive\": [\"b\", {}]}",
+            "`positive` has an object where text was expected\nhint: put it in quotes",
+        ),
+        (
+            "{\"query\": \"a\", \"positive\": \"b\", \"negatives\": [\"c\", \"\"]}",
+            "`negatives` has an empty text",
+        ),
+    ] {
+        let text = format!("{good}\n{good}{bad}\n{good}");
+        assert_eq!(message("a.jsonl", text), format!("a.jsonl:4: {expected}"));
+    }
+    let error = message("a.jsonl", format!("{good}{{\"query\": \"a\"}}\n"));
+    assert!(
+        error.starts_with("a.jsonl:2: has no column for the positive, expected one of positive, "),
+        "{error}"
+    );
+    let error = message("a.jsonl", b"{\"query\": \"a\", \"positive\": \"b\xff\"}\n");
+    assert!(error.starts_with("a.jsonl:1: is not UTF-8 at byte 30 of the row\nhint: iconv"), "{error}");
+}
+
+#[test]
+fn a_wrong_csv_row_is_named_by_the_line_it_begins_in() {
+    for line_end in ["\n", "\r\n"] {
+        let good = "query,positive\n\"a\nb\",c\nd,e\n";
+        for (bad, expected) in [
+            ("f", "has 1 fields where the header has 2"),
+            ("f,g,h", "has 3 fields where the header has 2"),
+            ("\" \n\",g", "`query` has an empty text"),
+            ("f,", "`positive` has an empty text"),
+            ("f,\"g", "a quote in this row is never closed"),
+        ] {
+            let text = format!("{good}{bad}").replace('\n', line_end);
+            assert_eq!(message("a.csv", text), format!("a.csv:5: {expected}"));
+        }
+    }
+    assert!(message("a.csv", b"query,positive\na,\xe9\n").starts_with("a.csv:2: is not UTF-8 at byte 3"));
+}
+
+#[test]
+fn a_header_that_does_not_fit_is_listed() {
+    let error = message("a.csv", "q,answer\na,b\n");
+    assert!(
+        error.starts_with("a.csv:1: has no column for the query") && error.contains("found q, answer"),
+        "{error}"
+    );
+    assert_eq!(
+        message("a.csv", "query,query\na,b\n"),
+        "a.csv:1: the header names column 1 and column 2 `query`"
+    );
+    assert_eq!(message("a.csv", ""), "a.csv: is empty, expected a header and rows");
+    assert_eq!(message("a.csv", "query,positive\n"), "a.csv: has no rows");
+    assert_eq!(message("a.jsonl", "\n\n"), "a.jsonl: has no rows");
+}
+
+#[test]
+fn what_is_no_data_file_is_refused() {
+    assert!(message("a.txt", "x").starts_with("a.txt: expected a .jsonl, .csv or .tsv file"));
+    let missing = Source::open(&set(Path::new("no/such.jsonl"))).err().unwrap().to_string();
+    assert!(missing.starts_with("no/such.jsonl: cannot open: "), "{missing}");
+    let empty = tempfile::tempdir().unwrap();
+    let error = Source::open(&set(empty.path())).err().unwrap().to_string();
+    assert!(error.contains("expected a BEIR folder") && error.ends_with("found no qrels/*.tsv"), "{error}");
+}
+
+#[test]
+fn a_file_that_changes_later_is_an_error_not_a_crash() {
+    let folder = Folder::new();
+    let text = b"{\"query\": \"a\", \"positive\": \"b\"}\n{\"query\": \"c\", \"positive\": \"d\"}\n";
+    let path = folder.write("a.jsonl", text);
+    let source = Source::open(&set(&path)).unwrap();
+    std::fs::write(&path, b"{\"query\": \"a\"}").unwrap();
+    assert!(source.row(1).unwrap_err().to_string().contains("a.jsonl: cannot read"));
+    std::fs::write(&path, [b' '; 70]).unwrap();
+    assert!(source.row(0).unwrap_err().to_string().contains("(it was right when the run began)"));
+}
+
+#[test]
+fn a_beir_folder_gives_a_row_for_each_query_with_answers() {
+    let folder = Folder::new();
+    folder.write(
+        "queries.jsonl",
+        b"{\"_id\": \"q1\", \"text\": \"one\"}\n{\"_id\": \"q2\", \"text\": \"two\"}\n{\"_id\": \"q3\", \"text\": \"\"}\n",
+    );
+    folder.write(
+        "corpus.jsonl",
+        b"{\"_id\": \"d1\", \"title\": \"T\", \"text\": \"x\"}\n{\"_id\": \"d2\", \"title\": \"\", \"text\": \" y\"}\n{\"_id\": 3, \"text\": \"z\"}\n",
+    );
+    let qrels = "query-id\tcorpus-id\tscore\nq2\td2\t1\nq1\td1\t1\nq2\td1\t2\nq2\t3\t0\nq2\td2\t1\n";
+    folder.write("qrels/test.tsv", qrels.as_bytes());
+    let source = Source::open(&set(folder.0.path())).unwrap();
+    assert_eq!(rows(&source), [row("two", &[" y", "T x"], &[]), row("one", &["T x"], &[])]);
+    assert!(source.error(0, "wrong").to_string().ends_with("queries.jsonl:2: wrong"));
+
+    let message = || {
+        let error = Source::open(&set(folder.0.path())).err().unwrap().to_string();
+        error.replace(folder.0.path().to_str().unwrap(), "")
+    };
+    folder.write("qrels/dev.tsv", qrels.as_bytes());
+    assert_eq!(message(), "/qrels: has no train.tsv to train on, only dev.tsv, test.tsv");
+    folder.write("qrels/train.tsv", b"query-id\tcorpus-id\tscore\nq9\td2\t1\n");
+    assert_eq!(message(), "/qrels/train.tsv:2: `q9` is not in /queries.jsonl");
+    folder.write("qrels/train.tsv", b"q1\td2\t1\nq1\td2\thigh\n");
+    assert_eq!(message(), "/qrels/train.tsv:2: the score `high` is no number");
+    folder.write("qrels/train.tsv", b"q1\td2\t0\n");
+    assert_eq!(message(), "/qrels/train.tsv: has no relevant document, expected scores above 0");
+    folder.write("qrels/train.tsv", b"q3\td2\t1\n");
+    assert_eq!(message(), "/queries.jsonl:3: `text` is empty");
+    folder.write("qrels/train.tsv", b"q1 d2 1\n");
+    assert!(message().starts_with("/qrels/train.tsv:1: expected query-id, corpus-id and score"));
+}
