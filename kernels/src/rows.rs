@@ -41,6 +41,28 @@ impl<'r> Unwritten<'r> {
     }
 }
 
+/// Writes two rows of one width at once, from pairs of values.
+///
+/// # Panics
+/// If there are fewer pairs than elements, or the widths differ.
+#[inline(always)]
+pub(crate) fn fill_both<'r>(
+    new: [Unwritten<'r>; 2],
+    values: impl IntoIterator<Item = (f32, f32)>,
+) -> [Row<'r>; 2] {
+    let [a, b] = new.map(|row| row.elements);
+    assert_eq!(a.len(), b.len(), "new rows of one width");
+    let mut written = 0;
+    for ((a, b), values) in a.iter_mut().zip(b.iter_mut()).zip(values) {
+        a.write(values.0);
+        b.write(values.1);
+        written += 1;
+    }
+    assert_eq!(written, a.len(), "a value for every element of a new row");
+    // SAFETY: as many elements of both as there are have just been written, each once.
+    unsafe { [a.assume_init_mut(), b.assume_init_mut()] }.map(|elements| Row { elements, brand: PhantomData })
+}
+
 impl Deref for Row<'_> {
     type Target = [f32];
 
@@ -121,26 +143,24 @@ fn in_pieces<const N: usize>(
     let mut rest_partial = partial.as_mut_slice();
     let mut pieces = Vec::with_capacity(count);
     for piece in 0..count {
-        let range = piece * step..rows.min((piece + 1) * step);
-        let elements = array::from_fn(|i| take(&mut rest[i], range.len() * widths[i]));
+        let range: Range<usize> = piece * step..rows.min((piece + 1) * step);
+        let elements: [_; N] = array::from_fn(|i| take(&mut rest[i], range.len() * widths[i]));
         pieces.push((range, elements, take(&mut rest_partial, sums)));
     }
-    pieces.into_par_iter().for_each(
-        |(range, mut elements, sums): (Range<usize>, [&mut [MaybeUninit<f32>]; N], &mut [f32])| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for t in range {
-                        let row = array::from_fn(|i| Unwritten {
-                            elements: take(&mut elements[i], widths[i]),
-                            brand: PhantomData,
-                        });
-                        f(t, row, sums);
-                    }
-                },
-            );
-        },
-    );
+    pieces.into_par_iter().for_each(|(range, mut elements, sums)| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for t in range {
+                    let row = array::from_fn(|i| Unwritten {
+                        elements: take(&mut elements[i], widths[i]),
+                        brand: PhantomData,
+                    });
+                    f(t, row, sums);
+                }
+            },
+        );
+    });
     for (tensor, width) in new.iter_mut().zip(widths) {
         // SAFETY: the capacity is `rows * width`, and each row of it was handed to `f` exactly once. `f` returned N
         // rows that bear the brand of the N unwritten rows it was given; those cannot be copied, and become `Row`s only in

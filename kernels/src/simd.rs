@@ -1,9 +1,11 @@
 //! Vector instructions chosen when the program runs, threads, and the functions that vectorise.
 //!
 //! Loops are plain Rust that the compiler vectorises; [`vectorised`] compiles them for AVX2 and AVX-512 beside
-//! the baseline and takes the best that the processor has. What a loop calls must be `#[inline(always)]`.
+//! the baseline and takes the best that the processor has. What a loop calls must be `#[inline(always)]`, closures
+//! included. `mul_add` is one instruction wherever AVX2 is; older processors get the same bits, slowly.
 
 use rayon::prelude::*;
+use std::array;
 use std::sync::LazyLock;
 
 static ARCH: LazyLock<pulp::Arch> = LazyLock::new(pulp::Arch::new);
@@ -30,11 +32,14 @@ pub(crate) fn fill_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f
     }
     let step = rows_per_task(out.len() / width, width);
     out.par_chunks_mut(step * width).enumerate().for_each(|(piece, rows)| {
-        vectorised(|| {
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                f(piece * step + i, row);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                    f(piece * step + i, row);
+                }
+            },
+        );
     });
 }
 
@@ -45,14 +50,16 @@ pub(crate) fn fill_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f
 pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the nearest integer in the low bits
     let clamped = x.clamp(-87.336_54, 88.722_83);
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = (clamped - n * 0.693_359_375) - n * -2.121_944_4e-4;
-    let p = ((((1.987_569_1e-4 * r + 1.398_199_9e-3) * r + 8.333_452e-3) * r + 4.166_579_6e-2) * r
-        + 0.166_666_66)
-        * r
-        + 0.500_000_0;
-    let mantissa = (p * r) * r + r + 1.0;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, clamped));
+    let p = 1.987_569_1e-4f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 0.166_666_66);
+    let p = p.mul_add(r, 0.5);
+    let mantissa = (p * r).mul_add(r, r) + 1.0;
     // n = 128 has no exponent of its own: two halves reach it.
     let bits = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     let half = bits >> 1;
@@ -61,32 +68,64 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.336_54 { 0.0 } else { value }
 }
 
-/// Σ aᵢbᵢ in sixteen lanes: an order of addition that does not depend on the processor.
+/// Σ aᵢbᵢ.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let (a16, b16) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = a16.remainder().iter().zip(b16.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a16.zip(b16) {
-        for i in 0..16 {
-            lanes[i] += x[i] * y[i];
-        }
-    }
-    total(lanes) + rest
+    let [sum] = sums_by(
+        [a, b],
+        #[inline(always)]
+        |[a, b]| [a * b],
+    );
+    sum
 }
 
-/// Σ aᵢ in sixteen lanes.
+/// Σ aᵢ.
 #[inline(always)]
 pub(crate) fn sum(a: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let a16 = a.chunks_exact(16);
-    let rest: f32 = a16.remainder().iter().sum();
-    for x in a16 {
-        for i in 0..16 {
-            lanes[i] += x[i];
+    let [sum] = sums_by(
+        [a],
+        #[inline(always)]
+        |a| a,
+    );
+    sum
+}
+
+/// N sums over the elements of K rows of one length, Σ f(aᵢ, bᵢ, …), in sixteen lanes: an order of addition that does
+/// not depend on the processor.
+#[inline(always)]
+pub(crate) fn sums_by<const K: usize, const N: usize>(
+    rows: [&[f32]; K],
+    f: impl Fn([f32; K]) -> [f32; N],
+) -> [f32; N] {
+    let (sixteens, rests): ([_; K], [_; K]) =
+        (rows.map(|row| row.as_chunks::<16>().0), rows.map(|row| row.as_chunks::<16>().1));
+    let mut lanes = [[0f32; 16]; N];
+    for i in 0..sixteens[0].len() {
+        let rows = sixteens.map(
+            #[inline(always)]
+            |row| &row[i],
+        );
+        for lane in 0..16 {
+            let values = f(rows.map(
+                #[inline(always)]
+                |row| row[lane],
+            ));
+            for n in 0..N {
+                lanes[n][lane] += values[n];
+            }
         }
     }
-    total(lanes) + rest
+    let mut rest = [0f32; N];
+    for i in 0..rests[0].len() {
+        let values = f(rests.map(
+            #[inline(always)]
+            |row| row[i],
+        ));
+        for n in 0..N {
+            rest[n] += values[n];
+        }
+    }
+    array::from_fn(|n| total(lanes[n]) + rest[n])
 }
 
 #[inline(always)]
