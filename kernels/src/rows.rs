@@ -172,7 +172,7 @@ fn in_pieces<const N: usize>(
 
 /// Cuts the first `count` elements off `rest`.
 #[inline(always)]
-fn take<'a, T>(rest: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+pub(crate) fn take<'a, T>(rest: &mut &'a mut [T], count: usize) -> &'a mut [T] {
     let (head, tail) = mem::take(rest).split_at_mut(count);
     *rest = tail;
     head

@@ -1,5 +1,6 @@
 //! A tensor's memory on the CPU: read as a slice, written as a slice.
 
+use crate::Packing;
 use candle_core::{
     CpuStorage, Device, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType,
     backend::BackendStorage, bail,
@@ -89,4 +90,13 @@ pub(crate) fn expect_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Resu
         bail!("`{name}` has the shape {:?}, expected {shape:?}", tensor.dims());
     }
     Ok(())
+}
+
+/// The two dimensions (T, width) of a packed tensor called `name`.
+pub(crate) fn packed(name: &str, tensor: &Tensor, packing: &Packing) -> Result<(usize, usize)> {
+    let (rows, width) = matrix(name, tensor)?;
+    if rows != packing.tokens() {
+        bail!("`{name}` has {rows} rows, but its sequences have {} tokens", packing.tokens());
+    }
+    Ok((rows, width))
 }
