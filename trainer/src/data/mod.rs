@@ -4,6 +4,8 @@
 //! function of the seed and a cursor; `tokenize` turns texts into tokens; `builder` puts a batch together; `loader` does
 //! all of that in the background, a few batches ahead.
 pub mod batch;
+pub mod mixture;
+mod permutation;
 pub mod reader;
 pub mod row;
 pub mod tokenize;

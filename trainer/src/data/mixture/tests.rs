@@ -1,0 +1,324 @@
+//! Tests of the order: every row in its epoch, no text twice, the same from any cursor.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+
+struct Files {
+    folder: tempfile::TempDir,
+    config: Config,
+}
+
+impl Files {
+    /// Data sets of so many rows, all texts different, three negatives and two positives each.
+    fn new(rows: &[usize]) -> Self {
+        let mut files = Self { folder: tempfile::tempdir().unwrap(), config: Config::default() };
+        for (set, rows) in rows.iter().enumerate() {
+            let line = |row: usize| {
+                let text = |part: &str| format!("\"{part}{set}.{row}\"");
+                let (p, r) = (text("p"), text("r"));
+                let negatives = [text("x"), text("y"), text("z")].join(",");
+                format!("{{\"query\":{},\"positive\":[{p},{r}],\"negatives\":[{negatives}]}}\n", text("q"))
+            };
+            files.add(&(0..*rows).map(line).collect::<String>());
+        }
+        files.config.training.batch_size = 4;
+        files
+    }
+
+    fn add(&mut self, jsonl: &str) {
+        let path = self.folder.path().join(format!("set{}.jsonl", self.config.data.train.len()));
+        std::fs::write(&path, jsonl).unwrap();
+        self.config.data.train.push(DataSet { path, ..DataSet::default() });
+    }
+
+    fn open(&self) -> Mixture {
+        Mixture::open(&self.config).unwrap()
+    }
+}
+
+fn epoch(walk: &mut Walk<'_>) -> Vec<Picked> {
+    (0..walk.mixture.batches()).map(|_| walk.step().unwrap()).collect()
+}
+
+fn ids(picked: &[Picked]) -> Vec<(u32, u64)> {
+    picked.iter().flat_map(|p| &p.examples).map(|e| (e.row.dataset, e.row.row)).collect()
+}
+
+#[test]
+fn without_shuffling_rows_come_in_file_order() {
+    let mut files = Files::new(&[5, 4]);
+    files.config.data.shuffle = false;
+    for batching in [Batching::Mixed, Batching::PerDataset] {
+        files.config.data.batching = batching;
+        let mixture = files.open();
+        let mut walk = mixture.walk(&Cursor::default()).unwrap();
+        for _ in 0..2 {
+            let picked = epoch(&mut walk);
+            let expected: Vec<_> = (0..5).map(|row| (0, row)).chain((0..4).map(|row| (1, row))).collect();
+            assert_eq!(ids(&picked), expected);
+            let sizes: Vec<usize> = picked.iter().map(|p| p.examples.len()).collect();
+            assert_eq!(sizes, if batching == Batching::Mixed { [4, 4, 1] } else { [4, 1, 4] });
+        }
+    }
+}
+
+#[test]
+fn every_row_comes_once_an_epoch_in_another_order_each() {
+    for seed in 0..20 {
+        for batching in [Batching::Mixed, Batching::PerDataset] {
+            let mut files = Files::new(&[7, 1, 30]);
+            files.config.seed = seed;
+            files.config.data.batching = batching;
+            let mixture = files.open();
+            assert_eq!(mixture.rows(), 38);
+            assert_eq!(mixture.batches(), if batching == Batching::Mixed { 10 } else { 2 + 1 + 8 });
+            let mut walk = mixture.walk(&Cursor::default()).unwrap();
+            let mut orders = BTreeSet::new();
+            for number in 1..4 {
+                let picked = epoch(&mut walk);
+                let last = picked.last().unwrap();
+                assert_eq!(last.cursor, Cursor { epoch: number, ..Cursor::default() });
+                assert_eq!(last.epoch, number as f64);
+                for batch in &picked {
+                    let sets: BTreeSet<_> = batch.examples.iter().map(|e| e.row.dataset).collect();
+                    assert!(batching == Batching::Mixed || sets.len() == 1);
+                }
+                let order = ids(&picked);
+                let mut sorted = order.clone();
+                sorted.sort_unstable();
+                let all: Vec<_> =
+                    [7, 1, 30].iter().zip(0..).flat_map(|(n, set)| (0..*n).map(move |r| (set, r))).collect();
+                assert_eq!(sorted, all);
+                orders.insert(order);
+            }
+            assert_eq!(orders.len(), 3);
+        }
+    }
+}
+
+#[test]
+fn batches_of_single_data_sets_take_turns() {
+    let mut files = Files::new(&[400, 400]);
+    files.config.data.batching = Batching::PerDataset;
+    let mixture = files.open();
+    let picked = epoch(&mut mixture.walk(&Cursor::default()).unwrap());
+    let early = picked[..100].iter().filter(|p| p.examples[0].row.dataset == 0).count();
+    assert!((30..70).contains(&early), "{early}");
+}
+
+/// Rows whose texts collide: few different positives, some queries that are others' positives.
+fn colliding() -> Files {
+    let mut files = Files::new(&[]);
+    let line = |set: usize, row: usize| {
+        let positive = if row % 5 == 0 { format!("q{set}.{}", row / 2) } else { format!("p{}", row % 9) };
+        format!("{{\"query\":\"q{set}.{row}\",\"positive\":\"{positive}\",\"negative\":\"n{}\"}}\n", row % 11)
+    };
+    files.add(&(0..41).map(|row| line(0, row)).collect::<String>());
+    files.add(&(0..18).map(|row| line(1, row)).collect::<String>());
+    files.config.training.batch_size = 4;
+    files
+}
+
+fn twice(picked: &Picked) -> bool {
+    let mut seen = HashSet::new();
+    picked.examples.iter().any(|example| {
+        let own: HashSet<&str> = example.texts().collect();
+        let again = own.iter().any(|text| seen.contains(*text));
+        seen.extend(own.into_iter().map(str::to_owned));
+        again
+    })
+}
+
+#[test]
+fn no_text_stands_twice_in_a_batch_while_another_row_is_left() {
+    let mut without = 0;
+    for seed in 0..30 {
+        for batching in [Batching::Mixed, Batching::PerDataset] {
+            let mut files = colliding();
+            files.config.seed = seed;
+            files.config.data.batching = batching;
+            let mixture = files.open();
+            let mut walk = mixture.walk(&Cursor::default()).unwrap();
+            for _ in 0..2 {
+                let picked = epoch(&mut walk);
+                // A lane's last rows may have to meet; there are at most two such batches of four a lane here.
+                let bad = picked.iter().filter(|p| twice(p)).count();
+                assert!(bad <= 4, "{bad}");
+                without += usize::from(bad == 0);
+                let mut all = ids(&picked);
+                all.sort_unstable();
+                all.dedup();
+                assert_eq!(all.len(), 59);
+            }
+        }
+    }
+    assert!(without > 20, "{without}");
+    let mut files = colliding();
+    files.config.data.no_duplicates = false;
+    assert!(
+        epoch(&mut files.open().walk(&Cursor::default()).unwrap()).iter().filter(|p| twice(p)).count() > 8
+    );
+}
+
+#[test]
+fn a_text_twice_in_one_row_is_one_item() {
+    let mut files = Files::new(&[]);
+    files.add(
+        "{\"query\":\"a\",\"positive\":\"a\",\"negative\":\"a\"}\n{\"query\":\"b\",\"positive\":\"c\"}\n",
+    );
+    files.config.training.batch_size = 2;
+    let picked = files.open().walk(&Cursor::default()).unwrap().step().unwrap();
+    assert_eq!(picked.examples.len(), 2);
+}
+
+#[test]
+fn rows_that_all_collide_still_come_all() {
+    let mut files = Files::new(&[]);
+    files.add(
+        &(0..10).map(|row| format!("{{\"query\":\"q{row}\",\"positive\":\"yes\"}}\n")).collect::<String>(),
+    );
+    files.config.training.batch_size = 4;
+    let mixture = files.open();
+    let picked = epoch(&mut mixture.walk(&Cursor::default()).unwrap());
+    assert_eq!(picked.iter().map(|p| p.examples.len()).collect::<Vec<_>>(), [4, 4, 2]);
+    let mut all = ids(&picked);
+    all.sort_unstable();
+    assert_eq!(all, (0..10).map(|row| (0, row)).collect::<Vec<_>>());
+}
+
+#[test]
+fn going_on_from_any_cursor_gives_the_batches_that_would_have_followed() {
+    for seed in 0..6 {
+        for (batching, shuffle) in
+            [(Batching::Mixed, true), (Batching::PerDataset, true), (Batching::PerDataset, false)]
+        {
+            let mut files = colliding();
+            files.config.seed = seed;
+            files.config.data.batching = batching;
+            files.config.data.shuffle = shuffle;
+            let mixture = files.open();
+            let mut walk = mixture.walk(&Cursor::default()).unwrap();
+            let mut cursors = vec![walk.cursor()];
+            let picked: Vec<Picked> = (0..2 * mixture.batches() + 3).map(|_| walk.step().unwrap()).collect();
+            cursors.extend(picked.iter().map(|p| p.cursor.clone()));
+            for (i, cursor) in cursors.iter().enumerate() {
+                let json = serde_json::to_string(cursor).unwrap();
+                let cursor: Cursor = serde_json::from_str(&json).unwrap();
+                let mut again = mixture.walk(&cursor).unwrap();
+                assert_eq!(again.cursor(), cursor);
+                for expected in &picked[i..(i + 8).min(picked.len())] {
+                    assert_eq!(&again.step().unwrap(), expected);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cursor_of_other_data_is_refused() {
+    let mixture = Files::new(&[10]).open();
+    for (position, deferred) in [(3, vec![]), (11, vec![]), (1, vec![0, 1]), (5, vec![99]), (400, vec![])] {
+        let error = mixture.walk(&Cursor { epoch: 0, position, deferred }).err().unwrap().to_string();
+        assert!(error.contains("the data or the batch size have changed"), "{error}");
+    }
+}
+
+#[test]
+fn samples_are_a_fixed_subset_that_follows_from_the_seed() {
+    let mut files = Files::new(&[100]);
+    files.config.data.train[0].samples = Some(10);
+    let subset = |files: &Files| -> BTreeSet<u64> {
+        let mixture = files.open();
+        let mut walk = mixture.walk(&Cursor::default()).unwrap();
+        let first: BTreeSet<u64> = ids(&epoch(&mut walk)).into_iter().map(|(_, row)| row).collect();
+        let second: BTreeSet<u64> = ids(&epoch(&mut walk)).into_iter().map(|(_, row)| row).collect();
+        assert_eq!((first.len(), &first), (10, &second));
+        first
+    };
+    let one = subset(&files);
+    files.config.seed = 1;
+    assert_ne!(subset(&files), one);
+    files.config.data.shuffle = false;
+    let picked = epoch(&mut files.open().walk(&Cursor::default()).unwrap());
+    let order = ids(&picked);
+    assert!(order.is_sorted());
+    files.config.data.train[0].samples = Some(1000);
+    assert_eq!(files.open().rows(), 100);
+}
+
+#[test]
+fn weights_repeat_rows_or_take_a_part_of_them() {
+    let mut files = Files::new(&[10, 20]);
+    files.config.data.train[0].weight = 2.5;
+    files.config.data.train[1].weight = 0.25;
+    let mixture = files.open();
+    assert_eq!((mixture.sets()[0].rows, mixture.sets()[1].rows, mixture.rows()), (25, 5, 30));
+    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    let mut counts: BTreeMap<(u32, u64), usize> = BTreeMap::new();
+    for number in 0..4 {
+        for id in ids(&epoch(&mut walk)) {
+            *counts.entry(id).or_default() += 1;
+        }
+        if number == 0 {
+            let small: Vec<u64> = counts.keys().filter(|id| id.0 == 1).map(|id| id.1).collect();
+            assert_eq!(small.len(), 5);
+            assert!(small[4] - small[0] > 4, "scattered over the file: {small:?}");
+            assert!(counts.iter().filter(|(id, _)| id.0 == 0).all(|(_, count)| (2..=3).contains(count)));
+        }
+    }
+    assert!(counts.iter().all(|(id, count)| *count == if id.0 == 0 { 10 } else { 1 }));
+    files.config.data.train[1].weight = 0.01;
+    let error = Mixture::open(&files.config).err().unwrap().to_string();
+    assert!(error.contains("data.train.1.weight: 0.01 of 20 rows is no row at all"), "{error}");
+}
+
+#[test]
+fn positives_and_negatives_take_turns() {
+    let mut files = Files::new(&[4]);
+    files.config.data.shuffle = false;
+    files.config.data.negatives = 2;
+    let mixture = files.open();
+    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    for (positive, negatives) in [("p", ["x", "y"]), ("r", ["z", "x"]), ("p", ["y", "z"]), ("r", ["x", "y"])]
+    {
+        let picked = walk.step().unwrap();
+        let example = &picked.examples[1];
+        assert_eq!(example.known, ["p0.1", "r0.1"]);
+        assert_eq!(example.known[example.positive], format!("{positive}0.1"));
+        assert_eq!(example.negatives, negatives.map(|n| format!("{n}0.1")));
+    }
+    files.config.data.negatives = 5;
+    let picked = files.open().walk(&Cursor::default()).unwrap().step().unwrap();
+    assert_eq!(picked.examples[0].negatives, ["x0.0", "y0.0", "z0.0"]);
+    files.config.data.negatives = 0;
+    let picked = files.open().walk(&Cursor::default()).unwrap().step().unwrap();
+    assert!(picked.examples[0].negatives.is_empty());
+}
+
+#[test]
+fn the_digest_follows_the_rows_and_their_order() {
+    let mut files = Files::new(&[10]);
+    let one = files.open().digest();
+    assert_eq!(files.open().digest(), one);
+    files.config.seed = 3;
+    assert_ne!(files.open().digest(), one);
+    files.config.seed = 42;
+    let path = files.config.data.train[0].path.clone();
+    let text = std::fs::read_to_string(&path).unwrap().replace("q0.3", "q0.x");
+    std::fs::write(&path, text).unwrap();
+    assert_ne!(files.open().digest(), one);
+}
+
+#[test]
+fn too_few_rows_and_missing_files_are_errors_with_their_field() {
+    let mut files = Files::new(&[3]);
+    let error = Mixture::open(&files.config).err().unwrap().to_string();
+    assert_eq!(
+        error,
+        "configuration: training.batch_size: 4 rows a step, but the data sets have only 3 an epoch"
+    );
+    files.config.data.train[0].path = PathBuf::from("no/such.jsonl");
+    let error = Mixture::open(&files.config).err().unwrap().to_string();
+    assert!(error.starts_with("configuration: data.train.0.path: cannot open no/such.jsonl: "), "{error}");
+}
