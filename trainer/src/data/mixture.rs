@@ -1,7 +1,7 @@
 //! Which rows make which step: all data sets, in an order that is a pure function of the seed and a cursor.
 //!
 //! A *lane* is a stream of rows that batches are cut from: one for all data sets when batches mix them, else one a data
-//! set. In an epoch each lane has an order of its own ([`Permutation`]), and batch n of a lane has exactly
+//! set. In an epoch each lane has an order of its own (`permutation`), and batch n of a lane has exactly
 //! `min(batch_size, what is left)` rows, so the number of batches is known in advance: ceil(rows / batch_size), summed
 //! over the lanes. Nothing that was drawn is kept: [`Cursor`] holds a position and the rows put off, and the walk goes on
 //! from there as if it had never stopped.
@@ -263,7 +263,7 @@ impl Set {
             rows.sort_unstable();
             rows
         });
-        let window = (config.data.shuffle && rows % samples != 0)
+        let window = (config.data.shuffle && !rows.is_multiple_of(samples))
             .then(|| Permutation::new(samples, config.seed, &[WINDOW, index as u64]));
         Ok(Self {
             name,

@@ -4,6 +4,10 @@
 //! function of the seed and a cursor; `tokenize` turns texts into tokens; `builder` puts a batch together; `loader` does
 //! all of that in the background, a few batches ahead.
 pub mod batch;
+pub mod builder;
+#[cfg(test)]
+mod fixtures;
+pub mod loader;
 pub mod mixture;
 mod permutation;
 pub mod reader;

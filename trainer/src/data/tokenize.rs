@@ -104,6 +104,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode`].
     pub fn prompt(&self, prompt: &str, max_length: usize, include_prompt: bool) -> Result<Prompt> {
+        self.room(max_length)?;
         let mut skip = 0;
         if !include_prompt && !prompt.is_empty() {
             let alone = self.ids(prompt, max_length)?;
@@ -135,19 +136,24 @@ impl Tokenizer {
         Ok(Sequence { ids, skip })
     }
 
-    fn ids(&self, text: &str, max_length: usize) -> Result<Vec<u32>> {
-        let wrong = |e: tokenizers::Error| Error::file(&self.path, format!("cannot tokenise a text: {e}"));
-        let Some(room) = max_length.checked_sub(self.added).filter(|room| *room > 0) else {
-            return Err(Error::file(
+    /// Tokens that a text may have besides the special ones.
+    fn room(&self, max_length: usize) -> Result<usize> {
+        max_length.checked_sub(self.added).filter(|room| *room > 0).ok_or_else(|| {
+            let added = self.added;
+            Error::file(
                 &self.path,
                 format!(
-                    "adds {} special tokens to a text, so a text of at most {max_length} tokens has no room for its own\n\
-                     hint: model.max_query_length and model.max_document_length must be {} or more",
-                    self.added,
-                    self.added + 1
+                    "adds {added} special tokens to a text, so a text of at most {max_length} tokens has no room for \
+                     its own\nhint: model.max_query_length and model.max_document_length must be {} or more",
+                    added + 1
                 ),
-            ));
-        };
+            )
+        })
+    }
+
+    fn ids(&self, text: &str, max_length: usize) -> Result<Vec<u32>> {
+        let wrong = |e: tokenizers::Error| Error::file(&self.path, format!("cannot tokenise a text: {e}"));
+        let room = self.room(max_length)?;
         let mut encoding = self.inner.encode_fast(text, false).map_err(wrong)?;
         encoding.truncate(room, 0, self.cut);
         // What was cut off would be given special tokens too.

@@ -2,39 +2,26 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::super::fixtures::Files;
 use super::*;
 
-struct Files {
-    folder: tempfile::TempDir,
-    config: Config,
+/// Data sets of so many rows, all texts different, three negatives and two positives each.
+fn files(rows: &[usize]) -> Files {
+    let mut files = Files::new(&[]);
+    for (set, rows) in rows.iter().enumerate() {
+        let line = |row: usize| {
+            let text = |part: &str| format!("\"{part}{set}.{row}\"");
+            let (p, r) = (text("p"), text("r"));
+            let negatives = [text("x"), text("y"), text("z")].join(",");
+            format!("{{\"query\":{},\"positive\":[{p},{r}],\"negatives\":[{negatives}]}}\n", text("q"))
+        };
+        files.add(&(0..*rows).map(line).collect::<String>());
+    }
+    files
 }
 
-impl Files {
-    /// Data sets of so many rows, all texts different, three negatives and two positives each.
-    fn new(rows: &[usize]) -> Self {
-        let mut files = Self { folder: tempfile::tempdir().unwrap(), config: Config::default() };
-        for (set, rows) in rows.iter().enumerate() {
-            let line = |row: usize| {
-                let text = |part: &str| format!("\"{part}{set}.{row}\"");
-                let (p, r) = (text("p"), text("r"));
-                let negatives = [text("x"), text("y"), text("z")].join(",");
-                format!("{{\"query\":{},\"positive\":[{p},{r}],\"negatives\":[{negatives}]}}\n", text("q"))
-            };
-            files.add(&(0..*rows).map(line).collect::<String>());
-        }
-        files.config.training.batch_size = 4;
-        files
-    }
-
-    fn add(&mut self, jsonl: &str) {
-        let path = self.folder.path().join(format!("set{}.jsonl", self.config.data.train.len()));
-        std::fs::write(&path, jsonl).unwrap();
-        self.config.data.train.push(DataSet { path, ..DataSet::default() });
-    }
-
-    fn open(&self) -> Mixture {
-        Mixture::open(&self.config).unwrap()
-    }
+fn open(files: &Files) -> Mixture {
+    Mixture::open(&files.config).unwrap()
 }
 
 fn epoch(walk: &mut Walk<'_>) -> Vec<Picked> {
@@ -47,11 +34,11 @@ fn ids(picked: &[Picked]) -> Vec<(u32, u64)> {
 
 #[test]
 fn without_shuffling_rows_come_in_file_order() {
-    let mut files = Files::new(&[5, 4]);
+    let mut files = files(&[5, 4]);
     files.config.data.shuffle = false;
     for batching in [Batching::Mixed, Batching::PerDataset] {
         files.config.data.batching = batching;
-        let mixture = files.open();
+        let mixture = open(&files);
         let mut walk = mixture.walk(&Cursor::default()).unwrap();
         for _ in 0..2 {
             let picked = epoch(&mut walk);
@@ -67,10 +54,10 @@ fn without_shuffling_rows_come_in_file_order() {
 fn every_row_comes_once_an_epoch_in_another_order_each() {
     for seed in 0..20 {
         for batching in [Batching::Mixed, Batching::PerDataset] {
-            let mut files = Files::new(&[7, 1, 30]);
+            let mut files = files(&[7, 1, 30]);
             files.config.seed = seed;
             files.config.data.batching = batching;
-            let mixture = files.open();
+            let mixture = open(&files);
             assert_eq!(mixture.rows(), 38);
             assert_eq!(mixture.batches(), if batching == Batching::Mixed { 10 } else { 2 + 1 + 8 });
             let mut walk = mixture.walk(&Cursor::default()).unwrap();
@@ -99,9 +86,9 @@ fn every_row_comes_once_an_epoch_in_another_order_each() {
 
 #[test]
 fn batches_of_single_data_sets_take_turns() {
-    let mut files = Files::new(&[400, 400]);
+    let mut files = files(&[400, 400]);
     files.config.data.batching = Batching::PerDataset;
-    let mixture = files.open();
+    let mixture = open(&files);
     let picked = epoch(&mut mixture.walk(&Cursor::default()).unwrap());
     let early = picked[..100].iter().filter(|p| p.examples[0].row.dataset == 0).count();
     assert!((30..70).contains(&early), "{early}");
@@ -111,7 +98,8 @@ fn batches_of_single_data_sets_take_turns() {
 fn colliding() -> Files {
     let mut files = Files::new(&[]);
     let line = |set: usize, row: usize| {
-        let positive = if row % 5 == 0 { format!("q{set}.{}", row / 2) } else { format!("p{}", row % 9) };
+        let positive =
+            if row.is_multiple_of(5) { format!("q{set}.{}", row / 2) } else { format!("p{}", row % 9) };
         format!("{{\"query\":\"q{set}.{row}\",\"positive\":\"{positive}\",\"negative\":\"n{}\"}}\n", row % 11)
     };
     files.add(&(0..41).map(|row| line(0, row)).collect::<String>());
@@ -138,7 +126,7 @@ fn no_text_stands_twice_in_a_batch_while_another_row_is_left() {
             let mut files = colliding();
             files.config.seed = seed;
             files.config.data.batching = batching;
-            let mixture = files.open();
+            let mixture = open(&files);
             let mut walk = mixture.walk(&Cursor::default()).unwrap();
             for _ in 0..2 {
                 let picked = epoch(&mut walk);
@@ -157,7 +145,7 @@ fn no_text_stands_twice_in_a_batch_while_another_row_is_left() {
     let mut files = colliding();
     files.config.data.no_duplicates = false;
     assert!(
-        epoch(&mut files.open().walk(&Cursor::default()).unwrap()).iter().filter(|p| twice(p)).count() > 8
+        epoch(&mut open(&files).walk(&Cursor::default()).unwrap()).iter().filter(|p| twice(p)).count() > 8
     );
 }
 
@@ -168,7 +156,7 @@ fn a_text_twice_in_one_row_is_one_item() {
         "{\"query\":\"a\",\"positive\":\"a\",\"negative\":\"a\"}\n{\"query\":\"b\",\"positive\":\"c\"}\n",
     );
     files.config.training.batch_size = 2;
-    let picked = files.open().walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = open(&files).walk(&Cursor::default()).unwrap().step().unwrap();
     assert_eq!(picked.examples.len(), 2);
 }
 
@@ -179,7 +167,7 @@ fn rows_that_all_collide_still_come_all() {
         &(0..10).map(|row| format!("{{\"query\":\"q{row}\",\"positive\":\"yes\"}}\n")).collect::<String>(),
     );
     files.config.training.batch_size = 4;
-    let mixture = files.open();
+    let mixture = open(&files);
     let picked = epoch(&mut mixture.walk(&Cursor::default()).unwrap());
     assert_eq!(picked.iter().map(|p| p.examples.len()).collect::<Vec<_>>(), [4, 4, 2]);
     let mut all = ids(&picked);
@@ -197,7 +185,7 @@ fn going_on_from_any_cursor_gives_the_batches_that_would_have_followed() {
             files.config.seed = seed;
             files.config.data.batching = batching;
             files.config.data.shuffle = shuffle;
-            let mixture = files.open();
+            let mixture = open(&files);
             let mut walk = mixture.walk(&Cursor::default()).unwrap();
             let mut cursors = vec![walk.cursor()];
             let picked: Vec<Picked> = (0..2 * mixture.batches() + 3).map(|_| walk.step().unwrap()).collect();
@@ -217,7 +205,7 @@ fn going_on_from_any_cursor_gives_the_batches_that_would_have_followed() {
 
 #[test]
 fn a_cursor_of_other_data_is_refused() {
-    let mixture = Files::new(&[10]).open();
+    let mixture = open(&files(&[10]));
     for (position, deferred) in [(3, vec![]), (11, vec![]), (1, vec![0, 1]), (5, vec![99]), (400, vec![])] {
         let error = mixture.walk(&Cursor { epoch: 0, position, deferred }).err().unwrap().to_string();
         assert!(error.contains("the data or the batch size have changed"), "{error}");
@@ -226,10 +214,10 @@ fn a_cursor_of_other_data_is_refused() {
 
 #[test]
 fn samples_are_a_fixed_subset_that_follows_from_the_seed() {
-    let mut files = Files::new(&[100]);
+    let mut files = files(&[100]);
     files.config.data.train[0].samples = Some(10);
     let subset = |files: &Files| -> BTreeSet<u64> {
-        let mixture = files.open();
+        let mixture = open(files);
         let mut walk = mixture.walk(&Cursor::default()).unwrap();
         let first: BTreeSet<u64> = ids(&epoch(&mut walk)).into_iter().map(|(_, row)| row).collect();
         let second: BTreeSet<u64> = ids(&epoch(&mut walk)).into_iter().map(|(_, row)| row).collect();
@@ -240,19 +228,19 @@ fn samples_are_a_fixed_subset_that_follows_from_the_seed() {
     files.config.seed = 1;
     assert_ne!(subset(&files), one);
     files.config.data.shuffle = false;
-    let picked = epoch(&mut files.open().walk(&Cursor::default()).unwrap());
+    let picked = epoch(&mut open(&files).walk(&Cursor::default()).unwrap());
     let order = ids(&picked);
     assert!(order.is_sorted());
     files.config.data.train[0].samples = Some(1000);
-    assert_eq!(files.open().rows(), 100);
+    assert_eq!(open(&files).rows(), 100);
 }
 
 #[test]
 fn weights_repeat_rows_or_take_a_part_of_them() {
-    let mut files = Files::new(&[10, 20]);
+    let mut files = files(&[10, 20]);
     files.config.data.train[0].weight = 2.5;
     files.config.data.train[1].weight = 0.25;
-    let mixture = files.open();
+    let mixture = open(&files);
     assert_eq!((mixture.sets()[0].rows, mixture.sets()[1].rows, mixture.rows()), (25, 5, 30));
     let mut walk = mixture.walk(&Cursor::default()).unwrap();
     let mut counts: BTreeMap<(u32, u64), usize> = BTreeMap::new();
@@ -275,10 +263,10 @@ fn weights_repeat_rows_or_take_a_part_of_them() {
 
 #[test]
 fn positives_and_negatives_take_turns() {
-    let mut files = Files::new(&[4]);
+    let mut files = files(&[4]);
     files.config.data.shuffle = false;
     files.config.data.negatives = 2;
-    let mixture = files.open();
+    let mixture = open(&files);
     let mut walk = mixture.walk(&Cursor::default()).unwrap();
     for (positive, negatives) in [("p", ["x", "y"]), ("r", ["z", "x"]), ("p", ["y", "z"]), ("r", ["x", "y"])]
     {
@@ -289,30 +277,30 @@ fn positives_and_negatives_take_turns() {
         assert_eq!(example.negatives, negatives.map(|n| format!("{n}0.1")));
     }
     files.config.data.negatives = 5;
-    let picked = files.open().walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = open(&files).walk(&Cursor::default()).unwrap().step().unwrap();
     assert_eq!(picked.examples[0].negatives, ["x0.0", "y0.0", "z0.0"]);
     files.config.data.negatives = 0;
-    let picked = files.open().walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = open(&files).walk(&Cursor::default()).unwrap().step().unwrap();
     assert!(picked.examples[0].negatives.is_empty());
 }
 
 #[test]
 fn the_digest_follows_the_rows_and_their_order() {
-    let mut files = Files::new(&[10]);
-    let one = files.open().digest();
-    assert_eq!(files.open().digest(), one);
+    let mut files = files(&[10]);
+    let one = open(&files).digest();
+    assert_eq!(open(&files).digest(), one);
     files.config.seed = 3;
-    assert_ne!(files.open().digest(), one);
+    assert_ne!(open(&files).digest(), one);
     files.config.seed = 42;
     let path = files.config.data.train[0].path.clone();
     let text = std::fs::read_to_string(&path).unwrap().replace("q0.3", "q0.x");
     std::fs::write(&path, text).unwrap();
-    assert_ne!(files.open().digest(), one);
+    assert_ne!(open(&files).digest(), one);
 }
 
 #[test]
 fn too_few_rows_and_missing_files_are_errors_with_their_field() {
-    let mut files = Files::new(&[3]);
+    let mut files = files(&[3]);
     let error = Mixture::open(&files.config).err().unwrap().to_string();
     assert_eq!(
         error,

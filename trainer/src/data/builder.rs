@@ -1,0 +1,219 @@
+//! Rows to a batch: every text tokenised once, and the table by which the loss finds its embedding.
+//!
+//! Columns are the positives of all rows, then the first negative of every row that has one, the second, …: the same
+//! text may be several columns, but it is one sequence. A column is left out of row i's negatives when its sequence is a
+//! known positive of row i's query: one of the row's own positives, also those that this step does not use, or a positive
+//! of another row with the same query. Sequences are compared, not texts: what the encoder cannot tell apart is equal.
+
+use std::collections::HashMap;
+
+use rayon::prelude::*;
+
+use super::batch::{Batch, Lists, RowId, Sequence, Table};
+use super::mixture::{Mixture, Picked, Set};
+use super::tokenize::{Prompt, Tokenizer};
+use crate::Result;
+
+/// What a batch depends on besides its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Tokens of a query at most, the prompt and special tokens included.
+    pub max_query_length: usize,
+    /// Tokens of a positive or negative at most.
+    pub max_document_length: usize,
+    /// Whether mean pooling counts the prompt's tokens.
+    pub include_prompt: bool,
+    /// Whether columns known to answer a row's query are left out of its negatives.
+    pub mask_known_positives: bool,
+}
+
+/// Builds batches from the rows of one mixture.
+pub struct Builder<'a> {
+    mixture: &'a Mixture,
+    tokenizer: &'a Tokenizer,
+    options: Options,
+    /// Of each data set: for queries, for documents.
+    prompts: Vec<[Prompt; 2]>,
+}
+
+/// A text to be tokenised: a query or a document of a data set.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Text<'t> {
+    text: &'t str,
+    /// Data sets with the same prompts count as one.
+    prompt: usize,
+    role: usize,
+}
+
+const QUERY: usize = 0;
+const DOCUMENT: usize = 1;
+
+impl<'a> Builder<'a> {
+    /// # Errors
+    /// A prompt cannot be tokenised, or a length leaves no room for a text.
+    pub fn new(mixture: &'a Mixture, tokenizer: &'a Tokenizer, options: Options) -> Result<Self> {
+        let prepare = |set: &Set| {
+            let prompt = |text: &str, length| tokenizer.prompt(text, length, options.include_prompt);
+            Ok([
+                prompt(&set.query_prompt, options.max_query_length)?,
+                prompt(&set.document_prompt, options.max_document_length)?,
+            ])
+        };
+        let prompts = mixture.sets().iter().map(prepare).collect::<Result<_>>()?;
+        Ok(Self { mixture, tokenizer, options, prompts })
+    }
+
+    /// Tokenises the rows and lays out the table.
+    ///
+    /// # Errors
+    /// A text has no tokens: its file and line.
+    pub fn build(&self, picked: Picked) -> Result<Batch> {
+        let Picked { examples, cursor, epoch } = picked;
+        let rows: Vec<RowId> = examples.iter().map(|example| example.row).collect();
+
+        // Every text once, in the order of the columns.
+        let mut texts = Texts::default();
+        let text = |row: usize, role: usize, text| {
+            let set = rows[row].dataset as usize;
+            let prompt = self.prompts.iter().position(|p| p[role] == self.prompts[set][role]).unwrap_or(set);
+            (Text { text, prompt, role }, rows[row])
+        };
+        let queries: Vec<usize> =
+            examples.iter().enumerate().map(|(i, e)| texts.add(text(i, QUERY, &e.query))).collect();
+        let mut columns: Vec<usize> = examples
+            .iter()
+            .enumerate()
+            .map(|(i, e)| texts.add(text(i, DOCUMENT, &e.known[e.positive])))
+            .collect();
+        let mut own: Vec<Vec<u32>> = (0..rows.len() as u32).map(|row| vec![row]).collect();
+        let deepest = examples.iter().map(|example| example.negatives.len()).max().unwrap_or(0);
+        for depth in 0..deepest {
+            for (i, example) in examples.iter().enumerate() {
+                if let Some(negative) = example.negatives.get(depth) {
+                    own[i].push(columns.len() as u32);
+                    columns.push(texts.add(text(i, DOCUMENT, negative)));
+                }
+            }
+        }
+        // Other positives of a row are only compared with; they are not part of the batch.
+        let inside = texts.list.len();
+        let known: Vec<Vec<usize>> = match self.options.mask_known_positives {
+            true => examples
+                .iter()
+                .enumerate()
+                .map(|(i, e)| e.known.iter().map(|known| texts.add(text(i, DOCUMENT, known))).collect())
+                .collect(),
+            false => vec![Vec::new(); examples.len()],
+        };
+
+        // Texts that have the same tokens become one sequence.
+        let mut unique = Sequences::default();
+        let mut numbers = Vec::with_capacity(texts.list.len());
+        for (i, sequence) in self.tokenise(&texts.list)?.into_iter().enumerate() {
+            numbers.push(if i < inside { Some(unique.add(sequence)) } else { unique.find(&sequence) });
+        }
+        let number = |text: &usize| numbers[*text].unwrap_or_default();
+        let queries: Vec<u32> = queries.iter().map(number).collect();
+        let candidates: Vec<u32> = columns.iter().map(number).collect();
+        let known: Vec<Vec<u32>> =
+            known.iter().map(|texts| texts.iter().filter_map(|text| numbers[*text]).collect()).collect();
+
+        let excluded = excluded(&queries, &candidates, &known);
+        // Without in-batch negatives these are all candidates, so what is masked is left out here too.
+        for (own, excluded) in own.iter_mut().zip(&excluded) {
+            own.retain(|column| excluded.binary_search(column).is_err());
+        }
+        let positives = (0..rows.len() as u32).collect();
+        let table = Table { queries, candidates, positives, excluded: lists(&excluded), own: lists(&own) };
+        Ok(Batch { sequences: unique.list, table, rows, cursor, epoch })
+    }
+
+    fn tokenise(&self, texts: &[(Text<'_>, RowId)]) -> Result<Vec<Sequence>> {
+        let lengths = [self.options.max_query_length, self.options.max_document_length];
+        texts
+            .par_iter()
+            .with_min_len(8)
+            .map(|(text, row)| {
+                let prompt = &self.prompts[text.prompt][text.role];
+                self.tokenizer
+                    .encode_one(text.text, prompt, lengths[text.role])
+                    .map_err(|error| self.mixture.error(*row, error.to_string()))
+            })
+            .collect()
+    }
+}
+
+/// Texts in the order they were first met, each with a row it stands in.
+#[derive(Default)]
+struct Texts<'t> {
+    list: Vec<(Text<'t>, RowId)>,
+    numbers: HashMap<Text<'t>, usize>,
+}
+
+impl<'t> Texts<'t> {
+    fn add(&mut self, (text, row): (Text<'t>, RowId)) -> usize {
+        *self.numbers.entry(text).or_insert_with(|| {
+            self.list.push((text, row));
+            self.list.len() - 1
+        })
+    }
+}
+
+/// Sequences in the order they were first met.
+#[derive(Default)]
+struct Sequences {
+    list: Vec<Sequence>,
+    numbers: HashMap<Sequence, u32>,
+}
+
+impl Sequences {
+    fn add(&mut self, sequence: Sequence) -> u32 {
+        if let Some(number) = self.find(&sequence) {
+            return number;
+        }
+        let number = self.list.len() as u32;
+        self.list.push(sequence.clone());
+        self.numbers.insert(sequence, number);
+        number
+    }
+
+    fn find(&self, sequence: &Sequence) -> Option<u32> {
+        self.numbers.get(sequence).copied()
+    }
+}
+
+/// The columns that each row leaves out, ascending: those whose sequence is a known positive of its query. The row's own
+/// positive is column `row`. `known` is empty where nothing is masked.
+fn excluded(queries: &[u32], candidates: &[u32], known: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let mut of_query: HashMap<u32, Vec<u32>> = HashMap::new();
+    for (query, known) in queries.iter().zip(known) {
+        of_query.entry(*query).or_default().extend(known);
+    }
+    let mut columns_of: HashMap<u32, Vec<u32>> = HashMap::new();
+    for (column, sequence) in candidates.iter().enumerate() {
+        columns_of.entry(*sequence).or_default().push(column as u32);
+    }
+    let columns = |row: usize, query: &u32| {
+        let mut sequences = of_query.get(query).cloned().unwrap_or_default();
+        sequences.sort_unstable();
+        sequences.dedup();
+        let mut columns: Vec<u32> =
+            sequences.iter().filter_map(|sequence| columns_of.get(sequence)).flatten().copied().collect();
+        columns.retain(|column| *column != row as u32);
+        columns.sort_unstable();
+        columns
+    };
+    queries.iter().enumerate().map(|(row, query)| columns(row, query)).collect()
+}
+
+fn lists(rows: &[Vec<u32>]) -> Lists {
+    let mut lists = Lists { offsets: vec![0], columns: Vec::new() };
+    for row in rows {
+        lists.columns.extend(row);
+        lists.offsets.push(lists.columns.len() as u32);
+    }
+    lists
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,165 @@
+//! Tests of the table, against its definition over texts.
+
+use std::collections::BTreeSet;
+
+use super::super::batch::Cursor;
+use super::super::fixtures::{Files, tokenizer};
+use super::*;
+
+const OPTIONS: Options = Options {
+    max_query_length: 32,
+    max_document_length: 32,
+    include_prompt: true,
+    mask_known_positives: true,
+};
+
+fn first(files: &mut Files, options: Options) -> Batch {
+    files.config.data.shuffle = false;
+    files.config.data.no_duplicates = false;
+    let mixture = Mixture::open(&files.config).unwrap();
+    let tokenizer = tokenizer();
+    let picked = mixture.walk(&Cursor::default()).unwrap().step().unwrap();
+    Builder::new(&mixture, &tokenizer, options).unwrap().build(picked).unwrap()
+}
+
+fn row(lists: &Lists, row: usize) -> &[u32] {
+    &lists.columns[lists.offsets[row] as usize..lists.offsets[row + 1] as usize]
+}
+
+const ROWS: &str = r#"{"query": "a", "positive": ["p", "r"], "negatives": ["n", "m"]}
+{"query": "b", "positive": "r", "negatives": []}
+{"query": "a", "positive": "s", "negatives": ["P"]}
+{"query": "c", "positive": "a", "negatives": ["n", "r", "c"]}
+"#;
+
+#[test]
+fn each_text_is_one_sequence_however_often_it_is_a_column() {
+    let batch = first(&mut Files::new(&[ROWS]), OPTIONS);
+    // a b c, p r s, n, m: `P` is p to the tokenizer, and the answer `a` is the query `a`.
+    assert_eq!(batch.sequences.len(), 8);
+    assert_eq!(batch.table.queries, [0, 1, 0, 2]);
+    // Columns: p r s a | n P n | m r | c
+    assert_eq!(batch.table.candidates, [3, 4, 5, 0, 6, 3, 6, 7, 4, 2]);
+    assert_eq!(batch.table.positives, [0, 1, 2, 3]);
+    assert_eq!(batch.tokens(), 8 * 3);
+    let letters: Vec<u32> = batch.sequences.iter().map(|s| s.ids[1]).collect();
+    assert_eq!(letters, "abcprsnm".bytes().map(|letter| u32::from(letter - b'a') + 3).collect::<Vec<_>>());
+}
+
+#[test]
+fn known_positives_of_a_query_are_left_out_of_its_negatives() {
+    let batch = first(&mut Files::new(&[ROWS]), OPTIONS);
+    let excluded = |i| row(&batch.table.excluded, i);
+    // The query `a` knows p, r and s, wherever they stand; b knows r; c knows a.
+    assert_eq!(excluded(0), [1, 2, 5, 8]);
+    assert_eq!(excluded(1), [8]);
+    assert_eq!(excluded(2), [0, 1, 5, 8]);
+    assert_eq!(excluded(3), [0_u32; 0]);
+    // Without in-batch negatives: the row's own, less what it leaves out.
+    let own = |i| row(&batch.table.own, i);
+    assert_eq!((own(0), own(1), own(2), own(3)), (&[0, 4, 7][..], &[1][..], &[2][..], &[3, 6, 8, 9][..]));
+}
+
+#[test]
+fn nothing_is_left_out_where_nothing_is_masked() {
+    let batch = first(&mut Files::new(&[ROWS]), Options { mask_known_positives: false, ..OPTIONS });
+    assert_eq!(batch.table.excluded, Lists { offsets: vec![0; 5], columns: vec![] });
+    assert_eq!(row(&batch.table.own, 2), [2, 5]);
+}
+
+#[test]
+fn prompts_and_lengths_are_those_of_the_data_set_and_role() {
+    let mut files = Files::new(&[]);
+    files.add("{\"query\": \"same\", \"positive\": \"same\"}\n").query_prompt = "q: ".to_owned();
+    files.add(
+        "{\"query\": \"same\", \"positive\": \"same\"}\n{\"query\": \"same\", \"positive\": \"abcdefgh\"}\n",
+    );
+    files.config.training.batch_size = 3;
+    let options = Options { max_document_length: 5, include_prompt: false, ..OPTIONS };
+    let batch = first(&mut files, options);
+    // `q: same`, `same` as a query, `sam` as a document, `abc`.
+    assert_eq!(batch.table.queries, [0, 1, 1]);
+    assert_eq!(batch.table.candidates, [2, 2, 3]);
+    let shape: Vec<(usize, u32)> = batch.sequences.iter().map(|s| (s.ids.len(), s.skip)).collect();
+    // The fixture's closing token is not marked special, so the prompt alone counts all of its four.
+    assert_eq!(shape, [(8, 4), (6, 0), (5, 0), (5, 0)]);
+}
+
+#[test]
+fn a_text_without_tokens_names_its_row() {
+    let folder = tempfile::tempdir().unwrap();
+    super::super::fixtures::write_tokenizer(folder.path());
+    let path = folder.path().join("tokenizer.json");
+    let bert = r#"{"type":"BertNormalizer","clean_text":true,"handle_chinese_chars":true,"strip_accents":null,"lowercase":true}"#;
+    let bare = std::fs::read_to_string(&path)
+        .unwrap()
+        .replace(r#"{"type":"BertProcessing","sep":["[SEP]",2],"cls":["[CLS]",1]}"#, "null")
+        .replace(r#"{"type":"Lowercase"}"#, bert);
+    std::fs::write(&path, bare).unwrap();
+    let tokenizer = Tokenizer::open(folder.path()).unwrap();
+    let mut files = Files::new(&["{\"query\": \"a\", \"positive\": \"b\"}\n"]);
+    // Not blank, so the reader takes it, but this tokenizer drops what has no width.
+    files.add("{\"query\": \"a\", \"positive\": \"\u{200b}\"}\n");
+    files.config.training.batch_size = 2;
+    files.config.data.shuffle = false;
+    let mixture = Mixture::open(&files.config).unwrap();
+    let picked = mixture.walk(&Cursor::default()).unwrap().step().unwrap();
+    let error = Builder::new(&mixture, &tokenizer, OPTIONS).unwrap().build(picked).unwrap_err().to_string();
+    assert!(error.contains("set1.jsonl:1: ") && error.contains("knows no token of the text"), "{error}");
+}
+
+#[test]
+fn the_table_follows_its_definition_on_random_rows() {
+    for seed in 0..40_u64 {
+        // Few letters, so that everything meets everything.
+        let mut state = seed;
+        let mut letter = |count: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            char::from(b'a' + ((state >> 33) % count) as u8)
+        };
+        let mut text = String::new();
+        for _ in 0..12 {
+            let (query, p, r) = (letter(5), letter(9), letter(9));
+            let negatives: Vec<String> =
+                (0..letter(4) as u8 - b'a').map(|_| format!("\"{}\"", letter(9))).collect();
+            text += &format!(
+                "{{\"query\":\"{query}\",\"positive\":[\"{p}\",\"{r}\"],\"negatives\":[{}]}}\n",
+                negatives.join(",")
+            );
+        }
+        let mut files = Files::new(&[&text]);
+        files.config.training.batch_size = 12;
+        let batch = first(&mut files, OPTIONS);
+        let rows: Vec<serde_json::Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let word = |sequence: u32| {
+            char::from((batch.sequences[sequence as usize].ids[1] - 3) as u8 + b'a').to_string()
+        };
+        let table = &batch.table;
+        let unique: BTreeSet<_> = batch.sequences.iter().map(|s| s.ids.clone()).collect();
+        assert_eq!(unique.len(), batch.sequences.len());
+        for (i, this) in rows.iter().enumerate() {
+            assert_eq!(word(table.queries[i]), this["query"]);
+            assert_eq!(word(table.candidates[table.positives[i] as usize]), this["positive"][0]);
+            let known: BTreeSet<&str> = rows
+                .iter()
+                .filter(|other| other["query"] == this["query"])
+                .flat_map(|other| other["positive"].as_array().unwrap())
+                .map(|text| text.as_str().unwrap())
+                .collect();
+            let expected: Vec<u32> = (0..table.candidates.len() as u32)
+                .filter(|j| {
+                    *j != table.positives[i] && known.contains(word(table.candidates[*j as usize]).as_str())
+                })
+                .collect();
+            assert_eq!(row(&table.excluded, i), expected, "seed {seed} row {i}");
+            let own: Vec<String> =
+                row(&table.own, i).iter().map(|j| word(table.candidates[*j as usize])).collect();
+            let negatives = this["negatives"].as_array().unwrap().iter().map(|text| text.as_str().unwrap());
+            let expected: Vec<&str> = std::iter::once(this["positive"][0].as_str().unwrap())
+                .chain(negatives.filter(|n| !known.contains(n)))
+                .collect();
+            assert_eq!(own, expected);
+        }
+    }
+}
