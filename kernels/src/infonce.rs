@@ -68,7 +68,13 @@ pub fn forward(q: &Tensor, c: &Tensor, rule: &InfoNce) -> Result<Tape> {
 }
 
 /// The gradients of `weight`·Σ lossᵢ: dq (B, D) and dc (M, D).
-pub fn backward(q: &Tensor, c: &Tensor, rule: &InfoNce, tape: &Tape, weight: f32) -> Result<(Tensor, Tensor)> {
+pub fn backward(
+    q: &Tensor,
+    c: &Tensor,
+    rule: &InfoNce,
+    tape: &Tape,
+    weight: f32,
+) -> Result<(Tensor, Tensor)> {
     let problem = Problem::new(q, c, rule)?;
     let Problem { rows, columns, width, .. } = problem;
     if tape.losses.len() != rows {
@@ -148,7 +154,14 @@ impl<'a> Problem<'a> {
         Tape { losses, log_sums, positives }
     }
 
-    fn backward(&self, q: &[f32], c: &[f32], tape: &Tape, weight: f32, tile: (usize, usize)) -> (Vec<f32>, Vec<f32>) {
+    fn backward(
+        &self,
+        q: &[f32],
+        c: &[f32],
+        tape: &Tape,
+        weight: f32,
+        tile: (usize, usize),
+    ) -> (Vec<f32>, Vec<f32>) {
         let (d, share) = (self.width, weight * self.rule.scale);
         let (mut dq, mut dc) = (vec![0f32; self.rows * d], vec![0f32; self.columns * d]);
         let probability = |i: usize, x: f32| share * exp(x - tape.log_sums[i]);
@@ -231,12 +244,22 @@ impl<'a> Problem<'a> {
         threads: Threads,
     ) {
         let (d, count, scale) = (self.width, scores.len() / width, self.rule.scale);
-        multiply(scores, width, 0.0, scale, Matrix::new(q, count, d), Matrix::new(c, width, d).transposed(), threads);
+        multiply(
+            scores,
+            width,
+            0.0,
+            scale,
+            Matrix::new(q, count, d),
+            Matrix::new(c, width, d).transposed(),
+            threads,
+        );
         for (r, row) in scores.chunks_exact_mut(width).enumerate() {
             let i = first + r;
             if let Some(margin) = self.rule.margin {
                 let most = scale * (positives[i] + margin);
-                vectorised(|| row.iter_mut().for_each(|x| *x = if *x > most { f32::NEG_INFINITY } else { *x }));
+                vectorised(|| {
+                    row.iter_mut().for_each(|x| *x = if *x > most { f32::NEG_INFINITY } else { *x })
+                });
             }
             if let Candidates::AllBut(lists) = self.rule.candidates {
                 let listed = lists.of(i);
@@ -320,7 +343,10 @@ mod tests {
         let positives: Vec<u32> = (0..rows).map(|i| (i * 7 % columns) as u32).collect();
         let (mut offsets, mut listed) = (vec![0], Vec::new());
         for i in 0..rows {
-            listed.extend((0..columns as u32).filter(|&j| (j as usize + i) % 3 == 0 || (i % 2 == 0 && j == positives[i])));
+            listed.extend(
+                (0..columns as u32)
+                    .filter(|&j| (j as usize + i) % 3 == 0 || (i % 2 == 0 && j == positives[i])),
+            );
             offsets.push(listed.len() as u32);
         }
         (positives, offsets, listed)
@@ -383,13 +409,17 @@ mod tests {
                 let losses: Vec<f64> = tape.losses.iter().map(|&loss| f64::from(loss)).collect();
                 let want = reference(&q64, &c64, rule, case.width);
                 // the difference of two numbers of size `scale`, rounded to f32
-                let close = losses.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-6 * f64::from(case.scale));
+                let close =
+                    losses.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-6 * f64::from(case.scale));
                 assert!(close, "{losses:?} {want:?}");
                 let (dq, dc) = problem.backward(&qs, &cs, &tape, 0.5, tile);
                 let f64s = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
-                let total = |q: &[f64], c: &[f64]| 0.5 * reference(q, c, rule, case.width).iter().sum::<f64>();
+                let total =
+                    |q: &[f64], c: &[f64]| 0.5 * reference(q, c, rule, case.width).iter().sum::<f64>();
                 // Where a row has no other column its gradient is 0, and finite differences leave noise.
-                let close = |got: &[f64], want: &[f64]| inner(want, want) < 1e-18 || relative_error_f64(got, want) < 1e-5;
+                let close = |got: &[f64], want: &[f64]| {
+                    inner(want, want) < 1e-18 || relative_error_f64(got, want) < 1e-5
+                };
                 assert!(close(&f64s(dq), &finite_difference(&q64, |q| total(q, &c64))));
                 assert!(close(&f64s(dc), &finite_difference(&c64, |c| total(&q64, c))));
             });
@@ -420,7 +450,9 @@ mod tests {
         let rule = InfoNce { positives: &positives, candidates: Candidates::All, scale: 1e4, margin: None };
         let tape = forward(&q, &c, &rule).unwrap();
         let (dq, _) = backward(&q, &c, &rule, &tape, 1.0).unwrap();
-        assert!(tape.losses.iter().all(|loss| loss.is_finite()) && numbers(&dq).iter().all(|x| x.is_finite()));
+        assert!(
+            tape.losses.iter().all(|loss| loss.is_finite()) && numbers(&dq).iter().all(|x| x.is_finite())
+        );
         let bad = (&q * f64::NAN).unwrap();
         assert!(forward(&bad, &c, &rule).unwrap().losses.iter().all(|loss| loss.is_nan()));
     }
@@ -435,7 +467,8 @@ mod tests {
         let q = random(1, (1, 4));
         assert!(forward(&q, &c, &InfoNce { positives: &[3], ..rule }).is_err());
         let lists = Lists { offsets: &[0, 1], columns: &[3] };
-        let rule = InfoNce { positives: &[0], candidates: Candidates::AllBut(lists), scale: 1.0, margin: None };
+        let rule =
+            InfoNce { positives: &[0], candidates: Candidates::AllBut(lists), scale: 1.0, margin: None };
         assert!(forward(&q, &c, &rule).is_err());
     }
 }

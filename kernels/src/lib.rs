@@ -30,5 +30,6 @@ mod simd;
 mod tensor;
 #[cfg(test)]
 mod testing;
+mod tile;
 
 pub use packing::Packing;

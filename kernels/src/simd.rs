@@ -16,6 +16,12 @@ pub(crate) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
     ARCH.dispatch(f)
 }
 
+/// Runs `op`, written for vectors of any width, with the widest of this processor.
+#[inline(always)]
+pub(crate) fn dispatch<Op: pulp::WithSimd>(op: Op) -> Op::Output {
+    ARCH.dispatch(op)
+}
+
 /// Elements below which a second thread costs more than it saves.
 pub(crate) const GRAIN: usize = 16 * 1024;
 

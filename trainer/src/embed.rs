@@ -1,5 +1,15 @@
 //! Texts to embeddings, with a model as it is: no tape, no dropout.
 
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+
+use crate::data::batch::Sequence;
+use crate::data::tokenize::Tokenizer;
+use crate::model::{Folder, Model, Options, hub};
+use crate::progress::Progress;
+use crate::{Error, Result};
+
 /// What a text is to the model. It decides the prompt and the longest length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -9,4 +19,191 @@ pub enum Role {
     Document,
     /// Neither: one of two texts that are compared.
     Text,
+}
+
+/// A model that is used as it is, with its tokenizer.
+pub struct Opened {
+    /// The encoder.
+    pub model: Model,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+}
+
+impl Opened {
+    /// Opens a model folder, or a model by its id on the hub.
+    ///
+    /// # Errors
+    /// What [`hub::resolve`], [`Folder::open`], [`Model::open`] and [`Tokenizer::open`] refuse; a tokenizer that knows more
+    /// tokens than the model.
+    pub fn open(id_or_path: &str, options: &Options) -> Result<Self> {
+        let folder = Folder::open(&hub::resolve(id_or_path)?)?;
+        let tokenizer = Tokenizer::open(&folder.path)?;
+        let model = Model::open(folder, options)?;
+        if tokenizer.vocabulary() > model.vocabulary() {
+            let (tokens, rows) = (tokenizer.vocabulary(), model.vocabulary());
+            let message =
+                format!("the tokenizer knows {tokens} tokens, the model's table has only {rows} rows");
+            return Err(Error::file(&model.folder().path, message));
+        }
+        Ok(Self { model, tokenizer })
+    }
+
+    /// With the prompts and the longest length that the model folder names.
+    pub fn embedder(&self) -> Embedder<'_> {
+        let folder = self.model.folder();
+        let longest = folder.max_length.unwrap_or(usize::MAX).min(self.model.positions());
+        Embedder {
+            model: &self.model,
+            tokenizer: &self.tokenizer,
+            query_prompt: folder.query_prompt(),
+            document_prompt: folder.document_prompt(),
+            max_query_length: longest,
+            max_document_length: longest,
+            chunk_tokens: CHUNK_TOKENS,
+        }
+    }
+}
+
+/// Tokens of a chunk where nothing else is said: enough for full matrix products, few enough to stay in the caches.
+pub const CHUNK_TOKENS: usize = 2048;
+
+/// Texts to show progress for: fewer are done at once.
+const MANY: usize = 2000;
+/// Chunks between two reports of progress.
+const CHUNKS: usize = 16;
+
+/// Turns texts into embeddings.
+#[derive(Clone)]
+pub struct Embedder<'a> {
+    /// The encoder.
+    pub model: &'a Model,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Put before queries.
+    pub query_prompt: &'a str,
+    /// Put before documents.
+    pub document_prompt: &'a str,
+    /// Tokens of a query at most, the prompt and special tokens included.
+    pub max_query_length: usize,
+    /// Tokens of a document, or of any other text, at most.
+    pub max_document_length: usize,
+    /// Tokens that are encoded at once; a longer text is encoded alone.
+    pub chunk_tokens: usize,
+}
+
+impl Embedder<'_> {
+    /// Cuts texts at `length` tokens instead of the model's own limit, where that is given.
+    ///
+    /// # Errors
+    /// The model has fewer positions.
+    pub fn limit(&mut self, length: Option<usize>) -> Result<()> {
+        let Some(length) = length else { return Ok(()) };
+        let positions = self.model.positions();
+        if length > positions {
+            return Err(Error::Usage(format!(
+                "the model has {positions} positions, texts of {length} tokens do not fit"
+            )));
+        }
+        (self.max_query_length, self.max_document_length) = (length, length);
+        Ok(())
+    }
+
+    /// (N, D) f32, in the order of the texts. Equal texts are encoded once and have the same bits.
+    ///
+    /// # Errors
+    /// The tokenizer knows no token of a text, or memory runs out.
+    pub fn encode(&self, texts: &[impl AsRef<str>], role: Role) -> Result<Tensor> {
+        let (what, prompt, max_length) = match role {
+            Role::Query => ("queries", self.query_prompt, self.max_query_length),
+            Role::Document => ("documents", self.document_prompt, self.max_document_length),
+            Role::Text => ("texts", self.model.folder().text_prompt(), self.max_document_length),
+        };
+        let (unique, places) = distinct(texts);
+        let include_prompt = self.model.folder().include_prompt;
+        let mut sequences = self.tokenizer.encode(&unique, prompt, max_length, include_prompt)?;
+        // The longest first: the parts below are then alike inside, and memory's peak comes at once.
+        let order = by_length(&sequences);
+        let width = self.model.width();
+        let mut embeddings = vec![0f32; unique.len() * width];
+        let mut progress = (unique.len() >= MANY).then(|| Progress::new(what, unique.len() as u64, 0));
+        for part in parts(&sequences, &order, self.chunk_tokens.saturating_mul(CHUNKS)) {
+            let taken: Vec<_> = part.iter().map(|&index| take(&mut sequences[index])).collect();
+            let rows = self.model.embed(&taken, self.chunk_tokens)?.to_vec2::<f32>()?;
+            for (&index, row) in part.iter().zip(rows) {
+                embeddings[index * width..][..width].copy_from_slice(&row);
+            }
+            if let Some(progress) = &mut progress {
+                progress.advance(part.len() as u64);
+            }
+        }
+        let rows: Vec<f32> =
+            places.iter().flat_map(|&place| &embeddings[place * width..][..width]).copied().collect();
+        Ok(Tensor::from_vec(rows, (places.len(), width), &Device::Cpu)?)
+    }
+}
+
+/// Each text once, and for each text its place among them.
+fn distinct<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
+    let mut known = HashMap::with_capacity(texts.len());
+    let mut unique = Vec::new();
+    let places = texts.iter().map(T::as_ref).map(|text| {
+        *known.entry(text).or_insert_with(|| {
+            unique.push(text);
+            unique.len() - 1
+        })
+    });
+    let places = places.collect();
+    (unique, places)
+}
+
+/// Indices of the sequences, the longest first.
+fn by_length(sequences: &[Sequence]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..sequences.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(sequences[index].ids.len()));
+    order
+}
+
+/// Consecutive parts of `order` of at most `limit` tokens, but at least one sequence.
+fn parts<'o>(sequences: &[Sequence], order: &'o [usize], limit: usize) -> Vec<&'o [usize]> {
+    let (mut parts, mut start, mut tokens) = (Vec::new(), 0, 0);
+    for (end, &index) in order.iter().enumerate() {
+        let length = sequences[index].ids.len();
+        if tokens + length > limit && end > start {
+            parts.push(&order[start..end]);
+            (start, tokens) = (end, 0);
+        }
+        tokens += length;
+    }
+    if start < order.len() {
+        parts.push(&order[start..]);
+    }
+    parts
+}
+
+/// The sequence itself; its place stays empty.
+fn take(sequence: &mut Sequence) -> Sequence {
+    Sequence { ids: std::mem::take(&mut sequence.ids), skip: sequence.skip }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_texts_are_one() {
+        let (unique, places) = distinct(&["b", "a", "b", "", "a"]);
+        assert_eq!(unique, ["b", "a", ""]);
+        assert_eq!(places, [0, 1, 0, 2, 1]);
+        assert_eq!(distinct::<&str>(&[]), (vec![], vec![]));
+    }
+
+    #[test]
+    fn parts_hold_every_text_once_longest_first() {
+        let sequences: Vec<_> =
+            [3, 9, 1, 4, 4, 20].iter().map(|&n| Sequence { ids: vec![7; n], skip: 0 }).collect();
+        let order = by_length(&sequences);
+        assert_eq!(order, [5, 1, 3, 4, 0, 2]);
+        assert_eq!(parts(&sequences, &order, 9), [&order[..1], &order[1..2], &order[2..4], &order[4..]]);
+        assert!(parts(&[], &[], 9).is_empty());
+    }
 }

@@ -1,1 +1,134 @@
-//! cli
+//! The commands of `trainer`: what the user typed, to what is done, to an exit status.
+//!
+//! Results go to standard output, everything else to standard error.
+
+mod encode;
+mod evaluate;
+mod export;
+mod logging;
+mod plan;
+mod train;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{Error, progress};
+
+/// Trains text-embedding models, and uses them.
+#[derive(Debug, Parser)]
+#[command(name = "trainer", version, propagate_version = true)]
+#[command(after_help = "Example: trainer train configs/quickstart.yaml training.learning_rate=2e-4\n\n\
+    Exit status: 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong and nothing was\n\
+    started; 128+S a checkpoint was written because signal S asked for a stop.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Show results and errors only
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model
+    Train(train::Args),
+    /// Check everything and say what a run will do; trains nothing
+    Plan(plan::Args),
+    /// Turn texts into embeddings
+    Encode(encode::Args),
+    /// Measure a model on evaluation sets
+    Evaluate(evaluate::Args),
+    /// Write the model of a run as a folder for other programs
+    Export(export::Args),
+}
+
+/// Why a command ended early, and what it returns to the shell.
+pub(crate) struct Failure {
+    error: Error,
+    status: u8,
+}
+
+impl Failure {
+    /// Nothing was started: whatever it is, the user can mend it and lose nothing.
+    pub(crate) fn before(error: Error) -> Self {
+        Self { error, status: 2 }
+    }
+
+    /// Work had begun.
+    pub(crate) fn during(error: Error) -> Self {
+        let status = match error {
+            Error::Stopped { signal, .. } => 128 + u8::try_from(signal).unwrap_or(0),
+            _ => 1,
+        };
+        Self { error, status }
+    }
+}
+
+/// What is wrong with an input is the user's to mend; what goes wrong with an output is the run's failure.
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Usage(_) | Error::Config { .. } | Error::Row { .. } | Error::File { .. } => {
+                Self::before(error)
+            }
+            Error::Io { action: "open" | "read", .. } => Self::before(error),
+            _ => Self::during(error),
+        }
+    }
+}
+
+/// Runs the command in `args`, the program's name first, and returns its exit status.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // --help and --version are results, on standard output, and no failure.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    logging::start(cli.quiet);
+    if cli.quiet {
+        progress::quiet();
+    }
+    let done = match cli.command {
+        Command::Train(args) => train::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Encode(args) => encode::run(&args).map_err(Failure::from),
+        Command::Evaluate(args) => evaluate::run(&args).map_err(Failure::from),
+        Command::Export(args) => export::run(&args).map_err(Failure::from),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { error, status }) => {
+            tracing::error!("{error}");
+            ExitCode::from(status)
+        }
+    }
+}
+
+/// Prints a result. A reader that has gone away (`| head`) is no failure.
+pub(crate) fn print(result: impl std::fmt::Display) {
+    progress::suspend(|| {
+        let _ = writeln!(std::io::stdout(), "{result}");
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_has_an_example() {
+        let cli = Cli::command();
+        cli.clone().debug_assert();
+        for command in cli.get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains(&format!("trainer {}", command.get_name())), "{}", command.get_name());
+        }
+    }
+}

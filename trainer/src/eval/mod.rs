@@ -2,6 +2,7 @@
 //!
 //! Metrics, their names and the CSV files are those of sentence-transformers 6.
 
+mod open;
 mod pairwise;
 mod retrieval;
 
@@ -14,7 +15,122 @@ use std::path::Path;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
+use self::pairwise::{Similarity, Triplets};
+use self::retrieval::Retrieval;
+use crate::config::{EvaluationSet, SetKind};
+use crate::embed::Embedder;
 use crate::{Error, Result};
+
+/// Texts that a model is measured on.
+#[derive(Debug)]
+pub struct EvalSet {
+    name: String,
+    task: Task,
+}
+
+#[derive(Debug)]
+enum Task {
+    Retrieval(Retrieval),
+    Triplets(Triplets),
+    Similarity(Similarity),
+}
+
+impl EvalSet {
+    /// Reads a set into memory. Without a name it gets that of its folder or file.
+    ///
+    /// # Errors
+    /// Nothing there, a malformed row, an id in the qrels that has no text.
+    pub fn open(set: &EvaluationSet) -> Result<Self> {
+        let path = &set.path;
+        if !path.exists() {
+            return Err(Error::file(path, "no such evaluation set"));
+        }
+        let task = match set.kind {
+            SetKind::Retrieval if path.is_dir() => Task::Retrieval(open::beir(path, set.split.as_deref())?),
+            SetKind::Retrieval => Task::Retrieval(open::pairs(path)?),
+            kind if path.is_dir() => {
+                return Err(Error::file(
+                    path,
+                    format!("is a folder; a set of kind {kind} is a file of rows"),
+                ));
+            }
+            SetKind::Triplet => Task::Triplets(open::triplets(path)?),
+            SetKind::Similarity => Task::Similarity(open::similarity(path)?),
+        };
+        let name = if set.name.is_empty() { name_of(path) } else { set.name.clone() };
+        Ok(Self { name, task })
+    }
+
+    /// The first part of its metrics' names.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Embeds the set's texts and measures.
+    ///
+    /// # Errors
+    /// As [`Embedder::encode`].
+    pub fn evaluate(&self, embedder: &Embedder) -> Result<Scores> {
+        let encode = |texts: &[String], role| embedder.encode(texts, role);
+        let scores = match &self.task {
+            Task::Retrieval(set) => set.evaluate(encode),
+            Task::Triplets(set) => set.evaluate(encode),
+            Task::Similarity(set) => set.evaluate(encode),
+        }?;
+        Ok(scores.into_iter().map(|(metric, score)| (format!("{}_{metric}", self.name), score)).collect())
+    }
+
+    /// The metric that stands for the others.
+    pub fn primary(&self) -> String {
+        let metric = match &self.task {
+            Task::Retrieval(_) => "cosine_ndcg@10",
+            Task::Triplets(_) => "max_accuracy",
+            Task::Similarity(_) => "spearman_cosine",
+        };
+        format!("{}_{metric}", self.name)
+    }
+
+    /// Adds a row to sentence-transformers' CSV file for this set in `folder`; epoch and steps are −1, as they are there
+    /// outside of a training.
+    pub fn append_csv(&self, folder: &Path, scores: &Scores) -> Result<()> {
+        let (file, columns) = match &self.task {
+            Task::Retrieval(_) => ("Information-Retrieval_evaluation", retrieval::columns()),
+            Task::Triplets(_) => ("triplet_evaluation", Triplets::columns()),
+            Task::Similarity(_) => ("similarity_evaluation", Similarity::columns()),
+        };
+        let path = folder.join(format!("{file}_{}_results.csv", self.name));
+        let mut text = String::new();
+        if !path.exists() {
+            let headings: Vec<_> = columns.iter().map(|(heading, _)| heading.as_str()).collect();
+            text = format!("epoch,steps,{}\n", headings.join(","));
+        }
+        text.push_str("-1,-1");
+        for (_, metric) in &columns {
+            let score = scores.get(&format!("{}_{metric}", self.name)).unwrap_or(f64::NAN);
+            text.push_str(&if score.is_nan() { ",nan".to_owned() } else { format!(",{score:?}") });
+        }
+        text.push('\n');
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .map_err(Error::io("write", path))
+    }
+}
+
+/// `data/qa/pairs.en.jsonl.gz` → `pairs.en`.
+fn name_of(path: &Path) -> String {
+    let name =
+        path.canonicalize().ok().as_deref().unwrap_or(path).file_name().unwrap_or_default().to_os_string();
+    let mut name = name.to_string_lossy().into_owned();
+    if path.is_file() {
+        for ending in [".gz", ".zst", ".jsonl", ".ndjson", ".csv", ".tsv"] {
+            name.truncate(name.strip_suffix(ending).map_or(name.len(), str::len));
+        }
+    }
+    name
+}
 
 /// Metrics by name, in the order in which they are shown.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -61,5 +177,56 @@ impl Serialize for Scores {
             map.serialize_entry(name, &score)?;
         }
         map.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(path: &Path, kind: SetKind) -> Result<EvalSet> {
+        EvalSet::open(&EvaluationSet { path: path.to_owned(), kind, ..EvaluationSet::default() })
+    }
+
+    #[test]
+    fn scores_are_an_object_in_their_order() {
+        let scores: Scores = [("z".to_owned(), 0.5), ("a".into(), f64::NAN)].into_iter().collect();
+        assert_eq!(serde_json::to_string(&scores).unwrap(), r#"{"z":0.5,"a":null}"#);
+        assert_eq!(scores.get("z"), Some(0.5));
+        assert_eq!(scores.get("b"), None);
+    }
+
+    #[test]
+    fn the_csv_has_a_heading_once_and_a_row_each_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pairs.en.jsonl");
+        std::fs::write(&path, "{\"query\": \"q\", \"positive\": \"p\"}").unwrap();
+        let set = set(&path, SetKind::Retrieval).unwrap();
+        assert_eq!((set.name(), set.primary().as_str()), ("pairs.en", "pairs.en_cosine_ndcg@10"));
+        let scores: Scores =
+            [("pairs.en_cosine_accuracy@1".to_owned(), 1.0), ("pairs.en_cosine_ndcg@10".into(), 0.25)]
+                .into_iter()
+                .collect();
+        set.append_csv(folder.path(), &scores).unwrap();
+        set.append_csv(folder.path(), &scores).unwrap();
+        let csv = std::fs::read_to_string(
+            folder.path().join("Information-Retrieval_evaluation_pairs.en_results.csv"),
+        )
+        .unwrap();
+        let lines: Vec<_> = csv.lines().collect();
+        assert_eq!(lines.len(), 3);
+        assert!(lines[0].starts_with("epoch,steps,cosine-Accuracy@1,"));
+        assert!(lines[1].starts_with("-1,-1,1.0,nan,"), "{}", lines[1]);
+        assert_eq!(lines[1], lines[2]);
+        assert_eq!(lines[0].split(',').count(), lines[1].split(',').count());
+    }
+
+    #[test]
+    fn a_set_must_be_there_and_of_its_kind() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = set(&folder.path().join("no"), SetKind::Retrieval).unwrap_err().to_string();
+        assert!(error.contains("no such evaluation set"), "{error}");
+        let error = set(folder.path(), SetKind::Triplet).unwrap_err().to_string();
+        assert!(error.contains("is a folder; a set of kind triplet"), "{error}");
     }
 }

@@ -83,9 +83,9 @@ impl Retrieval {
         Self { queries, documents, ranks, relevant }
     }
 
-    /// Queries that are asked, and documents.
-    pub(super) fn size(&self) -> (usize, usize) {
-        (self.queries.len(), self.documents.len())
+    /// Queries that have an answer.
+    pub(super) fn queries(&self) -> usize {
+        self.queries.len()
     }
 
     /// The metrics by name, without the set's. `encode` embeds texts: (N, D).
@@ -144,7 +144,8 @@ impl Retrieval {
         let mean = |of: &dyn Fn(&[usize], f64) -> f64| {
             let sum: f64 =
                 found.iter().zip(&self.relevant).map(|(ranks, all)| of(ranks, all.len() as f64)).sum();
-            sum / found.len() as f64
+            // The sum of nothing is −0.
+            (sum + 0.0) / found.len() as f64
         };
         let hits = |ranks: &[usize], k: usize| ranks.iter().filter(|&&rank| rank <= k).count() as f64;
         let gain = |rank: usize| 1.0 / ((rank + 1) as f64).log2();
@@ -274,5 +275,6 @@ mod tests {
             })
             .unwrap();
         assert_eq!(scores.iter().find(|(name, _)| name == "cosine_mrr@10").unwrap().1, 1.0 / 3.0);
+        assert!(scores.iter().all(|(_, score)| score.is_sign_positive()), "{scores:?}");
     }
 }

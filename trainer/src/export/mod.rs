@@ -4,6 +4,7 @@
 
 mod card;
 mod peft;
+mod run;
 mod sentence_transformers;
 mod weights;
 
@@ -14,6 +15,7 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::Value;
 
+pub use self::run::{Options, Trained, write as run};
 use crate::config::Lora;
 use crate::model::{Folder, Pooling};
 use crate::{Error, Result};
@@ -47,9 +49,15 @@ pub struct About {
 /// from.
 ///
 /// # Errors
-/// Something is at `target` already; the disk is full or read-only.
-pub fn model(target: &Path, source: &Folder, about: &About, tensors: &[(String, Tensor)]) -> Result<()> {
-    publish(target, |draft| {
+/// Something is at `target` already, unless it is to be replaced; the disk is full or read-only.
+pub fn model(
+    target: &Path,
+    replace: bool,
+    source: &Folder,
+    about: &About,
+    tensors: &[(String, Tensor)],
+) -> Result<()> {
+    publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, about)?;
         put_text(&draft.join("README.md"), &card::text(about, false))?;
         weights::write(draft, tensors, weights::SHARD)
@@ -62,6 +70,7 @@ pub fn model(target: &Path, source: &Folder, about: &About, tensors: &[(String, 
 /// As [`model`].
 pub fn adapter(
     target: &Path,
+    replace: bool,
     source: &Folder,
     about: &About,
     lora: &Lora,
@@ -72,7 +81,7 @@ pub fn adapter(
         Ok(path) => path.display().to_string(),
         Err(_) => about.base.clone(),
     };
-    publish(target, |draft| {
+    publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, about)?;
         put_text(&draft.join("README.md"), &card::text(about, true))?;
         peft::write(draft, &base, lora, adapters)
@@ -80,8 +89,8 @@ pub fn adapter(
 }
 
 /// Lets `write` fill a folder under a temporary name, then renames it to `target`.
-fn publish(target: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    if target.exists() {
+fn publish(target: &Path, replace: bool, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if target.exists() && !replace {
         let message =
             "is there already, and nothing is overwritten\nhint: give another folder, or remove this one";
         return Err(Error::file(target, message));
@@ -90,20 +99,32 @@ fn publish(target: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()>
         return Err(Error::file(target, "is no name for a folder"));
     };
     let parent = if parent == Path::new("") { Path::new(".") } else { parent };
-    let draft = parent.join(format!(".{}.tmp", name.display()));
-    if draft.exists() {
-        // A process that was killed has left it.
-        fs::remove_dir_all(&draft).map_err(Error::io("remove", &draft))?;
-    }
+    let beside = |ending: &str| parent.join(format!(".{}.{ending}", name.display()));
+    let (draft, old) = (beside("tmp"), beside("old"));
+    // A process that was killed has left them.
+    remove(&draft)?;
+    remove(&old)?;
     fs::create_dir_all(&draft).map_err(Error::io("create", &draft))?;
-    let written =
-        write(&draft).and_then(|()| fs::rename(&draft, target).map_err(Error::io("rename", &draft)));
+    let written = write(&draft).and_then(|()| {
+        if target.exists() {
+            fs::rename(target, &old).map_err(Error::io("rename", target))?;
+        }
+        fs::rename(&draft, target).map_err(Error::io("rename", &draft))
+    });
     if written.is_err() {
         // A full disk must not stay full of what it could not hold.
         let _ = fs::remove_dir_all(&draft);
     }
     written?;
+    remove(&old)?;
     File::open(parent).and_then(|parent| parent.sync_all()).map_err(Error::io("sync", parent))
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", folder)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// Writes JSON, indented by two as transformers does.
@@ -175,7 +196,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("new/model");
         let tensors = [("embeddings.weight".to_owned(), Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap())];
-        model(&target, &source, &about(), &tensors).unwrap();
+        model(&target, false, &source, &about(), &tensors).unwrap();
         let expected = [
             "1_Pooling",
             "README.md",
@@ -221,7 +242,8 @@ mod tests {
         let target = place.path().join("adapter");
         let zeros = Tensor::zeros((1, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
         let about = About { normalize: false, ..about() };
-        adapter(&target, &source, &about, &Lora::default(), vec![("q.lora_A.weight".into(), zeros)]).unwrap();
+        adapter(&target, false, &source, &about, &Lora::default(), vec![("q.lora_A.weight".into(), zeros)])
+            .unwrap();
         let found = names(&target);
         assert!(
             found.contains("adapter_config.json") && found.contains("adapter_model.safetensors"),
@@ -239,10 +261,10 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("model");
         fs::create_dir(&target).unwrap();
-        let error = model(&target, &source, &about(), &[]).unwrap_err().to_string();
+        let error = model(&target, false, &source, &about(), &[]).unwrap_err().to_string();
         assert!(error.contains("is there already"), "{error}");
         fs::remove_dir(&target).unwrap();
-        let failed = publish(&target, |draft| {
+        let failed = publish(&target, false, |draft| {
             put_text(&draft.join("a"), "b")?;
             Err(Error::file(draft, "no space left"))
         });
@@ -251,7 +273,10 @@ mod tests {
         // What a killed process left behind does not get into the next folder.
         fs::create_dir(place.path().join(".model.tmp")).unwrap();
         fs::write(place.path().join(".model.tmp/old"), "").unwrap();
-        publish(&target, |_| Ok(())).unwrap();
+        publish(&target, false, |_| Ok(())).unwrap();
         assert_eq!(names(&target), BTreeSet::new());
+        publish(&target, true, |draft| put_text(&draft.join("new"), "")).unwrap();
+        assert_eq!(names(&target), ["new".to_owned()].into());
+        assert_eq!(names(place.path()), ["model".to_owned()].into());
     }
 }

@@ -1,4 +1,258 @@
-//! model
-pub mod folder;
+//! The model: texts as token ids go in, embeddings come out, and gradients go back.
+//!
+//! Encoders have a written backward: a layer's `forward` returns a tape and its `backward` takes it, beside each other in
+//! one file. Weights that are not trained get no gradient, and nothing is computed for them.
 
-pub use folder::{Folder, Pooling};
+pub mod chunk;
+pub mod folder;
+pub mod hub;
+pub mod params;
+pub mod pass;
+
+pub mod adapter;
+pub mod bert;
+pub mod decoder;
+pub mod encoder;
+pub mod linear;
+pub mod settings;
+pub mod weights;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use kernels::pool;
+
+use self::chunk::{Chunk, Limit};
+use self::encoder::Encoder;
+pub use self::folder::{Folder, Pooling};
+use self::params::{Flat, Gradients, Parameter};
+use self::pass::{Noise, Pass};
+use self::settings::Settings;
+use self::weights::Weights;
+use crate::config;
+use crate::data::batch::Sequence;
+use crate::{Error, Result};
+
+/// An encoder, how its hidden states become one embedding, and which of its parameters are trained.
+#[derive(Debug)]
+pub struct Model {
+    encoder: Encoder,
+    folder: Folder,
+    pooling: Pooling,
+    normalize: bool,
+    parameters: Vec<(String, Parameter)>,
+    flat: Flat,
+    carried: Vec<(String, Tensor)>,
+    lora: Option<config::Lora>,
+}
+
+/// What the backward pass needs of a forward pass.
+#[derive(Debug)]
+pub struct Tape {
+    encoder: encoder::Tape,
+    embeddings: Tensor, // (N, D)
+    norms: Tensor,      // (N)
+}
+
+/// How a model is opened.
+#[derive(Clone, Debug, Default)]
+pub struct Options<'a> {
+    /// The configuration's section; all default for a model that is used as it is.
+    pub model: config::Model,
+    /// Adapters to train; without them, every parameter is.
+    pub lora: Option<&'a config::Lora>,
+    /// Whether anything is trained at all.
+    pub trained: bool,
+    /// Random weights and adapters follow from it.
+    pub seed: u64,
+    /// Whether only names and shapes are checked, and no weight is read.
+    pub dry: bool,
+}
+
+impl Model {
+    /// Opens the model folder that `folder` describes.
+    pub fn open(folder: Folder, options: &Options) -> Result<Self> {
+        let settings = Settings::new(&folder.path, folder.config.clone());
+        let init = |anchors: &[&str]| {
+            let weights = match options.model.init {
+                config::Init::Pretrained => Weights::open(&adapter::base(&folder)?, anchors)?,
+                config::Init::Random => {
+                    Weights::random(options.seed, settings.number("initializer_range", 0.02)?)
+                }
+            };
+            Ok(if options.dry { weights.dry() } else { weights })
+        };
+        let longest = longest(&folder, &options.model, &settings)?;
+        let dropout = options.model.dropout.map(|p| p as f32);
+        let (mut encoder, carried) = Encoder::new(&settings, init, dropout, longest)?;
+        let known = match &folder.adapter {
+            Some(known) => Some(adapter::load(&mut encoder, &folder, known)?),
+            None => None,
+        };
+        if let (true, Some(lora)) = (options.trained && known.is_none(), options.lora) {
+            adapter::attach(&mut encoder, lora, options.seed)?;
+        }
+        let lora = known.or_else(|| options.lora.cloned());
+        let adapters_only = lora.is_some();
+        let flat = Flat::adopt(
+            |visit| encoder.visit(visit),
+            |name| options.trained && (!adapters_only || name.contains(".lora_")),
+        )?;
+        let mut parameters = Vec::new();
+        encoder.visit(&mut |name: &str, parameter: &mut Parameter| {
+            parameters.push((name.to_owned(), parameter.clone()));
+            Ok(())
+        })?;
+        let decoder = matches!(encoder, Encoder::Decoder(_));
+        let by_family = if decoder { Pooling::LastToken } else { Pooling::Mean };
+        Ok(Self {
+            pooling: options.model.pooling.or(folder.pooling).unwrap_or(by_family),
+            normalize: options.model.normalize.or(folder.normalize).unwrap_or(true),
+            encoder,
+            folder,
+            parameters,
+            flat,
+            carried,
+            lora,
+        })
+    }
+
+    /// A chunk → its embeddings (N, D), and the tape if it is to be kept. Without `noise` nothing is dropped.
+    pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+        let pass = Pass { packing: &chunk.packing, noise };
+        let (x, tape) = self.encoder.forward(&chunk.ids, &pass, keep)?; // (T, D)
+        let (embeddings, norms) = pool::forward(&x, &chunk.spans, self.normalize)?;
+        let tape = tape.map(|encoder| Tape { encoder, embeddings: embeddings.clone(), norms });
+        Ok((embeddings, tape))
+    }
+
+    /// The tape of a chunk whose embeddings are known already.
+    pub fn record(&self, chunk: &Chunk, noise: Option<Noise>) -> Result<Tape> {
+        match self.forward(chunk, noise, true)? {
+            (_, Some(tape)) => Ok(tape),
+            (_, None) => Err(Error::Usage("a pass that keeps its tape returned none".to_owned())),
+        }
+    }
+
+    /// d(embeddings) (N, D) → the gradients of everything trained.
+    pub fn backward(
+        &self,
+        chunk: &Chunk,
+        tape: Tape,
+        d: &Tensor,
+        noise: Option<Noise>,
+        gradients: &Gradients,
+    ) -> Result<()> {
+        let pass = Pass { packing: &chunk.packing, noise };
+        let Tape { encoder, embeddings, norms } = tape;
+        let tokens = chunk.packing.tokens();
+        let dx = pool::backward(&embeddings, &norms, &chunk.spans, d, tokens, self.normalize)?; // (T, D)
+        self.encoder.backward(&chunk.ids, encoder, dx, &pass, gradients)
+    }
+
+    /// Sequences → their embeddings (N, D) in the order given; no tape, no dropout.
+    pub fn embed(&self, sequences: &[Sequence], chunk_tokens: usize) -> Result<Tensor> {
+        let width = self.width();
+        let mut all = vec![0f32; sequences.len() * width];
+        let members: Vec<usize> = (0..sequences.len()).collect();
+        for cut in chunk::cut(sequences, &members, Limit::Tokens(chunk_tokens)) {
+            let chunk = Chunk::pack(sequences, cut, self.pooling)?;
+            let (embeddings, _) = self.forward(&chunk, None, false)?;
+            for (&member, row) in chunk.members.iter().zip(embeddings.to_vec2::<f32>()?) {
+                all[member * width..][..width].copy_from_slice(&row);
+            }
+        }
+        Ok(Tensor::from_vec(all, (sequences.len(), width), &Device::Cpu)?)
+    }
+
+    /// The trained parameters.
+    pub fn flat(&self) -> &Flat {
+        &self.flat
+    }
+
+    /// What the folder said.
+    pub fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
+    /// How hidden states become one embedding.
+    pub fn pooling(&self) -> Pooling {
+        self.pooling
+    }
+
+    /// Whether embeddings have the length 1.
+    pub fn normalize(&self) -> bool {
+        self.normalize
+    }
+
+    /// The adapters' settings, where it has adapters.
+    pub fn lora(&self) -> Option<&config::Lora> {
+        self.lora.as_ref()
+    }
+
+    /// D.
+    pub fn width(&self) -> usize {
+        self.encoder.width()
+    }
+
+    /// The longest text that has positions.
+    pub fn positions(&self) -> usize {
+        self.encoder.positions()
+    }
+
+    /// V.
+    pub fn vocabulary(&self) -> usize {
+        self.encoder.vocabulary()
+    }
+
+    /// Elements of all parameters, trained or not.
+    pub fn elements(&self) -> usize {
+        self.parameters.iter().map(|(_, parameter)| parameter.value().elem_count()).sum()
+    }
+
+    /// Bytes of tape that one token leaves.
+    pub fn tape_bytes_per_token(&self) -> usize {
+        self.encoder.tape_bytes_per_token()
+    }
+
+    /// The adapters' tensors by name, as PEFT names them after `base_model.model.`.
+    pub fn adapters(&self) -> Vec<(String, Tensor)> {
+        let adapters = self.parameters.iter().filter(|(name, _)| name.contains(".lora_"));
+        adapters.map(|(name, parameter)| (name.clone(), parameter.value().clone())).collect()
+    }
+
+    /// Every tensor of the whole model by its name in the checkpoint, adapters merged into their weights.
+    pub fn tensors(&mut self) -> Result<Vec<(String, Tensor)>> {
+        let merged: Vec<(String, Tensor)> = self
+            .encoder
+            .linears()
+            .into_iter()
+            .filter(|(_, linear)| linear.adapter().is_some())
+            .map(|(name, linear)| Ok((format!("{name}.weight"), linear.merged()?)))
+            .collect::<Result<_>>()?;
+        let own = self.parameters.iter().filter(|(name, _)| !name.contains(".lora_"));
+        let mut all: Vec<(String, Tensor)> = own
+            .map(|(name, parameter)| {
+                let merged = merged.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
+                (name.clone(), merged.unwrap_or(parameter.value()).clone())
+            })
+            .collect();
+        for (name, tensor) in &self.carried {
+            all.push((name.clone(), tensor.to_dtype(DType::F32)?));
+        }
+        Ok(all)
+    }
+
+    /// Replaces the trained parameters by those of a checkpoint's parameters.safetensors.
+    pub fn load_parameters(&self, path: &Path) -> Result<()> {
+        self.flat.read(self.flat.values(), path, "")
+    }
+}
+
+/// The longest text, in tokens, that a run with this configuration encodes.
+fn longest(folder: &Folder, model: &config::Model, settings: &Settings) -> Result<usize> {
+    let positions = settings.size("max_position_embeddings")?;
+    let default = folder.max_length.unwrap_or(positions).min(positions);
+    let query = model.max_query_length.unwrap_or(default);
+    Ok(query.max(model.max_document_length.unwrap_or(default)))
+}

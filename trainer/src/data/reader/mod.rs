@@ -6,6 +6,7 @@
 mod beir;
 mod file;
 mod records;
+mod stream;
 mod table;
 
 use std::path::Path;
@@ -14,6 +15,7 @@ use super::row::{Row, Schema};
 use crate::config::DataSet;
 use crate::{Error, Result};
 use file::Format;
+pub(crate) use stream::{lines, objects};
 
 /// An open data set.
 pub struct Source(Inner);

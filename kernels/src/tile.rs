@@ -1,0 +1,264 @@
+//! Work on tiles that lie in the cache: products of a few dozen rows, transposes, powers, scratch memory.
+//!
+//! The `gemm` crate copies its operands into panels first, which pays from a few hundred rows on. Attention
+//! multiplies tiles that are in the cache already and often have ten rows: in a [`Product`] a block of C stays in
+//! registers while rows of B stream past, and elements of A are broadcast from wherever they lie.
+
+use pulp::{Simd, WithSimd};
+use std::cell::Cell;
+
+/// C (m, n) = A (m, k) · B (k, n), or added to C. Rows of B and C are contiguous, A has any strides.
+pub(crate) struct Product<'a> {
+    pub(crate) m: usize,
+    /// A multiple of the lanes of a vector.
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) a: &'a [f32],
+    pub(crate) a_row: usize,
+    pub(crate) a_column: usize,
+    pub(crate) b: &'a [f32],
+    pub(crate) b_row: usize,
+    pub(crate) c: &'a mut [f32],
+    pub(crate) c_row: usize,
+    pub(crate) add: bool,
+}
+
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { m, n, k, a_row, a_column, b_row, c_row, add, .. } = self;
+        if m == 0 || n == 0 {
+            return;
+        }
+        // The pointers below rely on these.
+        assert!(n.is_multiple_of(S::F32_LANES), "{n} columns are no whole vectors");
+        assert!((m - 1) * c_row + n <= self.c.len());
+        assert!(k == 0 || (m - 1) * a_row + (k - 1) * a_column < self.a.len());
+        assert!(k == 0 || (k - 1) * b_row + n <= self.b.len());
+
+        let (vectors, most) = (n / S::F32_LANES, if S::REGISTER_COUNT >= 32 { 12 } else { 6 });
+        let mut column = 0;
+        while column < vectors {
+            let pair = column + 1 < vectors;
+            // Blocks of equal height: a last one of two rows would leave the multipliers waiting.
+            let blocks = m.div_ceil(if pair { most } else { 12 });
+            let mut row = 0;
+            for block in 0..blocks {
+                let height = (m - row).div_ceil(blocks - block);
+                let (a, b, c) = (
+                    self.a.as_ptr().wrapping_add(row * a_row),
+                    self.b.as_ptr().wrapping_add(column * S::F32_LANES),
+                    self.c.as_mut_ptr().wrapping_add(row * c_row + column * S::F32_LANES),
+                );
+                let operands = Operands { k, a, a_row, a_column, b, b_row, c, c_row, add };
+                // SAFETY: rows row..row+height of A and C and this block's columns of B and C lie inside
+                // their slices by the assertions above.
+                unsafe {
+                    if pair {
+                        operands.rows::<S, 2>(simd, height)
+                    } else {
+                        operands.rows::<S, 1>(simd, height)
+                    }
+                }
+                row += height;
+            }
+            column += if pair { 2 } else { 1 };
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Operands {
+    k: usize,
+    a: *const f32,
+    a_row: usize,
+    a_column: usize,
+    b: *const f32,
+    b_row: usize,
+    c: *mut f32,
+    c_row: usize,
+    add: bool,
+}
+
+impl Operands {
+    /// # Safety
+    /// As [`Self::block`], with `height` from 1 to 12 rows (6 where there are 16 registers and WIDTH is 2).
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const WIDTH: usize>(self, simd: S, height: usize) {
+        macro_rules! height {
+            ($($h:literal),*) => {
+                match height {
+                    $($h if $h <= 6 || WIDTH == 1 || S::REGISTER_COUNT >= 32 => {
+                        // SAFETY: handed on.
+                        unsafe { self.block::<S, $h, WIDTH>(simd) }
+                    })*
+                    _ => unreachable!("a block of {height} rows"),
+                }
+            };
+        }
+        height!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
+    }
+
+    /// # Safety
+    /// HEIGHT rows of A and C, `k` columns of A and rows of B, and WIDTH vectors from B's and C's pointers
+    /// must lie in memory that is valid to read, and C's to write.
+    #[inline(always)]
+    unsafe fn block<S: Simd, const HEIGHT: usize, const WIDTH: usize>(self, simd: S) {
+        let mut sums = [[simd.splat_f32s(0.0); WIDTH]; HEIGHT];
+        let (mut a, mut b) = (self.a, self.b);
+        for _ in 0..self.k {
+            // SAFETY: see above; unaligned reads and writes throughout.
+            unsafe {
+                let mut vectors = [simd.splat_f32s(0.0); WIDTH];
+                for (j, vector) in vectors.iter_mut().enumerate() {
+                    *vector = b.add(j * S::F32_LANES).cast::<S::f32s>().read_unaligned();
+                }
+                for (i, row) in sums.iter_mut().enumerate() {
+                    let x = simd.splat_f32s(*a.add(i * self.a_row));
+                    for (sum, vector) in row.iter_mut().zip(vectors) {
+                        *sum = simd.mul_add_e_f32s(x, vector, *sum);
+                    }
+                }
+            }
+            a = a.wrapping_add(self.a_column);
+            b = b.wrapping_add(self.b_row);
+        }
+        for (i, row) in sums.iter().enumerate() {
+            for (j, &sum) in row.iter().enumerate() {
+                // SAFETY: see above.
+                unsafe {
+                    let c = self.c.add(i * self.c_row + j * S::F32_LANES).cast::<S::f32s>();
+                    c.write_unaligned(if self.add { simd.add_f32s(c.read_unaligned(), sum) } else { sum });
+                }
+            }
+        }
+    }
+}
+
+/// `out` (width, rows) = the transpose of `rows` rows of `width`, each multiplied by `scale`; `row(r)` gives row r.
+///
+/// `out`'s rows are `stride` apart; columns up to the next multiple of `lanes`, itself one of four, are zeros.
+#[inline(always)]
+pub(crate) fn transpose<'a>(
+    out: &mut [f32],
+    stride: usize,
+    (rows, width): (usize, usize),
+    lanes: usize,
+    scale: f32,
+    row: impl Fn(usize) -> &'a [f32],
+) {
+    for r in (0..rows.next_multiple_of(lanes)).step_by(4) {
+        let out = &mut out[r..];
+        match rows.saturating_sub(r) {
+            0 => (0..width).for_each(|x| out[x * stride..][..4].copy_from_slice(&[0.0; 4])),
+            1 => transpose_four(out, stride, scale, [&row(r)[..width], &[], &[], &[]]),
+            2 => transpose_four(out, stride, scale, [&row(r)[..width], &row(r + 1)[..width], &[], &[]]),
+            3 => {
+                let rows = [&row(r)[..width], &row(r + 1)[..width], &row(r + 2)[..width], &[]];
+                transpose_four(out, stride, scale, rows);
+            }
+            _ => {
+                let rows =
+                    [&row(r)[..width], &row(r + 1)[..width], &row(r + 2)[..width], &row(r + 3)[..width]];
+                transpose_four(out, stride, scale, rows);
+            }
+        }
+    }
+}
+
+/// Four rows of one width; an empty one stands for zeros.
+#[inline(always)]
+fn transpose_four(out: &mut [f32], stride: usize, scale: f32, rows: [&[f32]; 4]) {
+    let width = rows[0].len();
+    let piece = |row: &[f32], x: usize| {
+        if row.is_empty() { [0.0; 4] } else { [row[x], row[x + 1], row[x + 2], row[x + 3]] }
+    };
+    let whole = width / 4 * 4;
+    for x in (0..whole).step_by(4) {
+        let [a, b, c, d] = rows;
+        let columns = transpose4([piece(a, x), piece(b, x), piece(c, x), piece(d, x)], scale);
+        for (y, column) in columns.iter().enumerate() {
+            out[(x + y) * stride..][..4].copy_from_slice(column);
+        }
+    }
+    for x in whole..width {
+        out[x * stride..][..4]
+            .copy_from_slice(&rows.map(|row| row.get(x).map_or(0.0, |value| value * scale)));
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn transpose4(rows: [[f32; 4]; 4], scale: f32) -> [[f32; 4]; 4] {
+    use core::arch::x86_64::*;
+    // The compiler takes the elements one at a time, at a third of the speed. SSE is part of x86-64.
+    // SAFETY: an array of four f32 and a vector of four have the same bits.
+    unsafe {
+        let scale = _mm_set1_ps(scale);
+        let [a, b, c, d]: [__m128; 4] = core::mem::transmute(rows);
+        let (a, b) = (_mm_mul_ps(a, scale), _mm_mul_ps(b, scale));
+        let (c, d) = (_mm_mul_ps(c, scale), _mm_mul_ps(d, scale));
+        let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+        let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+        core::mem::transmute([
+            _mm_movelh_ps(ab, cd),
+            _mm_movehl_ps(cd, ab),
+            _mm_movelh_ps(ab_high, cd_high),
+            _mm_movehl_ps(cd_high, ab_high),
+        ])
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn transpose4(rows: [[f32; 4]; 4], scale: f32) -> [[f32; 4]; 4] {
+    std::array::from_fn(|y| std::array::from_fn(|r| rows[r][y] * scale))
+}
+
+/// 2ˣ within 2 ulp for x ≤ 127; 0 below -126, where f32 has no normal numbers. NaN stays NaN.
+#[inline(always)]
+pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // Adding 1.5·2²³ leaves the nearest integer in the low bits; with 127 more it is already an exponent.
+    let shift = simd.splat_f32s(12_582_912.0 + 127.0);
+    let shifted = simd.add_f32s(x, shift);
+    let r = simd.sub_f32s(x, simd.sub_f32s(shifted, shift));
+    // 2ʳ on |r| ≤ 1/2 by Cephes' `exp2f` (S. Moshier).
+    let mut power = simd.splat_f32s(1.535_336_2e-4);
+    for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+        power = simd.mul_add_e_f32s(power, r, simd.splat_f32s(c));
+    }
+    let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    let value = simd.mul_f32s(power, simd.transmute_f32s_u32s(exponent));
+    let vanishes = simd.less_than_f32s(x, simd.splat_f32s(-126.0));
+    simd.select_f32s(vanishes, simd.splat_f32s(0.0), value)
+}
+
+thread_local! {
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Hands `f` memory of this thread that stays allocated between calls. Its contents are arbitrary.
+pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
+    let mut scratch = SCRATCH.take();
+    let result = f(&mut scratch);
+    SCRATCH.set(scratch);
+    result
+}
+
+/// Pieces of the scratch of these sizes, each on a cache line of its own.
+pub(crate) fn split<const N: usize>(scratch: &mut Vec<f32>, sizes: [usize; N]) -> [&mut [f32]; N] {
+    const LINE: usize = 64 / size_of::<f32>();
+    let total = sizes.iter().map(|size| size.next_multiple_of(LINE)).sum::<usize>() + LINE;
+    if scratch.len() < total {
+        scratch.resize(total, 0.0);
+    }
+    let start = scratch.as_ptr().align_offset(64).min(LINE);
+    let mut rest = &mut scratch[start..];
+    sizes.map(|size| {
+        let (piece, tail) = std::mem::take(&mut rest).split_at_mut(size.next_multiple_of(LINE));
+        rest = tail;
+        &mut piece[..size]
+    })
+}

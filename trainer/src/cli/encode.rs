@@ -1,0 +1,278 @@
+//! `trainer encode`.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use serde_json::Value;
+
+use crate::data::reader;
+use crate::embed::{CHUNK_TOKENS, Opened, Role};
+use crate::model::Options;
+use crate::{Error, Result, config};
+
+/// Turn texts into embeddings
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    trainer encode --model runs/quickstart/model --input questions.txt --output questions.npy --role query\n  \
+    trainer encode --model sentence-transformers/all-MiniLM-L6-v2 --input docs.jsonl --output docs.npy")]
+pub(super) struct Args {
+    /// A model folder, or an id on the Hugging Face hub
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// Texts: .jsonl with "text", or one text a line; each also .gz or .zst
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Where the embeddings go: .npy, float32, a row for each text in the order of the input
+    #[arg(long, value_name = "FILE.npy")]
+    output: PathBuf,
+    /// What the texts are: it decides the prompt. Default: neither, for which the model's default prompt is used
+    #[arg(long)]
+    role: Option<RoleName>,
+    /// Put before each text, whatever the role
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// Tokens that are encoded at once
+    #[arg(long, value_name = "N", default_value_t = CHUNK_TOKENS, value_parser = at_least_one)]
+    chunk_tokens: usize,
+    /// Tokens of a text at most, the prompt and special tokens included. Default: what the model folder says
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    max_length: Option<usize>,
+    /// What products and activations are computed in
+    #[arg(long, default_value = "f32")]
+    dtype: DtypeName,
+    /// Draw the weights from a seed instead of reading them, to measure speed
+    #[arg(long)]
+    random_weights: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RoleName {
+    Query,
+    Document,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DtypeName {
+    F32,
+    Bf16,
+    F16,
+}
+
+/// Texts that are in memory, and sorted by length, at once.
+const PORTION: usize = 1 << 15;
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    if args.dtype != DtypeName::F32 {
+        return Err(Error::Usage(
+            "--dtype: bf16 and f16 are not supported yet on a CPU, expected f32".into(),
+        ));
+    }
+    // The whole input is looked at before the first text is encoded.
+    let mut count = 0;
+    texts(&args.input, |_| {
+        count += 1;
+        Ok(())
+    })?;
+    if count == 0 {
+        return Err(Error::file(&args.input, "has no texts"));
+    }
+    let opened = Opened::open(&args.model, &options(args.random_weights))?;
+    let mut embedder = opened.embedder();
+    embedder.limit(args.max_length)?;
+    embedder.chunk_tokens = args.chunk_tokens;
+    let role = match (&args.prompt, args.role) {
+        // A prompt of the user's own goes where a query's stands.
+        (Some(prompt), _) => {
+            embedder.query_prompt = prompt;
+            Role::Query
+        }
+        (None, Some(RoleName::Query)) => Role::Query,
+        (None, Some(RoleName::Document)) => Role::Document,
+        (None, None) => Role::Text,
+    };
+
+    let mut npy = Npy::create(&args.output, count, opened.model.width())?;
+    let mut portion = Vec::with_capacity(count.min(PORTION));
+    texts(&args.input, |text| {
+        portion.push(text);
+        if portion.len() == PORTION {
+            npy.write(&embedder.encode(&portion, role)?)?;
+            portion.clear();
+        }
+        Ok(())
+    })?;
+    if !portion.is_empty() {
+        npy.write(&embedder.encode(&portion, role)?)?;
+    }
+    npy.finish()?;
+    tracing::info!("{count} × {} in {}", opened.model.width(), args.output.display());
+    Ok(())
+}
+
+/// A model that is only used.
+pub(super) fn options(random_weights: bool) -> Options<'static> {
+    let init = if random_weights { config::Init::Random } else { config::Init::Pretrained };
+    Options { model: config::Model { init, ..config::Model::default() }, ..Options::default() }
+}
+
+/// For clap: a whole number above zero.
+pub(super) fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a whole number above 0".to_owned())
+}
+
+/// Calls `each` with the texts of `input` in order.
+fn texts(input: &Path, mut each: impl FnMut(String) -> Result<()>) -> Result<()> {
+    let name = input.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    let name = name.trim_end_matches(".gz").trim_end_matches(".zst");
+    if name.ends_with(".jsonl") || name.ends_with(".ndjson") {
+        return reader::objects(input, |line, mut row| match row.get_mut("text").map(Value::take) {
+            Some(Value::String(text)) => each(text),
+            found => {
+                let message = if found.is_none() { "has no `text`" } else { "`text` is no text" };
+                Err(Error::Row { path: input.to_owned(), line, message: message.into() })
+            }
+        });
+    }
+    let mut before = 0;
+    reader::lines(input, |line, text| {
+        if line != before + 1 {
+            // Leaving it out would shift every row after it.
+            let message = "is blank, expected one text a line".into();
+            return Err(Error::Row { path: input.to_owned(), line: before + 1, message });
+        }
+        before = line;
+        each(text.to_owned())
+    })
+}
+
+/// A NumPy file, version 1.0, of float32 rows: written beside its place and renamed when whole.
+struct Npy {
+    target: PathBuf,
+    draft: PathBuf,
+    file: BufWriter<File>,
+    rows: usize,
+    width: usize,
+}
+
+impl Npy {
+    fn create(target: &Path, rows: usize, width: usize) -> Result<Self> {
+        let Some(name) = target.file_name() else {
+            return Err(Error::Usage(format!("--output: {} is no name for a file", target.display())));
+        };
+        let draft = target.with_file_name(format!(".{}.tmp", name.display()));
+        let mut file = BufWriter::new(File::create(&draft).map_err(Error::io("create", &draft))?);
+        file.write_all(&header(rows, width)).map_err(Error::io("write", &draft))?;
+        Ok(Self { target: target.to_owned(), draft, file, rows, width })
+    }
+
+    fn write(&mut self, embeddings: &candle_core::Tensor) -> Result<()> {
+        let (rows, width) = embeddings.dims2()?;
+        let Some(left) = self.rows.checked_sub(rows).filter(|_| width == self.width) else {
+            return Err(Error::Usage(format!("{}: the input has changed meanwhile", self.target.display())));
+        };
+        self.rows = left;
+        for row in embeddings.to_vec2::<f32>()? {
+            let bytes: Vec<u8> = row.iter().flat_map(|x| x.to_le_bytes()).collect();
+            self.file.write_all(&bytes).map_err(Error::io("write", &self.draft))?;
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<()> {
+        if self.rows > 0 {
+            return Err(Error::Usage(format!("{}: the input has changed meanwhile", self.target.display())));
+        }
+        self.file
+            .flush()
+            .and_then(|()| self.file.get_ref().sync_all())
+            .map_err(Error::io("write", &self.draft))?;
+        fs::rename(&self.draft, &self.target).map_err(Error::io("rename", &self.draft))
+    }
+}
+
+impl Drop for Npy {
+    fn drop(&mut self) {
+        // Nothing half written stays; after `finish` there is nothing.
+        let _ = fs::remove_file(&self.draft);
+    }
+}
+
+/// Magic, version, the header's length, and a Python dictionary padded so that the numbers begin at a multiple of 64.
+fn header(rows: usize, width: usize) -> Vec<u8> {
+    let text = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}");
+    let length = (10 + text.len() + 1).next_multiple_of(64) - 10;
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend_from_slice(&(length as u16).to_le_bytes());
+    header.extend_from_slice(format!("{text:<0$}\n", length - 1).as_bytes());
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    fn all(name: &str, text: &str) -> Result<Vec<String>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        let mut seen = Vec::new();
+        texts(&path, |text| {
+            seen.push(text);
+            Ok(())
+        })?;
+        Ok(seen)
+    }
+
+    #[test]
+    fn texts_are_lines_or_the_text_of_objects() {
+        assert_eq!(all("a.txt", "one \ntwo, {\"x\"}\n").unwrap(), ["one", "two, {\"x\"}"]);
+        assert_eq!(all("a", "ü").unwrap(), ["ü"]);
+        assert_eq!(
+            all("a.jsonl", "{\"text\": \" x \", \"id\": 1}\n\n{\"text\": \"\"}").unwrap(),
+            [" x ", ""]
+        );
+        for (name, text, expected) in [
+            ("a.txt", "a\n\nb\n", "a.txt:2: is blank"),
+            ("a.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n", "a.jsonl:2: has no `text`"),
+            ("a.jsonl", "{\"text\": 1}\n", "a.jsonl:1: `text` is no text"),
+        ] {
+            let error = all(name, text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_array_is_whole_or_not_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.npy");
+        let mut npy = Npy::create(&path, 3, 2).unwrap();
+        npy.write(&Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap()).unwrap();
+        assert!(!path.exists());
+        npy.write(&Tensor::new(&[[5f32, -6.5]], &Device::Cpu).unwrap()).unwrap();
+        npy.finish().unwrap();
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(&bytes[..10], b"\x93NUMPY\x01\x00\x76\x00");
+        assert!(bytes[10..].starts_with(b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2), }  "));
+        assert_eq!(bytes[127], b'\n');
+        let numbers: Vec<f32> =
+            bytes[128..].chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
+        assert_eq!(numbers, [1.0, 2.0, 3.0, 4.0, 5.0, -6.5]);
+
+        let short = Npy::create(&folder.path().join("y.npy"), 1, 2).unwrap();
+        assert!(short.finish().is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn headers_of_any_length_are_aligned() {
+        for (rows, width) in [(0, 1), (7, 384), (usize::MAX, usize::MAX)] {
+            let header = header(rows, width);
+            assert_eq!(header.len() % 64, 0);
+            assert_eq!(u16::from_le_bytes([header[8], header[9]]) as usize, header.len() - 10);
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! `trainer export`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::checkpoint::Checkpoints;
+use crate::config::Config;
+use crate::export::{self, Trained};
+use crate::model::{Folder, Model, Options, hub};
+use crate::{Error, Result};
+
+/// Write the model of a run as a folder that other programs open
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    trainer export --run runs/zeta --output zeta-adapter\n  \
+    trainer export --run runs/zeta --output zeta --merge --checkpoint best")]
+pub(super) struct Args {
+    /// The output folder of the run
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// The folder to write; nothing may be there
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Merge LoRA adapters into the weights and write the whole model
+    #[arg(long)]
+    merge: bool,
+    /// `best`, `last` or `step-N`. Default: last, but best where early stopping ended the run
+    #[arg(long, value_name = "WHICH")]
+    checkpoint: Option<String>,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    if args.output.exists() {
+        let message =
+            "is there already, and nothing is overwritten\nhint: give another --output, or remove this one";
+        return Err(Error::file(&args.output, message));
+    }
+    let config = args.run.join("config.yaml");
+    if !config.is_file() {
+        return Err(Error::file(&args.run, "is not the folder of a run: it has no config.yaml"));
+    }
+    let config = Config::load(&config, &[])?;
+    let checkpoints = Checkpoints::new(&args.run, config.checkpoint.keep);
+    let checkpoint = match &args.checkpoint {
+        Some(which) => checkpoints.find(which)?,
+        None => {
+            // As the run itself chose for OUTPUT/model.
+            let stale = checkpoints.newest()?.map_or(0, |(_, state)| state.stale);
+            let early = config.evaluation.patience.is_some_and(|patience| stale >= patience);
+            checkpoints.find(if early { "best" } else { "last" })?
+        }
+    };
+    let folder = Folder::open(&hub::resolve(&config.model.path)?)?;
+    let options = Options {
+        model: config.model.clone(),
+        lora: config.lora.as_ref(),
+        trained: true,
+        seed: config.seed,
+        ..Options::default()
+    };
+    let mut model = Model::open(folder, &options)?;
+    model.load_parameters(&checkpoint.join("parameters.safetensors"))?;
+
+    let step = step(&checkpoint)?;
+    let evaluations = evaluations(&args.run.join("metrics.jsonl"))?;
+    let at = |step: u64| evaluations.iter().rev().find(|(other, _)| *other == step).map(|(_, scores)| scores);
+    let none = Map::new();
+    let trained = Trained {
+        config: &config,
+        step,
+        before: at(0).unwrap_or(&none),
+        after: at(step).filter(|_| step > 0).unwrap_or(&none),
+    };
+    export::run(&mut model, &trained, export::Options { merge: args.merge, replace: false }, &args.output)?;
+    tracing::info!("{} in {}", checkpoint.display(), args.output.display());
+    Ok(())
+}
+
+/// The step in a checkpoint's name.
+fn step(checkpoint: &Path) -> Result<u64> {
+    checkpoint
+        .file_name()
+        .and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok())
+        .ok_or_else(|| Error::file(checkpoint, "is no checkpoint, expected a name like step-000100"))
+}
+
+/// The evaluations that metrics.jsonl tells of, by step. A run without evaluation has none.
+fn evaluations(path: &Path) -> Result<Vec<(u64, Map<String, Value>)>> {
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    // The last line may have been cut off by a kill.
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    Ok(lines
+        .filter_map(|mut line| Some((line["step"].as_u64()?, take_object(line.get_mut("eval")?)?)))
+        .collect())
+}
+
+fn take_object(value: &mut Value) -> Option<Map<String, Value>> {
+    match value.take() {
+        Value::Object(map) => Some(map),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn evaluations_are_found_by_their_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        assert!(evaluations(&path).unwrap().is_empty());
+        fs::write(&path, "{\"step\":0,\"eval\":{\"a\":0.5}}\n{\"step\":1,\"loss\":2}\n{\"step\":1,\"eval\":{\"a\":1}}\n{\"st").unwrap();
+        let found = evaluations(&path).unwrap();
+        assert_eq!(
+            found.iter().map(|(step, scores)| (*step, scores["a"].as_f64().unwrap())).collect::<Vec<_>>(),
+            [(0, 0.5), (1, 1.0)]
+        );
+    }
+
+    #[test]
+    fn checkpoints_are_named_by_their_step() {
+        assert_eq!(step(Path::new("runs/x/checkpoints/step-000120")).unwrap(), 120);
+        assert!(step(Path::new("runs/x/checkpoints/best")).is_err());
+    }
+}

@@ -1,0 +1,46 @@
+//! `trainer train`.
+
+use std::path::PathBuf;
+
+use super::{Failure, logging, print};
+use crate::config::Config;
+use crate::plan::Plan;
+use crate::train::Run;
+
+/// Train a model
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  trainer train configs/quickstart.yaml\n  \
+    trainer train configs/minilm.yaml training.learning_rate=2e-5 data.train.0.samples=1000\n  \
+    trainer train configs/minilm.yaml --resume")]
+pub(super) struct Args {
+    /// The configuration, a YAML file
+    config: PathBuf,
+    /// Overrides, such as `training.learning_rate=2e-5` or `data.train.0.samples=1000`
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Continue from the newest whole checkpoint, or start anew where there is none
+    #[arg(long)]
+    resume: bool,
+}
+
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
+    let plan = Plan::new(config).map_err(Failure::before)?;
+    let output = plan.config.output.clone();
+    let metric = plan.config.evaluation.metric.clone();
+    let text = plan.to_string();
+    let run = Run::prepare(plan, args.resume).map_err(Failure::before)?;
+    logging::keep(&output, 0).map_err(Failure::before)?;
+    tracing::info!("{}", text.trim_end());
+    let summary = run.go().map_err(Failure::during)?;
+    for (name, after) in summary.after.iter().filter(|(name, _)| name.ends_with(&metric)) {
+        match (summary.before.get(name).and_then(serde_json::Value::as_f64), after.as_f64()) {
+            (Some(before), Some(after)) => {
+                print(format_args!("{name}  {before:.4} → {after:.4}  ({:+.4})", after - before))
+            }
+            (_, after) => print(format_args!("{name}  {:.4}", after.unwrap_or(f64::NAN))),
+        }
+    }
+    tracing::info!("the model after step {} is in {}", summary.chosen, output.join("model").display());
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! The model of a run: what its configuration says becomes the folder's prompts, lengths and card.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::About;
+use crate::Result;
+use crate::config::{Config, DataSet, Init};
+use crate::model::Model;
+
+/// What a run has come to.
+#[derive(Clone, Copy, Debug)]
+pub struct Trained<'a> {
+    /// How it was trained.
+    pub config: &'a Config,
+    /// The step whose parameters the model has.
+    pub step: u64,
+    /// Metrics before the first step.
+    pub before: &'a Map<String, Value>,
+    /// Metrics after `step`.
+    pub after: &'a Map<String, Value>,
+}
+
+/// How a folder is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Whether adapters are merged into the weights they belong to; else only they are written.
+    pub merge: bool,
+    /// Whether a folder at the same place is replaced.
+    pub replace: bool,
+}
+
+/// Writes the model of a run at `target`: whole, or its adapters if it has any.
+///
+/// # Errors
+/// A folder at `target` that is not to be replaced; a full or read-only disk.
+pub fn write(model: &mut Model, trained: &Trained, options: Options, target: &Path) -> Result<()> {
+    let about = about(model, trained);
+    let source = model.folder().clone();
+    match model.lora().cloned() {
+        // Weights from a seed lie in no folder, so the adapters alone would belong to nothing.
+        Some(lora) if !options.merge && trained.config.model.init == Init::Pretrained => {
+            super::adapter(target, options.replace, &source, &about, &lora, model.adapters())
+        }
+        _ => super::model(target, options.replace, &source, &about, &model.tensors()?),
+    }
+}
+
+fn about(model: &Model, trained: &Trained) -> About {
+    let Config { name, model: section, data, .. } = trained.config;
+    let folder = model.folder();
+    let longest = folder.max_length.unwrap_or(usize::MAX).min(model.positions());
+    let length = |own: Option<usize>| own.unwrap_or(longest);
+    // An adapter that was trained further belongs to the same model as before.
+    let base = folder.adapter.as_ref().and_then(|adapter| adapter["base_model_name_or_path"].as_str());
+    About {
+        name: name.clone(),
+        base: base.unwrap_or(&section.path).to_owned(),
+        width: model.width(),
+        pooling: model.pooling(),
+        normalize: model.normalize(),
+        max_length: length(section.max_query_length).max(length(section.max_document_length)),
+        query_prompt: common(&data.train, |set| &set.query_prompt)
+            .unwrap_or(folder.query_prompt())
+            .to_owned(),
+        document_prompt: common(&data.train, |set| &set.document_prompt)
+            .unwrap_or(folder.document_prompt())
+            .to_owned(),
+        scores: scores(trained),
+        training: training(trained),
+    }
+}
+
+/// What all data sets have alike; one prompt cannot stand for several.
+fn common<'a>(sets: &'a [DataSet], of: impl Fn(&'a DataSet) -> &'a String) -> Option<&'a str> {
+    let first = of(sets.first()?);
+    sets.iter().all(|set| of(set) == first).then_some(first)
+}
+
+fn scores(trained: &Trained) -> Vec<(String, Option<f64>, Option<f64>)> {
+    let Trained { before, after, .. } = trained;
+    let names = before.keys().chain(after.keys().filter(|name| !before.contains_key(*name)));
+    let value = |map: &Map<String, Value>, name: &str| map.get(name).and_then(Value::as_f64);
+    names.map(|name| (name.clone(), value(before, name), value(after, name))).collect()
+}
+
+fn training(trained: &Trained) -> Vec<(String, String)> {
+    let Config { seed, data, loss, training, lora, .. } = trained.config;
+    let sets: Vec<_> =
+        data.train.iter().map(|set| set.name.as_str()).filter(|name| !name.is_empty()).collect();
+    let mut facts = vec![
+        ("data".to_owned(), sets.join(", ")),
+        ("steps".to_owned(), format!("{} of {} rows", trained.step, training.batch_size)),
+        ("loss".to_owned(), format!("{}, temperature {}", loss.kind, loss.temperature)),
+        ("learning rate".to_owned(), format!("{:e}, {}", training.learning_rate, training.schedule)),
+        ("weight decay".to_owned(), training.weight_decay.to_string()),
+        ("seed".to_owned(), seed.to_string()),
+    ];
+    if let Some(lora) = lora {
+        let facts_of_lora = format!("rank {}, alpha {}, dropout {}", lora.rank, lora.alpha, lora.dropout);
+        facts.push(("LoRA".to_owned(), facts_of_lora));
+    }
+    facts.retain(|(_, value)| !value.is_empty());
+    facts
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_prompt_is_written_only_if_all_data_have_it() {
+        let sets = ["query: ", "query: ", ""]
+            .map(|prompt| DataSet { query_prompt: prompt.into(), ..DataSet::default() });
+        let prompt = |sets| common(sets, |set: &DataSet| &set.query_prompt);
+        assert_eq!(prompt(&sets[..2]), Some("query: "));
+        assert_eq!(prompt(&sets), None);
+        assert_eq!(prompt(&[]), None);
+    }
+
+    #[test]
+    fn scores_stand_before_and_after() {
+        let map = |value: Value| value.as_object().unwrap().clone();
+        let (before, after) = (map(json!({"a": 0.5, "b": 0.25})), map(json!({"c": 1.0, "a": 0.75})));
+        let trained = Trained { config: &Config::default(), step: 3, before: &before, after: &after };
+        let expected = [("a", Some(0.5), Some(0.75)), ("b", Some(0.25), None), ("c", None, Some(1.0))];
+        assert_eq!(scores(&trained), expected.map(|(name, before, after)| (name.to_owned(), before, after)));
+    }
+}

@@ -1,0 +1,110 @@
+//! GradCache (Gao et al. 2021): a batch of any size in the memory of one chunk.
+//!
+//! The loss needs all embeddings of the batch at once, but no activations; so every chunk is encoded first, and once the loss
+//! has said what it wants of each embedding, chunk after chunk runs backward. A chunk whose tape fits in memory keeps it from
+//! the first pass; only the others are encoded a second time. Dropout is a function of step and sequence, so the second
+//! time gives the first one's masks without anything being kept.
+
+use candle_core::{Device, Tensor};
+
+use crate::Result;
+use crate::data::batch::Sequence;
+use crate::model::chunk::{self, Chunk, Limit};
+use crate::model::params::Gradients;
+use crate::model::pass::Noise;
+use crate::model::{Model, Tape};
+
+/// How a batch is cut and how much of it is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Of one chunk.
+    pub chunk: Limit,
+    /// Bytes of tapes kept between the passes.
+    pub tapes: u64,
+}
+
+/// A batch between the passes.
+pub struct Encoded {
+    chunks: Vec<(Chunk, Option<Tape>)>,
+    order: Tensor, // (N) row of `embeddings` → row in the order of the chunks
+    noise: Option<Noise>,
+}
+
+/// First pass: the sequences `members` of a batch → their embeddings (N, D) in that order, and what the second pass needs.
+pub fn encode(
+    model: &Model,
+    sequences: &[Sequence],
+    members: &[usize],
+    budget: Budget,
+    noise: Option<Noise>,
+) -> Result<(Tensor, Encoded)> {
+    let cuts = chunk::cut(sequences, members, budget.chunk);
+    let kept = kept(&cuts, sequences, budget.tapes, model.tape_bytes_per_token());
+    let mut chunks = Vec::with_capacity(cuts.len());
+    let mut embeddings = Vec::with_capacity(cuts.len());
+    let mut place = vec![0u32; sequences.len()];
+    let mut placed = 0;
+    for (n, cut) in cuts.into_iter().enumerate() {
+        let chunk = Chunk::pack(sequences, cut, model.pooling())?;
+        for &member in &chunk.members {
+            place[member] = placed;
+            placed += 1;
+        }
+        let (e, tape) = model.forward(&chunk, noise, n >= kept)?;
+        embeddings.push(e);
+        chunks.push((chunk, tape));
+    }
+    let order: Vec<u32> = members.iter().map(|&member| place[member]).collect();
+    let order = Tensor::from_vec(order, members.len(), &Device::Cpu)?;
+    let embeddings = Tensor::cat(&embeddings, 0)?.index_select(&order, 0)?;
+    Ok((embeddings, Encoded { chunks, order, noise }))
+}
+
+impl Encoded {
+    /// Second pass: d(embeddings) (N, D) → the gradients of everything trained. Chunks run from the last to the first whatever
+    /// was kept, so that the order of every sum, and with it every bit, is the same with any amount of memory.
+    pub fn backward(self, model: &Model, d: &Tensor, gradients: &Gradients) -> Result<()> {
+        let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // undoes the order
+        let mut end = self.order.elem_count();
+        for (chunk, tape) in self.chunks.into_iter().rev() {
+            let start = end - chunk.members.len();
+            let de = in_chunks.narrow(0, start, chunk.members.len())?;
+            end = start;
+            let tape = match tape {
+                Some(tape) => tape,
+                None => model.record(&chunk, self.noise)?,
+            };
+            model.backward(&chunk, tape, &de, self.noise, gradients)?;
+        }
+        Ok(())
+    }
+}
+
+/// The first chunk that keeps its tape: the last ones do, as many as fit, because they are the first to run backward.
+fn kept(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, per_token: usize) -> usize {
+    let mut left = bytes;
+    let mut first = cuts.len();
+    for cut in cuts.iter().rev() {
+        let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
+        match left.checked_sub((tokens * per_token) as u64) {
+            Some(rest) => left = rest,
+            None => break,
+        }
+        first -= 1;
+    }
+    first
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_chunks_keep_their_tapes_as_long_as_they_fit() {
+        let sequences: Vec<Sequence> =
+            [4, 3, 2, 1].iter().map(|&n| Sequence { ids: vec![0; n], skip: 0 }).collect();
+        let cuts = [vec![0], vec![1], vec![2, 3]];
+        let kept = |bytes| super::kept(&cuts, &sequences, bytes, 10);
+        assert_eq!([kept(0), kept(29), kept(30), kept(59), kept(60), kept(100)], [3, 3, 2, 2, 1, 0]);
+    }
+}

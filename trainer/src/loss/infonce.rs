@@ -1,0 +1,103 @@
+//! InfoNCE over the candidates of a batch (van den Oord et al. 2018), as sentence-transformers' MultipleNegativesRankingLoss:
+//!
+//!     loss = 1/B Σᵢ ( log Σⱼ exp(qᵢ·dⱼ/τ) − qᵢ·dₚ₍ᵢ₎/τ )
+//!
+//! over j in all documents of the batch, less those known to be positives of the row.
+
+use candle_core::{Device, Tensor};
+use kernels::infonce::{self, Candidates};
+
+use crate::Result;
+use crate::data::batch::{Lists, Table};
+
+/// The loss and its options.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InfoNce {
+    /// τ.
+    pub temperature: f64,
+    /// Whether other rows' documents are negatives; else only a row's own are.
+    pub in_batch_negatives: bool,
+    /// Whether documents choose among queries too, the loss being the mean of both directions.
+    pub symmetric: bool,
+    /// Candidates scoring above the positive by more than this cosine are left out.
+    pub false_negative_margin: Option<f64>,
+}
+
+impl InfoNce {
+    /// embeddings (N, D) → the loss of each row (B) and d(mean loss)/d(embeddings) (N, D). `rows` is the global B, over which
+    /// the mean is taken.
+    pub fn evaluate(&self, embeddings: &Tensor, table: &Table, rows: usize) -> Result<(Vec<f32>, Tensor)> {
+        let queries = index(&table.queries)?;
+        let candidates = index(&table.candidates)?;
+        let q = embeddings.index_select(&queries, 0)?; // (B, D)
+        let c = embeddings.index_select(&candidates, 0)?; // (M, D)
+        let lists = if self.in_batch_negatives { &table.excluded } else { &table.own };
+        let lists = infonce::Lists { offsets: &lists.offsets, columns: &lists.columns };
+        let forward = infonce::InfoNce {
+            positives: &table.positives,
+            candidates: match (self.in_batch_negatives, lists.columns.is_empty()) {
+                (true, true) => Candidates::All,
+                (true, false) => Candidates::AllBut(lists),
+                (false, _) => Candidates::Only(lists),
+            },
+            scale: self.temperature.recip() as f32,
+            margin: self.false_negative_margin.map(|margin| margin as f32),
+        };
+        let share = (rows as f32).recip();
+        let directions = if self.symmetric { 2.0 } else { 1.0 };
+        let tape = infonce::forward(&q, &c, &forward)?;
+        let (dq, dc) = infonce::backward(&q, &c, &forward, &tape, share / directions)?;
+        let mut losses = tape.losses;
+        let mut d = embeddings.zeros_like()?.index_add(&queries, &dq, 0)?.index_add(&candidates, &dc, 0)?;
+
+        if self.symmetric {
+            let positives: Vec<u32> = table.positives.iter().map(|&p| table.candidates[p as usize]).collect();
+            let positives = index(&positives)?;
+            let p = embeddings.index_select(&positives, 0)?; // (B, D)
+            let diagonal: Vec<u32> = (0..table.queries.len() as u32).collect();
+            let excluded = transposed(table);
+            let backward = infonce::InfoNce {
+                positives: &diagonal,
+                candidates: Candidates::AllBut(infonce::Lists {
+                    offsets: &excluded.offsets,
+                    columns: &excluded.columns,
+                }),
+                ..forward
+            };
+            let tape = infonce::forward(&p, &q, &backward)?;
+            let (dp, dq) = infonce::backward(&p, &q, &backward, &tape, share / directions)?;
+            d = d.index_add(&positives, &dp, 0)?.index_add(&queries, &dq, 0)?;
+            losses.iter_mut().zip(&tape.losses).for_each(|(loss, other)| *loss = (*loss + other) / 2.0);
+        }
+        Ok((losses, d))
+    }
+}
+
+/// For each row's positive, the rows whose query has it among its known positives: what it must not count as negatives.
+fn transposed(table: &Table) -> Lists {
+    let rows = table.positives.len();
+    let mut row_of = vec![None; table.candidates.len()];
+    for (row, &positive) in table.positives.iter().enumerate() {
+        row_of[positive as usize] = Some(row);
+    }
+    let mut excluded = vec![Vec::new(); rows];
+    for (row, bounds) in table.excluded.offsets.windows(2).enumerate() {
+        for &column in &table.excluded.columns[bounds[0] as usize..bounds[1] as usize] {
+            if let Some(positive_of) = row_of[column as usize]
+                && positive_of != row
+            {
+                excluded[positive_of].push(row as u32);
+            }
+        }
+    }
+    let mut lists = Lists { offsets: vec![0], columns: Vec::new() };
+    for row in excluded {
+        lists.columns.extend(row);
+        lists.offsets.push(lists.columns.len() as u32);
+    }
+    lists
+}
+
+fn index(indices: &[u32]) -> Result<Tensor> {
+    Ok(Tensor::from_slice(indices, indices.len(), &Device::Cpu)?)
+}

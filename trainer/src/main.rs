@@ -1,0 +1,10 @@
+//! The binary `trainer`.
+
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    trainer::cli::main(std::env::args_os())
+}

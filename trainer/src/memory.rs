@@ -1,0 +1,53 @@
+//! Memory: what is free, and how a run shares it out before its first step.
+
+use std::fs;
+
+/// Bytes this process may still use: the system's available memory, or what its control group leaves.
+pub fn available() -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let system = meminfo
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        })
+        .map_or(u64::MAX, |kib| kib * 1024);
+    let number =
+        |name: &str| fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    let group = number("memory.max")
+        .map_or(u64::MAX, |max| max.saturating_sub(number("memory.current").unwrap_or(0)));
+    // Nothing known: a laptop's worth.
+    match system.min(group) {
+        u64::MAX => 4 << 30,
+        known => known,
+    }
+}
+
+/// `1.5 GiB`.
+pub fn readable(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    ["KiB", "MiB", "GiB", "TiB"]
+        .iter()
+        .enumerate()
+        .map(|(power, unit)| (bytes / 1024f64.powi(power as i32 + 1), unit))
+        .take_while(|(amount, unit)| *amount >= 1.0 || **unit == "KiB")
+        .last()
+        .map_or_else(String::new, |(amount, unit)| format!("{amount:.1} {unit}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_said_in_the_largest_unit_that_fits() {
+        assert_eq!(readable(0), "0.0 KiB");
+        assert_eq!(readable(1536), "1.5 KiB");
+        assert_eq!(readable(3 << 30), "3.0 GiB");
+        assert_eq!(readable((1 << 30) - 1), "1024.0 MiB");
+    }
+
+    #[test]
+    fn some_memory_is_available() {
+        assert!(available() > 1 << 20);
+    }
+}

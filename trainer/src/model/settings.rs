@@ -1,0 +1,110 @@
+//! Reading a model's config.json: what changes the result is read and checked, never ignored.
+
+use std::path::{Path, PathBuf};
+
+use kernels::activation::Activation;
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// The fields of one config.json.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    path: PathBuf,
+    fields: Value,
+}
+
+impl Settings {
+    /// `fields` as they were read from `folder`/config.json.
+    pub fn new(folder: &Path, fields: Value) -> Self {
+        Self { path: folder.join("config.json"), fields }
+    }
+
+    /// A field that is there and not null.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.fields.get(name).filter(|value| !value.is_null())
+    }
+
+    /// An error about this file.
+    pub fn wrong(&self, message: impl Into<String>) -> Error {
+        Error::file(&self.path, message)
+    }
+
+    /// A whole number above zero.
+    pub fn size(&self, name: &str) -> Result<usize> {
+        let value = self.get(name).ok_or_else(|| self.wrong(format!("lacks `{name}`, a whole number")))?;
+        self.whole(name, value)
+    }
+
+    /// The same, with a default.
+    pub fn size_or(&self, name: &str, default: usize) -> Result<usize> {
+        self.get(name).map_or(Ok(default), |value| self.whole(name, value))
+    }
+
+    /// A whole number, or none where the field is null or absent.
+    pub fn optional_size(&self, name: &str) -> Result<Option<usize>> {
+        self.get(name).map(|value| self.whole(name, value)).transpose()
+    }
+
+    /// A finite number.
+    pub fn number(&self, name: &str, default: f64) -> Result<f64> {
+        match self.get(name) {
+            None => Ok(default),
+            Some(value) => value
+                .as_f64()
+                .filter(|number| number.is_finite())
+                .ok_or_else(|| self.wrong(format!("`{name}` is {value}, expected a number"))),
+        }
+    }
+
+    /// A rate of dropout, 0 ≤ p < 1.
+    pub fn rate(&self, name: &str, default: f64) -> Result<f32> {
+        let rate = self.number(name, default)?;
+        if (0.0..1.0).contains(&rate) {
+            Ok(rate as f32)
+        } else {
+            Err(self.wrong(format!("`{name}` is {rate}, expected a rate of at least 0 and below 1")))
+        }
+    }
+
+    /// An activation by transformers' name.
+    pub fn activation(&self, name: &str, default: &str) -> Result<Activation> {
+        match self.get(name).and_then(Value::as_str).unwrap_or(default) {
+            "gelu" | "gelu_python" => Ok(Activation::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
+            "silu" | "swish" => Ok(Activation::Silu),
+            "relu" => Ok(Activation::Relu),
+            other => {
+                Err(self.wrong(format!("`{name}` is `{other}`, supported are gelu, gelu_new, silu, relu")))
+            }
+        }
+    }
+
+    /// Refuses a value other than the one that is supported.
+    pub fn expect(&self, name: &str, supported: impl Into<Value>) -> Result<()> {
+        let supported = supported.into();
+        match self.get(name) {
+            Some(value) if *value != supported => {
+                Err(self.wrong(format!("`{name}` is {value}, supported is {supported}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a width that its parts do not divide.
+    pub fn divides(&self, part: &str, parts: usize, whole: &str, width: usize) -> Result<()> {
+        if width.is_multiple_of(parts) {
+            Ok(())
+        } else {
+            Err(self.wrong(format!("`{part}` is {parts}, which does not divide `{whole}`, {width}")))
+        }
+    }
+
+    fn whole(&self, name: &str, value: &Value) -> Result<usize> {
+        value
+            .as_u64()
+            .filter(|&number| number > 0)
+            .and_then(|number| usize::try_from(number).ok())
+            .ok_or_else(|| self.wrong(format!("`{name}` is {value}, expected a whole number above 0")))
+    }
+}

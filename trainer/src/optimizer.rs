@@ -1,0 +1,52 @@
+//! AdamW (Loshchilov & Hutter 2017) over the flat buffer, with gradient clipping as in torch's `clip_grad_norm_`.
+
+use candle_core::Tensor;
+use kernels::adamw::{self, AdamW};
+
+use crate::Result;
+use crate::model::params::{Flat, Gradients};
+
+/// The moments, and how they are used.
+#[derive(Debug)]
+pub struct Optimizer {
+    /// (P) first moment, `exp_avg`.
+    pub first: Tensor,
+    /// (P) second moment, `exp_avg_sq`.
+    pub second: Tensor,
+    rule: AdamW,
+    decayed: usize,
+    max_norm: Option<f64>,
+}
+
+impl Optimizer {
+    /// Zero moments. `decay_all` applies weight decay to biases and norms too; without `max_norm` nothing is clipped.
+    pub fn new(flat: &Flat, rule: AdamW, decay_all: bool, max_norm: Option<f64>) -> Result<Self> {
+        let decayed = if decay_all { flat.len() } else { flat.decayed() };
+        Ok(Self { first: flat.zeros()?, second: flat.zeros()?, rule, decayed, max_norm })
+    }
+
+    /// Updates the parameters from their gradients, whose global norm is `norm`. `step` counts from 1.
+    pub fn step(
+        &mut self,
+        flat: &Flat,
+        gradients: &Gradients,
+        norm: f64,
+        step: u64,
+        rate: f64,
+    ) -> Result<()> {
+        // torch divides by norm + 1e-6 and never scales up
+        let scale = self.max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+        self.rule.learning_rate = rate;
+        adamw::step(
+            flat.values(),
+            gradients.flat(),
+            &self.first,
+            &self.second,
+            self.decayed,
+            step,
+            scale as f32,
+            &self.rule,
+        )?;
+        Ok(())
+    }
+}

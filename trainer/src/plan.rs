@@ -1,0 +1,315 @@
+//! What a run will do: the configuration resolved against model, data and memory, checked once, before anything is started.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use crate::checkpoint::{Identity, State};
+use crate::config::{self, Config};
+use crate::data::batch::Cursor;
+use crate::data::builder::{self, Builder};
+use crate::data::loader::Loader;
+use crate::data::mixture::Mixture;
+use crate::data::tokenize::Tokenizer;
+use crate::eval::EvalSet;
+use crate::gradcache::Budget;
+use crate::memory::{self, readable};
+use crate::model::chunk::Limit;
+use crate::model::{Folder, Model, Options, hub};
+use crate::schedule::Schedule;
+use crate::{Error, Result};
+
+/// A run, ready to be started or only to be looked at.
+pub struct Plan {
+    /// As the user wrote it.
+    pub config: Config,
+    /// What the model folder says besides its weights.
+    pub folder: Folder,
+    /// The model's.
+    pub tokenizer: Arc<Tokenizer>,
+    /// The training rows.
+    pub mixture: Arc<Mixture>,
+    /// What is evaluated, with its prompts.
+    pub sets: Vec<(EvalSet, Prompts)>,
+    /// The longest texts, in tokens.
+    pub lengths: Lengths,
+    /// Optimizer steps of the run.
+    pub steps: u64,
+    /// The learning rate.
+    pub schedule: Schedule,
+    /// How batches are cut.
+    pub budget: Budget,
+    /// Tokens of a chunk in evaluation.
+    pub embed_tokens: usize,
+    /// What a batch and the model take.
+    pub cost: Cost,
+}
+
+/// Put before texts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompts {
+    /// Before queries.
+    pub query: String,
+    /// Before documents.
+    pub document: String,
+}
+
+/// The longest texts in tokens, prompts and special tokens included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lengths {
+    /// Of queries.
+    pub query: usize,
+    /// Of documents.
+    pub document: usize,
+}
+
+/// What the run takes, estimated from a sample of its rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// All parameters.
+    pub elements: usize,
+    /// Trained ones.
+    pub trained: usize,
+    /// Of a batch.
+    pub tokens: f64,
+    /// Bytes: parameters, gradients, moments.
+    pub state: u64,
+    /// Bytes: activations of a chunk and tapes kept.
+    pub activations: u64,
+    /// Bytes that this process may use.
+    pub available: u64,
+}
+
+/// Chunks of this many tokens keep a layer's activations in the caches of a CPU and its matrix products efficient.
+const CPU_CHUNK: usize = 2048;
+
+impl Plan {
+    /// Resolves and checks a configuration.
+    pub fn new(config: Config) -> Result<Self> {
+        let folder = Folder::open(&hub::resolve(&config.model.path)?)?;
+        let tokenizer = Tokenizer::open(&folder.path)?;
+        // Only shapes are looked at here: the weights are read once, when the run starts.
+        let model = Model::open(folder.clone(), &Options { dry: true, ..options(&config) })?;
+        if tokenizer.vocabulary() > model.vocabulary() {
+            return Err(Error::file(
+                &folder.path,
+                format!(
+                    "the tokenizer knows {} tokens, the embedding table has {} rows\nhint: tokenizer and weights must be of one model",
+                    tokenizer.vocabulary(),
+                    model.vocabulary()
+                ),
+            ));
+        }
+        let lengths = lengths(&config, &folder, &model)?;
+        let mixture = Mixture::open(&config)?;
+        let all = mixture.batches() * config.training.epochs;
+        let steps = config.training.max_steps.map_or(all, |max| max.min(all));
+        let schedule = Schedule {
+            shape: config.training.schedule,
+            peak: config.training.learning_rate,
+            warmup: config.training.warmup(steps),
+            total: steps,
+        };
+        let sets = config
+            .evaluation
+            .sets
+            .iter()
+            .map(|set| {
+                let prompt = |own: &Option<String>, name: &str| {
+                    own.clone().or_else(|| folder.prompts.get(name).cloned()).unwrap_or_default()
+                };
+                let prompts = Prompts {
+                    query: prompt(&set.query_prompt, "query"),
+                    document: prompt(&set.document_prompt, "document"),
+                };
+                Ok((EvalSet::open(set)?, prompts))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let tokens = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
+        let (budget, cost) = share_memory(&config.training, &model, tokens);
+        let embed_tokens = CPU_CHUNK.max(lengths.query).max(lengths.document);
+        let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
+        Ok(Self {
+            config,
+            folder,
+            tokenizer,
+            mixture,
+            sets,
+            lengths,
+            steps,
+            schedule,
+            budget,
+            embed_tokens,
+            cost,
+        })
+    }
+
+    /// Reads the weights.
+    pub fn model(&self) -> Result<Model> {
+        Model::open(self.folder.clone(), &options(&self.config))
+    }
+
+    /// What makes this run itself.
+    pub fn identity(&self, model: &Model) -> Identity {
+        Identity {
+            seed: self.config.seed,
+            batch_size: self.config.training.batch_size,
+            steps: self.steps,
+            data: format!("{:016x}", self.mixture.digest()),
+            parameters: model.flat().len(),
+        }
+    }
+
+    /// The batches from where `state` stands to the end of the run.
+    pub fn batches(&self, state: &State) -> Result<Loader> {
+        Loader::start(
+            Arc::clone(&self.mixture),
+            Arc::clone(&self.tokenizer),
+            batch_options(&self.config, &self.folder, self.lengths),
+            state.cursor.clone(),
+            self.steps - state.step,
+        )
+    }
+
+    /// The value that decides "best": the mean of the deciding metric over the sets; none without sets.
+    pub fn deciding(&self, scores: &Map<String, Value>) -> Result<Option<f64>> {
+        if scores.is_empty() {
+            return Ok(None);
+        }
+        let ending = format!("_{}", self.config.evaluation.metric);
+        let values: Vec<f64> = scores
+            .iter()
+            .filter(|(name, _)| name.ends_with(&ending))
+            .filter_map(|(_, value)| value.as_f64())
+            .collect();
+        if values.is_empty() {
+            let names: Vec<&str> = scores.keys().map(String::as_str).collect();
+            return Err(Error::Usage(format!(
+                "evaluation.metric: no set has `{}`; there are {}",
+                self.config.evaluation.metric,
+                names.join(", ")
+            )));
+        }
+        Ok(Some(values.iter().sum::<f64>() / values.len() as f64))
+    }
+}
+
+fn options(config: &Config) -> Options<'_> {
+    Options {
+        model: config.model.clone(),
+        lora: config.lora.as_ref(),
+        trained: true,
+        seed: config.seed,
+        dry: false,
+    }
+}
+
+fn lengths(config: &Config, folder: &Folder, model: &Model) -> Result<Lengths> {
+    let default = folder.max_length.unwrap_or(usize::MAX).min(model.positions());
+    let check = |field: &str, length: Option<usize>| match length {
+        Some(length) if length > model.positions() => Err(config
+            .error(field, format!("{length} tokens, but the model has {} positions", model.positions()))),
+        length => Ok(length.unwrap_or(default)),
+    };
+    Ok(Lengths {
+        query: check("model.max_query_length", config.model.max_query_length)?,
+        document: check("model.max_document_length", config.model.max_document_length)?,
+    })
+}
+
+fn batch_options(config: &Config, folder: &Folder, lengths: Lengths) -> builder::Options {
+    builder::Options {
+        max_query_length: lengths.query,
+        max_document_length: lengths.document,
+        include_prompt: folder.include_prompt,
+        mask_known_positives: config.loss.mask_known_positives,
+    }
+}
+
+/// Tokens of a batch, from the first few.
+fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -> Result<f64> {
+    const BATCHES: u64 = 4;
+    let builder = Builder::new(mixture, tokenizer, options)?;
+    let mut walk = mixture.walk(&Cursor::default())?;
+    let batches = BATCHES.min(mixture.batches()).max(1);
+    let mut tokens = 0;
+    for _ in 0..batches {
+        tokens += builder.build(walk.step()?)?.tokens();
+    }
+    Ok(tokens as f64 / batches as f64)
+}
+
+/// Parameters and moments first, then a chunk, then as many tapes as fit.
+fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Budget, Cost) {
+    let available = memory::available();
+    let (elements, trained) = (model.elements(), model.flat().len());
+    // f32 each; gradients and two moments for what is trained
+    let state = 4 * (elements as u64 + 3 * trained as u64);
+    let tape = model.tape_bytes_per_token() as u64;
+    let free = (available / 10 * 8).saturating_sub(state);
+    let chunk = match (training.chunk_tokens, training.chunk_size) {
+        (Some(tokens), _) => Limit::Tokens(tokens),
+        (None, Some(sequences)) => Limit::Sequences(sequences),
+        // A chunk that runs backward needs its tape and, for a while, a layer's gradients.
+        (None, None) => Limit::Tokens(CPU_CHUNK.min((free / (2 * tape).max(1)) as usize).max(64)),
+    };
+    let of_chunk = match chunk {
+        Limit::Tokens(limit) => tape * (limit as f64).min(tokens) as u64,
+        Limit::Sequences(_) => 0,
+    };
+    let kept = training.tape_memory.map_or(free.saturating_sub(2 * of_chunk), |bytes| bytes.0);
+    let all = (tokens * tape as f64) as u64;
+    let activations = of_chunk + kept.min(all);
+    (Budget { chunk, tapes: kept }, Cost { elements, trained, tokens, state, activations, available })
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Cost { elements, trained, tokens, state, activations, available } = self.cost;
+        let config = &self.config;
+        writeln!(f, "run        {} → {}", config.name, config.output.display())?;
+        writeln!(
+            f,
+            "model      {}: {:.1} M parameters, {:.2} M trained{}",
+            config.model.path,
+            elements as f64 / 1e6,
+            trained as f64 / 1e6,
+            config.lora.as_ref().map_or_else(String::new, |lora| format!(" (LoRA, rank {})", lora.rank))
+        )?;
+        for set in self.mixture.sets() {
+            writeln!(f, "data       {}: {} rows an epoch, of {}", set.name, set.rows, set.path.display())?;
+        }
+        writeln!(
+            f,
+            "steps      {} of {} rows, warm-up {}, {} to {:e}",
+            self.steps,
+            config.training.batch_size,
+            self.schedule.warmup,
+            self.schedule.shape,
+            self.schedule.peak
+        )?;
+        writeln!(
+            f,
+            "tokens     about {tokens:.0} a step, {:.2} M in all; texts are cut at {} and {}",
+            tokens * self.steps as f64 / 1e6,
+            self.lengths.query,
+            self.lengths.document
+        )?;
+        let chunk = match self.budget.chunk {
+            Limit::Tokens(tokens) => format!("{tokens} tokens"),
+            Limit::Sequences(sequences) => format!("{sequences} sequences"),
+        };
+        writeln!(
+            f,
+            "memory     {} for parameters and moments, {} for activations in chunks of {chunk}; {} are free",
+            readable(state),
+            readable(activations),
+            readable(available)
+        )?;
+        for (set, _) in &self.sets {
+            writeln!(f, "evaluation {}", set.name())?;
+        }
+        Ok(())
+    }
+}

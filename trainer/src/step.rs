@@ -1,0 +1,75 @@
+//! One optimizer step: the numerics and nothing else.
+
+use kernels::adamw;
+
+use crate::Result;
+use crate::comm::World;
+use crate::data::batch::Batch;
+use crate::gradcache::{self, Budget};
+use crate::loss::InfoNce;
+use crate::model::Model;
+use crate::model::params::Gradients;
+use crate::model::pass::Noise;
+use crate::optimizer::Optimizer;
+use crate::schedule::Schedule;
+
+/// What stays the same from step to step.
+pub struct Stepper<'a> {
+    /// The encoder, whose trained parameters change.
+    pub model: &'a Model,
+    /// Of all trained parameters; zeroed at the start of each step.
+    pub gradients: Gradients,
+    /// The moments.
+    pub optimizer: Optimizer,
+    /// What is minimised.
+    pub loss: InfoNce,
+    /// The learning rate.
+    pub schedule: Schedule,
+    /// How a batch is cut into chunks.
+    pub budget: Budget,
+    /// The seed of dropout.
+    pub seed: u64,
+    /// The ranks.
+    pub world: World,
+}
+
+/// What a step has found.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The loss of each row of the batch.
+    pub losses: Vec<f32>,
+    /// Their mean.
+    pub loss: f64,
+    /// The global norm of the gradient, before clipping.
+    pub grad_norm: f64,
+    /// The rate that was used.
+    pub learning_rate: f64,
+    /// Whether the parameters were updated: not if the loss or the norm is not finite.
+    pub applied: bool,
+}
+
+impl Stepper<'_> {
+    /// Step `step`, counted from 1.
+    pub fn step(&mut self, batch: &Batch, step: u64) -> Result<Outcome> {
+        let Self { model, gradients, optimizer, loss, schedule, budget, seed, world } = self;
+        let noise = Some(Noise { seed: *seed, step: step as u32 });
+        let rows = batch.rows.len();
+
+        let mine = world.share(batch.sequences.len());
+        let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, &mine, *budget, noise)?;
+        let embeddings = world.gather(embeddings)?; // (N, D)
+        let (losses, d) = loss.evaluate(&embeddings, &batch.table, rows)?; // (B), (N, D)
+        gradients.clear()?;
+        encoded.backward(model, &world.scatter(d)?, gradients)?;
+        world.sum(gradients)?;
+
+        let loss = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / rows as f64;
+        let grad_norm = adamw::norm(gradients.flat())?;
+        let learning_rate = schedule.rate(step);
+        let applied = loss.is_finite() && grad_norm.is_finite();
+        if applied {
+            optimizer.step(model.flat(), gradients, grad_norm, step, learning_rate)?;
+        }
+        Ok(Outcome { losses, loss, grad_norm, learning_rate, applied })
+    }
+}

@@ -1,0 +1,290 @@
+//! A run from its plan to the trained model: what happens around the steps.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use kernels::adamw::AdamW;
+use serde_json::{Map, Value};
+
+use crate::checkpoint::{Best, Checkpoints, State};
+use crate::comm::World;
+use crate::config::Every;
+use crate::data::batch::Batch;
+use crate::embed::Embedder;
+use crate::export::{self, Trained};
+use crate::metrics::{self, Metrics};
+use crate::model::Model;
+use crate::model::params::Gradients;
+use crate::optimizer::Optimizer;
+use crate::plan::Plan;
+use crate::progress::Progress;
+use crate::signals::Signals;
+use crate::step::{Outcome, Stepper};
+use crate::{Error, Result, checkpoint, loss};
+
+/// A run that is ready for its next step.
+pub struct Run {
+    plan: Plan,
+    model: Model,
+    state: State,
+    resumed: Option<std::path::PathBuf>,
+    checkpoints: Checkpoints,
+    signals: Signals,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    /// Optimizer steps done.
+    pub steps: u64,
+    /// Scores before the first step; empty without evaluation sets, or if that was before a resume.
+    pub before: Map<String, Value>,
+    /// Scores after the last.
+    pub after: Map<String, Value>,
+    /// The step whose parameters are in OUTPUT/model.
+    pub chosen: u64,
+}
+
+impl Run {
+    /// Everything that can fail before anything is started: the model is read, the output folder claimed, the newest
+    /// checkpoint found.
+    pub fn prepare(plan: Plan, resume: bool) -> Result<Self> {
+        let output = &plan.config.output;
+        let checkpoints = Checkpoints::new(output, plan.config.checkpoint.keep);
+        if !resume && holds_run(output) {
+            return Err(Error::file(
+                output,
+                "already holds a run\nhint: `--resume` continues it; another `output` starts a new one",
+            ));
+        }
+        let model = plan.model()?;
+        let resumed = if resume { checkpoints.newest()? } else { None };
+        let identity = plan.identity(&model);
+        let (state, resumed) = match resumed {
+            Some((path, state)) if state.identity == identity => (state, Some(path)),
+            Some((path, state)) => {
+                return Err(Error::file(
+                    path,
+                    format!(
+                        "belongs to another run: it has {:?}, the configuration makes {identity:?}",
+                        state.identity
+                    ),
+                ));
+            }
+            None => (State { identity, ..State::default() }, None),
+        };
+        claim(output)?;
+        Ok(Self { plan, model, state, resumed, checkpoints, signals: Signals::listen()? })
+    }
+
+    /// Trains to the end, or until a signal asks for a stop.
+    pub fn go(mut self) -> Result<Summary> {
+        let output = self.plan.config.output.clone();
+        let config = self.plan.config.to_yaml()?;
+        fs::write(output.join("config.yaml"), config)
+            .map_err(Error::io("write", output.join("config.yaml")))?;
+        let mut summary = self.train(&output)?;
+        if let Some(step) = self.early() {
+            // Early stopping says that what came after the best evaluation was not worth having.
+            self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
+            summary.chosen = step;
+        }
+        let (config, step) = (&self.plan.config, summary.chosen);
+        let trained = Trained { config, step, before: &summary.before, after: &summary.after };
+        let options = export::Options { merge: false, replace: true };
+        export::run(&mut self.model, &trained, options, &output.join("model"))?;
+        Ok(summary)
+    }
+
+    fn train(&mut self, output: &Path) -> Result<Summary> {
+        let Self { plan, model, state, resumed, checkpoints, signals } = self;
+        let config = &plan.config;
+        let training = &config.training;
+        let (beta1, beta2) = training.betas;
+        let rule = AdamW {
+            learning_rate: training.learning_rate,
+            beta1,
+            beta2,
+            epsilon: training.epsilon,
+            weight_decay: training.weight_decay,
+        };
+        let clip = Some(training.max_grad_norm).filter(|&norm| norm > 0.0);
+        let mut stepper = Stepper {
+            model,
+            gradients: Gradients::zeros(model.flat())?,
+            optimizer: Optimizer::new(model.flat(), rule, training.decay_all, clip)?,
+            loss: loss::InfoNce {
+                temperature: config.loss.temperature,
+                in_batch_negatives: config.loss.in_batch_negatives,
+                symmetric: config.loss.symmetric,
+                false_negative_margin: config.loss.false_negative_margin,
+            },
+            schedule: plan.schedule,
+            budget: plan.budget,
+            seed: config.seed,
+            world: World::Solo,
+        };
+        if let Some(path) = resumed {
+            checkpoint::restore(path, model.flat(), &stepper.optimizer)?;
+            tracing::info!("resumed after step {} from {}", state.step, path.display());
+        }
+        let mut metrics = Metrics::open(output, state.step)?;
+        let mut summary = Summary::default();
+        if state.step == 0 {
+            summary.before = evaluate(plan, model, &mut metrics, 0)?;
+            if let Some(value) = plan.deciding(&summary.before)? {
+                state.best = Some(Best { step: 0, value });
+            }
+        }
+
+        let mut progress = Progress::new("step", plan.steps, state.step);
+        for batch in plan.batches(state)? {
+            let batch = batch?;
+            let step = state.step + 1;
+            let started = Instant::now();
+            let outcome = stepper.step(&batch, step)?;
+            let seconds = started.elapsed().as_secs_f64();
+
+            state.nonfinite = if outcome.applied { 0 } else { state.nonfinite + 1 };
+            if state.nonfinite >= training.max_nonfinite.max(1) {
+                return Err(nonfinite(plan, &batch, &outcome, step));
+            }
+            state.step = step;
+            state.tokens += batch.tokens() as u64;
+            state.cursor = batch.cursor.clone();
+            let line = line(&batch, &outcome, step, seconds);
+            progress.step(&line);
+            if step % config.logging.every.max(1) == 0 || step == plan.steps {
+                metrics.step(&line)?;
+            }
+
+            let stop = signals.asked();
+            let mut due = stop.is_some() || step == plan.steps || checkpoint_due(plan, &batch, step);
+            let mut best = false;
+            if stop.is_none() && (step == plan.steps || every(config.evaluation.every, step)) {
+                summary.after = evaluate(plan, model, &mut metrics, step)?;
+                best = judge(state, plan.deciding(&summary.after)?);
+                due |= best;
+            }
+            if due {
+                checkpoints.save(state, model.flat(), &stepper.optimizer)?;
+            }
+            if best {
+                checkpoints.mark_best(step)?;
+            }
+            if let Some(signal) = stop {
+                return Err(Error::Stopped { signal, step });
+            }
+            if config.evaluation.patience.is_some_and(|patience| state.stale >= patience) {
+                tracing::info!(
+                    "no better evaluation in the last {}: stopped early after step {step}",
+                    state.stale
+                );
+                checkpoints.save(state, model.flat(), &stepper.optimizer)?;
+                break;
+            }
+        }
+        summary.steps = state.step;
+        summary.chosen = state.step;
+        Ok(summary)
+    }
+
+    /// The best step, where early stopping ended the run there.
+    fn early(&self) -> Option<u64> {
+        let patience = self.plan.config.evaluation.patience?;
+        let best = self.state.best.filter(|best| best.step > 0)?;
+        (self.state.stale >= patience).then_some(best.step)
+    }
+}
+
+/// Counts an evaluation; true if it is the best so far.
+fn judge(state: &mut State, value: Option<f64>) -> bool {
+    let Some(value) = value else { return false };
+    if state.best.is_some_and(|best| value <= best.value) {
+        state.stale += 1;
+        return false;
+    }
+    state.best = Some(Best { step: state.step, value });
+    state.stale = 0;
+    true
+}
+
+fn evaluate(plan: &Plan, model: &Model, metrics: &mut Metrics, step: u64) -> Result<Map<String, Value>> {
+    let mut scores = Map::new();
+    for (set, prompts) in &plan.sets {
+        let embedder = Embedder {
+            model,
+            tokenizer: &plan.tokenizer,
+            query_prompt: &prompts.query,
+            document_prompt: &prompts.document,
+            max_query_length: plan.lengths.query,
+            max_document_length: plan.lengths.document,
+            chunk_tokens: plan.embed_tokens,
+        };
+        for (name, value) in set.evaluate(&embedder)? {
+            scores.insert(name, value.into());
+        }
+    }
+    if !scores.is_empty() {
+        metrics.evaluation(step, &scores)?;
+        if let Some(value) = plan.deciding(&scores)? {
+            tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);
+        }
+    }
+    Ok(scores)
+}
+
+fn line(batch: &Batch, outcome: &Outcome, step: u64, seconds: f64) -> metrics::Step {
+    let tokens = batch.tokens();
+    metrics::Step {
+        step,
+        epoch: batch.epoch,
+        loss: outcome.loss,
+        grad_norm: outcome.grad_norm,
+        learning_rate: outcome.learning_rate,
+        rows: batch.rows.len(),
+        tokens,
+        seconds,
+        tokens_per_second: tokens as f64 / seconds,
+    }
+}
+
+fn checkpoint_due(plan: &Plan, batch: &Batch, step: u64) -> bool {
+    match plan.config.checkpoint.every {
+        Every::Steps(steps) => every(steps, step),
+        Every::Epoch => batch.epoch.fract() == 0.0,
+    }
+}
+
+fn every(steps: u64, step: u64) -> bool {
+    steps > 0 && step.is_multiple_of(steps)
+}
+
+/// Names the rows whose loss is not finite; where only the gradient is not, all of the batch.
+fn nonfinite(plan: &Plan, batch: &Batch, outcome: &Outcome, step: u64) -> Error {
+    const SHOWN: usize = 10;
+    let what = if outcome.loss.is_finite() { "the gradient norm" } else { "the loss" };
+    let bad = |row: &usize| outcome.loss.is_finite() || !outcome.losses[*row].is_finite();
+    let rows: Vec<usize> = (0..batch.rows.len()).filter(bad).collect();
+    let mut shown: Vec<String> =
+        rows.iter().take(SHOWN).map(|&row| plan.mixture.error(batch.rows[row], "").to_string()).collect();
+    if rows.len() > SHOWN {
+        shown.push(format!("and {} more", rows.len() - SHOWN));
+    }
+    Error::NonFinite { step, what, rows: shown.join("\n") }
+}
+
+/// Whether a folder has traces of a run.
+fn holds_run(output: &Path) -> bool {
+    ["config.yaml", "metrics.jsonl", "checkpoints", "model"].iter().any(|name| output.join(name).exists())
+}
+
+/// Makes sure that the output folder can be written, before hours are spent.
+fn claim(output: &Path) -> Result<()> {
+    let folder = output.join("checkpoints");
+    fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    let probe = folder.join(".probe");
+    fs::write(&probe, b"x").map_err(Error::io("write", &probe))?;
+    fs::remove_file(&probe).map_err(Error::io("remove", &probe))
+}
