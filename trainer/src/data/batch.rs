@@ -34,7 +34,8 @@ pub struct Table {
     /// Columns that row i must not count as negatives: its own positive's text, or another known positive of its query.
     /// Empty lists where `mask_known_positives` is off.
     pub excluded: Lists,
-    /// Row i's own columns: its positive and its negatives. The candidates without in-batch negatives.
+    /// Row i's own columns, its positive and its negatives, less the excluded. The candidates without in-batch
+    /// negatives.
     pub own: Lists,
 }
 

@@ -79,6 +79,29 @@ impl Schema {
     }
 }
 
+impl Schema {
+    /// As [`Self::roles`], for names that hold for all rows: every column that the configuration names must be there.
+    pub(super) fn header(&self, names: &[&str]) -> Result<Roles, String> {
+        for (part, chosen) in [("positive", &self.columns.positive), ("negatives", &self.columns.negatives)] {
+            for name in chosen.iter().flat_map(|chosen| &chosen.0) {
+                named(part, name, names)?;
+            }
+        }
+        self.roles(names)
+    }
+
+    /// What is wrong where no row at all has negatives.
+    pub(super) fn without_negatives(&self) -> Result<(), String> {
+        match &self.columns.negatives {
+            Some(chosen) => Err(format!(
+                "no row has a column `{}`, which the configuration names for the negatives",
+                chosen.0.join("` or `")
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Whether a file's `name` is the usual `alias`, in any case and spelling of its words' gaps.
 fn is(name: &str, alias: &str) -> bool {
     name.trim()
@@ -152,6 +175,11 @@ fn negatives(names: &[&str]) -> Result<Vec<usize>, String> {
 }
 
 impl Roles {
+    /// Whether there are columns of negatives.
+    pub(super) fn has_negatives(&self) -> bool {
+        !self.negatives.is_empty()
+    }
+
     /// Whether a column holds negatives.
     pub(super) fn negatives(&self, column: usize) -> bool {
         self.negatives.contains(&column)
@@ -259,6 +287,12 @@ mod tests {
         let schema = Schema::new(&columns, None);
         assert_eq!(schema.roles(&["n", "b", "a", "Title", "label"]), Ok(made(3, &[2, 1], &[0])));
         assert_eq!(schema.roles(&["b", "Title"]), Ok(made(1, &[0], &[])));
+        assert!(schema.header(&["n", "b", "a", "Title"]).is_ok());
+        let error = schema.header(&["b", "a", "Title"]).unwrap_err();
+        assert!(
+            error.starts_with("has no column `n`, which the configuration names for the negatives"),
+            "{error}"
+        );
         let error = schema.roles(&["title", "a"]).unwrap_err();
         assert!(error.starts_with("has no column `Title`") && error.ends_with("found title, a"), "{error}");
     }

@@ -1,9 +1,9 @@
 //! Texts to token ids, as sentence-transformers 6 does it: the prompt and the text in one string, not stripped, special
 //! tokens by the tokenizer's own rule, cut to a length that includes them, never padded.
 //!
-//! `tokenizer.json` says nearly everything. Two settings stand beside it and change the ids:
-//! `sentence_bert_config.json` may ask for lower case, and `tokenizer_config.json` for a first or last special token
-//! that `tokenizer.json` does not add (Mistral models are embedded at a closing `</s>` that only stands there).
+//! `tokenizer.json` says nearly everything, the first and last special tokens included: `add_eos_token` and its like in
+//! `tokenizer_config.json` are not heeded beside it, by transformers neither. Two settings that stand elsewhere change
+//! the ids: `do_lower_case` of `sentence_bert_config.json`, and `truncation_side` of `tokenizer_config.json`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde_json::Value;
 use tokenizers::normalizers::{Lowercase, NormalizerWrapper, Sequence as Normalizers};
-use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{PostProcessor, TruncationDirection};
 
 use super::batch::Sequence;
@@ -62,7 +61,6 @@ impl Tokenizer {
         if settings_ask_lower_case(folder)? {
             lower_case(&mut inner).map_err(wrong)?;
         }
-        add_ends(&mut inner, &settings).map_err(wrong)?;
         let vocabulary = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         let special = inner
             .get_added_tokens_decoder()
@@ -218,38 +216,6 @@ fn lower_case(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
     Ok(())
 }
 
-/// Adds the first and last special tokens that the settings ask for and `tokenizer.json` leaves out.
-fn add_ends(tokenizer: &mut tokenizers::Tokenizer, settings: &Value) -> tokenizers::Result<()> {
-    let asked = |key: &str| settings.get(key).and_then(Value::as_bool) == Some(true);
-    let token = |key: &str| {
-        let value = settings.get(key)?;
-        let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
-        Some((text.to_owned(), tokenizer.token_to_id(text)?))
-    };
-    let first = asked("add_bos_token").then(|| token("bos_token")).flatten();
-    let last = asked("add_eos_token").then(|| token("eos_token")).flatten();
-    let probe = tokenizer.encode_fast("a", true)?;
-    let has_first = first.as_ref().is_none_or(|(_, id)| probe.get_ids().first() == Some(id));
-    let has_last = last.as_ref().is_none_or(|(_, id)| probe.get_ids().last() == Some(id));
-    if has_first && has_last {
-        return Ok(());
-    }
-    let (mut template, mut special) = ("$A".to_owned(), Vec::new());
-    if let Some((text, id)) = first {
-        template = format!("{text} {template}");
-        special.push((text, id));
-    }
-    if let Some((text, id)) = last {
-        template = format!("{template} {text}");
-        special.push((text, id));
-    }
-    let template = TemplateProcessing::builder()
-        .try_single(template)
-        .and_then(|builder| builder.special_tokens(special).build().map_err(|e| e.to_string()))?;
-    tokenizer.with_post_processor(Some(template));
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -397,21 +363,13 @@ mod tests {
     }
 
     #[test]
-    fn ends_that_only_the_settings_ask_for_are_added() {
-        let settings = r#"{"add_bos_token": true, "add_eos_token": true, "bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
+    fn the_ends_are_those_of_tokenizer_json_alone() {
+        let settings = r#"{"add_eos_token": true, "bos_token": "<s>", "eos_token": "</s>"}"#;
         let first = r#"{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],
             "pair":[{"Sequence":{"id":"A","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],
             "special_tokens":{"<s>":{"id":"<s>","ids":[4],"tokens":["<s>"]}}}"#;
-        for processor in [first, "null"] {
-            let tokenizer =
-                Tokenizer::open(folder(processor, UNCASED, &[("tokenizer_config.json", settings)]).path())
-                    .unwrap();
-            assert_eq!(ids(&tokenizer, "the cat"), [4, 8, 9, 5]);
-            assert_eq!(tokenizer.encode(&["the cat sat"], "", 4, true).unwrap()[0].ids, [4, 8, 9, 5]);
-        }
-        let plain =
-            Tokenizer::open(folder(first, UNCASED, &[("tokenizer_config.json", "{}")]).path()).unwrap();
-        assert_eq!(ids(&plain, "the cat"), [4, 8, 9]);
+        let folder = folder(first, UNCASED, &[("tokenizer_config.json", settings)]);
+        assert_eq!(ids(&Tokenizer::open(folder.path()).unwrap(), "the cat"), [4, 8, 9]);
     }
 
     #[test]

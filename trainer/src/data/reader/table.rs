@@ -35,14 +35,18 @@ impl Table {
         let mut index = Index { offsets: Vec::new(), digest: Xxh3::new() };
         let parser = match format {
             Format::Jsonl => {
-                let mut known = None;
+                let (mut known, mut negatives) = (None, false);
                 records::lines(file.stream(), |record| {
                     parse_json(&schema, record.bytes, &mut known)
                         .map_err(|message| (record.line, message))?;
+                    negatives |= known.as_ref().is_some_and(|(_, roles)| roles.has_negatives());
                     index.push(&record);
                     Ok(())
                 })
                 .map_err(|stop| explain(path, stop))?;
+                if !negatives && !index.offsets.is_empty() {
+                    schema.without_negatives().map_err(|message| Error::file(path, message))?;
+                }
                 Parser::Jsonl(schema)
             }
             Format::Csv(delimiter) => {
@@ -216,7 +220,7 @@ fn read_header(
         let first = names.iter().position(|other| other == name).unwrap_or_default();
         return Err(format!("the header names column {} and column {} `{name}`", first + 1, i + 1));
     }
-    let roles = schema.roles(&names.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let roles = schema.header(&names.iter().map(String::as_str).collect::<Vec<_>>())?;
     Ok((names, roles))
 }
 

@@ -230,3 +230,24 @@ fn a_beir_folder_gives_a_row_for_each_query_with_answers() {
     folder.write("qrels/train.tsv", b"q1 d2 1\n");
     assert!(message().starts_with("/qrels/train.tsv:1: expected query-id, corpus-id and score"));
 }
+
+#[test]
+fn negatives_that_the_configuration_names_must_be_somewhere() {
+    let folder = Folder::new();
+    let mut named = set(&folder.write(
+        "a.jsonl",
+        b"{\"query\":\"a\",\"positive\":\"b\"}\n{\"query\":\"a\",\"positive\":\"b\",\"bad\":\"c\"}\n",
+    ));
+    named.columns.negatives = Some(crate::config::Names(vec!["bad".to_owned()]));
+    assert_eq!(Source::open(&named).unwrap().row(1).unwrap().negatives, ["c"]);
+    named.columns.negatives = Some(crate::config::Names(vec!["bda".to_owned()]));
+    let error = Source::open(&named).err().unwrap().to_string();
+    assert!(
+        error
+            .ends_with("a.jsonl: no row has a column `bda`, which the configuration names for the negatives"),
+        "{error}"
+    );
+    named.path = folder.write("a.csv", b"query,positive,bad\na,b,c\n");
+    let error = Source::open(&named).err().unwrap().to_string();
+    assert!(error.contains("a.csv:1: has no column `bda`"), "{error}");
+}
