@@ -1,1 +1,106 @@
-//! The system tests.
+//! What the system tests share: goldens, configurations, the programs.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
+
+/// A folder of tests/golden.
+pub fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
+}
+
+/// JSON in a golden folder.
+pub fn golden_json(name: &str, file: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(golden(name).join(file)).unwrap()).unwrap()
+}
+
+/// The tensors of a safetensors file.
+pub fn tensors(path: &Path) -> std::collections::HashMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+/// A copy of a golden model folder; with its adapter beside the weights if `adapted`.
+pub fn model_folder(name: &str, adapted: bool) -> tempfile::TempDir {
+    let place = tempfile::tempdir().unwrap();
+    copy(&golden(name), place.path());
+    if adapted {
+        copy(&golden(name).join("adapter"), place.path());
+    }
+    place
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.path().is_file() {
+            std::fs::copy(entry.path(), target).unwrap();
+        } else if entry.file_name() == "1_Pooling" {
+            std::fs::create_dir_all(&target).unwrap();
+            copy(&entry.path(), &target);
+        }
+    }
+}
+
+/// ‖a − b‖ / ‖b‖; ‖a‖ where b is all zeros.
+pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (a, b) = (values(a), values(b));
+    assert_eq!(a.len(), b.len());
+    let norm = |x: f64| x.sqrt();
+    let difference = norm(a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum());
+    let size = norm(b.iter().map(|&b| f64::from(b).powi(2)).sum());
+    if size == 0.0 { difference } else { difference / size }
+}
+
+/// A program of this workspace, built like the tests.
+pub fn program(name: &str) -> Command {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let folder = BUILT.get_or_init(|| {
+        // target/PROFILE/deps/system-… → target/PROFILE
+        let test = std::env::current_exe().unwrap();
+        let folder = test.ancestors().nth(2).unwrap().to_owned();
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--locked", "--workspace", "--bins"]);
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(build.status().unwrap().success(), "the programs do not build");
+        folder
+    });
+    let mut command = Command::new(folder.join(name));
+    command.env_remove("RUST_LOG");
+    command
+}
+
+/// What a program said on standard error.
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A configuration for `rows` on a model folder: two threads' worth of work for a second, no dropout, nothing shuffled.
+pub fn config(model: &Path, rows: &Path, output: &Path) -> Value {
+    json!({
+        "output": output,
+        "model": {"path": model, "max_query_length": 24, "max_document_length": 24, "dropout": 0.0},
+        "data": {"train": [{"path": rows}], "negatives": 1, "shuffle": false, "no_duplicates": false},
+        "loss": {"temperature": 0.05, "mask_known_positives": false},
+        "training": {"batch_size": 4, "learning_rate": 1e-3, "decay_all": true, "chunk_tokens": 64},
+        "logging": {"tensorboard": false},
+    })
+}
+
+/// Writes a configuration (JSON is YAML) and returns its path.
+pub fn write_config(folder: &Path, config: &Value) -> PathBuf {
+    let path = folder.join("config.yaml");
+    std::fs::write(&path, config.to_string()).unwrap();
+    path
+}
+
+/// The lines of OUTPUT/metrics.jsonl.
+pub fn metrics(output: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}

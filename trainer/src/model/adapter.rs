@@ -143,7 +143,9 @@ fn settings(folder: &Folder, config: &Value) -> Result<Lora> {
             Targets::Names(names.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect())
         }
         other => {
-            return Err(wrong(format!("`target_modules` is {other}, expected a list of names or all-linear")));
+            return Err(wrong(format!(
+                "`target_modules` is {other}, expected a list of names or all-linear"
+            )));
         }
     };
     Ok(Lora {

@@ -1,0 +1,206 @@
+//! How a batch is cut, ordered and kept changes nothing: losses, gradients and embeddings.
+
+use candle_core::Tensor;
+use kernels::adamw::AdamW;
+use tests::{model_folder, relative_error};
+use trainer::comm::World;
+use trainer::config;
+use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
+use trainer::gradcache::Budget;
+use trainer::loss::InfoNce;
+use trainer::model::chunk::Limit;
+use trainer::model::params::Gradients;
+use trainer::model::{Folder, Model, Options};
+use trainer::optimizer::Optimizer;
+use trainer::schedule::Schedule;
+use trainer::step::Stepper;
+
+const ROWS: usize = 12;
+
+fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempDir, Model) {
+    let folder = model_folder(name, false);
+    let section = config::Model { dropout: Some(dropout), ..config::Model::default() };
+    let lora = config::Lora { dropout, ..config::Lora::default() };
+    let lora = adapted.then_some(&lora);
+    let options = Options { model: section, lora, trained: true, seed: 7, dry: false };
+    let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+    if adapted {
+        // B begins at zero, where A has no gradient.
+        let half = Tensor::rand(-0.1f32, 0.1, model.flat().len(), &candle_core::Device::Cpu).unwrap();
+        model.flat().values().slice_set(&half, 0, 0).unwrap();
+    }
+    (folder, model)
+}
+
+/// Rows of a query, a positive and a negative of lengths from 1 to 60, in an order that `turn` rotates.
+fn batch(turn: usize) -> Batch {
+    let length = |i: usize| 1 + (i * i * 7 + i) % 60;
+    let sequence = |i: usize| Sequence {
+        ids: (0..length(i)).map(|t| 5 + ((t * 31 + i * 17) % 80) as u32).collect(),
+        skip: 0,
+    };
+    let rotated: Vec<usize> = (0..3 * ROWS).map(|i| (i + turn) % (3 * ROWS)).collect();
+    let place = |i: usize| rotated.iter().position(|&j| j == i).unwrap() as u32;
+    let table = Table {
+        queries: (0..ROWS).map(place).collect(),
+        candidates: (ROWS..3 * ROWS).map(place).collect(),
+        positives: (0..ROWS as u32).collect(),
+        excluded: Lists { offsets: vec![0; ROWS + 1], columns: vec![] },
+        own: Lists {
+            offsets: (0..=ROWS as u32).map(|i| 2 * i).collect(),
+            columns: (0..ROWS as u32).flat_map(|i| [i, i + ROWS as u32]).collect(),
+        },
+    };
+    Batch {
+        sequences: rotated.iter().map(|&i| sequence(i)).collect(),
+        table,
+        rows: (0..ROWS as u64).map(|row| RowId { dataset: 0, row }).collect(),
+        cursor: Cursor::default(),
+        epoch: 1.0,
+    }
+}
+
+/// The loss of each row and the gradient of one step.
+fn step(model: &Model, batch: &Batch, chunk: Limit, tapes: u64, loss: &InfoNce) -> (Vec<f32>, Tensor) {
+    let rule = AdamW { learning_rate: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+    let mut stepper = Stepper {
+        model,
+        gradients: Gradients::zeros(model.flat()).unwrap(),
+        optimizer: Optimizer::new(model.flat(), rule, false, None).unwrap(),
+        loss: loss.clone(),
+        schedule: Schedule { shape: config::Schedule::Constant, peak: 0.0, warmup: 0, total: 1 },
+        budget: Budget { chunk, tapes },
+        seed: 3,
+        world: World::Solo,
+    };
+    let outcome = stepper.step(batch, 1).unwrap();
+    assert!(outcome.applied);
+    (outcome.losses, stepper.gradients.flat().clone())
+}
+
+fn info_nce() -> InfoNce {
+    InfoNce { temperature: 0.05, in_batch_negatives: true, symmetric: false, false_negative_margin: None }
+}
+
+fn compare(a: &(Vec<f32>, Tensor), b: &(Vec<f32>, Tensor), what: &str) {
+    for (a, b) in a.0.iter().zip(&b.0) {
+        assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{what}: losses {a} and {b}");
+    }
+    let error = relative_error(&a.1, &b.1);
+    assert!(error < 1e-5, "{what}: gradients differ by {error:e}");
+}
+
+#[test]
+fn chunks_do_not_change_losses_or_gradients() {
+    for (name, adapted) in [("bert", false), ("bert", true), ("mistral", false), ("mistral", true)] {
+        let (_folder, model) = model(name, adapted, 0.1);
+        let batch = batch(0);
+        let whole = step(&model, &batch, Limit::Tokens(usize::MAX), u64::MAX, &info_nce());
+        for limit in [Limit::Tokens(1), Limit::Tokens(256), Limit::Tokens(2048), Limit::Sequences(5)] {
+            compare(&step(&model, &batch, limit, 0, &info_nce()), &whole, &format!("{name} {limit:?}"));
+        }
+    }
+}
+
+#[test]
+fn tapes_kept_or_computed_twice_give_the_same_bits() {
+    for (name, adapted) in [("bert", false), ("mistral", true)] {
+        let (_folder, model) = model(name, adapted, 0.1);
+        let batch = batch(0);
+        let some = (model.tape_bytes_per_token() * 300) as u64;
+        let bits = |tapes| {
+            let (losses, gradient) = step(&model, &batch, Limit::Tokens(128), tapes, &info_nce());
+            (losses, gradient.to_vec1::<f32>().unwrap())
+        };
+        assert_eq!(bits(0), bits(u64::MAX), "{name}");
+        assert_eq!(bits(0), bits(some), "{name}");
+    }
+}
+
+#[test]
+fn the_order_of_a_batch_does_not_change_its_gradient() {
+    for name in ["bert", "mistral"] {
+        // Masks belong to a sequence's number in the batch, so only without dropout may the order be another.
+        let (_folder, model) = model(name, false, 0.0);
+        let straight = step(&model, &batch(0), Limit::Tokens(200), u64::MAX, &info_nce());
+        compare(&step(&model, &batch(17), Limit::Tokens(200), u64::MAX, &info_nce()), &straight, name);
+    }
+}
+
+#[test]
+fn every_trained_parameter_receives_a_gradient() {
+    for (name, adapted) in [("bert", false), ("bert", true), ("mistral", false), ("mistral", true)] {
+        let (_folder, model) = model(name, adapted, 0.0);
+        let (_, gradient) = step(&model, &batch(0), Limit::Tokens(512), u64::MAX, &info_nce());
+        for named in model.flat().named(&gradient) {
+            let (parameter, gradient) = named.unwrap();
+            let any = gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().any(|&g| g != 0.0);
+            assert!(any, "{name}: {parameter} has no gradient");
+        }
+    }
+}
+
+#[test]
+fn a_text_embeds_alike_alone_and_in_any_chunk() {
+    for name in ["bert", "mistral"] {
+        let (_folder, model) = model(name, false, 0.1);
+        let sequences = batch(0).sequences;
+        let alone: Vec<Tensor> =
+            sequences.iter().map(|s| model.embed(std::slice::from_ref(s), usize::MAX).unwrap()).collect();
+        let alone = Tensor::cat(&alone, 0).unwrap();
+        for tokens in [1, 100, 333, usize::MAX] {
+            let together = model.embed(&sequences, tokens).unwrap();
+            let error = relative_error(&together, &alone);
+            assert!(error < 1e-6, "{name} in chunks of {tokens}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn the_loss_without_in_batch_negatives_is_that_of_each_row_alone() {
+    let (_folder, model) = model("bert", false, 0.0);
+    let mut batch = batch(0);
+    let loss = InfoNce { in_batch_negatives: false, ..info_nce() };
+    let together = step(&model, &batch, Limit::Tokens(512), u64::MAX, &loss);
+    let row = ROWS as u32;
+    for i in 0..ROWS {
+        let all = |of: &[u32]| of[i];
+        let table = Table {
+            queries: vec![all(&batch.table.queries)],
+            candidates: vec![batch.table.candidates[i], batch.table.candidates[i + row as usize]],
+            positives: vec![0],
+            excluded: Lists { offsets: vec![0, 0], columns: vec![] },
+            own: Lists { offsets: vec![0, 2], columns: vec![0, 1] },
+        };
+        let alone = Batch { table, rows: vec![batch.rows[i]], ..batch.clone() };
+        let (losses, _) = step(&model, &alone, Limit::Tokens(512), u64::MAX, &info_nce());
+        assert!((losses[0] - together.0[i]).abs() < 1e-5, "row {i}: {} and {}", losses[0], together.0[i]);
+    }
+    batch.rows.truncate(ROWS);
+}
+
+#[test]
+fn the_symmetric_loss_is_the_mean_of_both_directions() {
+    let (_folder, model) = model("bert", false, 0.0);
+    let mut forth = batch(0);
+    // Positives only, so that both directions have the same shape.
+    forth.table.candidates.truncate(ROWS);
+    forth.table.own = Lists { offsets: (0..=ROWS as u32).collect(), columns: (0..ROWS as u32).collect() };
+    let back = Batch {
+        table: Table {
+            queries: forth.table.candidates.clone(),
+            candidates: forth.table.queries.clone(),
+            ..forth.table.clone()
+        },
+        ..forth.clone()
+    };
+    let run = |batch: &Batch, symmetric| {
+        step(&model, batch, Limit::Tokens(512), u64::MAX, &InfoNce { symmetric, ..info_nce() })
+    };
+    let (both, forth, back) = (run(&forth, true), run(&forth, false), run(&back, false));
+    for i in 0..ROWS {
+        assert!((both.0[i] - (forth.0[i] + back.0[i]) / 2.0).abs() < 1e-5);
+    }
+    let mean = ((&forth.1 + &back.1).unwrap() / 2.0).unwrap();
+    assert!(relative_error(&both.1, &mean) < 1e-5);
+}

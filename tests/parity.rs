@@ -1,0 +1,116 @@
+//! Embeddings, losses and gradients are those of transformers, PEFT and sentence-transformers on tiny random models.
+//! scripts/reference/{bert,mistral}.py wrote the goldens, in f64.
+
+use candle_core::{DType, Tensor};
+use tests::{golden_json, model_folder, relative_error, tensors};
+use trainer::config;
+use trainer::data::batch::Sequence;
+use trainer::model::chunk::Chunk;
+use trainer::model::params::Gradients;
+use trainer::model::{Folder, Model, Options};
+use trainer::train::Run;
+
+/// f32 against f64, through two layers.
+const CLOSE: f64 = 1e-5;
+
+fn model(name: &str, adapted: bool) -> (tempfile::TempDir, Model) {
+    let folder = model_folder(name, adapted);
+    let section = config::Model { dropout: Some(0.0), ..config::Model::default() };
+    let options = Options { model: section, trained: true, ..Options::default() };
+    let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+    (folder, model)
+}
+
+fn sequences(name: &str) -> Vec<Sequence> {
+    let golden = golden_json(name, "golden.json");
+    let ids = |sequence: &serde_json::Value| {
+        sequence["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    golden["sequences"].as_array().unwrap().iter().map(|s| Sequence { ids: ids(s), skip: 0 }).collect()
+}
+
+/// Embeddings of a ragged batch, and the gradient of Σ embeddings ∘ direction by every trained parameter.
+fn embeddings_and_gradients(name: &str, adapted: bool) {
+    let (_folder, model) = model(name, adapted);
+    let golden = tensors(&tests::golden(name).join("golden.safetensors"));
+    let prefix = if adapted { "lora." } else { "" };
+    let sequences = sequences(name);
+    let members = (0..sequences.len()).collect();
+    let chunk = Chunk::pack(&sequences, members, model.pooling()).unwrap();
+    let (embeddings, tape) = model.forward(&chunk, None, true).unwrap();
+    let error = relative_error(&embeddings, &golden[&format!("{prefix}embeddings")]);
+    assert!(error < CLOSE, "{name}: embeddings differ by {error:e}");
+
+    let gradients = Gradients::zeros(model.flat()).unwrap();
+    let direction = golden["direction"].to_dtype(DType::F32).unwrap();
+    model.backward(&chunk, tape.unwrap(), &direction, None, &gradients).unwrap();
+    let start = if adapted { "lora.grad.base_model.model." } else { "grad." };
+    let mut compared = 0;
+    for named in model.flat().named(gradients.flat()) {
+        let (parameter, gradient): (String, Tensor) = named.unwrap();
+        let want = &golden[&format!("{start}{parameter}")];
+        let error = relative_error(&gradient, want);
+        // The key's bias adds the same to every score of a query: its gradient is zero, and f32 leaves noise.
+        let zero = parameter.ends_with("key.bias");
+        assert!(zero || error < CLOSE, "{name}: the gradient of {parameter} differs by {error:e}");
+        compared += 1;
+    }
+    let expected = golden.keys().filter(|key| key.starts_with(start)).count();
+    assert_eq!(compared, expected, "{name}: every parameter of the golden is trained");
+}
+
+#[test]
+fn bert_trained_whole_is_that_of_transformers() {
+    embeddings_and_gradients("bert", false);
+}
+
+#[test]
+fn bert_with_adapters_is_that_of_peft() {
+    embeddings_and_gradients("bert", true);
+}
+
+#[test]
+fn mistral_trained_whole_is_that_of_transformers() {
+    embeddings_and_gradients("mistral", false);
+}
+
+#[test]
+fn mistral_with_adapters_is_that_of_peft() {
+    embeddings_and_gradients("mistral", true);
+}
+
+/// Ten optimizer steps: losses and gradient norms of sentence-transformers' MultipleNegativesRankingLoss with torch's AdamW.
+fn ten_steps(name: &str, adapted: bool) {
+    let golden = golden_json(name, "train.json");
+    let folder = model_folder(name, adapted);
+    let place = tempfile::tempdir().unwrap();
+    let output = place.path().join("run");
+    let mut config = tests::config(folder.path(), &tests::golden(name).join("rows.jsonl"), &output);
+    config["loss"]["temperature"] = golden["temperature"].clone();
+    let path = tests::write_config(place.path(), &config);
+    let config = config::Config::load(&path, &[]).unwrap();
+    let plan = trainer::plan::Plan::new(config).unwrap();
+    Run::prepare(plan, false).unwrap().go().unwrap();
+    let metrics = tests::metrics(&output);
+    assert_eq!(metrics.len(), 10);
+    for (step, line) in metrics.iter().enumerate() {
+        for (ours, theirs) in [("loss", "losses"), ("grad_norm", "grad_norms")] {
+            let (got, want) = (line[ours].as_f64().unwrap(), golden[theirs][step].as_f64().unwrap());
+            assert!(
+                (got - want).abs() < 1e-4 * want.abs(),
+                "{name}: {ours} of step {}: {got}, expected {want}",
+                step + 1
+            );
+        }
+    }
+}
+
+#[test]
+fn ten_steps_of_bert_have_the_losses_of_sentence_transformers() {
+    ten_steps("bert", false);
+}
+
+#[test]
+fn ten_steps_of_mistral_with_adapters_have_the_losses_of_peft() {
+    ten_steps("mistral", true);
+}
