@@ -1,6 +1,10 @@
 //! The system tests, one binary.
 
+// Bad input, full disks, losses that are not finite.
+mod faults;
 // How a batch is cut, ordered and kept changes nothing.
 mod gradcache;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
+// A run that was stopped goes on as if it had not been.
+mod resume;

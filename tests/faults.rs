@@ -1,0 +1,226 @@
+//! Bad input ends in one clear message and exit status 2 before anything is started; what goes wrong later loses nothing.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use tests::{golden, model_folder, program, stderr, tensors, write_config};
+
+/// A folder with a model, rows and a configuration that would train.
+struct Case {
+    place: tempfile::TempDir,
+    model: tempfile::TempDir,
+    config: Value,
+}
+
+impl Case {
+    fn new() -> Self {
+        let (place, model) = (tempfile::tempdir().unwrap(), model_folder("bert", false));
+        fs::copy(golden("bert").join("rows.jsonl"), place.path().join("rows.jsonl")).unwrap();
+        let config = tests::config(model.path(), &place.path().join("rows.jsonl"), &place.path().join("out"));
+        Self { place, model, config }
+    }
+
+    fn rows(self, name: &str, text: impl AsRef<[u8]>) -> Self {
+        let path = self.place.path().join(name);
+        fs::write(&path, text).unwrap();
+        self.set("data", json!({"train": [{"path": path}]}))
+    }
+
+    fn set(mut self, key: &str, value: Value) -> Self {
+        let mut at = &mut self.config;
+        for part in key.split('.') {
+            at = &mut at[part];
+        }
+        *at = value;
+        self
+    }
+
+    fn train(&self) -> Output {
+        let config = write_config(self.place.path(), &self.config);
+        program("trainer").arg("train").arg(config).output().unwrap()
+    }
+
+    /// Refused with all of `words` in the message, and no run begun.
+    #[track_caller]
+    fn refused(&self, words: &[&str]) {
+        let output = self.train();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        for word in words {
+            assert!(message.contains(word), "`{word}` is not in: {message}");
+        }
+        assert_eq!(message.matches("error:").count(), 1, "one message: {message}");
+        assert!(!self.place.path().join("out/metrics.jsonl").exists(), "nothing is started: {message}");
+    }
+}
+
+#[test]
+fn keys_and_values_of_the_configuration() {
+    let case = Case::new().set("training.leraning_rate", json!(1));
+    case.refused(&["config.yaml:1", "training.leraning_rate", "learning_rate"]);
+    Case::new().set("training.batch_size", json!("many")).refused(&["training.batch_size", "many"]);
+    Case::new().set("loss.temperature", json!(0)).refused(&["loss.temperature"]);
+    Case::new().set("model.max_query_length", json!(65)).refused(&[
+        "model.max_query_length",
+        "65",
+        "64 positions",
+    ]);
+    let output = program("trainer").args(["train", "/no/such/config.yaml"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("/no/such/config.yaml"));
+}
+
+#[test]
+fn rows_are_named_by_file_and_line() {
+    let good = r#"{"query": "a", "positive": "b"}"#;
+    let after = |bad: &[u8]| [good.as_bytes(), b"\n", bad, b"\n", good.as_bytes()].concat();
+    Case::new()
+        .set("data", json!({"train": [{"path": "/no/such/rows.jsonl"}]}))
+        .refused(&["/no/such/rows.jsonl"]);
+    Case::new().rows("x.jsonl", after(b"{\"query\": ")).refused(&["x.jsonl:2"]);
+    Case::new().rows("x.jsonl", after(br#"{"query": "a"}"#)).refused(&["x.jsonl:2", "positive"]);
+    Case::new()
+        .rows("x.jsonl", after(br#"{"query": "a", "positive": "  "}"#))
+        .refused(&["x.jsonl:2", "positive"]);
+    Case::new()
+        .rows("x.jsonl", after(b"{\"query\": \"a\xff\", \"positive\": \"b\"}"))
+        .refused(&["x.jsonl:2", "UTF-8"]);
+    Case::new().rows("x.csv", "query,positive\na,b\nc\n").refused(&["x.csv:3"]);
+    Case::new().rows("x.csv", "query,positive\na,b\nc,\n").refused(&["x.csv:3", "positive"]);
+    Case::new().rows("x.jsonl", good).refused(&["training.batch_size", "4 rows", "1"]);
+}
+
+#[test]
+fn model_folders() {
+    let case = Case::new();
+    let path = |name: &str| case.model.path().join(name);
+    let weights = fs::read(path("model.safetensors")).unwrap();
+    fs::remove_file(path("model.safetensors")).unwrap();
+    case.refused(&["has no model.safetensors", "init: random"]);
+    fs::write(path("model.safetensors"), &weights[..weights.len() / 2]).unwrap();
+    case.refused(&["model.safetensors", "cut off"]);
+
+    fs::write(path("model.safetensors"), &weights).unwrap();
+    let mut all = tensors(&path("model.safetensors"));
+    let word = all.remove("embeddings.word_embeddings.weight").unwrap();
+    let key = "encoder.layer.1.attention.self.key.weight";
+    let other = all.insert(key.to_owned(), Tensor::zeros((3, 3), DType::F32, &Device::Cpu).unwrap()).unwrap();
+    all.insert("embeddings.word_embeddings.weight".to_owned(), word);
+    candle_core::safetensors::save(&all, path("model.safetensors")).unwrap();
+    case.refused(&[key, "[3, 3]", "[32, 32]"]);
+    all.remove(key);
+    candle_core::safetensors::save(&all, path("model.safetensors")).unwrap();
+    case.refused(&["lack the tensor", key]);
+    all.insert(key.to_owned(), other);
+    candle_core::safetensors::save(&all, path("model.safetensors")).unwrap();
+
+    let text = fs::read_to_string(path("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["model_type"] = json!("gpt2");
+    fs::write(path("config.json"), config.to_string()).unwrap();
+    case.refused(&["config.json", "gpt2", "bert, mistral"]);
+    config["model_type"] = json!("bert");
+    config["position_embedding_type"] = json!("relative_key");
+    fs::write(path("config.json"), config.to_string()).unwrap();
+    case.refused(&["position_embedding_type", "relative_key"]);
+    fs::write(path("config.json"), &text).unwrap();
+
+    let tokenizer = fs::read_to_string(path("tokenizer.json")).unwrap();
+    let mut more: Value = serde_json::from_str(&tokenizer).unwrap();
+    more["model"]["vocab"]["a-token-too-many"] = json!(92);
+    fs::write(path("tokenizer.json"), more.to_string()).unwrap();
+    case.refused(&["93 tokens", "92 rows"]);
+    fs::write(path("tokenizer.json"), &tokenizer[..100]).unwrap();
+    case.refused(&["tokenizer.json"]);
+    fs::write(path("tokenizer.json"), tokenizer).unwrap();
+    assert!(case.train().status.success(), "whole again, it trains");
+}
+
+#[test]
+fn an_output_folder_that_holds_a_run() {
+    let case = Case::new();
+    assert!(case.train().status.success());
+    let before = fs::read(case.place.path().join("out/metrics.jsonl")).unwrap();
+    let output = case.train();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("already holds a run"), "{}", stderr(&output));
+    assert_eq!(fs::read(case.place.path().join("out/metrics.jsonl")).unwrap(), before);
+}
+
+#[test]
+fn an_output_folder_that_cannot_be_written() {
+    let case = Case::new().set("output", json!("/proc/no/such/place"));
+    let output = case.train();
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    let closed = tempfile::tempdir().unwrap();
+    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o555)).unwrap();
+    if fs::write(closed.path().join("probe"), "").is_ok() {
+        println!("skipped: a read-only folder, because root may write everywhere");
+        return;
+    }
+    Case::new().set("output", json!(closed.path().join("out"))).refused(&["cannot create"]);
+}
+
+/// A tmpfs that is gone with the test.
+struct SmallDisk<'a>(&'a Path);
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_the_last_checkpoint_whole() {
+    let place = tempfile::tempdir().unwrap();
+    let mounted =
+        Command::new("mount").args(["-t", "tmpfs", "-o", "size=900k", "none"]).arg(place.path()).output();
+    if !mounted.is_ok_and(|output| output.status.success()) {
+        println!("skipped: a full disk, because no tmpfs can be mounted here (needs root)");
+        return;
+    }
+    let disk = SmallDisk(place.path());
+    let out = disk.0.join("out");
+    // A checkpoint takes about 300 KB: the third does not fit.
+    let case = Case::new().set("output", json!(out)).set("checkpoint", json!({"every": 1, "keep": 9}));
+    let output = case.train();
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("disk"), "{}", stderr(&output));
+    let names: Vec<String> = fs::read_dir(out.join("checkpoints"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(!names.is_empty());
+    for name in names {
+        let path = out.join("checkpoints").join(&name);
+        assert!(path.join("DONE").is_file(), "{name} is not whole");
+        assert!(tensors(&path.join("parameters.safetensors")).len() > 30);
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_names_its_step_and_rows() {
+    let case = Case::new().set("training.learning_rate", json!(1e30)).set("checkpoint", json!({"every": 1}));
+    let output = case.train();
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("is not finite") && message.contains("rows.jsonl:"), "{message}");
+    let checkpoints = case.place.path().join("out/checkpoints");
+    assert!(fs::read_dir(checkpoints).unwrap().any(|entry| entry.unwrap().path().join("DONE").is_file()));
+}
+
+#[test]
+fn texts_of_any_length_and_script_train() {
+    let long = "iron ".repeat(20_000);
+    let rows: Vec<String> =
+        ["a", "数学", "\u{1F600}\u{200D}\u{1F525}", "ﷺ", "e\u{301}\u{302}", "\u{0}x", &long, "Ж"]
+            .iter()
+            .map(|text| json!({"query": text, "positive": format!("{text} {text}")}).to_string())
+            .collect();
+    let output = Case::new().rows("x.jsonl", rows.join("\n")).train();
+    assert!(output.status.success(), "{}", stderr(&output));
+}
