@@ -141,6 +141,9 @@ fn check(attention: &Attention, packing: &Packing, q: &Tensor, k: &Tensor, v: &T
     if heads == 0 || kv_heads == 0 || head_width == 0 || heads % kv_heads != 0 {
         bail!("{heads} heads of width {head_width} cannot share {kv_heads} key-value heads");
     }
+    if let Some(dropout) = attention.dropout {
+        dropout.check()?;
+    }
     let tokens = packing.tokens();
     expect_shape("q", q, &[tokens, heads * head_width])?;
     expect_shape("k", k, &[tokens, kv_heads * head_width])?;

@@ -6,7 +6,8 @@ use candle_core::{Device, Shape, Tensor};
 pub(crate) fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
     let shape = shape.into();
     // SplitMix64 (Steele, Lea, Flood 2014); the sum of twelve uniforms has variance 1.
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    // Seeds must not start a few steps from each other: their tensors would be correlated.
+    let mut state = seed.wrapping_mul(0xd134_2543_de82_ef95);
     let mut uniform = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = state;

@@ -6,6 +6,7 @@
 
 use pulp::{Simd, WithSimd};
 use std::cell::Cell;
+use std::f32::consts::LN_2;
 
 /// C (m, n) = A (m, k) · B (k, n), or added to C. Rows of B and C are contiguous, A has any strides.
 pub(crate) struct Product<'a> {
@@ -226,7 +227,7 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let r = simd.sub_f32s(x, simd.sub_f32s(shifted, shift));
     // 2ʳ on |r| ≤ 1/2 by Cephes' `exp2f` (S. Moshier).
     let mut power = simd.splat_f32s(1.535_336_2e-4);
-    for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+    for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, LN_2, 1.0] {
         power = simd.mul_add_e_f32s(power, r, simd.splat_f32s(c));
     }
     let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));

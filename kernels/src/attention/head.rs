@@ -38,9 +38,11 @@ impl WithSimd for Forward<'_> {
         let Self { job, head, scratch, o, lse } = self;
         let (width, tile) = (job.attention.head_width, job.tiles);
         let padded = width.next_multiple_of(S::F32_LANES);
-        let [v_copy, q, scores, sums, top, total, shrink] = split(
+        let [factor_rows, factors, v_copy, q, scores, sums, top, total, shrink] = split(
             scratch,
             [
+                job.factor_rows(),
+                job.factors(),
                 if padded == width { 0 } else { head.tokens * padded },
                 width * tile.queries,
                 tile.keys * tile.queries,
@@ -75,6 +77,10 @@ impl WithSimd for Forward<'_> {
                 });
                 job.hide(head, &block, &keys, columns, scores);
                 weigh(simd, scores, tile.queries, keys.len(), columns, [top, total, shrink]);
+                if job.draw(head, &block, &keys, S::F32_LANES, [factor_rows, factors]) {
+                    let drawn = &factors[..keys.len() * tile.queries];
+                    scores.iter_mut().zip(drawn).for_each(|(score, factor)| *score *= factor);
+                }
                 let add = keys.start > start;
                 if add {
                     for (row, factor) in sums.chunks_exact_mut(padded).zip(&*shrink).take(block.lanes) {
@@ -118,24 +124,40 @@ impl WithSimd for Backward<'_> {
         // Rows of q and do are read where they lie if they are whole vectors at equal distances.
         let direct = padded == width && job.group() == 1;
         let block_rows = if direct { 0 } else { tile.queries * padded };
-        let [k_copy, q_copy, d_o_copy, q_across, d_o_across, p, dp, dq_sums, dk_sums, dv_sums, own, base] =
-            split(
-                scratch,
-                [
-                    if padded == width { 0 } else { head.tokens * padded },
-                    block_rows,
-                    block_rows,
-                    width * tile.queries,
-                    width * tile.queries,
-                    tile.keys * tile.queries,
-                    tile.keys * tile.queries,
-                    tile.queries * padded,
-                    head.tokens * padded,
-                    head.tokens * padded,
-                    tile.queries,
-                    tile.queries,
-                ],
-            );
+        let [
+            factor_rows,
+            factors,
+            k_copy,
+            q_copy,
+            d_o_copy,
+            q_across,
+            d_o_across,
+            p,
+            dp,
+            dq_sums,
+            dk_sums,
+            dv_sums,
+            own,
+            base,
+        ] = split(
+            scratch,
+            [
+                job.factor_rows(),
+                job.factors(),
+                if padded == width { 0 } else { head.tokens * padded },
+                block_rows,
+                block_rows,
+                width * tile.queries,
+                width * tile.queries,
+                tile.keys * tile.queries,
+                tile.keys * tile.queries,
+                tile.queries * padded,
+                head.tokens * padded,
+                head.tokens * padded,
+                tile.queries,
+                tile.queries,
+            ],
+        );
         let (k, v) = (job.keys(head, job.k), job.keys(head, job.v));
         let k_rows = k.padded(head.tokens, width, k_copy, padded);
         dk_sums.fill(0.0);
@@ -180,7 +202,9 @@ impl WithSimd for Backward<'_> {
                     });
                 }
                 job.hide(head, &block, &keys, columns, p);
-                differentiate(simd, [p, dp], tile.queries, keys.len(), columns, [own, base]);
+                let factors =
+                    job.draw(head, &block, &keys, S::F32_LANES, [factor_rows, factors]).then_some(&*factors);
+                differentiate(simd, [p, dp], tile.queries, keys.len(), columns, [own, base], factors);
                 for (weights, rows, sums) in [(&*p, d_o_rows, &mut *dv_sums), (&*dp, q_rows, &mut *dk_sums)] {
                     simd.vectorize(Product {
                         m: keys.len(),
@@ -304,6 +328,67 @@ impl Job<'_> {
     }
 }
 
+/// Dropout of the probabilities.
+impl Job<'_> {
+    /// Scratch for [`Self::draw`]: a row of factors for each query, and for those of the tokens that a block cuts.
+    fn factor_rows(&self) -> usize {
+        let rows = self.tiles.queries + 2 * self.group();
+        if self.attention.dropout.is_some() { rows * self.tiles.keys } else { 0 }
+    }
+
+    /// Scratch for [`Self::draw`]: the factors of a tile.
+    fn factors(&self) -> usize {
+        if self.attention.dropout.is_some() { self.tiles.queries * self.tiles.keys } else { 0 }
+    }
+
+    /// Draws the factors of a tile, 0 or 1/(1 − p); false without dropout.
+    #[inline(always)]
+    fn draw(
+        &self,
+        head: Head,
+        block: &Block,
+        keys: &Range<usize>,
+        lanes: usize,
+        [rows, factors]: [&mut [f32]; 2],
+    ) -> bool {
+        let Some(dropout) = self.attention.dropout else { return false };
+        let (number, group, width) = (self.packing.number(head.n), self.group(), keys.len());
+        let first = self.token_and_member(block.first).0;
+        let tokens = self.token_and_member(block.first + block.lanes - 1).0 + 1 - first;
+        for member in 0..group {
+            let h = head.g * group + member;
+            let element =
+                |i: usize| (h * head.tokens + first + i) as u64 * head.tokens as u64 + keys.start as u64;
+            let rows = &mut rows[member * tokens * width..][..tokens * width];
+            // Rows of all keys are one run of elements: few of them make a block of Philox each.
+            let (runs, run) = if width == head.tokens { (1, tokens * width) } else { (tokens, width) };
+            for i in 0..runs {
+                let rows = &mut rows[i * run..][..run];
+                dropout.factors(
+                    number,
+                    element(i),
+                    run,
+                    #[inline(always)]
+                    |range, factors| rows[range].copy_from_slice(factors),
+                );
+            }
+        }
+        transpose(
+            factors,
+            self.tiles.queries,
+            (block.lanes, width),
+            lanes,
+            1.0,
+            #[inline(always)]
+            |r| {
+                let (token, member) = self.token_and_member(block.first + r);
+                &rows[(member * tokens + token - first) * width..]
+            },
+        );
+        true
+    }
+}
+
 /// Online softmax of a tile of scores (in powers of two), which become weights relative to the highest score so far.
 /// `shrink` is by how much what was summed before the tile has to shrink.
 #[inline(always)]
@@ -345,7 +430,8 @@ fn weigh<S: Simd>(
     }
 }
 
-/// From scores (in powers of two) and dL/dp: the probabilities, and dL/d(scores).
+/// From scores (in powers of two) and dL/dp: the probabilities, and dL/d(scores). With dropout the probabilities are
+/// those that it leaves, and so was the p of dL/dp.
 #[inline(always)]
 fn differentiate<S: Simd>(
     simd: S,
@@ -354,14 +440,26 @@ fn differentiate<S: Simd>(
     keys: usize,
     columns: usize,
     [own, base]: [&[f32]; 2],
+    factors: Option<&[f32]>,
 ) {
     let (p, dp) = (S::as_mut_simd_f32s(p).0, S::as_mut_simd_f32s(dp).0);
     let (own, base) = (S::as_simd_f32s(own).0, S::as_simd_f32s(base).0);
     let (stride, vectors) = (stride / S::F32_LANES, columns / S::F32_LANES);
-    for (p, dp) in p.chunks_exact_mut(stride).zip(dp.chunks_exact_mut(stride)).take(keys) {
+    let rows = p.chunks_exact_mut(stride).zip(dp.chunks_exact_mut(stride)).take(keys);
+    let Some(factors) = factors else {
+        for (p, dp) in rows {
+            for w in 0..vectors {
+                p[w] = exp2(simd, simd.sub_f32s(p[w], base[w]));
+                dp[w] = simd.mul_f32s(p[w], simd.sub_f32s(dp[w], own[w]));
+            }
+        }
+        return;
+    };
+    for ((p, dp), factors) in rows.zip(S::as_simd_f32s(factors).0.chunks_exact(stride)) {
         for w in 0..vectors {
-            p[w] = exp2(simd, simd.sub_f32s(p[w], base[w]));
-            dp[w] = simd.mul_f32s(p[w], simd.sub_f32s(dp[w], own[w]));
+            let (probability, factor) = (exp2(simd, simd.sub_f32s(p[w], base[w])), factors[w]);
+            p[w] = simd.mul_f32s(probability, factor);
+            dp[w] = simd.mul_f32s(probability, simd.sub_f32s(simd.mul_f32s(dp[w], factor), own[w]));
         }
     }
 }
