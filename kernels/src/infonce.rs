@@ -1,383 +1,388 @@
-//! InfoNCE (van den Oord et al. 2018) without its matrix of similarities:
+//! InfoNCE: the cross-entropy of each query's positive among its candidates, and its gradient.
 //!
-//!     lossᵢ = log Σⱼ exp(s·qᵢ·cⱼ) − s·qᵢ·cₚ₍ᵢ₎        over the columns j that row i may count
+//!     s_ij = q_i · c_j    loss_i = log Σ_j exp(scale · s_ij) − scale · s_ip    p: the positive of row i
+//!     dL/ds_ij = weight · scale · (softmax_j − 1[j = p])
 //!
-//! Similarities are computed in tiles that stay in the cache; forward keeps a running log-sum-exp a row (Milakov & Gimelshein
-//! 2018), backward computes the tiles again. Memory is O((B + M)·D), never O(B·M).
-
-use candle_core::{Result, Tensor, bail};
-use rayon::prelude::*;
+//! (van den Oord et al., 2018). The similarities exist one tile at a time, with an online log-sum-exp over the
+//! tiles; backward computes them again. All sums are relative to the positive's score: with z_ij =
+//! scale · (s_ij − s_ip) the loss is log Σ exp(z_ij), which keeps its digits when it is small and scale is large.
+//!
+//! Which j count: see [`Candidates`] and [`InfoNce::margin`]. The positive itself always does.
 
 use crate::matmul::{Matrix, Threads, multiply};
 use crate::simd::{dot, exp, vectorised};
 use crate::tensor::{matrix, read, tensor};
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+use std::ops::Range;
 
-/// Lists of columns, one a row, end to end: row i's are `columns[offsets[i]..offsets[i + 1]]`, ascending.
+/// For each of B rows a list of columns: those of row i are `columns[offsets[i]..offsets[i + 1]]`, in any order.
 #[derive(Clone, Copy, Debug)]
 pub struct Lists<'a> {
-    /// (B+1)
+    /// (B+1), from 0 up to the number of columns.
     pub offsets: &'a [u32],
-    /// All lists.
+    /// Columns, each below M.
     pub columns: &'a [u32],
 }
 
-/// The columns that a row counts. Its positive always is one of them.
+/// The columns that a row's positive competes with.
 #[derive(Clone, Copy, Debug)]
 pub enum Candidates<'a> {
     /// All M.
     All,
-    /// All but those listed.
+    /// All but those listed: known positives and duplicates.
     AllBut(Lists<'a>),
-    /// Those listed.
+    /// Those listed, each once. Costs as much as there are in the lists, not B·M.
     Only(Lists<'a>),
 }
 
-/// What is compared with what.
+/// What the loss compares.
 #[derive(Clone, Copy, Debug)]
 pub struct InfoNce<'a> {
-    /// (B) the column of each row's positive.
+    /// (B) the column of each row's positive. It counts whatever the candidates say.
     pub positives: &'a [u32],
-    /// The columns of each row's sum.
+    /// What else counts.
     pub candidates: Candidates<'a>,
-    /// s, one over the temperature.
+    /// 1/temperature.
     pub scale: f32,
-    /// Columns whose similarity exceeds the positive's by more than this are left out. They are not differentiated through.
+    /// Drops columns with s_ij > s_ip + margin: probably unlabelled positives. In units of s, before the scale.
     pub margin: Option<f32>,
 }
 
-/// What [`backward`] needs, and the losses.
+/// What [`backward`] needs of [`forward`].
 #[derive(Clone, Debug)]
 pub struct Tape {
-    /// (B)
+    /// (B) loss of each row.
     pub losses: Vec<f32>,
-    log_sums: Vec<f32>,  // (B) of s·qᵢ·cⱼ
-    positives: Vec<f32>, // (B) qᵢ·cₚ₍ᵢ₎
+    /// (B) s_ip.
+    pub positive_scores: Vec<f32>,
 }
 
-/// Rows and columns of a tile: 256 KiB of similarities.
-const TILE: (usize, usize) = (128, 512);
-
-/// q (B, D) and c (M, D) → the loss of each row.
-///
-/// # Errors
-/// Widths differ, or an index lies outside its range.
-pub fn forward(q: &Tensor, c: &Tensor, rule: &InfoNce) -> Result<Tape> {
-    let problem = Problem::new(q, c, rule)?;
-    let (q, c) = (read::<f32>(q)?, read::<f32>(c)?);
-    Ok(problem.forward(&q, &c, TILE))
+/// The loss of each row of q (B, D) among the candidates c (M, D).
+pub fn forward(q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
+    forward_in(TILE, q, c, infonce)
 }
 
-/// The gradients of `weight`·Σ lossᵢ: dq (B, D) and dc (M, D).
+/// dq (B, D) and dc (M, D) of Σ weight · loss_i.
 pub fn backward(
     q: &Tensor,
     c: &Tensor,
-    rule: &InfoNce,
+    infonce: &InfoNce,
     tape: &Tape,
     weight: f32,
 ) -> Result<(Tensor, Tensor)> {
-    let problem = Problem::new(q, c, rule)?;
-    let Problem { rows, columns, width, .. } = problem;
-    if tape.losses.len() != rows {
-        bail!("infonce: a tape of {} rows for {rows}", tape.losses.len());
-    }
-    let (q, c) = (read::<f32>(q)?, read::<f32>(c)?);
-    let (dq, dc) = problem.backward(&q, &c, tape, weight, TILE);
-    Ok((tensor(dq, (rows, width))?, tensor(dc, (columns, width))?))
+    backward_in(TILE, q, c, infonce, tape, weight)
 }
 
-struct Problem<'a> {
-    rule: InfoNce<'a>,
+/// The size of a tile of similarities. A product of this size runs at full speed on many threads; it takes 4 MiB.
+#[derive(Clone, Copy)]
+struct Tile {
     rows: usize,
     columns: usize,
-    width: usize,
 }
 
-/// A row's running sum: Σ exp(xⱼ − highest).
-#[derive(Clone, Copy)]
-struct Running {
-    highest: f32,
-    sum: f32,
+const TILE: Tile = Tile { rows: 256, columns: 4096 };
+
+fn forward_in(tile: Tile, q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
+    let problem = Problem::new(tile, q, c, infonce)?;
+    let (q, c) = (read::<f32>(q)?, read::<f32>(c)?);
+    let positive_scores = problem.positive_scores(&q, &c);
+    let mut sums = vec![Sum::default(); problem.rows];
+    if let Some(lists) = &problem.only {
+        sums.par_iter_mut().enumerate().for_each(|(i, sum)| {
+            let mut scores = problem.listed_scores(i, lists, &q, &c);
+            problem.make_logits(positive_scores[i], &mut scores);
+            if let Some(at) = problem.positive_in(lists, i) {
+                scores[at] = f32::NEG_INFINITY;
+            }
+            vectorised(|| sum.add(&scores));
+        });
+    } else {
+        problem.for_each_tile(&q, &c, |rows, columns, scores| {
+            let width = columns.len();
+            sums[rows.clone()].par_iter_mut().zip(scores.par_chunks_mut(width)).zip(rows).for_each(
+                |((sum, scores), i)| {
+                    problem.make_logits(positive_scores[i], scores);
+                    problem.hide(i, &columns, scores);
+                    vectorised(|| sum.add(scores));
+                },
+            );
+        });
+    }
+    Ok(Tape { losses: sums.iter().map(Sum::loss).collect(), positive_scores })
+}
+
+fn backward_in(
+    tile: Tile,
+    q: &Tensor,
+    c: &Tensor,
+    infonce: &InfoNce,
+    tape: &Tape,
+    weight: f32,
+) -> Result<(Tensor, Tensor)> {
+    let problem = Problem::new(tile, q, c, infonce)?;
+    let Problem { rows: b, candidates: m, width: d, .. } = problem;
+    if tape.losses.len() != b || tape.positive_scores.len() != b {
+        bail!("the tape is of {} rows, expected {b}", tape.losses.len());
+    }
+    let (q, c) = (read::<f32>(q)?, read::<f32>(c)?);
+    let (mut dq, mut dc) = (vec![0f32; b * d], vec![0f32; m * d]);
+    let size = weight * infonce.scale;
+    let differentiate = |i: usize, logits: &mut [f32]| {
+        let loss = tape.losses[i];
+        vectorised(|| logits.iter_mut().for_each(|z| *z = size * exp(*z - loss)));
+    };
+    // softmax − 1 of the positive keeps its digits this way.
+    let of_positive = |i: usize| size * (-tape.losses[i]).exp_m1();
+
+    if let Some(lists) = &problem.only {
+        let gradients: Vec<Vec<f32>> = (0..b)
+            .into_par_iter()
+            .map(|i| {
+                let mut scores = problem.listed_scores(i, lists, &q, &c);
+                problem.make_logits(tape.positive_scores[i], &mut scores);
+                differentiate(i, &mut scores);
+                if let Some(at) = problem.positive_in(lists, i) {
+                    scores[at] = of_positive(i);
+                }
+                scores
+            })
+            .collect();
+        dq.par_chunks_mut(d).enumerate().for_each(|(i, dq)| {
+            for (&j, &g) in lists.of(i).iter().zip(&gradients[i]) {
+                vectorised(|| add_scaled(dq, g, &c[j as usize * d..][..d]));
+            }
+        });
+        // The lists by column: each row of dc is one task's, and adds its rows in order.
+        let mut by_column: Vec<Vec<(usize, f32)>> = vec![Vec::new(); m];
+        for (i, gradients) in gradients.iter().enumerate() {
+            for (&j, &g) in lists.of(i).iter().zip(gradients) {
+                by_column[j as usize].push((i, g));
+            }
+        }
+        dc.par_chunks_mut(d).zip(by_column).for_each(|(dc, entries)| {
+            for (i, g) in entries {
+                vectorised(|| add_scaled(dc, g, &q[i * d..][..d]));
+            }
+        });
+    } else {
+        problem.for_each_tile(&q, &c, |rows, columns, scores| {
+            let width = columns.len();
+            scores.par_chunks_mut(width).zip(rows.clone()).for_each(|(scores, i)| {
+                problem.make_logits(tape.positive_scores[i], scores);
+                problem.hide(i, &columns, scores);
+                differentiate(i, scores);
+                let positive = infonce.positives[i] as usize;
+                if columns.contains(&positive) {
+                    scores[positive - columns.start] = of_positive(i);
+                }
+            });
+            let gradient = Matrix::new(scores, rows.len(), width);
+            let q = Matrix::new(&q[rows.start * d..], rows.len(), d);
+            let c = Matrix::new(&c[columns.start * d..], width, d);
+            multiply(&mut dq[rows.start * d..], d, 1.0, 1.0, gradient, c, Threads::All);
+            multiply(&mut dc[columns.start * d..], d, 1.0, 1.0, gradient.transposed(), q, Threads::All);
+        });
+    }
+    Ok((tensor(dq, (b, d))?, tensor(dc, (m, d))?))
+}
+
+/// Σ exp(z) over what was added so far and the positive, whose z is 0, as exp(top) · (exp(-top) + rest).
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    top: f32,
+    rest: f64,
+}
+
+impl Sum {
+    #[inline(always)]
+    fn add(&mut self, z: &[f32]) {
+        let top = highest(z).max(self.top);
+        self.rest = self.rest * f64::from(self.top - top).exp() + f64::from(sum_of_powers(z, top));
+        self.top = top;
+    }
+
+    fn loss(&self) -> f32 {
+        // 1 + rest, of which `ln_1p` keeps all digits where the positive is on top.
+        let others = self.rest + f64::from(-self.top).exp_m1();
+        (f64::from(self.top) + others.ln_1p()) as f32
+    }
+}
+
+/// Σ exp(z − top) in sixteen lanes.
+#[inline(always)]
+fn sum_of_powers(z: &[f32], top: f32) -> f32 {
+    let mut lanes = [0f32; 16];
+    let pieces = z.chunks_exact(16);
+    let rest: f32 = pieces.remainder().iter().map(|z| exp(z - top)).sum();
+    for piece in pieces {
+        for (lane, z) in lanes.iter_mut().zip(piece) {
+            *lane += exp(z - top);
+        }
+    }
+    crate::simd::sum(&lanes) + rest
+}
+
+/// The greatest element, NaN aside: a NaN reaches the sum instead.
+#[inline(always)]
+fn highest(z: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let pieces = z.chunks_exact(16);
+    let rest = pieces.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for piece in pieces {
+        for (lane, &z) in lanes.iter_mut().zip(piece) {
+            *lane = if z > *lane { z } else { *lane };
+        }
+    }
+    lanes.into_iter().fold(rest, f32::max)
+}
+
+#[inline(always)]
+fn add_scaled(to: &mut [f32], factor: f32, from: &[f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to += factor * from;
+    }
+}
+
+/// The checked problem.
+struct Problem<'a> {
+    infonce: &'a InfoNce<'a>,
+    tile: Tile,
+    rows: usize,
+    candidates: usize,
+    width: usize,
+    only: Option<Columns>,
+    excluded: Option<Columns>,
 }
 
 impl<'a> Problem<'a> {
-    fn new(q: &Tensor, c: &Tensor, rule: &InfoNce<'a>) -> Result<Self> {
-        let ((rows, width), (columns, other)) = (matrix("q", q)?, matrix("c", c)?);
-        if width != other {
-            bail!("infonce: q is {width} wide, c {other}");
+    fn new(tile: Tile, q: &Tensor, c: &Tensor, infonce: &'a InfoNce<'a>) -> Result<Self> {
+        let ((rows, width), (candidates, c_width)) = (matrix("q", q)?, matrix("c", c)?);
+        if width != c_width || width == 0 {
+            bail!("queries of width {width} cannot be compared with candidates of width {c_width}");
         }
-        if rule.positives.len() != rows || rule.positives.iter().any(|&p| p as usize >= columns) {
-            bail!("infonce: {} positives for {rows} rows, each below {columns}", rule.positives.len());
+        let positives = infonce.positives;
+        if positives.len() != rows {
+            bail!("{} positives for {rows} queries", positives.len());
         }
-        if let Candidates::AllBut(lists) | Candidates::Only(lists) = rule.candidates {
-            let Lists { offsets, columns: listed } = lists;
-            let whole = offsets.len() == rows + 1
-                && offsets.windows(2).all(|pair| pair[0] <= pair[1])
-                && offsets.last().is_some_and(|&end| end as usize == listed.len());
-            if !whole || listed.iter().any(|&j| j as usize >= columns) {
-                bail!("infonce: lists of columns must be one a row, each column below {columns}");
-            }
+        if let Some(i) = positives.iter().position(|&p| p as usize >= candidates) {
+            bail!("row {i}: its positive is column {} of {candidates}", positives[i]);
         }
-        Ok(Self { rule: *rule, rows, columns, width })
-    }
-
-    fn forward(&self, q: &[f32], c: &[f32], tile: (usize, usize)) -> Tape {
-        let d = self.width;
-        let positives: Vec<f32> = (0..self.rows)
-            .into_par_iter()
-            .map(|i| vectorised(|| dot(&q[i * d..][..d], &c[self.rule.positives[i] as usize * d..][..d])))
-            .collect();
-        let log_sums: Vec<f32> = match self.rule.candidates {
-            Candidates::Only(_) => (0..self.rows)
-                .into_par_iter()
-                .map(|i| {
-                    let mut running = Running::start(self.rule.scale * positives[i]);
-                    self.own(i, q, c, &positives, |_, x| running.add(x));
-                    running.log_sum()
-                })
-                .collect(),
-            _ => self
-                .blocks(tile.0)
-                .into_par_iter()
-                .flat_map_iter(|(first, count)| {
-                    let start = |i| Running::start(self.rule.scale * positives[first + i]);
-                    let mut running: Vec<Running> = (0..count).map(start).collect();
-                    self.tiles(first, count, q, c, &positives, tile.1, |scores, width| {
-                        for (running, row) in running.iter_mut().zip(scores.chunks_exact(width)) {
-                            vectorised(|| running.extend(row));
-                        }
-                    });
-                    running.into_iter().map(|running| running.log_sum())
-                })
-                .collect(),
+        let (only, excluded) = match infonce.candidates {
+            Candidates::All => (None, None),
+            Candidates::AllBut(lists) => (None, Some(Columns::new(lists, rows, candidates, None)?)),
+            Candidates::Only(lists) => (Some(Columns::new(lists, rows, candidates, Some(positives))?), None),
         };
-        let losses = log_sums.iter().zip(&positives).map(|(sum, p)| sum - self.rule.scale * p).collect();
-        Tape { losses, log_sums, positives }
+        Ok(Self { infonce, tile, rows, candidates, width, only, excluded })
     }
 
-    fn backward(
-        &self,
-        q: &[f32],
-        c: &[f32],
-        tape: &Tape,
-        weight: f32,
-        tile: (usize, usize),
-    ) -> (Vec<f32>, Vec<f32>) {
-        let (d, share) = (self.width, weight * self.rule.scale);
-        let (mut dq, mut dc) = (vec![0f32; self.rows * d], vec![0f32; self.columns * d]);
-        let probability = |i: usize, x: f32| share * exp(x - tape.log_sums[i]);
-        if let Candidates::Only(_) = self.rule.candidates {
-            for i in 0..self.rows {
-                let p = self.rule.positives[i] as usize;
-                let mut pull = |j: usize, g: f32| {
-                    let (qi, cj) = (&q[i * d..][..d], &c[j * d..][..d]);
-                    dq[i * d..][..d].iter_mut().zip(cj).for_each(|(dq, c)| *dq += g * c);
-                    dc[j * d..][..d].iter_mut().zip(qi).for_each(|(dc, q)| *dc += g * q);
-                };
-                pull(p, probability(i, self.rule.scale * tape.positives[i]) - share);
-                self.own(i, q, c, &tape.positives, |j, x| pull(j, probability(i, x)));
-            }
-            return (dq, dc);
-        }
-        // Row blocks share dc: they come one after another, each on all threads, so that dc's sums have one order.
-        let mut g = vec![0f32; tile.0 * tile.1];
-        for (first, count) in self.blocks(tile.0) {
-            for start in (0..self.columns).step_by(tile.1) {
-                let width = tile.1.min(self.columns - start);
-                let g = &mut g[..count * width];
-                let (qs, cs) = (&q[first * d..][..count * d], &c[start * d..][..width * d]);
-                self.scores(first, start, qs, cs, g, width, &tape.positives, Threads::All);
-                g.par_chunks_mut(width).enumerate().for_each(|(r, row)| {
-                    let i = first + r;
-                    vectorised(|| row.iter_mut().for_each(|x| *x = probability(i, *x)));
-                    let p = self.rule.positives[i] as usize;
-                    if (start..start + width).contains(&p) {
-                        row[p - start] = probability(i, self.rule.scale * tape.positives[i]) - share;
-                    }
-                });
-                let g = Matrix::new(g, count, width);
-                let dq = &mut dq[first * d..][..count * d];
-                multiply(dq, d, 1.0, 1.0, g, Matrix::new(cs, width, d), Threads::All);
-                let dc = &mut dc[start * d..][..width * d];
-                multiply(dc, d, 1.0, 1.0, g.transposed(), Matrix::new(qs, count, d), Threads::All);
-            }
-        }
-        (dq, dc)
-    }
-
-    /// Blocks of rows: the first and how many.
-    fn blocks(&self, height: usize) -> Vec<(usize, usize)> {
-        (0..self.rows).step_by(height).map(|first| (first, height.min(self.rows - first))).collect()
-    }
-
-    /// Calls `f(scores, columns)` on each tile of a block of rows, computed by this thread.
-    fn tiles(
-        &self,
-        first: usize,
-        count: usize,
-        q: &[f32],
-        c: &[f32],
-        positives: &[f32],
-        step: usize,
-        mut f: impl FnMut(&[f32], usize),
-    ) {
+    fn positive_scores(&self, q: &[f32], c: &[f32]) -> Vec<f32> {
         let d = self.width;
-        let mut scores = vec![0f32; count * step.min(self.columns)];
-        for start in (0..self.columns).step_by(step) {
-            let width = step.min(self.columns - start);
-            let scores = &mut scores[..count * width];
-            let (qs, cs) = (&q[first * d..][..count * d], &c[start * d..][..width * d]);
-            self.scores(first, start, qs, cs, scores, width, positives, Threads::One);
-            f(scores, width);
-        }
+        let score = |(q, &p): (&[f32], &u32)| vectorised(|| dot(q, &c[p as usize * d..][..d]));
+        q.par_chunks_exact(d).zip(self.infonce.positives).map(score).collect()
     }
 
-    /// One tile of s·qᵢ·cⱼ; −∞ where j does not count for i, and at the positive, which has its own place in every sum.
-    fn scores(
-        &self,
-        first: usize,
-        start: usize,
-        q: &[f32],
-        c: &[f32],
-        scores: &mut [f32],
-        width: usize,
-        positives: &[f32],
-        threads: Threads,
-    ) {
-        let (d, count, scale) = (self.width, scores.len() / width, self.rule.scale);
-        multiply(
-            scores,
-            width,
-            0.0,
-            scale,
-            Matrix::new(q, count, d),
-            Matrix::new(c, width, d).transposed(),
-            threads,
-        );
-        for (r, row) in scores.chunks_exact_mut(width).enumerate() {
-            let i = first + r;
-            if let Some(margin) = self.rule.margin {
-                let most = scale * (positives[i] + margin);
-                vectorised(|| {
-                    row.iter_mut().for_each(|x| *x = if *x > most { f32::NEG_INFINITY } else { *x })
-                });
-            }
-            if let Candidates::AllBut(lists) = self.rule.candidates {
-                let listed = lists.of(i);
-                let from = listed.partition_point(|&j| (j as usize) < start);
-                for &j in listed[from..].iter().take_while(|&&j| (j as usize) < start + width) {
-                    row[j as usize - start] = f32::NEG_INFINITY;
-                }
-            }
-            let p = self.rule.positives[i] as usize;
-            if (start..start + width).contains(&p) {
-                row[p - start] = f32::NEG_INFINITY;
-            }
-        }
-    }
-
-    /// Calls `f(column, s·qᵢ·cⱼ)` on row i's own negatives.
-    fn own(&self, i: usize, q: &[f32], c: &[f32], positives: &[f32], mut f: impl FnMut(usize, f32)) {
-        let Candidates::Only(lists) = self.rule.candidates else { return };
+    fn listed_scores(&self, i: usize, lists: &Columns, q: &[f32], c: &[f32]) -> Vec<f32> {
         let d = self.width;
-        for &j in lists.of(i).iter().filter(|&&j| j != self.rule.positives[i]) {
-            let score = vectorised(|| dot(&q[i * d..][..d], &c[j as usize * d..][..d]));
-            if self.rule.margin.is_none_or(|margin| score <= positives[i] + margin) {
-                f(j as usize, self.rule.scale * score);
+        let q = &q[i * d..][..d];
+        vectorised(|| lists.of(i).iter().map(|&j| dot(q, &c[j as usize * d..][..d])).collect())
+    }
+
+    /// Where in row `i`'s list its positive is.
+    fn positive_in(&self, lists: &Columns, i: usize) -> Option<usize> {
+        lists.of(i).binary_search(&self.infonce.positives[i]).ok()
+    }
+
+    /// Hands the similarities to `f` one tile (rows, columns) at a time, all tiles of a row in order.
+    fn for_each_tile(&self, q: &[f32], c: &[f32], mut f: impl FnMut(Range<usize>, Range<usize>, &mut [f32])) {
+        let (Tile { rows, columns }, d) = (self.tile, self.width);
+        let mut scores = vec![0f32; rows.min(self.rows) * columns.min(self.candidates)];
+        for top in (0..self.rows).step_by(rows) {
+            let band = top..self.rows.min(top + rows);
+            for left in (0..self.candidates).step_by(columns) {
+                let panel = left..self.candidates.min(left + columns);
+                let scores = &mut scores[..band.len() * panel.len()];
+                let q = Matrix::new(&q[top * d..], band.len(), d);
+                let c = Matrix::new(&c[left * d..], panel.len(), d).transposed();
+                multiply(scores, panel.len(), 0.0, 1.0, q, c, Threads::All);
+                f(band.clone(), panel, scores);
             }
         }
+    }
+
+    /// Sets the logits of row `i` that do not count, and its positive's, which is summed apart, to -∞.
+    fn hide(&self, i: usize, columns: &Range<usize>, logits: &mut [f32]) {
+        if let Some(excluded) = &self.excluded {
+            let listed = excluded.of(i);
+            let start = listed.partition_point(|&j| (j as usize) < columns.start);
+            for &j in listed[start..].iter().take_while(|&&j| (j as usize) < columns.end) {
+                logits[j as usize - columns.start] = f32::NEG_INFINITY;
+            }
+        }
+        let positive = self.infonce.positives[i] as usize;
+        if columns.contains(&positive) {
+            logits[positive - columns.start] = f32::NEG_INFINITY;
+        }
+    }
+
+    /// From s to z, in place, with -∞ for those that the margin drops.
+    fn make_logits(&self, positive: f32, scores: &mut [f32]) {
+        let scale = self.infonce.scale;
+        let limit = self.infonce.margin.map_or(f32::INFINITY, |margin| positive + margin);
+        vectorised(|| {
+            for s in scores {
+                let z = scale * (*s - positive);
+                *s = if *s > limit { f32::NEG_INFINITY } else { z };
+            }
+        });
     }
 }
 
-impl<'a> Lists<'a> {
-    fn of(&self, i: usize) -> &'a [u32] {
-        &self.columns[self.offsets[i] as usize..self.offsets[i + 1] as usize]
-    }
+/// [`Lists`], checked, each sorted and without repetitions.
+struct Columns {
+    offsets: Vec<usize>,
+    columns: Vec<u32>,
 }
 
-impl Running {
-    /// With the positive's score alone.
-    fn start(score: f32) -> Self {
-        Self { highest: score, sum: 1.0 }
-    }
-
-    fn add(&mut self, score: f32) {
-        self.extend(&[score]);
-    }
-
-    #[inline(always)]
-    fn extend(&mut self, scores: &[f32]) {
-        // A NaN is lost by `max` and found again by the sum.
-        let highest = scores.iter().fold(self.highest, |highest, &x| highest.max(x));
-        let mut lanes = [0f32; 16];
-        let sixteens = scores.chunks_exact(16);
-        let rest: f32 = sixteens.remainder().iter().map(|&x| exp(x - highest)).sum();
-        for sixteen in sixteens {
-            for (lane, &x) in lanes.iter_mut().zip(sixteen) {
-                *lane += exp(x - highest);
-            }
+impl Columns {
+    /// `with`: one more column for each row.
+    fn new(lists: Lists, rows: usize, candidates: usize, with: Option<&[u32]>) -> Result<Self> {
+        let Lists { offsets, columns } = lists;
+        let ends = (offsets.first(), offsets.last());
+        if offsets.len() != rows + 1
+            || ends != (Some(&0), Some(&(columns.len() as u32)))
+            || !offsets.is_sorted()
+        {
+            bail!("the lists of {rows} rows need {} rising offsets from 0 to {}", rows + 1, columns.len());
         }
-        self.sum = self.sum * exp(self.highest - highest) + lanes.iter().sum::<f32>() + rest;
-        self.highest = highest;
+        let mut sorted = Self { offsets: vec![0], columns: Vec::with_capacity(columns.len() + rows) };
+        for (i, range) in offsets.windows(2).enumerate() {
+            let mut row = columns[range[0] as usize..range[1] as usize].to_vec();
+            if let Some(j) = row.iter().find(|&&j| j as usize >= candidates) {
+                bail!("row {i}: its list names column {j} of {candidates}");
+            }
+            row.extend(with.map(|columns| columns[i]));
+            row.sort_unstable();
+            row.dedup();
+            sorted.columns.extend(row);
+            sorted.offsets.push(sorted.columns.len());
+        }
+        Ok(sorted)
     }
 
-    fn log_sum(self) -> f32 {
-        self.highest + self.sum.ln()
+    fn of(&self, i: usize) -> &[u32] {
+        &self.columns[self.offsets[i]..self.offsets[i + 1]]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{finite_difference, inner, numbers, random, relative_error, relative_error_f64};
+    use crate::testing::{finite_difference, numbers, random, relative_error, relative_error_f64};
+    use candle_core::{DType, Device};
 
-    struct Case {
-        rows: usize,
-        columns: usize,
-        width: usize,
-        scale: f32,
-        margin: Option<f32>,
-    }
-
-    /// Column lists that hold some columns of each row, its positive among them for every other row.
-    fn lists(rows: usize, columns: usize) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
-        let positives: Vec<u32> = (0..rows).map(|i| (i * 7 % columns) as u32).collect();
-        let (mut offsets, mut listed) = (vec![0], Vec::new());
-        for i in 0..rows {
-            listed.extend(
-                (0..columns as u32)
-                    .filter(|&j| (j as usize + i) % 3 == 0 || (i % 2 == 0 && j == positives[i])),
-            );
-            offsets.push(listed.len() as u32);
-        }
-        (positives, offsets, listed)
-    }
-
-    fn counts(rule: &InfoNce, i: usize, j: usize, score: f64, positive: f64) -> bool {
-        let p = rule.positives[i] as usize;
-        let listed = |lists: Lists| lists.of(i).contains(&(j as u32));
-        let member = match rule.candidates {
-            Candidates::All => true,
-            Candidates::AllBut(lists) => !listed(lists),
-            Candidates::Only(lists) => listed(lists),
-        };
-        j == p || (member && rule.margin.is_none_or(|margin| score <= positive + f64::from(margin)))
-    }
-
-    fn reference(q: &[f64], c: &[f64], rule: &InfoNce, width: usize) -> Vec<f64> {
-        let inner = |i: usize, j: usize| (0..width).map(|d| q[i * width + d] * c[j * width + d]).sum::<f64>();
-        (0..rule.positives.len())
-            .map(|i| {
-                let positive = inner(i, rule.positives[i] as usize);
-                let scale = f64::from(rule.scale);
-                let scores: Vec<f64> = (0..c.len() / width)
-                    .filter(|&j| counts(rule, i, j, inner(i, j), positive))
-                    .map(|j| scale * inner(i, j))
-                    .collect();
-                let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                highest + scores.iter().map(|x| (x - highest).exp()).sum::<f64>().ln() - scale * positive
-            })
-            .collect()
-    }
+    /// Similarities of up to 384 terms in f32, times a scale of 20: their error is that of the logarithms.
+    const TOLERANCE: f64 = 1e-5;
 
     fn unit(seed: u64, rows: usize, width: usize) -> Tensor {
         let x = random(seed, (rows, width));
@@ -385,90 +390,202 @@ mod tests {
         x.broadcast_div(&norm).unwrap()
     }
 
-    fn each_rule(case: &Case, mut f: impl FnMut(&InfoNce)) {
-        let (positives, offsets, columns) = lists(case.rows, case.columns);
-        let lists = Lists { offsets: &offsets, columns: &columns };
-        for candidates in [Candidates::All, Candidates::AllBut(lists), Candidates::Only(lists)] {
-            f(&InfoNce { positives: &positives, candidates, scale: case.scale, margin: case.margin });
-        }
+    fn counts(infonce: &InfoNce, i: usize, j: usize, scores: &[f64]) -> bool {
+        let p = infonce.positives[i] as usize;
+        let listed = |lists: &Lists| {
+            lists.columns[lists.offsets[i] as usize..lists.offsets[i + 1] as usize].contains(&(j as u32))
+        };
+        let candidate = match &infonce.candidates {
+            Candidates::All => true,
+            Candidates::AllBut(lists) => !listed(lists),
+            Candidates::Only(lists) => listed(lists),
+        };
+        let near = infonce.margin.is_none_or(|margin| scores[j] <= scores[p] + f64::from(margin));
+        j == p || candidate && near
     }
 
-    #[test]
-    fn losses_and_gradients_are_those_of_f64_with_any_tiles() {
-        for (case, tile) in [
-            (Case { rows: 3, columns: 5, width: 4, scale: 20.0, margin: None }, TILE),
-            (Case { rows: 7, columns: 9, width: 3, scale: 5.0, margin: Some(0.1) }, (2, 4)),
-            (Case { rows: 1, columns: 1, width: 1, scale: 1.0, margin: None }, TILE),
+    /// The loss of each row, and its gradient for every similarity.
+    fn reference(q: &[f64], c: &[f64], width: usize, infonce: &InfoNce) -> (Vec<f64>, Vec<f64>) {
+        let scale = f64::from(infonce.scale);
+        let (mut losses, mut gradient) = (Vec::new(), Vec::new());
+        for (i, q) in q.chunks(width).enumerate() {
+            let scores: Vec<f64> =
+                c.chunks(width).map(|c| q.iter().zip(c).map(|(q, c)| q * c).sum::<f64>()).collect();
+            let counted: Vec<f64> =
+                (0..scores.len()).map(|j| f64::from(u8::from(counts(infonce, i, j, &scores)))).collect();
+            let p = infonce.positives[i] as usize;
+            let z: Vec<f64> = scores.iter().map(|s| scale * (s - scores[p])).collect();
+            let top = z.iter().zip(&counted).map(|(z, c)| z * c).fold(0.0, f64::max);
+            let loss = top + z.iter().zip(&counted).map(|(z, c)| c * (z - top).exp()).sum::<f64>().ln();
+            losses.push(loss);
+            gradient.extend(
+                (0..z.len())
+                    .map(|j| scale * (counted[j] * (z[j] - loss).exp() - f64::from(u8::from(j == p)))),
+            );
+        }
+        (losses, gradient)
+    }
+
+    /// dq and dc of weight · Σ loss.
+    fn reference_backward(
+        q: &[f64],
+        c: &[f64],
+        width: usize,
+        infonce: &InfoNce,
+        weight: f64,
+    ) -> [Vec<f64>; 2] {
+        let (_, gradient) = reference(q, c, width, infonce);
+        let (mut dq, mut dc) = (vec![0.0; q.len()], vec![0.0; c.len()]);
+        let columns = c.len() / width;
+        for (at, g) in gradient.iter().enumerate() {
+            for d in 0..width {
+                let (qd, cd) = (at / columns * width + d, at % columns * width + d);
+                dq[qd] += weight * g * c[cd];
+                dc[cd] += weight * g * q[qd];
+            }
+        }
+        [dq, dc]
+    }
+
+    fn compare(tile: Tile, q: &Tensor, c: &Tensor, infonce: &InfoNce, tolerance: f64) {
+        let (b, width) = q.dims2().unwrap();
+        let tape = forward_in(tile, q, c, infonce).unwrap();
+        let weight = 1.0 / b as f32;
+        let (dq, dc) = backward_in(tile, q, c, infonce, &tape, weight).unwrap();
+        let (q, c) = (numbers(q), numbers(c));
+        let (losses, _) = reference(&q, &c, width, infonce);
+        let got: Vec<f64> = tape.losses.iter().map(|&x| f64::from(x)).collect();
+        let [want_dq, want_dc] = reference_backward(&q, &c, width, infonce, f64::from(weight));
+        for (name, error) in [
+            ("losses", relative_error_f64(&got, &losses)),
+            ("dq", relative_error(&dq, &want_dq)),
+            ("dc", relative_error(&dc, &want_dc)),
         ] {
-            let (q, c) = (unit(1, case.rows, case.width), unit(2, case.columns, case.width));
-            let (q64, c64) = (numbers(&q), numbers(&c));
-            each_rule(&case, |rule| {
-                let problem = Problem::new(&q, &c, rule).unwrap();
-                let (qs, cs) = (read::<f32>(&q).unwrap(), read::<f32>(&c).unwrap());
-                let tape = problem.forward(&qs, &cs, tile);
-                let losses: Vec<f64> = tape.losses.iter().map(|&loss| f64::from(loss)).collect();
-                let want = reference(&q64, &c64, rule, case.width);
-                // the difference of two numbers of size `scale`, rounded to f32
-                let close =
-                    losses.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-6 * f64::from(case.scale));
-                assert!(close, "{losses:?} {want:?}");
-                let (dq, dc) = problem.backward(&qs, &cs, &tape, 0.5, tile);
-                let f64s = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
-                let total =
-                    |q: &[f64], c: &[f64]| 0.5 * reference(q, c, rule, case.width).iter().sum::<f64>();
-                // Where a row has no other column its gradient is 0, and finite differences leave noise.
-                let close = |got: &[f64], want: &[f64]| {
-                    inner(want, want) < 1e-18 || relative_error_f64(got, want) < 1e-5
-                };
-                assert!(close(&f64s(dq), &finite_difference(&q64, |q| total(q, &c64))));
-                assert!(close(&f64s(dc), &finite_difference(&c64, |c| total(&q64, c))));
-            });
+            assert!(error < tolerance, "{name} of {b} rows, {infonce:?}: {error:.1e}");
+        }
+    }
+
+    fn plain(positives: &[u32]) -> InfoNce<'_> {
+        InfoNce { positives, candidates: Candidates::All, scale: 20.0, margin: None }
+    }
+
+    /// Lists with repetitions, in no order, some empty, and one that names its row's positive (the row's number).
+    const LISTS: Lists = Lists { offsets: &[0, 3, 3, 5, 9], columns: &[6, 0, 4, 5, 5, 3, 8, 1, 8] };
+
+    #[test]
+    fn the_reference_gradient_is_the_derivative_of_its_loss() {
+        let (q, c) = (numbers(&unit(1, 4, 3)), numbers(&unit(2, 9, 3)));
+        for candidates in [Candidates::All, Candidates::AllBut(LISTS), Candidates::Only(LISTS)] {
+            let infonce = InfoNce { candidates, margin: Some(0.1), ..plain(&[0, 1, 2, 3]) };
+            let loss = |q: &[f64], c: &[f64]| reference(q, c, 3, &infonce).0.iter().sum::<f64>();
+            let [dq, dc] = reference_backward(&q, &c, 3, &infonce, 1.0);
+            assert!(relative_error_f64(&dq, &finite_difference(&q, |q| loss(q, &c))) < 1e-7);
+            assert!(relative_error_f64(&dc, &finite_difference(&c, |c| loss(&q, c))) < 1e-7);
         }
     }
 
     #[test]
-    fn tiles_change_nothing_that_matters() {
-        let case = Case { rows: 150, columns: 1023, width: 32, scale: 50.0, margin: Some(0.3) };
-        let (q, c) = (unit(1, case.rows, case.width), unit(2, case.columns, case.width));
-        each_rule(&case, |rule| {
-            let tape = forward(&q, &c, rule).unwrap();
-            let (dq, dc) = backward(&q, &c, rule, &tape, 1.0).unwrap();
-            let problem = Problem::new(&q, &c, rule).unwrap();
-            let (qs, cs) = (read::<f32>(&q).unwrap(), read::<f32>(&c).unwrap());
-            let other = problem.forward(&qs, &cs, (1, 7));
-            let (oq, oc) = problem.backward(&qs, &cs, &other, 1.0, (64, 100));
-            let f64s = |x: &[f32]| x.iter().copied().map(f64::from).collect::<Vec<_>>();
-            assert!(relative_error_f64(&f64s(&tape.losses), &f64s(&other.losses)) < 1e-6);
-            assert!(relative_error(&dq, &f64s(&oq)) < 1e-5 && relative_error(&dc, &f64s(&oc)) < 1e-5);
-        });
+    fn losses_and_gradients_equal_the_reference() {
+        for (b, m, width) in [(1, 1, 1), (1, 2, 3), (3, 7, 2), (7, 1023, 33), (33, 64, 384)] {
+            let positives: Vec<u32> = (0..b as u32).map(|i| i * 5 % m as u32).collect();
+            compare(TILE, &unit(1, b, width), &unit(2, m, width), &plain(&positives), TOLERANCE);
+        }
     }
 
     #[test]
-    fn extreme_temperatures_do_not_overflow_and_nan_stays() {
-        let (q, c) = (unit(1, 4, 8), unit(2, 6, 8));
-        let positives = [0, 1, 2, 3];
-        let rule = InfoNce { positives: &positives, candidates: Candidates::All, scale: 1e4, margin: None };
-        let tape = forward(&q, &c, &rule).unwrap();
-        let (dq, _) = backward(&q, &c, &rule, &tape, 1.0).unwrap();
-        assert!(
-            tape.losses.iter().all(|loss| loss.is_finite()) && numbers(&dq).iter().all(|x| x.is_finite())
-        );
-        let bad = (&q * f64::NAN).unwrap();
-        assert!(forward(&bad, &c, &rule).unwrap().losses.iter().all(|loss| loss.is_nan()));
+    fn lists_and_margins_choose_the_candidates() {
+        let (q, c) = (unit(1, 4, 5), unit(2, 9, 5));
+        for candidates in [Candidates::All, Candidates::AllBut(LISTS), Candidates::Only(LISTS)] {
+            for margin in [None, Some(0.3), Some(-0.1)] {
+                let infonce = InfoNce { candidates, margin, ..plain(&[0, 1, 2, 3]) };
+                compare(TILE, &q, &c, &infonce, TOLERANCE);
+            }
+        }
     }
 
     #[test]
-    fn no_rows_have_no_losses_and_wrong_indices_are_refused() {
-        let (q, c) = (random(1, (0, 4)), random(2, (3, 4)));
-        let rule = InfoNce { positives: &[], candidates: Candidates::All, scale: 1.0, margin: None };
-        let tape = forward(&q, &c, &rule).unwrap();
-        let (dq, dc) = backward(&q, &c, &rule, &tape, 1.0).unwrap();
-        assert_eq!((dq.dims(), numbers(&dc)), (&[0, 4][..], vec![0.0; 12]));
-        let q = random(1, (1, 4));
-        assert!(forward(&q, &c, &InfoNce { positives: &[3], ..rule }).is_err());
-        let lists = Lists { offsets: &[0, 1], columns: &[3] };
-        let rule =
-            InfoNce { positives: &[0], candidates: Candidates::AllBut(lists), scale: 1.0, margin: None };
-        assert!(forward(&q, &c, &rule).is_err());
+    fn the_size_of_the_tiles_does_not_matter() {
+        let (q, c) = (unit(1, 4, 5), unit(2, 9, 5));
+        for (rows, columns) in [(1, 1), (3, 2), (2, 9), (4, 4)] {
+            for candidates in [Candidates::All, Candidates::AllBut(LISTS)] {
+                let infonce = InfoNce { candidates, margin: Some(0.5), ..plain(&[0, 1, 2, 3]) };
+                compare(Tile { rows, columns }, &q, &c, &infonce, TOLERANCE);
+            }
+        }
+    }
+
+    #[test]
+    fn a_positive_counts_even_if_it_is_excluded_or_alone() {
+        let (q, c) = (unit(1, 1, 4), unit(2, 3, 4));
+        let all = Lists { offsets: &[0, 3], columns: &[0, 1, 2] };
+        let none = Lists { offsets: &[0, 0], columns: &[] };
+        for candidates in [Candidates::AllBut(all), Candidates::Only(none)] {
+            let infonce = InfoNce { candidates, ..plain(&[1]) };
+            let tape = forward(&q, &c, &infonce).unwrap();
+            assert_eq!(tape.losses, [0.0]);
+            let (dq, dc) = backward(&q, &c, &infonce, &tape, 1.0).unwrap();
+            assert_eq!((numbers(&dq), numbers(&dc)), (vec![0.0; 4], vec![0.0; 12]));
+        }
+    }
+
+    #[test]
+    fn high_scales_do_not_overflow_and_small_losses_keep_their_digits() {
+        let x = unit(1, 6, 32);
+        let positives = [0, 1, 2, 3, 4, 5];
+        // Each text against itself: losses down to e^-30, of which an ulp of the logits would leave nothing.
+        for scale in [10.0, 30.0] {
+            compare(TILE, &x, &x, &InfoNce { scale, ..plain(&positives) }, TOLERANCE);
+        }
+        let tape = forward(&x, &x, &InfoNce { scale: 1e5, ..plain(&positives) }).unwrap();
+        assert_eq!(tape.losses, [0.0; 6]);
+        // The farthest as the positive, vectors of length 50: logits up to 5e5.
+        let long = (x * 50.0).unwrap();
+        let infonce = InfoNce { scale: 100.0, ..plain(&[1, 2, 3, 4, 5, 0]) };
+        compare(TILE, &long, &long, &infonce, TOLERANCE);
+    }
+
+    #[test]
+    fn nan_stays_in_its_row() {
+        let mut rows = unit(1, 3, 4).to_vec2::<f32>().unwrap();
+        rows[1][2] = f32::NAN;
+        let q = Tensor::new(rows, &Device::Cpu).unwrap();
+        let c = unit(2, 40, 4);
+        let infonce = plain(&[0, 1, 2]);
+        let tape = forward(&q, &c, &infonce).unwrap();
+        assert_eq!(tape.losses.iter().map(|x| x.is_nan()).collect::<Vec<_>>(), [false, true, false]);
+        let (dq, dc) = backward(&q, &c, &infonce, &tape, 1.0).unwrap();
+        let dq = numbers(&dq);
+        assert!(dq[..4].iter().chain(&dq[8..]).all(|x| x.is_finite()) && dq[4..8].iter().all(|x| x.is_nan()));
+        assert!(numbers(&dc).iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn no_rows_are_no_work() {
+        let empty = Tensor::zeros((0, 4), DType::F32, &Device::Cpu).unwrap();
+        for (c, m) in [(unit(2, 3, 4), 3), (empty.clone(), 0)] {
+            let infonce = plain(&[]);
+            let tape = forward(&empty, &c, &infonce).unwrap();
+            let (dq, dc) = backward(&empty, &c, &infonce, &tape, 1.0).unwrap();
+            assert_eq!((dq.dims(), numbers(&dc)), (&[0, 4][..], vec![0.0; 4 * m]));
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let (q, c) = (unit(1, 2, 4), unit(2, 3, 4));
+        let error = |infonce: InfoNce| forward(&q, &c, &infonce).unwrap_err().to_string();
+        assert!(error(plain(&[0])).contains("1 positives for 2 queries"));
+        assert!(error(plain(&[0, 3])).contains("row 1: its positive is column 3 of 3"));
+        let lists = |offsets, columns| InfoNce {
+            candidates: Candidates::AllBut(Lists { offsets, columns }),
+            ..plain(&[0, 1])
+        };
+        assert!(error(lists(&[0, 1, 2], &[0, 7])).contains("row 1: its list names column 7 of 3"));
+        for offsets in [&[0, 1][..], &[0, 2, 1], &[1, 1, 1], &[0, 1, 2]] {
+            assert!(error(lists(offsets, &[0])).contains("3 rising offsets from 0 to 1"), "{offsets:?}");
+        }
+        assert!(forward(&q, &unit(1, 3, 5), &plain(&[0, 1])).unwrap_err().to_string().contains("width 5"));
+        let tape = forward(&q, &c, &plain(&[0, 1])).unwrap();
+        assert!(backward(&unit(1, 3, 4), &c, &plain(&[0, 1, 2]), &tape, 1.0).is_err());
     }
 }

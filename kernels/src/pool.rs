@@ -1,49 +1,37 @@
-//! From the hidden states of a text to its embedding: the mean over a span of its tokens, scaled to length 1.
+//! Pooling: a sequence's embedding is the mean of some of its rows, then perhaps scaled to length 1.
 //!
-//!     s = 1/|span| Σ x_t        e = s / max(‖s‖, 10⁻¹²)        (torch's `normalize`)
+//!     e = x̄ / max(‖x̄‖, 1e-12)        x̄ = 1/|span| Σ x_t over t in the span
 //!
-//! Masked mean, first token and last token differ only in the span. One pass over the tokens that a span holds.
+//! All tokens of a sequence, its first or its last are three choices of spans. The floor is the one of torch's
+//! `normalize`: a row of zeros stays zeros.
 
+use crate::rows::{add, new_rows};
+use crate::simd::{GRAIN, dot, vectorised};
+use crate::tensor::{expect_shape, matrix, read, tensor};
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
 use std::ops::Range;
 
-use candle_core::{Result, Tensor, bail};
+/// The shortest length that is divided by.
+const FLOOR: f32 = 1e-12;
 
-use crate::rows::{new_rows, new_rows_and_sums};
-use crate::simd::dot;
-use crate::tensor::{expect_shape, matrix, read, tensor};
-
-/// A sum shorter than this is not scaled up to length 1.
-const SHORTEST: f32 = 1e-12;
-
-/// x (T, D) and the rows of each sequence's span (N) → embeddings (N, D), and the length of each before it was scaled (N).
-///
-/// # Errors
-/// A span is empty or ends after T.
+/// Embeddings (N, D) and the lengths of the means (N), from x (T, D) and the rows of each sequence (N).
 pub fn forward(x: &Tensor, spans: &[Range<usize>], normalize: bool) -> Result<(Tensor, Tensor)> {
     let (tokens, width) = matrix("x", x)?;
     check(spans, tokens)?;
     let x = read::<f32>(x)?;
-    let [embeddings, norms] = new_rows(spans.len(), [width, 1], |n, [e, norm]| {
-        let span = &spans[n];
-        let mut e = e.fill(x[span.start * width..][..width].iter().copied());
-        for token in x[(span.start + 1) * width..span.end * width].chunks_exact(width.max(1)) {
-            e.iter_mut().zip(token).for_each(|(e, x)| *e += x);
-        }
-        let share = (span.len() as f32).recip();
-        e.iter_mut().for_each(|e| *e *= share);
-        let length = dot(&e, &e).sqrt();
-        if normalize {
-            let scale = length.max(SHORTEST).recip();
-            e.iter_mut().for_each(|e| *e *= scale);
-        }
-        [e, norm.fill([length])]
-    });
-    Ok((tensor(embeddings, (spans.len(), width))?, tensor(norms, spans.len())?))
+    let mut e = vec![0f32; spans.len() * width];
+    let mut norms = vec![0f32; spans.len()];
+    let rows = spans.iter().map(Range::len).sum::<usize>() / spans.len().max(1);
+    e.par_chunks_mut(width.max(1))
+        .zip(&mut norms)
+        .zip(spans)
+        .with_min_len(GRAIN.div_ceil((rows * width).max(1)))
+        .for_each(|((e, norm), span)| vectorised(|| *norm = pool(&x, width, span, normalize, e)));
+    Ok((tensor(e, (spans.len(), width))?, tensor(norms, spans.len())?))
 }
 
-/// de (N, D) → dx (T, D), with `e` and `norms` as [`forward`] gave them. Tokens outside all spans get 0.
-///
-///     ds = (de − e·(e·de)) / ‖s‖        dx_t = ds / |span|
+/// dx (T, D), zero outside the spans, from what [`forward`] returned and dL/de (N, D).
 pub fn backward(
     e: &Tensor,
     norms: &Tensor,
@@ -52,98 +40,166 @@ pub fn backward(
     tokens: usize,
     normalize: bool,
 ) -> Result<Tensor> {
-    let (n, width) = matrix("de", de)?;
-    expect_shape("e", e, &[n, width])?;
+    let (_, width) = matrix("e", e)?;
+    expect_shape("e", e, &[spans.len(), width])?;
+    expect_shape("de", de, &[spans.len(), width])?;
     expect_shape("norms", norms, &[spans.len()])?;
     check(spans, tokens)?;
-    let mut owner = vec![None; tokens];
+    let mut owners = vec![None; tokens];
     for (n, span) in spans.iter().enumerate() {
-        for token in &mut owner[span.clone()] {
-            if token.replace(n).is_some() {
-                bail!("pool: two spans share a token");
+        for owner in &mut owners[span.clone()] {
+            if let Some(other) = owner.replace(n) {
+                bail!("spans {other} and {n} share rows: a row is pooled into one sequence");
             }
         }
     }
     let (e, norms, de) = (read::<f32>(e)?, read::<f32>(norms)?, read::<f32>(de)?);
-    let ([ds], _) = new_rows_and_sums(n, [width], 0, |n, [row], _| {
-        let (e, de) = (&e[n * width..][..width], &de[n * width..][..width]);
-        // Below the shortest length the scale is a constant.
-        let (scale, along) = match normalize {
-            true if norms[n] > SHORTEST => (norms[n].recip(), dot(e, de)),
-            true => (SHORTEST.recip(), 0.0),
-            false => (1.0, 0.0),
-        };
-        let scale = scale / spans[n].len() as f32;
-        [row.fill(e.iter().zip(de).map(|(e, de)| (de - e * along) * scale))]
-    });
-    let zero = vec![0f32; width];
-    let [dx] = new_rows(tokens, [width], |t, [row]| {
-        let from = owner[t].map_or(&zero[..], |n| &ds[n * width..][..width]);
-        [row.fill(from.iter().copied())]
-    });
+    // What each row of a span receives: the same for all of them.
+    let [shares] = new_rows(
+        spans.len(),
+        [width],
+        #[inline(always)]
+        |n, [share]| {
+            let (e, de) = (&e[n * width..][..width], &de[n * width..][..width]);
+            let count = spans[n].len() as f32;
+            if !normalize {
+                return [share.fill(de.iter().map(|de| de / count))];
+            }
+            // Below the floor the divisor is a constant.
+            let radial = if norms[n] < FLOOR { 0.0 } else { dot(e, de) };
+            let divisor = norms[n].max(FLOOR) * count;
+            [share.fill(e.iter().zip(de).map(|(e, de)| (de - e * radial) / divisor))]
+        },
+    );
+    let [dx] = new_rows(
+        tokens,
+        [width],
+        #[inline(always)]
+        |t, [dx]| match owners[t] {
+            Some(n) => [dx.fill(shares[n * width..][..width].iter().copied())],
+            None => [dx.fill(std::iter::repeat_n(0.0, width))],
+        },
+    );
     tensor(dx, (tokens, width))
 }
 
-fn check(spans: &[Range<usize>], tokens: usize) -> Result<()> {
-    match spans.iter().find(|span| span.is_empty() || span.end > tokens) {
-        Some(span) => bail!("pool: the span {span:?} is empty or ends after the {tokens} tokens"),
-        None => Ok(()),
+/// Writes one embedding, returns the length of its mean.
+#[inline(always)]
+fn pool(x: &[f32], width: usize, span: &Range<usize>, normalize: bool, e: &mut [f32]) -> f32 {
+    for t in span.clone() {
+        add(e, &x[t * width..][..width]);
     }
+    let count = span.len() as f32;
+    e.iter_mut().for_each(|e| *e /= count);
+    let norm = dot(e, e).sqrt();
+    if normalize {
+        // Not `max`, which would lose a NaN.
+        let divisor = if norm < FLOOR { FLOOR } else { norm };
+        e.iter_mut().for_each(|e| *e /= divisor);
+    }
+    norm
+}
+
+fn check(spans: &[Range<usize>], tokens: usize) -> Result<()> {
+    for (n, span) in spans.iter().enumerate() {
+        if span.is_empty() {
+            bail!("sequence {n} has no rows to pool");
+        }
+        if span.end > tokens {
+            bail!("sequence {n} pools rows {span:?} of {tokens}");
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a span of one sequence")]
 mod tests {
     use super::*;
     use crate::testing::{finite_difference, inner, numbers, random, relative_error};
+    use candle_core::{DType, Device};
+
+    /// Means of up to 1023 rows in f32.
+    const TOLERANCE: f64 = 1e-6;
 
     fn reference(x: &[f64], width: usize, spans: &[Range<usize>], normalize: bool) -> Vec<f64> {
-        let mut all = Vec::new();
+        let mut e = Vec::new();
         for span in spans {
             let mean: Vec<f64> = (0..width)
                 .map(|d| span.clone().map(|t| x[t * width + d]).sum::<f64>() / span.len() as f64)
                 .collect();
-            let norm = mean.iter().map(|x| x * x).sum::<f64>().sqrt();
-            all.extend(mean.iter().map(|x| if normalize { x / norm } else { *x }));
+            let norm = mean.iter().map(|x| x * x).sum::<f64>().sqrt().max(1e-12);
+            e.extend(mean.iter().map(|x| if normalize { x / norm } else { *x }));
         }
-        all
+        e
     }
 
     #[test]
-    fn forward_and_backward_are_those_of_f64() {
-        for width in [1, 3, 7, 64] {
-            for (spans, tokens) in [
-                (vec![0..3, 3..4, 6..9], 10), // a mean, one token, a prompt left out
-                (vec![0..1, 4..5], 6),        // first tokens
-                (vec![], 0),
-            ] {
-                for normalize in [true, false] {
-                    let (x, de) = (random(1, (tokens, width)), random(2, (spans.len(), width)));
-                    let (e, norms) = forward(&x, &spans, normalize).unwrap();
-                    let f = |x: &[f64]| reference(x, width, &spans, normalize);
-                    assert!(relative_error(&e, &f(&numbers(&x))) < 1e-6);
-                    let want = finite_difference(&numbers(&x), |x| inner(&f(x), &numbers(&de)));
-                    let dx = backward(&e, &norms, &spans, &de, tokens, normalize).unwrap();
-                    // f32's rounding of e against the part that normalisation takes out
-                    assert!(relative_error(&dx, &want) < 1e-5, "{width} {spans:?} {normalize}");
-                }
+    fn means_and_their_gradients_equal_the_reference() {
+        for (tokens, width, spans) in [
+            (1, 1, vec![0..1]),
+            (7, 3, vec![0..3, 3..4, 4..7]),
+            (7, 3, vec![2..3, 6..7]),
+            (9, 17, vec![5..9, 0..5]),
+        ] {
+            for normalize in [false, true] {
+                let x = random(1, (tokens, width));
+                let (e, norms) = forward(&x, &spans, normalize).unwrap();
+                assert!(relative_error(&e, &reference(&numbers(&x), width, &spans, normalize)) < TOLERANCE);
+                let de = random(2, (spans.len(), width));
+                let dx = backward(&e, &norms, &spans, &de, tokens, normalize).unwrap();
+                let loss = |x: &[f64]| inner(&reference(x, width, &spans, normalize), &numbers(&de));
+                let want = finite_difference(&numbers(&x), loss);
+                // Width 1 normalised is ±1 everywhere: the gradient is zero.
+                assert!(relative_error(&dx, &want) < TOLERANCE || width == 1);
             }
         }
     }
 
     #[test]
-    fn a_text_of_zeros_has_a_finite_gradient() {
-        let x = random(1, (2, 4)).zeros_like().unwrap();
-        let (e, norms) = forward(&x, &[0..2], true).unwrap();
-        let dx = backward(&e, &norms, &[0..2], &random(2, (1, 4)), 2, true).unwrap();
-        assert!(numbers(&e).iter().all(|&e| e == 0.0) && numbers(&dx).iter().all(|dx| dx.is_finite()));
+    fn long_texts_are_pooled_on_all_threads() {
+        let x = random(3, (2 * 1023, 96));
+        let spans = [0..1023, 1023..2046];
+        let (e, norms) = forward(&x, &spans, true).unwrap();
+        assert!(relative_error(&e, &reference(&numbers(&x), 96, &spans, true)) < TOLERANCE);
+        assert_eq!(norms.dims(), [2]);
     }
 
     #[test]
+    fn no_sequences_are_no_work() {
+        let x = random(1, (4, 3));
+        let (e, norms) = forward(&x, &[], true).unwrap();
+        assert_eq!((e.dims(), norms.dims()), (&[0, 3][..], &[0][..]));
+        let dx = backward(&e, &norms, &[], &e, 4, true).unwrap();
+        assert_eq!(numbers(&dx), [0.0; 12]);
+    }
+
+    #[test]
+    fn zeros_stay_zeros_and_nan_stays_nan() {
+        let zeros = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let (e, norms) = forward(&zeros, &[0..2], true).unwrap();
+        assert_eq!(numbers(&e), [0.0; 3]);
+        let dx = backward(&e, &norms, &[0..2], &random(1, (1, 3)), 2, true).unwrap();
+        assert!(numbers(&dx).iter().all(|x| x.is_finite()));
+
+        let mut rows = random(1, (3, 2)).to_vec2::<f32>().unwrap();
+        rows[1][0] = f32::NAN;
+        let (e, _) = forward(&Tensor::new(rows, &Device::Cpu).unwrap(), &[0..2, 2..3], true).unwrap();
+        let e = numbers(&e);
+        assert!(e[..2].iter().all(|x| x.is_nan()) && e[2..].iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    #[expect(clippy::reversed_empty_ranges, reason = "that is what is refused")]
     fn spans_that_do_not_fit_are_refused() {
-        let x = random(1, (3, 2));
-        assert!(forward(&x, &[1..1], true).is_err());
-        assert!(forward(&x, &[1..4], true).is_err());
+        let x = random(1, (4, 3));
+        let error = |spans: &[Range<usize>]| forward(&x, spans, true).unwrap_err().to_string();
+        assert!(error(&[0..1, 2..2]).contains("sequence 1 has no rows"));
+        assert!(error(&[3..1]).contains("sequence 0 has no rows"));
+        assert!(error(&[0..1, 2..5]).contains("sequence 1 pools rows 2..5 of 4"));
         let (e, norms) = forward(&x, &[0..2, 1..3], true).unwrap();
-        assert!(backward(&e, &norms, &[0..2, 1..3], &e, 3, true).is_err());
+        let error = backward(&e, &norms, &[0..2, 1..3], &e, 4, true).unwrap_err();
+        assert!(error.to_string().contains("spans 0 and 1 share rows"));
+        assert!(backward(&e, &norms, &[0..2, 2..3], &x, 4, true).is_err());
     }
 }
