@@ -30,6 +30,8 @@ pub mod checkpoint;
 pub mod export;
 /// What a run measured, line by line.
 pub mod metrics;
+/// The same numbers for TensorBoard.
+pub mod tensorboard;
 /// Bars, or lines where there is no terminal.
 pub mod progress;
 /// A polite request to stop.

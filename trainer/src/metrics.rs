@@ -1,4 +1,4 @@
-//! metrics.jsonl: what a run measured, one object a line, flushed with each line.
+//! metrics.jsonl: what a run measured, one object a line, flushed with each line; and the same for TensorBoard.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::tensorboard::Events;
 use crate::{Error, Result};
 
 /// One optimizer step.
@@ -37,30 +38,47 @@ pub struct Step {
 pub struct Metrics {
     path: PathBuf,
     file: File,
+    events: Option<Events>,
 }
 
 impl Metrics {
     /// Opens OUTPUT/metrics.jsonl to append. Lines after step `done` are dropped first: a run that was killed had gone
     /// further than its last checkpoint, and will write them again.
-    pub fn open(output: &Path, done: u64) -> Result<Self> {
+    pub fn open(output: &Path, done: u64, tensorboard: bool) -> Result<Self> {
         let path = output.join("metrics.jsonl");
         if path.exists() {
             trim(&path, done)?;
         }
         let file =
             OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
-        Ok(Self { path, file })
+        let events = if tensorboard { Some(Events::create(output)?) } else { None };
+        Ok(Self { path, file, events })
     }
 
     /// Appends a step.
     pub fn step(&mut self, step: &Step) -> Result<()> {
         let line = serde_json::to_string(step).map_err(|error| Error::file(&self.path, error.to_string()))?;
-        self.line(&line)
+        self.line(&line)?;
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let scalars = [
+            ("train/loss", step.loss),
+            ("train/grad_norm", step.grad_norm),
+            ("train/learning_rate", step.learning_rate),
+            ("train/epoch", step.epoch),
+            ("train/tokens_per_second", step.tokens_per_second),
+        ];
+        events.scalars(step.step, scalars)
     }
 
     /// Appends the scores of an evaluation after `step` steps.
     pub fn evaluation(&mut self, step: u64, scores: &Map<String, Value>) -> Result<()> {
-        self.line(&json!({ "step": step, "eval": scores }).to_string())
+        self.line(&json!({ "step": step, "eval": scores }).to_string())?;
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let named: Vec<(String, f64)> = scores
+            .iter()
+            .filter_map(|(name, value)| Some((format!("eval/{name}"), value.as_f64()?)))
+            .collect();
+        events.scalars(step, named.iter().map(|(name, value)| (name.as_str(), *value)))
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
@@ -95,7 +113,7 @@ mod tests {
         let path = output.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":0,\"eval\":{}}\n{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st")
             .unwrap();
-        let mut metrics = Metrics::open(output.path(), 2).unwrap();
+        let mut metrics = Metrics::open(output.path(), 2, false).unwrap();
         metrics.evaluation(2, &Map::from_iter([("x".to_owned(), json!(0.5))])).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert_eq!(

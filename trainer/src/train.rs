@@ -129,7 +129,7 @@ impl Run {
             checkpoint::restore(path, model.flat(), &stepper.optimizer)?;
             tracing::info!("resumed after step {} from {}", state.step, path.display());
         }
-        let mut metrics = Metrics::open(output, state.step)?;
+        let mut metrics = Metrics::open(output, state.step, config.logging.tensorboard)?;
         let mut summary = Summary::default();
         if state.step == 0 {
             summary.before = evaluate(plan, model, &mut metrics, 0)?;
