@@ -1,5 +1,9 @@
 //! The system tests, one binary.
 
+// Embeddings and metrics, against sentence-transformers on the same model.
+mod evaluate;
+// Written folders open again and embed alike.
+mod export;
 // Bad input, full disks, losses that are not finite.
 mod faults;
 // How a batch is cut, ordered and kept changes nothing.

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
@@ -102,8 +103,25 @@ def similarity(count, seed):
             **run(evaluator, embeddings)}
 
 
+def folder():
+    """The whole way, from rows to scores, with the tiny model of bert.py."""
+    rows = [json.loads(line) for line in (GOLDEN.parent / "bert" / "rows.jsonl").open()]
+    column = {name: [row[name] for row in rows] for name in rows[0]}
+    model = SentenceTransformer(str(GOLDEN.parent / "bert"), device="cpu")
+    queries = {f"q{i}": text for i, text in enumerate(column["query"])}
+    corpus = {f"d{i:04}": text for i, text in enumerate(column["positive"])}
+    pairs = InformationRetrievalEvaluator(
+        queries, corpus, {f"q{i}": {f"d{i:04}"} for i in range(len(rows))}, name="rows")
+    negatives = [row["negatives"][0] for row in rows]
+    triplets = TripletEvaluator(
+        column["query"], column["positive"], negatives, name="rows",
+        similarity_fn_names=["cosine", "dot", "manhattan", "euclidean"])
+    return {"retrieval": pairs(model), "triplet": triplets(model)}
+
+
 def main():
     golden = {
+        "folder": folder(),
         # More documents than the longest list of hits (100), and fewer.
         "retrieval": [retrieval("many", 23, 257, seed=1), retrieval("few", 3, 13, seed=4)],
         "triplet": triplets(41, seed=2),

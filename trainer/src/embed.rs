@@ -36,7 +36,7 @@ impl Opened {
     /// What [`hub::resolve`], [`Folder::open`], [`Model::open`] and [`Tokenizer::open`] refuse; a tokenizer that knows more
     /// tokens than the model.
     pub fn open(id_or_path: &str, options: &Options) -> Result<Self> {
-        let folder = Folder::open(&hub::resolve(id_or_path)?)?;
+        let folder = Folder::open(&hub::resolve_for(id_or_path, options.model.init)?)?;
         let tokenizer = Tokenizer::open(&folder.path)?;
         let model = Model::open(folder, options)?;
         if tokenizer.vocabulary() > model.vocabulary() {

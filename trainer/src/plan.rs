@@ -87,7 +87,7 @@ const CPU_CHUNK: usize = 2048;
 impl Plan {
     /// Resolves and checks a configuration.
     pub fn new(config: Config) -> Result<Self> {
-        let folder = Folder::open(&hub::resolve(&config.model.path)?)?;
+        let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
         let tokenizer = Tokenizer::open(&folder.path)?;
         // Only shapes are looked at here: the weights are read once, when the run starts.
         let model = Model::open(folder.clone(), &Options { dry: true, ..options(&config) })?;

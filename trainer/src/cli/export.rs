@@ -52,7 +52,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             checkpoints.find(if early { "best" } else { "last" })?
         }
     };
-    let folder = Folder::open(&hub::resolve(&config.model.path)?)?;
+    let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
     let options = Options {
         model: config.model.clone(),
         lora: config.lora.as_ref(),

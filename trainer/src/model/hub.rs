@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use ureq::config::RedirectAuthHeaders;
 
+use crate::config::Init;
 use crate::model::Folder;
 use crate::{Error, Result};
 
@@ -26,6 +27,14 @@ use crate::{Error, Result};
 /// Neither a folder nor an id; no such model, or no right to it; no network and not in the cache; a model that
 /// [`Folder::open`] refuses, or without safetensors.
 pub fn resolve(id_or_path: &str) -> Result<PathBuf> {
+    resolve_for(id_or_path, Init::Pretrained)
+}
+
+/// As [`resolve`]; where the weights are drawn from the seed, those of the hub are not fetched.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_for(id_or_path: &str, init: Init) -> Result<PathBuf> {
     let path = Path::new(id_or_path);
     if path.is_dir() {
         return Ok(path.to_path_buf());
@@ -34,7 +43,8 @@ pub fn resolve(id_or_path: &str) -> Result<PathBuf> {
         let message = "no such model folder, and no id of the hub either, which is ORG/NAME";
         return Err(Error::file(path, message));
     }
-    Hub::from_env(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))?.fetch(id_or_path)
+    let hub = Hub::from_env(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
+    hub.fetch(id_or_path, init == Init::Pretrained)
 }
 
 /// `ORG/NAME` of letters, digits, `-`, `_` and `.`.
@@ -112,11 +122,11 @@ impl Hub {
         })
     }
 
-    /// The folder of model `id`.
-    fn fetch(&self, id: &str) -> Result<PathBuf> {
+    /// The folder of model `id`, with its weights or without.
+    fn fetch(&self, id: &str, weights: bool) -> Result<PathBuf> {
         let home = self.cache.join(format!("models--{}", id.replace('/', "--")));
         if self.offline {
-            return cached(&home).ok_or_else(|| {
+            return cached(&home, weights).ok_or_else(|| {
                 let message = format!(
                     "not a folder, and not whole in the cache {}, and HF_HUB_OFFLINE is set\nhint: give a folder, or fetch \
                      the model once without HF_HUB_OFFLINE",
@@ -130,7 +140,7 @@ impl Hub {
             Ok(mut response) => serde_json::from_reader(response.body_mut().as_reader())
                 .map_err(|error| Error::file(id, format!("{url}: unexpected answer: {error}")))?,
             Err(error) => {
-                return match cached(&home) {
+                return match cached(&home, weights) {
                     Some(snapshot) if !is_status(&error) => {
                         tracing::warn!("{}: {error}; going on with {}", self.endpoint, snapshot.display());
                         Ok(snapshot)
@@ -143,7 +153,7 @@ impl Hub {
             return Err(Error::file(id, format!("{url}: unexpected answer: commit {:?}", info.sha)));
         }
         let names: Vec<_> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
-        let wanted = Wanted::choose(id, &names)?;
+        let wanted = Wanted::choose(id, &names, weights)?;
 
         let snapshot = home.join("snapshots").join(&info.sha);
         if wanted.small.iter().chain(&wanted.weights).all(|name| snapshot.join(name).exists()) {
@@ -314,8 +324,11 @@ struct Wanted<'a> {
 }
 
 impl<'a> Wanted<'a> {
-    fn choose(id: &str, names: &[&'a str]) -> Result<Self> {
+    fn choose(id: &str, names: &[&'a str], weights: bool) -> Result<Self> {
         let small = names.iter().copied().filter(|name| is_small(name)).collect();
+        if !weights {
+            return Ok(Self { small, weights: Vec::new() });
+        }
         let mut weights: Vec<_> = names.iter().copied().filter(|name| is_weights(name)).collect();
         // A whole file beside its own shards.
         if weights.contains(&"model.safetensors") {
@@ -373,8 +386,8 @@ fn is_weights(name: &str) -> bool {
         || shard().is_some_and(|(number, count)| digits(number) && digits(count))
 }
 
-/// The snapshot that `refs/main` names, if it is whole.
-fn cached(home: &Path) -> Option<PathBuf> {
+/// The snapshot that `refs/main` names, if it is whole: with its weights, where they are needed.
+fn cached(home: &Path, weights: bool) -> Option<PathBuf> {
     let sha = std::fs::read_to_string(home.join("refs/main")).ok()?;
     let snapshot = home.join("snapshots").join(sha.trim());
     let whole =
@@ -561,7 +574,7 @@ mod tests {
         let server = Server::start(&model());
         let home = tempfile::tempdir().unwrap();
         let online = hub(&server.endpoint, home.path(), &[("HF_TOKEN", "secret")]);
-        let snapshot = online.fetch("org/name").unwrap();
+        let snapshot = online.fetch("org/name", true).unwrap();
         assert_eq!(snapshot, home.path().join("hub/models--org--name/snapshots/abc123"));
         assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), b"weights");
         assert!(snapshot.join("1_Pooling/config.json").exists());
@@ -572,19 +585,30 @@ mod tests {
         assert_eq!(seen.last().unwrap().0, "/org/name/resolve/abc123/model.safetensors");
 
         // A second time only the listing is asked for.
-        assert_eq!(online.fetch("org/name").unwrap(), snapshot);
+        assert_eq!(online.fetch("org/name", true).unwrap(), snapshot);
         assert_eq!(server.paths().len(), seen.len() + 1);
 
         let offline = hub("http://127.0.0.1:1", home.path(), &[("HF_HUB_OFFLINE", "1")]);
-        assert_eq!(offline.fetch("org/name").unwrap(), snapshot);
-        let error = offline.fetch("org/other").unwrap_err().to_string();
+        assert_eq!(offline.fetch("org/name", true).unwrap(), snapshot);
+        let error = offline.fetch("org/other", true).unwrap_err().to_string();
         assert!(error.contains("org/other: not a folder") && error.contains("HF_HUB_OFFLINE"), "{error}");
 
         // Without a network the cache serves too.
         let unreachable = hub("http://127.0.0.1:1", home.path(), &[]);
-        assert_eq!(unreachable.fetch("org/name").unwrap(), snapshot);
-        let error = unreachable.fetch("org/other").unwrap_err().to_string();
+        assert_eq!(unreachable.fetch("org/name", true).unwrap(), snapshot);
+        let error = unreachable.fetch("org/other", true).unwrap_err().to_string();
         assert!(error.contains("cannot be reached") && error.contains("hint"), "{error}");
+    }
+
+    #[test]
+    fn weights_that_are_drawn_are_not_fetched() {
+        let server = Server::start(&model());
+        let home = tempfile::tempdir().unwrap();
+        let snapshot = hub(&server.endpoint, home.path(), &[]).fetch("org/name", false).unwrap();
+        assert!(snapshot.join("config.json").exists() && !snapshot.join("model.safetensors").exists());
+        let offline = hub("http://127.0.0.1:1", home.path(), &[("HF_HUB_OFFLINE", "true")]);
+        assert_eq!(offline.fetch("org/name", false).unwrap(), snapshot);
+        assert!(offline.fetch("org/name", true).is_err());
     }
 
     #[test]
@@ -595,7 +619,7 @@ mod tests {
         routes.push(("/org/name/resolve/abc123/model.safetensors", Answer::CutOnce(70_000, weights.clone())));
         let server = Server::start(&routes);
         let home = tempfile::tempdir().unwrap();
-        let snapshot = hub(&server.endpoint, home.path(), &[]).fetch("org/name").unwrap();
+        let snapshot = hub(&server.endpoint, home.path(), &[]).fetch("org/name", true).unwrap();
         assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), weights);
         let seen = server.seen.lock().unwrap().clone();
         let (.., range, _) = seen.last().unwrap();
@@ -617,8 +641,9 @@ mod tests {
         for (answer, token, expected) in cases {
             let server = Server::start(&[(API, answer.clone())]);
             let home = tempfile::tempdir().unwrap();
-            let error =
-                hub(&server.endpoint, home.path(), &[("HF_TOKEN", token)]).fetch("org/name").unwrap_err();
+            let error = hub(&server.endpoint, home.path(), &[("HF_TOKEN", token)])
+                .fetch("org/name", true)
+                .unwrap_err();
             let error = error.to_string();
             assert!(
                 error.starts_with("org/name: ") && error.contains(expected),
@@ -636,7 +661,7 @@ mod tests {
         ));
         let server = Server::start(&routes);
         let home = tempfile::tempdir().unwrap();
-        let error = hub(&server.endpoint, home.path(), &[]).fetch("org/name").unwrap_err().to_string();
+        let error = hub(&server.endpoint, home.path(), &[]).fetch("org/name", true).unwrap_err().to_string();
         assert!(error.contains("module Dense is not supported"), "{error}");
         assert!(!server.paths().iter().any(|path| path.ends_with(".safetensors")));
     }
@@ -661,9 +686,9 @@ mod tests {
             "consolidated.safetensors",
             "model-fp16.safetensors",
         ];
-        assert_eq!(Wanted::choose("", &names).unwrap().weights, shards);
-        assert_eq!(Wanted::choose("", &names).unwrap().small, ["model.safetensors.index.json"]);
+        assert_eq!(Wanted::choose("", &names, true).unwrap().weights, shards);
+        assert_eq!(Wanted::choose("", &names, true).unwrap().small, ["model.safetensors.index.json"]);
         let both = [shards[0], shards[1], "model.safetensors"];
-        assert_eq!(Wanted::choose("", &both).unwrap().weights, ["model.safetensors"]);
+        assert_eq!(Wanted::choose("", &both, true).unwrap().weights, ["model.safetensors"]);
     }
 }
