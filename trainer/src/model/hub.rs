@@ -390,9 +390,9 @@ fn is_weights(name: &str) -> bool {
 fn cached(home: &Path, weights: bool) -> Option<PathBuf> {
     let sha = std::fs::read_to_string(home.join("refs/main")).ok()?;
     let snapshot = home.join("snapshots").join(sha.trim());
-    let whole =
-        ["model.safetensors", "adapter_model.safetensors"].iter().any(|name| snapshot.join(name).exists())
-            || shards(&snapshot).is_some_and(|names| names.iter().all(|name| snapshot.join(name).exists()));
+    let whole = !weights
+        || ["model.safetensors", "adapter_model.safetensors"].iter().any(|name| snapshot.join(name).exists())
+        || shards(&snapshot).is_some_and(|names| names.iter().all(|name| snapshot.join(name).exists()));
     (whole && Folder::open(&snapshot).is_ok()).then_some(snapshot)
 }
 
