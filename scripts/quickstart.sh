@@ -10,17 +10,7 @@ cd "$(dirname "$0")/.."
 
 profile=${PROFILE:-release}
 built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
-output=runs/quickstart
-for override in "$@"; do
-    case $override in output=*) output=${override#output=} ;; esac
-done
 
 cargo build --locked --profile "$profile" -p trainer -p launcher --example quickstart --bin launch
 "$built/examples/quickstart" --output data/quickstart
 "$built/launch" configs/quickstart.yaml "$@"
-
-# The lines with evaluations: the first is before the training, the last after it.
-scores=$(grep -o '"quickstart_cosine_ndcg@10": *[0-9.e-]*' "$output/metrics.jsonl" | sed 's/.*: *//')
-awk -v before="$(head -n 1 <<<"$scores")" -v after="$(tail -n 1 <<<"$scores")" -v model="$output/model" 'BEGIN {
-    printf "nDCG@10 before %.3f, after %.3f, gained %.3f; the model is in %s\n", before, after, after - before, model
-}'
