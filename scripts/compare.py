@@ -18,6 +18,7 @@ Speed and memory are printed and never decide. Needs scripts/requirements-refere
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -167,6 +168,8 @@ def draw_adapter(args, folder):
     start.mkdir()
     command = [sys.executable, "-c", DRAW, args.model, start, args.lora_rank, args.lora_alpha]
     run(command, args.threads, folder / "start.log")
+    # sentence-transformers saves an adapter without its base's config.json.
+    shutil.copy(args.model / "config.json", start)
     return start
 
 
