@@ -1,5 +1,7 @@
 //! What the system tests share: goldens, configurations, the programs.
 
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;

@@ -1,5 +1,11 @@
 //! The system tests, one binary.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "what fails is a test that fails; what is skipped says so"
+)]
+
 // Embeddings and metrics, against sentence-transformers on the same model.
 mod evaluate;
 // Written folders open again and embed alike.

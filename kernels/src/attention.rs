@@ -4,7 +4,9 @@
 //! head, and walks its queries, and for them the visible keys, in tiles with an online softmax; forward keeps
 //! the log-sum-exp of each query, and backward computes the probabilities again from it (Dao, "FlashAttention-2", 2023):
 //!
-//!     p = exp(s − lse)    dv = pᵀ do    ds = p ∘ (do vᵀ − rowsum(do ∘ o))    dq = scale · ds k    dk = scale · dsᵀ q
+//! ```text
+//! p = exp(s − lse)    dv = pᵀ do    ds = p ∘ (do vᵀ − rowsum(do ∘ o))    dq = scale · ds k    dk = scale · dsᵀ q
+//! ```
 //!
 
 mod head;

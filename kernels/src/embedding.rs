@@ -1,4 +1,4 @@
-//! The input of an encoder: x_t = word[id_t] + position[offset + position_t] + kind[0].
+//! The input of an encoder: `x_t = word[id_t] + position[offset + position_t] + kind[0]`.
 //!
 //! Backward adds each row of dx to its rows of the tables' gradients. Threads divide the rows of a table among them, never
 //! the tokens, and a row's tokens are added in their order: the same bits for any number of threads, without atomics.

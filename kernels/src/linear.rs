@@ -103,7 +103,7 @@ mod tests {
 
     /// x·Wᵀ + bias in f64.
     fn reference(x: &[f64], w: &[f64], bias: &[f64], inputs: usize) -> Vec<f64> {
-        let tokens = if inputs == 0 { 0 } else { x.len() / inputs };
+        let tokens = x.len().checked_div(inputs).unwrap_or(0);
         let dot = |t: usize, o: usize| inner(&x[t * inputs..][..inputs], &w[o * inputs..][..inputs]);
         (0..tokens).flat_map(|t| (0..bias.len()).map(move |o| dot(t, o) + bias[o])).collect()
     }

@@ -1,5 +1,7 @@
 //! `launch` as its users meet it: a run of the tiny golden model, stopped in several ways.
 
+#![expect(clippy::unwrap_used, reason = "what fails here is a test that fails")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -1,6 +1,8 @@
 //! Checkpoints: everything that a run needs to go on as if it had not stopped. No random state exists, so none is saved.
 //!
-//!     OUTPUT/checkpoints/step-000100/   parameters.safetensors  optimizer.safetensors  state.json  DONE
+//! ```text
+//! OUTPUT/checkpoints/step-000100/   parameters.safetensors  optimizer.safetensors  state.json  DONE
+//! ```
 //!
 //! A checkpoint is written under a temporary name, synced and renamed, `DONE` last. A folder without `DONE` is not whole
 //! and is passed over.

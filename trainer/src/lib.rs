@@ -1,48 +1,48 @@
 //! Trains text-embedding models. The modules stand in the order of a run; each uses only those above it.
 
-/// What went wrong, for the person at the terminal.
+// What went wrong, for the person at the terminal.
 pub mod error;
-/// What the user wrote.
+// What the user wrote.
 pub mod config;
-/// Rows, tokens, batches.
+// Rows, tokens, batches.
 pub mod data;
-/// Encoders with a written backward.
+// Encoders with a written backward.
 pub mod model;
-/// Embeddings in, loss and gradient out.
+// Embeddings in, loss and gradient out.
 pub mod loss;
-/// The ranks of a run.
+// The ranks of a run.
 pub mod comm;
-/// A batch of any size in the memory of a chunk.
+// A batch of any size in the memory of a chunk.
 pub mod gradcache;
-/// The learning rate as a function of the step.
+// The learning rate as a function of the step.
 pub mod schedule;
-/// AdamW over the flat buffer.
+// AdamW over the flat buffer.
 pub mod optimizer;
-/// One optimizer step, on one screen.
+// One optimizer step, on one screen.
 pub mod step;
-/// Texts to embeddings, with a model as it is.
+// Texts to embeddings, with a model as it is.
 pub mod embed;
-/// How good a model is.
+// How good a model is.
 pub mod eval;
-/// Everything a run needs to go on.
+// Everything a run needs to go on.
 pub mod checkpoint;
-/// Model folders that other programs open.
+// Model folders that other programs open.
 pub mod export;
-/// What a run measured, line by line.
+// What a run measured, line by line.
 pub mod metrics;
-/// The same numbers for TensorBoard.
+// The same numbers for TensorBoard.
 pub mod tensorboard;
-/// Bars, or lines where there is no terminal.
+// Bars, or lines where there is no terminal.
 pub mod progress;
-/// A polite request to stop.
+// A polite request to stop.
 pub mod signals;
-/// What is free, and how it is shared out.
+// What is free, and how it is shared out.
 pub mod memory;
-/// What a run will do.
+// What a run will do.
 pub mod plan;
-/// A run, around its steps.
+// A run, around its steps.
 pub mod train;
-/// The commands.
+// The commands.
 pub mod cli;
 
 pub use error::{Error, Result};

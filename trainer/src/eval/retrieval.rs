@@ -4,10 +4,12 @@
 //! document id as a string; a document with the query's own id counts like any other. With rel the query's relevant
 //! documents and hits the k best,
 //!
-//!     accuracy@k   1 if any hit is relevant                 precision@k  |hits ∩ rel| / k
-//!     mrr@k        1 / rank of the first relevant hit       recall@k     |hits ∩ rel| / |rel|
-//!     ndcg@k       Σ 1/log2(rank + 1) over the relevant hits, divided by the same over min(|rel|, k) first ranks
-//!     map@k        Σ precision@rank over the relevant hits, divided by min(|rel|, k)
+//! ```text
+//! accuracy@k   1 if any hit is relevant                 precision@k  |hits ∩ rel| / k
+//! mrr@k        1 / rank of the first relevant hit       recall@k     |hits ∩ rel| / |rel|
+//! ndcg@k       Σ 1/log2(rank + 1) over the relevant hits, divided by the same over min(|rel|, k) first ranks
+//! map@k        Σ precision@rank over the relevant hits, divided by min(|rel|, k)
+//! ```
 //!
 //! each as the mean over the queries. The matrix of all scores (Q, C) never exists: documents are embedded portion by
 //! portion, scored block by block, and each query keeps its 100 best.

@@ -1,6 +1,8 @@
 //! InfoNCE over the candidates of a batch (van den Oord et al. 2018), as sentence-transformers' MultipleNegativesRankingLoss:
 //!
-//!     loss = 1/B Σᵢ ( log Σⱼ exp(qᵢ·dⱼ/τ) − qᵢ·dₚ₍ᵢ₎/τ )
+//! ```text
+//! loss = 1/B Σᵢ ( log Σⱼ exp(qᵢ·dⱼ/τ) − qᵢ·dₚ₍ᵢ₎/τ )
+//! ```
 //!
 //! over j in all documents of the batch, less those known to be positives of the row.
 
