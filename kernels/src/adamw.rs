@@ -2,8 +2,10 @@
 //!
 //! The order of operations is `torch.optim.AdamW`'s, so that runs of both can be compared step by step:
 //!
-//!     p ← p·(1 − lr·decay)    m ← m + (1−β₁)(g − m)    v ← β₂v + (1−β₂)g²
-//!     p ← p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)
+//! ```text
+//! p ← p·(1 − lr·decay)    m ← m + (1−β₁)(g − m)    v ← β₂v + (1−β₂)g²
+//! p ← p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)
+//! ```
 
 use crate::simd::{GRAIN, vectorised};
 use crate::tensor::{expect_shape, read, write};

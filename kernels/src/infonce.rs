@@ -1,7 +1,9 @@
 //! InfoNCE: the cross-entropy of each query's positive among its candidates, and its gradient.
 //!
-//!     s_ij = q_i · c_j    loss_i = log Σ_j exp(scale · s_ij) − scale · s_ip    p: the positive of row i
-//!     dL/ds_ij = weight · scale · (softmax_j − 1[j = p])
+//! ```text
+//! s_ij = q_i · c_j    loss_i = log Σ_j exp(scale · s_ij) − scale · s_ip    p: the positive of row i
+//! dL/ds_ij = weight · scale · (softmax_j − 1[j = p])
+//! ```
 //!
 //! (van den Oord et al., 2018). The similarities exist one tile at a time, with an online log-sum-exp over the
 //! tiles; backward computes them again. All sums are relative to the positive's score: with z_ij =

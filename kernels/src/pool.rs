@@ -1,6 +1,8 @@
 //! Pooling: a sequence's embedding is the mean of some of its rows, then perhaps scaled to length 1.
 //!
-//!     e = x̄ / max(‖x̄‖, 1e-12)        x̄ = 1/|span| Σ x_t over t in the span
+//! ```text
+//! e = x̄ / max(‖x̄‖, 1e-12)        x̄ = 1/|span| Σ x_t over t in the span
+//! ```
 //!
 //! All tokens of a sequence, its first or its last are three choices of spans. The floor is the one of torch's
 //! `normalize`: a row of zeros stays zeros.

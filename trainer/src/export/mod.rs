@@ -59,6 +59,7 @@ pub fn model(
 ) -> Result<()> {
     publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, about)?;
+        sentence_transformers::write_config(draft, source)?;
         put_text(&draft.join("README.md"), &card::text(about, false))?;
         weights::write(draft, tensors, weights::SHARD)
     })
@@ -241,7 +242,8 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("adapter");
         let zeros = Tensor::zeros((1, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let about = About { normalize: false, ..about() };
+        let base = source.path.canonicalize().unwrap().display().to_string();
+        let about = About { normalize: false, base: base.clone(), ..about() };
         adapter(&target, false, &source, &about, &Lora::default(), vec![("q.lora_A.weight".into(), zeros)])
             .unwrap();
         let found = names(&target);
@@ -249,10 +251,10 @@ mod tests {
             found.contains("adapter_config.json") && found.contains("adapter_model.safetensors"),
             "{found:?}"
         );
-        assert!(!found.contains("model.safetensors"), "{found:?}");
+        assert!(!found.contains("model.safetensors") && !found.contains("config.json"), "{found:?}");
         let back = Folder::open(&target).unwrap();
-        assert_eq!(back.normalize, Some(false));
-        assert_eq!(back.adapter.unwrap()["base_model_name_or_path"], "org/name");
+        assert_eq!((back.normalize, &back.config), (Some(false), &source.config));
+        assert_eq!(back.adapter.unwrap()["base_model_name_or_path"], base);
     }
 
     #[test]

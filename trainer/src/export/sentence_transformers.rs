@@ -24,7 +24,7 @@ const TOKENIZER: [&str; 9] = [
     "spiece.model",
 ];
 
-/// Writes everything but weights and model card into `folder`. `source` is the folder that the model was trained from.
+/// Writes everything but weights, model card and `config.json` into `folder`. `source` is the folder that the model was trained from.
 pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()> {
     let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
     if about.normalize {
@@ -49,7 +49,6 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
     });
     put(&folder.join("config_sentence_transformers.json"), &named)?;
 
-    put(&folder.join("config.json"), &encoder_config(source.config.clone()))?;
     for name in TOKENIZER {
         let from = source.path.join(name);
         if from.exists() {
@@ -84,6 +83,12 @@ fn pooling_config(pooling: Pooling, width: usize, include_prompt: bool) -> Value
         "pooling_mode_lasttoken": pooling == Pooling::LastToken,
         "include_prompt": include_prompt,
     })
+}
+
+/// Writes the encoder's `config.json`. Not beside an adapter alone: transformers takes a folder that has one for a whole model,
+/// and does not look for the adapter's base.
+pub(super) fn write_config(folder: &Path, source: &Folder) -> Result<()> {
+    put(&folder.join("config.json"), &encoder_config(source.config.clone()))
 }
 
 /// The encoder's `config.json`: the weights are f32 now, and those of an encoder without a head.

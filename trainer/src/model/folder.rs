@@ -68,14 +68,13 @@ impl Folder {
         let root = stack.as_ref().map_or_else(|| path.to_path_buf(), |stack| stack.transformer.clone());
 
         let adapter = read(&root.join("adapter_config.json"))?;
-        let Some(config) = read::<Value>(&root.join("config.json"))? else {
-            let hint = match &adapter {
-                Some(_) => {
-                    "it holds a LoRA adapter alone; merge it into its base model, or put the base's config.json beside it"
-                }
-                None => "a model folder holds config.json, the tokenizer's files and *.safetensors",
-            };
-            return Err(Error::file(path, format!("has no config.json\nhint: {hint}")));
+        let config = match (read::<Value>(&root.join("config.json"))?, &adapter) {
+            (Some(config), _) => config,
+            (None, Some(adapter)) => base_config(&root, adapter)?,
+            (None, None) => {
+                let hint = "a model folder holds config.json, the tokenizer's files and *.safetensors";
+                return Err(Error::file(path, format!("has no config.json\nhint: {hint}")));
+            }
         };
 
         let encoder = Encoder::open(&root)?;
@@ -297,6 +296,19 @@ struct Named {
 }
 
 /// The JSON file at `path`; None where there is no such file.
+/// The configuration of an adapter's base model. transformers takes a folder with a `config.json` for a whole model, so
+/// those that hold an adapter alone have none.
+fn base_config(folder: &Path, adapter: &Value) -> Result<Value> {
+    let place = folder.join("adapter_config.json");
+    let Some(base) = adapter["base_model_name_or_path"].as_str() else {
+        let message = "lacks `base_model_name_or_path`, the model that the adapter belongs to";
+        return Err(Error::file(place, message));
+    };
+    let base =
+        super::hub::resolve(base).map_err(|error| Error::file(place, format!("its base model: {error}")))?;
+    read(&base.join("config.json"))?.ok_or_else(|| Error::file(base, "has no config.json"))
+}
+
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
@@ -425,7 +437,11 @@ mod tests {
             ),
             (&[("modules.json", LEGACY)], "1_Pooling/config.json: no such file"),
             (&[("modules.json", "[{")], "modules.json: malformed"),
-            (&[("adapter_config.json", "{}")], "LoRA adapter alone"),
+            (&[("adapter_config.json", "{}")], "lacks `base_model_name_or_path`"),
+            (
+                &[("adapter_config.json", r#"{"base_model_name_or_path": "/no/such"}"#)],
+                "adapter_config.json: its base model: /no/such: no such model folder",
+            ),
             (&[], "has no config.json"),
             (
                 &[("config.json", "{}"), ("config_sentence_transformers.json", r#"{"truncate_dim": 64}"#)],
