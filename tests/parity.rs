@@ -7,6 +7,7 @@ use trainer::config;
 use trainer::data::batch::Sequence;
 use trainer::model::chunk::Chunk;
 use trainer::model::params::Gradients;
+use trainer::model::pass::Keep;
 use trainer::model::{Folder, Model, Options};
 use trainer::train::Run;
 
@@ -37,7 +38,7 @@ fn embeddings_and_gradients(name: &str, adapted: bool) {
     let sequences = sequences(name);
     let members = (0..sequences.len()).collect();
     let chunk = Chunk::pack(&sequences, members, model.pooling()).unwrap();
-    let (embeddings, tape) = model.forward(&chunk, None, true).unwrap();
+    let (embeddings, tape) = model.forward(&chunk, None, Keep::Whole).unwrap();
     let error = relative_error(&embeddings, &golden[&format!("{prefix}embeddings")]);
     assert!(error < CLOSE, "{name}: embeddings differ by {error:e}");
 

@@ -11,7 +11,7 @@ use crate::Result;
 use crate::data::batch::Sequence;
 use crate::model::chunk::{self, Chunk, Limit};
 use crate::model::params::Gradients;
-use crate::model::pass::Noise;
+use crate::model::pass::{Keep, Noise};
 use crate::model::{Model, Tape};
 
 /// How a batch is cut and how much of it is kept.
@@ -39,18 +39,19 @@ pub fn encode(
     noise: Option<Noise>,
 ) -> Result<(Tensor, Encoded)> {
     let cuts = chunk::cut(sequences, members, budget.chunk);
-    let kept = kept(&cuts, sequences, budget.tapes, model.tape_bytes_per_token());
+    let [inputs, whole] = [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep));
+    let keeps = share(&cuts, sequences, budget.tapes, inputs, whole);
     let mut chunks = Vec::with_capacity(cuts.len());
     let mut embeddings = Vec::with_capacity(cuts.len());
     let mut place = vec![0u32; sequences.len()];
     let mut placed = 0;
-    for (n, cut) in cuts.into_iter().enumerate() {
+    for (cut, keep) in cuts.into_iter().zip(keeps) {
         let chunk = Chunk::pack(sequences, cut, model.pooling())?;
         for &member in &chunk.members {
             place[member] = placed;
             placed += 1;
         }
-        let (e, tape) = model.forward(&chunk, noise, n >= kept)?;
+        let (e, tape) = model.forward(&chunk, noise, keep)?;
         embeddings.push(e);
         chunks.push((chunk, tape));
     }
@@ -80,19 +81,22 @@ impl Encoded {
     }
 }
 
-/// The first chunk that keeps its tape: the last ones do, as many as fit, because they are the first to run backward.
-fn kept(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, per_token: usize) -> usize {
+/// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. The last chunks
+/// keep something first, because they are the first to run backward, and inputs come first, because they spare most a byte.
+fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, inputs: usize, whole: usize) -> Vec<Keep> {
+    let mut keeps = vec![Keep::Nothing; cuts.len()];
     let mut left = bytes;
-    let mut first = cuts.len();
-    for cut in cuts.iter().rev() {
-        let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
-        match left.checked_sub((tokens * per_token) as u64) {
-            Some(rest) => left = rest,
-            None => break,
+    for (keep, price) in [(Keep::Inputs, inputs), (Keep::Whole, whole - inputs)] {
+        for (n, cut) in cuts.iter().enumerate().rev() {
+            let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
+            match left.checked_sub((tokens * price) as u64) {
+                Some(rest) => left = rest,
+                None => return keeps,
+            }
+            keeps[n] = keep;
         }
-        first -= 1;
     }
-    first
+    keeps
 }
 
 #[cfg(test)]
@@ -101,10 +105,16 @@ mod tests {
 
     #[test]
     fn the_last_chunks_keep_their_tapes_as_long_as_they_fit() {
+        use Keep::{Inputs, Nothing, Whole};
         let sequences: Vec<Sequence> =
             [4, 3, 2, 1].iter().map(|&n| Sequence { ids: vec![0; n], skip: 0 }).collect();
-        let cuts = [vec![0], vec![1], vec![2, 3]];
-        let kept = |bytes| super::kept(&cuts, &sequences, bytes, 10);
-        assert_eq!([kept(0), kept(29), kept(30), kept(59), kept(60), kept(100)], [3, 3, 2, 2, 1, 0]);
+        let cuts = [vec![0], vec![1], vec![2, 3]]; // of 4, 3 and 3 tokens
+        let keeps = |bytes| super::share(&cuts, &sequences, bytes, 10, 15);
+        assert_eq!(keeps(29), [Nothing; 3]);
+        assert_eq!(keeps(30), [Nothing, Nothing, Inputs]);
+        assert_eq!(keeps(99), [Nothing, Inputs, Inputs]);
+        assert_eq!(keeps(114), [Inputs; 3]);
+        assert_eq!(keeps(115), [Inputs, Inputs, Whole]);
+        assert_eq!(keeps(150), [Whole; 3]);
     }
 }

@@ -16,6 +16,7 @@ use crate::eval::EvalSet;
 use crate::gradcache::Budget;
 use crate::memory::{self, readable};
 use crate::model::chunk::Limit;
+use crate::model::pass::Keep;
 use crate::model::{Folder, Model, Options, hub};
 use crate::schedule::Schedule;
 use crate::{Error, Result};
@@ -82,7 +83,11 @@ pub struct Cost {
 }
 
 /// Chunks of this many tokens keep a layer's activations in the caches of a CPU and its matrix products efficient.
-const CPU_CHUNK: usize = 2048;
+const CPU_CHUNK: usize = 1024;
+
+/// Bytes of tapes that a run keeps where nothing else is said, or half as much again as parameters and moments take: beyond that
+/// a tenth more speed costs as much memory as all the rest.
+const CPU_TAPES: u64 = 512 << 20;
 
 impl Plan {
     /// Resolves and checks a configuration.
@@ -246,7 +251,7 @@ fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Bud
     let (elements, trained) = (model.elements(), model.flat().len());
     // f32 each; gradients and two moments for what is trained
     let state = 4 * (elements as u64 + 3 * trained as u64);
-    let tape = model.tape_bytes_per_token() as u64;
+    let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
         (Some(tokens), _) => Limit::Tokens(tokens),
@@ -258,7 +263,8 @@ fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Bud
         Limit::Tokens(limit) => tape * (limit as f64).min(tokens) as u64,
         Limit::Sequences(_) => 0,
     };
-    let kept = training.tape_memory.map_or(free.saturating_sub(2 * of_chunk), |bytes| bytes.0);
+    let most = CPU_TAPES.max(state / 2 * 3);
+    let kept = training.tape_memory.map_or(free.saturating_sub(2 * of_chunk).min(most), |bytes| bytes.0);
     let all = (tokens * tape as f64) as u64;
     let activations = of_chunk + kept.min(all);
     (Budget { chunk, tapes: kept }, Cost { elements, trained, tokens, state, activations, available })

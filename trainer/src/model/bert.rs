@@ -7,7 +7,7 @@ use kernels::{dropout, embedding, norm};
 
 use super::linear::{self, Linear};
 use super::params::{Gradients, Parameter, Visit};
-use super::pass::{Pass, SITES};
+use super::pass::{Keep, Pass, SITES};
 use super::settings::Settings;
 use super::weights::{Init, Weights};
 use crate::Result;
@@ -66,19 +66,26 @@ pub struct Tape {
     layers: Vec<LayerTape>,
 }
 
-/// Norms' outputs and the activation's are computed again from what is kept here, in one pass over memory each.
+/// Norms' outputs and the activation's are computed again from what is kept here, in one pass over memory each; a layer's input
+/// is the output of the norm below it.
 #[derive(Debug)]
 struct LayerTape {
-    x: Tensor,       // (T, D)
+    inside: Option<Inside>,
+    norm: norm::Tape,
+    down: linear::Tape,
+}
+
+/// What a layer's output is made of.
+#[derive(Debug)]
+struct Inside {
     q: Tensor,       // (T, D)
     k: Tensor,       // (T, D)
     v: Tensor,       // (T, D)
     o: Tensor,       // (T, D)
     log_sum: Tensor, // (H, T)
-    u: Tensor,       // (T, F)
     attention_norm: norm::Tape,
-    norm: norm::Tape,
-    adapters: [linear::Tape; 6],
+    u: Tensor, // (T, F)
+    adapters: [linear::Tape; 5],
 }
 
 impl Shape {
@@ -163,7 +170,7 @@ impl Bert {
     }
 
     /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         let tables = embedding::Tables {
             word: self.word.value(),
             position: Some(self.position.value()),
@@ -175,20 +182,18 @@ impl Bert {
         let mut x = drop(x, pass, self.shape.dropout.0, self.dropout_site())?;
         let mut layers = Vec::new();
         for layer in &self.layers {
-            let (y, tape) = layer.forward(x, pass, &self.shape)?;
+            let (y, tape) = layer.forward(x, pass, &self.shape, keep)?;
             x = y;
-            if keep {
-                layers.push(tape);
-            }
+            layers.extend(tape);
         }
-        Ok((x, keep.then_some(Tape { embedding, layers })))
+        Ok((x, (keep > Keep::Nothing).then_some(Tape { embedding, layers })))
     }
 
     /// d(hidden states) (T, D) → the gradients of everything trained.
     pub fn backward(
         &self,
         ids: &Tensor,
-        tape: Tape,
+        mut tape: Tape,
         dy: Tensor,
         pass: &Pass,
         gradients: &Gradients,
@@ -196,9 +201,15 @@ impl Bert {
         let tables = [&self.word, &self.position, &self.kind];
         let below = tables.iter().any(|p| p.slot().is_some()) || self.norm.trained();
         let mut dx = Some(dy);
-        for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
-            let Some(dy) = dx.take() else { break };
-            dx = layer.backward(tape, dy, l > 0 || below, pass, gradients, &self.shape)?;
+        for (l, layer) in self.layers.iter().enumerate().rev() {
+            let (Some(dy), Some(own)) = (dx.take(), tape.layers.pop()) else { break };
+            let x = match tape.layers.last() {
+                Some(tape) => self.layers[l - 1].norm.again(&tape.norm)?,
+                None => {
+                    drop(self.norm.again(&tape.embedding)?, pass, self.shape.dropout.0, self.dropout_site())?
+                }
+            };
+            dx = layer.backward(&x, own, dy, l > 0 || below, pass, gradients, &self.shape)?;
         }
         if let (true, Some(dx)) = (below, dx) {
             let dx = drop(dx, pass, self.shape.dropout.0, self.dropout_site())?;
@@ -210,11 +221,18 @@ impl Bert {
         Ok(())
     }
 
-    /// Bytes of tape that one token of a text of typical length leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
+    /// Bytes of tape that one token leaves.
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         let Shape { layers, width, inner, heads, .. } = self.shape;
-        // x, q, k, v, o and the sums of two norms; u; log-sum-exp; mean and deviation of two norms
-        4 * (layers * (7 * width + inner + heads + 4) + width + 2)
+        // a norm's sum, mean and deviation
+        let inputs = (layers + 1) * (width + 2);
+        // q, k, v, o, log-sum-exp; another norm; u
+        let inside = layers * (5 * width + heads + 2 + inner);
+        4 * match keep {
+            Keep::Nothing => 0,
+            Keep::Inputs => inputs,
+            Keep::Whole => inputs + inside,
+        }
     }
 
     /// Parameters, in the order of the checkpoint.
@@ -265,26 +283,41 @@ impl Bert {
 }
 
 impl Layer {
-    fn forward(&self, x: Tensor, pass: &Pass, shape: &Shape) -> Result<(Tensor, LayerTape)> {
-        let (q, q_tape) = self.query.forward(&x, pass)?; // (T, D)
-        let (k, k_tape) = self.key.forward(&x, pass)?;
-        let (v, v_tape) = self.value.forward(&x, pass)?;
+    fn forward(
+        &self,
+        x: Tensor,
+        pass: &Pass,
+        shape: &Shape,
+        keep: Keep,
+    ) -> Result<(Tensor, Option<LayerTape>)> {
+        let (inside, z) = self.inside(&x, pass, shape)?;
+        let h = activation::forward(&inside.u, shape.activation)?;
+        let inside = (keep == Keep::Whole).then_some(inside);
+        let (d, down) = self.down.forward(&h, pass)?; // (T, D)
+        let d = drop(d, pass, shape.dropout.0, self.site + 8)?;
+        let (y, norm) = self.norm.forward(&d, Some(&z))?;
+        Ok((y, (keep > Keep::Nothing).then_some(LayerTape { inside, norm, down })))
+    }
+
+    /// All but the last product, and z (T, D), the feed-forward layer's input.
+    fn inside(&self, x: &Tensor, pass: &Pass, shape: &Shape) -> Result<(Inside, Tensor)> {
+        let (q, (k, v)) = rayon::join(
+            || self.query.forward(x, pass),
+            || rayon::join(|| self.key.forward(x, pass), || self.value.forward(x, pass)),
+        );
+        let ((q, q_tape), (k, k_tape), (v, v_tape)) = (q?, k?, v?); // (T, D)
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(pass, shape))?;
         let (a, o_tape) = self.output.forward(&o, pass)?;
         let a = drop(a, pass, shape.dropout.0, self.site + 7)?;
-        let (z, attention_norm) = self.attention_norm.forward(&a, Some(&x))?;
-
+        let (z, attention_norm) = self.attention_norm.forward(&a, Some(x))?;
         let (u, u_tape) = self.up.forward(&z, pass)?; // (T, F)
-        let h = activation::forward(&u, shape.activation)?;
-        let (d, d_tape) = self.down.forward(&h, pass)?; // (T, D)
-        let d = drop(d, pass, shape.dropout.0, self.site + 8)?;
-        let (y, norm) = self.norm.forward(&d, Some(&z))?;
-        let adapters = [q_tape, k_tape, v_tape, o_tape, u_tape, d_tape];
-        Ok((y, LayerTape { x, q, k, v, o, log_sum, u, attention_norm, norm, adapters }))
+        let adapters = [q_tape, k_tape, v_tape, o_tape, u_tape];
+        Ok((Inside { q, k, v, o, log_sum, attention_norm, u, adapters }, z))
     }
 
     fn backward(
         &self,
+        x: &Tensor,
         tape: LayerTape,
         dy: Tensor,
         below: bool,
@@ -292,38 +325,37 @@ impl Layer {
         gradients: &Gradients,
         shape: &Shape,
     ) -> Result<Option<Tensor>> {
-        let [q_tape, k_tape, v_tape, o_tape, u_tape, d_tape] = &tape.adapters;
+        let (inside, z) = match tape.inside {
+            Some(inside) => {
+                let z = self.attention_norm.again(&inside.attention_norm)?;
+                (inside, z)
+            }
+            None => self.inside(x, pass, shape)?,
+        };
+        let Inside { q, k, v, o, log_sum, attention_norm, u, adapters } = inside;
+        let [q_tape, k_tape, v_tape, o_tape, u_tape] = &adapters;
         let dz = self.norm.backward(&tape.norm, &dy, gradients)?; // of the residual, and of what was added to it
         let dd = drop(dz.clone(), pass, shape.dropout.0, self.site + 8)?;
-        let h = activation::forward(&tape.u, shape.activation)?;
-        let dh = self.down.backward(&h, d_tape, &dd, None, pass, gradients)?;
-        let du = activation::backward(&tape.u, &dh, shape.activation)?;
-        let z = self.attention_norm.again(&tape.attention_norm)?;
+        let h = activation::forward(&u, shape.activation)?;
+        let dh = self.down.backward(&h, &tape.down, &dd, None, pass, gradients)?;
+        let du = activation::backward(&u, &dh, shape.activation)?;
         let dz = self.up.backward(&z, u_tape, &du, Some(dz), pass, gradients)?;
 
-        let dx = self.attention_norm.backward(&tape.attention_norm, &dz, gradients)?;
+        let dx = self.attention_norm.backward(&attention_norm, &dz, gradients)?;
         let da = drop(dx.clone(), pass, shape.dropout.0, self.site + 7)?;
-        let d_o = self.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
-        let (dq, dk, dv) = attention::backward(
-            &tape.q,
-            &tape.k,
-            &tape.v,
-            &tape.o,
-            &tape.log_sum,
-            &d_o,
-            pass.packing,
-            &self.attention(pass, shape),
-        )?;
+        let d_o = self.output.backward(&o, o_tape, &da, None, pass, gradients)?;
+        let attention = self.attention(pass, shape);
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
         let inputs = [(&self.query, q_tape, dq), (&self.key, k_tape, dk), (&self.value, v_tape, dv)];
         if !below {
             for (linear, tape_of, d) in inputs {
-                linear.backward_parameters(&tape.x, tape_of, &d, None, pass, gradients)?;
+                linear.backward_parameters(x, tape_of, &d, None, pass, gradients)?;
             }
             return Ok(None);
         }
         let mut dx = dx;
         for (linear, tape_of, d) in inputs {
-            dx = linear.backward(&tape.x, tape_of, &d, Some(dx), pass, gradients)?;
+            dx = linear.backward(x, tape_of, &d, Some(dx), pass, gradients)?;
         }
         Ok(Some(dx))
     }

@@ -8,7 +8,7 @@ use kernels::{embedding, norm, rope};
 
 use super::linear::{self, Linear};
 use super::params::{Gradients, Parameter, Visit};
-use super::pass::{Pass, SITES};
+use super::pass::{Keep, Pass, SITES};
 use super::settings::Settings;
 use super::weights::{Init, Weights};
 use crate::Result;
@@ -66,6 +66,13 @@ pub struct Tape {
 #[derive(Debug)]
 struct LayerTape {
     attention_norm: norm::Tape,
+    inside: Option<Inside>,
+    down: linear::Tape,
+}
+
+/// What a layer adds to the stream is made of.
+#[derive(Debug)]
+struct Inside {
     q: Tensor,       // (T, H*K) rotated
     k: Tensor,       // (T, G*K) rotated
     v: Tensor,       // (T, G*K)
@@ -74,7 +81,7 @@ struct LayerTape {
     norm: norm::Tape,
     gate: Tensor, // (T, F)
     up: Tensor,   // (T, F)
-    adapters: [linear::Tape; 7],
+    adapters: [linear::Tape; 6],
 }
 
 /// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
@@ -174,20 +181,18 @@ impl Decoder {
     }
 
     /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         let tables =
             embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
         let mut stream = Stream { residual: None, addition: embedding::forward(ids, pass.packing, &tables)? };
         let mut layers = Vec::new();
         for layer in &self.layers {
-            let (next, tape) = self.forward_layer(layer, stream, pass)?;
+            let (next, tape) = self.forward_layer(layer, stream, pass, keep)?;
             stream = next;
-            if keep {
-                layers.push(tape);
-            }
+            layers.extend(tape);
         }
         let (y, norm) = self.normalise(&self.norm, &stream)?;
-        Ok((y, keep.then_some(Tape { layers, norm })))
+        Ok((y, (keep > Keep::Nothing).then_some(Tape { layers, norm })))
     }
 
     /// d(hidden states) (T, D) → the gradients of everything trained.
@@ -211,8 +216,25 @@ impl Decoder {
         Ok(())
     }
 
-    fn forward_layer(&self, layer: &Layer, stream: Stream, pass: &Pass) -> Result<(Stream, LayerTape)> {
+    fn forward_layer(
+        &self,
+        layer: &Layer,
+        stream: Stream,
+        pass: &Pass,
+        keep: Keep,
+    ) -> Result<(Stream, Option<LayerTape>)> {
         let (y, attention_norm) = self.normalise(&layer.attention_norm, &stream)?;
+        let inside = self.inside(layer, y, &attention_norm, pass)?;
+        let h = activation::gated(&inside.gate, &inside.up, self.shape.activation)?;
+        let residual = Some(inside.norm.sum.clone());
+        let inside = (keep == Keep::Whole).then_some(inside);
+        let (d, down) = layer.down.forward(&h, pass)?; // (T, D)
+        let tape = LayerTape { attention_norm, inside, down };
+        Ok((Stream { residual, addition: d }, (keep > Keep::Nothing).then_some(tape)))
+    }
+
+    /// All but the last product, from y (T, D), the output of the layer's first norm.
+    fn inside(&self, layer: &Layer, y: Tensor, stream: &norm::Tape, pass: &Pass) -> Result<Inside> {
         let (q, q_tape) = layer.query.forward(&y, pass)?; // (T, H*K)
         let (k, k_tape) = layer.key.forward(&y, pass)?; // (T, G*K)
         let (v, v_tape) = layer.value.forward(&y, pass)?; // (T, G*K)
@@ -221,15 +243,12 @@ impl Decoder {
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
 
-        let stream = Stream { residual: Some(attention_norm.sum.clone()), addition: a };
+        let stream = Stream { residual: Some(stream.sum.clone()), addition: a };
         let (z, norm) = self.normalise(&layer.norm, &stream)?;
         let (gate, gate_tape) = layer.gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = layer.up.forward(&z, pass)?; // (T, F)
-        let h = activation::gated(&gate, &up, self.shape.activation)?;
-        let (d, d_tape) = layer.down.forward(&h, pass)?; // (T, D)
-        let stream = Stream { residual: Some(norm.sum.clone()), addition: d };
-        let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape];
-        Ok((stream, LayerTape { attention_norm, q, k, v, o, log_sum, norm, gate, up, adapters }))
+        let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
+        Ok(Inside { q, k, v, o, log_sum, norm, gate, up, adapters })
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -242,22 +261,26 @@ impl Decoder {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Option<Tensor>> {
-        let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape] = &tape.adapters;
-        let h = activation::gated(&tape.gate, &tape.up, self.shape.activation)?;
-        let dh = layer.down.backward(&h, d_tape, &ds, None, pass, gradients)?;
-        let (dgate, dup) = activation::gated_backward(&tape.gate, &tape.up, &dh, self.shape.activation)?;
-        let z = norm::rms_norm_again(&tape.norm, layer.norm.value())?;
+        let y = norm::rms_norm_again(&tape.attention_norm, layer.attention_norm.value())?;
+        let inside = match tape.inside {
+            Some(inside) => inside,
+            None => self.inside(layer, y.clone(), &tape.attention_norm, pass)?,
+        };
+        let Inside { q, k, v, o, log_sum, norm, gate, up, adapters } = inside;
+        let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape] = &adapters;
+        let h = activation::gated(&gate, &up, self.shape.activation)?;
+        let dh = layer.down.backward(&h, &tape.down, &ds, None, pass, gradients)?;
+        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, self.shape.activation)?;
+        let z = norm::rms_norm_again(&norm, layer.norm.value())?;
         let dz = layer.gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
         let dz = layer.up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = self.backward_norm(&layer.norm, &tape.norm, &dz, Some(&ds), gradients)?;
+        let ds = self.backward_norm(&layer.norm, &norm, &dz, Some(&ds), gradients)?;
 
-        let d_o = layer.output.backward(&tape.o, o_tape, &ds, None, pass, gradients)?;
+        let d_o = layer.output.backward(&o, o_tape, &ds, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
-        let (q, k, v, o) = (&tape.q, &tape.k, &tape.v, &tape.o);
-        let (dq, dk, dv) = attention::backward(q, k, v, o, &tape.log_sum, &d_o, pass.packing, &attention)?;
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
         let dq = rope::backward(&dq, pass.packing, &self.rope)?;
         let dk = rope::backward(&dk, pass.packing, &self.rope)?;
-        let y = norm::rms_norm_again(&tape.attention_norm, layer.attention_norm.value())?;
         if !below && layer.attention_norm.slot().is_none() {
             for (linear, tape, d) in
                 [(&layer.query, q_tape, dq), (&layer.key, k_tape, dk), (&layer.value, v_tape, dv)]
@@ -302,11 +325,17 @@ impl Decoder {
     }
 
     /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         let Shape { layers, width, inner, heads, kv_heads, head_width, .. } = self.shape;
-        // the sums of two norms; q and o; k and v; gate and up; log-sum-exp; deviations of two norms
-        let layer = 2 * width + 2 * heads * head_width + 2 * kv_heads * head_width + 2 * inner + heads + 2;
-        4 * (layers * layer + width + 1)
+        // a norm's sum and deviation
+        let inputs = (layers + 1) * (width + 1);
+        // q and o; k and v; log-sum-exp; another norm; gate and up
+        let inside = 2 * heads * head_width + 2 * kv_heads * head_width + heads + width + 1 + 2 * inner;
+        4 * match keep {
+            Keep::Nothing => 0,
+            Keep::Inputs => inputs,
+            Keep::Whole => inputs + layers * inside,
+        }
     }
 
     /// Parameters, in the order of the checkpoint.

@@ -6,7 +6,7 @@ use super::bert::{self, Bert};
 use super::decoder::{self, Decoder};
 use super::linear::Linear;
 use super::params::{Gradients, Visit};
-use super::pass::Pass;
+use super::pass::{Keep, Pass};
 use super::settings::Settings;
 use super::weights::Weights;
 use crate::Result;
@@ -55,8 +55,8 @@ impl Encoder {
         }
     }
 
-    /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         match self {
             Self::Bert(encoder) => {
                 let (x, tape) = encoder.forward(ids, pass, keep)?;
@@ -126,10 +126,10 @@ impl Encoder {
     }
 
     /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         match self {
-            Self::Bert(encoder) => encoder.tape_bytes_per_token(),
-            Self::Decoder(encoder) => encoder.tape_bytes_per_token(),
+            Self::Bert(encoder) => encoder.tape_bytes_per_token(keep),
+            Self::Decoder(encoder) => encoder.tape_bytes_per_token(keep),
         }
     }
 }

@@ -26,7 +26,7 @@ use self::chunk::{Chunk, Limit};
 use self::encoder::Encoder;
 pub use self::folder::{Folder, Pooling};
 use self::params::{Flat, Gradients, Parameter};
-use self::pass::{Noise, Pass};
+use self::pass::{Keep, Noise, Pass};
 use self::settings::Settings;
 use self::weights::Weights;
 use crate::config;
@@ -118,7 +118,7 @@ impl Model {
     }
 
     /// A chunk → its embeddings (N, D), and the tape if it is to be kept. Without `noise` nothing is dropped.
-    pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+    pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         let pass = Pass { packing: &chunk.packing, noise };
         let (x, tape) = self.encoder.forward(&chunk.ids, &pass, keep)?; // (T, D)
         let (embeddings, norms) = pool::forward(&x, &chunk.spans, self.normalize)?;
@@ -128,7 +128,7 @@ impl Model {
 
     /// The tape of a chunk whose embeddings are known already.
     pub fn record(&self, chunk: &Chunk, noise: Option<Noise>) -> Result<Tape> {
-        match self.forward(chunk, noise, true)? {
+        match self.forward(chunk, noise, Keep::Whole)? {
             (_, Some(tape)) => Ok(tape),
             (_, None) => Err(Error::Usage("a pass that keeps its tape returned none".to_owned())),
         }
@@ -157,7 +157,7 @@ impl Model {
         let members: Vec<usize> = (0..sequences.len()).collect();
         for cut in chunk::cut(sequences, &members, Limit::Tokens(chunk_tokens)) {
             let chunk = Chunk::pack(sequences, cut, self.pooling)?;
-            let (embeddings, _) = self.forward(&chunk, None, false)?;
+            let (embeddings, _) = self.forward(&chunk, None, Keep::Nothing)?;
             for (&member, row) in chunk.members.iter().zip(embeddings.to_vec2::<f32>()?) {
                 all[member * width..][..width].copy_from_slice(&row);
             }
@@ -211,8 +211,8 @@ impl Model {
     }
 
     /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
-        self.encoder.tape_bytes_per_token()
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
+        self.encoder.tape_bytes_per_token(keep)
     }
 
     /// The adapters' tensors by name, as PEFT names them after `base_model.model.`.

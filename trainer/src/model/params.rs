@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use kernels::adamw;
 
 use crate::{Error, Result};
 
@@ -186,7 +187,7 @@ impl Gradients {
 
     /// Forgets the last step's.
     pub fn clear(&self) -> Result<()> {
-        Ok(self.flat.zero_set()?)
+        Ok(adamw::clear(&self.flat)?)
     }
 
     /// The place for one parameter's gradient, in its shape; none if it is frozen.

@@ -31,3 +31,15 @@ impl Pass<'_> {
         Some(Dropout { p, seed, step, site })
     }
 }
+
+/// What a forward pass leaves for its backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Keep {
+    /// Nothing: no backward pass follows, or it starts with a forward pass of its own.
+    Nothing,
+    /// What goes from layer to layer: backward computes the rest of a layer again, all but its last product. A float a token spares
+    /// four times the work here that it spares anywhere inside of a layer.
+    Inputs,
+    /// All that a matrix product or attention would have to compute again.
+    Whole,
+}
