@@ -3,7 +3,8 @@
 
     mixture.py --data ../shared/data --output data/mixture [--rows qa-medquad=600 …]
 
-    OUTPUT/train.jsonl           query, positive, source; shuffled by --seed, no query and no positive twice
+    OUTPUT/train.jsonl           query, positive, source; no query and no positive twice; runs of --batch rows of one source, in an
+                                 order drawn from --seed: rows of one source are the harder negatives of one another
     OUTPUT/xquad-{en,de}/        BEIR folders: the distinct paragraphs are the corpus, every question a query
 
 The rows stand in the order in which any trainer is to take them, so that two trainers see the same batches.
@@ -70,22 +71,23 @@ def sources(data):
     }
 
 
-def mixture(data, counts, seed):
+def mixture(data, counts, batch, seed):
     pick = random.Random(seed)
-    seen, rows = set(), []
+    seen, batches = set(), []
     for source, found in sources(data).items():
         pick.shuffle(found)
-        taken = 0
+        rows = []
         for query, positive in found:
-            if taken == counts[source]:
+            if len(rows) == counts[source]:
                 break
             if query in seen or positive in seen:
                 continue
             seen.update((query, positive))
             rows.append({"query": query, "positive": positive, "source": source})
-            taken += 1
-    pick.shuffle(rows)
-    return rows
+        # What does not fill a batch is left out: a short one among the others would shift all that follow.
+        batches += [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
+    pick.shuffle(batches)
+    return [row for rows in batches for row in rows]
 
 
 def write(path, rows):
@@ -109,12 +111,13 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", nargs="*", default=[], metavar="SOURCE=COUNT", help=f"default: {ROWS}")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     counts = ROWS | {name: int(count) for name, count in (item.split("=") for item in args.rows)}
     if unknown := counts.keys() - ROWS.keys():
         parser.error(f"unknown source {', '.join(sorted(unknown))}; known: {', '.join(ROWS)}")
-    rows = mixture(args.data, counts, args.seed)
+    rows = mixture(args.data, counts, args.batch, args.seed)
     write(args.output / "train.jsonl", rows)
     for language in ("en", "de"):
         write_retrieval(pairs(args.data / "qa-xquad" / f"pairs.{language}.jsonl"), args.output / f"xquad-{language}")
