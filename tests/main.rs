@@ -18,3 +18,5 @@ mod gradcache;
 mod parity;
 // A run that was stopped goes on as if it had not been.
 mod resume;
+// Ranks change how long a run takes, never what it computes.
+mod world;

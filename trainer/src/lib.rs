@@ -10,6 +10,8 @@ pub mod data;
 pub mod model;
 // Embeddings in, loss and gradient out.
 pub mod loss;
+// Signs of life, for those who wait.
+pub mod pulse;
 // The ranks of a run.
 pub mod comm;
 // A batch of any size in the memory of a chunk.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::checkpoint::{Identity, State};
 use crate::config::{self, Config};
 use crate::data::batch::Cursor;
-use crate::data::builder::{self, Builder};
+use crate::data::builder::{self, Builder, Part};
 use crate::data::loader::Loader;
 use crate::data::mixture::Mixture;
 use crate::data::tokenize::Tokenizer;
@@ -18,7 +18,7 @@ use crate::memory::{self, readable};
 use crate::model::chunk::Limit;
 use crate::model::{Folder, Model, Options, hub};
 use crate::schedule::Schedule;
-use crate::{Error, Result};
+use crate::{Error, Result, comm};
 
 /// A run, ready to be started or only to be looked at.
 pub struct Plan {
@@ -127,7 +127,8 @@ impl Plan {
             })
             .collect::<Result<Vec<_>>>()?;
         let tokens = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
-        let (budget, cost) = share_memory(&config.training, &model, tokens);
+        let local_ranks = comm::place()?.map_or(1, |place| place.local_size);
+        let (budget, cost) = share_memory(&config.training, &model, tokens, local_ranks);
         let embed_tokens = CPU_CHUNK.max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
         Ok(Self {
@@ -161,14 +162,15 @@ impl Plan {
         }
     }
 
-    /// The batches from where `state` stands to the end of the run.
-    pub fn batches(&self, state: &State) -> Result<Loader> {
+    /// The batches from where `state` stands to the end of the run, tokenised in part.
+    pub fn batches(&self, state: &State, part: Part) -> Result<Loader> {
         Loader::start(
             Arc::clone(&self.mixture),
             Arc::clone(&self.tokenizer),
             batch_options(&self.config, &self.folder, self.lengths),
             state.cursor.clone(),
             self.steps - state.step,
+            part,
         )
     }
 
@@ -241,11 +243,16 @@ fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -
 }
 
 /// Parameters and moments first, then a chunk, then as many tapes as fit.
-fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Budget, Cost) {
-    let available = memory::available();
+fn share_memory(
+    training: &config::Training,
+    model: &Model,
+    tokens: f64,
+    local_ranks: usize,
+) -> (Budget, Cost) {
+    let available = memory::available() / local_ranks as u64;
     let (elements, trained) = (model.elements(), model.flat().len());
-    // f32 each; gradients and two moments for what is trained
-    let state = 4 * (elements as u64 + 3 * trained as u64);
+    // f32 each; gradients, two moments, and a checkpoint's snapshot for what is trained
+    let state = 4 * (elements as u64 + 6 * trained as u64);
     let tape = model.tape_bytes_per_token() as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
