@@ -14,6 +14,8 @@ mod export;
 mod faults;
 // How a batch is cut, ordered and kept changes nothing.
 mod gradcache;
+// The same under mpirun.
+mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
 // A run that was stopped goes on as if it had not been.

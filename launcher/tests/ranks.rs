@@ -224,3 +224,47 @@ fn a_node_without_the_runs_secret_is_turned_away() {
     kill(first.id(), Signal::TERM);
     first.wait().unwrap();
 }
+
+/// With adapters and dropout everywhere, so that a rank more or less would show.
+fn adapted(folder: &Path) {
+    let config = configuration(folder, 12);
+    let text =
+        fs::read_to_string(&config).unwrap().replace("max_query_length", "dropout: 0.1, max_query_length");
+    let rows = text.replace("rows.jsonl}]", "rows.jsonl}], negatives: 2");
+    fs::write(&config, rows + "lora: {rank: 4, alpha: 8, dropout: 0.1}\n").unwrap();
+}
+
+#[test]
+fn another_number_of_ranks_goes_on_with_the_same_run() {
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    adapted(whole.path());
+    done(&launch(&["--quiet"]).arg(whole.path().join("tiny.yaml")).output().unwrap());
+    adapted(parts.path());
+    let start = |ranks: &str| {
+        let mut command = launch(&["--quiet", "--resume", "--cpus", ranks]);
+        command.arg(parts.path().join("tiny.yaml")).spawn().unwrap()
+    };
+    for (ranks, step) in [("4", 13), ("2", 45)] {
+        let mut run = start(ranks);
+        wait_for_step(parts.path(), step, &mut run);
+        kill(run.id(), Signal::TERM);
+        let output = run.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(143), "{}", said(&output));
+    }
+    done(&start("3").wait_with_output().unwrap());
+    same_losses(&losses(parts.path()), &losses(whole.path()));
+    let adapter = |folder: &Path| {
+        let path = folder.join("run/model/adapter_model.safetensors");
+        let tensors = candle_core::safetensors::load(path, &candle_core::Device::Cpu).unwrap();
+        let mut names: Vec<String> = tensors.keys().cloned().collect();
+        names.sort();
+        names
+            .iter()
+            .flat_map(|name| tensors[name].flatten_all().unwrap().to_vec1::<f32>().unwrap())
+            .collect::<Vec<_>>()
+    };
+    let (a, b) = (adapter(parts.path()), adapter(whole.path()));
+    let norm = |of: &dyn Fn(usize) -> f32| (0..b.len()).map(|i| f64::from(of(i)).powi(2)).sum::<f64>().sqrt();
+    let error = norm(&|i| a[i] - b[i]) / norm(&|i| b[i]);
+    assert!(a.len() == b.len() && error < 1e-5, "the adapter differs by {error:e}");
+}

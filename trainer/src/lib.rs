@@ -40,6 +40,8 @@ pub mod progress;
 pub mod signals;
 // What is free, and how it is shared out.
 pub mod memory;
+// What more ranks would make of a run.
+pub mod scaling;
 // What a run will do.
 pub mod plan;
 // A run, around its steps.

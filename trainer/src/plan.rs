@@ -17,6 +17,7 @@ use crate::gradcache::Budget;
 use crate::memory::{self, readable};
 use crate::model::chunk::Limit;
 use crate::model::{Folder, Model, Options, hub};
+use crate::scaling::Load;
 use crate::schedule::Schedule;
 use crate::{Error, Result, comm};
 
@@ -44,6 +45,8 @@ pub struct Plan {
     pub embed_tokens: usize,
     /// What a batch and the model take.
     pub cost: Cost,
+    /// What ranks share of them.
+    pub load: Load,
 }
 
 /// Put before texts.
@@ -126,7 +129,8 @@ impl Plan {
                 Ok((EvalSet::open(set)?, prompts))
             })
             .collect::<Result<Vec<_>>>()?;
-        let tokens = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
+        let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
+        let load = Load { lengths: of_batch, width: model.width(), trained: model.flat().len() };
         let local_ranks = comm::place()?.map_or(1, |place| place.local_size);
         let (budget, cost) = share_memory(&config.training, &model, tokens, local_ranks);
         let embed_tokens = CPU_CHUNK.max(lengths.query).max(lengths.document);
@@ -143,6 +147,7 @@ impl Plan {
             budget,
             embed_tokens,
             cost,
+            load,
         })
     }
 
@@ -229,17 +234,19 @@ fn batch_options(config: &Config, folder: &Folder, lengths: Lengths) -> builder:
     }
 }
 
-/// Tokens of a batch, from the first few.
-fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -> Result<f64> {
+/// Tokens of a batch, from the first few, and those of each sequence of the first.
+fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -> Result<(f64, Vec<usize>)> {
     const BATCHES: u64 = 4;
     let builder = Builder::new(mixture, tokenizer, options)?;
     let mut walk = mixture.walk(&Cursor::default())?;
     let batches = BATCHES.min(mixture.batches()).max(1);
-    let mut tokens = 0;
+    let (mut tokens, mut first) = (0, None);
     for _ in 0..batches {
-        tokens += builder.build(walk.step()?)?.tokens();
+        let batch = builder.build(walk.step()?)?;
+        tokens += batch.tokens();
+        first.get_or_insert_with(|| batch.sequences.iter().map(|sequence| sequence.ids.len()).collect());
     }
-    Ok(tokens as f64 / batches as f64)
+    Ok((tokens as f64 / batches as f64, first.unwrap_or_default()))
 }
 
 /// Parameters and moments first, then a chunk, then as many tapes as fit.

@@ -98,6 +98,11 @@ impl Mpi {
     }
 }
 
+/// For messages of these lengths, and one byte: the address of an empty vector is 1, and that is Open MPI's `MPI_IN_PLACE`.
+fn room(lengths: &[usize]) -> Vec<u8> {
+    vec![0; lengths.iter().sum::<usize>() + 1]
+}
+
 /// Counts and places as MPI wants them.
 fn layout(lengths: &[usize]) -> Result<(Vec<i32>, Vec<i32>)> {
     let all: usize = lengths.iter().sum();
@@ -121,8 +126,8 @@ impl Transport for Mpi {
         let (counts, places) = layout(&lengths)?;
         let expected = self.announce(&lengths)?;
         let (counts_in, places_in) = layout(&expected)?;
-        let outgoing = messages.concat();
-        let mut incoming = vec![0u8; expected.iter().sum()];
+        let outgoing = [messages.concat(), vec![0]].concat();
+        let mut incoming = room(&expected);
         SimpleCommunicator::world().all_to_all_varcount_into(
             &Partition::new(&outgoing[..], counts, places),
             &mut PartitionMut::new(&mut incoming[..], counts_in, places_in),
@@ -133,7 +138,8 @@ impl Transport for Mpi {
     fn gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
         let expected = self.announce(&vec![message.len(); self.hosts.len()])?;
         let (counts, places) = layout(&expected)?;
-        let mut incoming = vec![0u8; expected.iter().sum()];
+        let mut incoming = room(&expected);
+        let message = if message.is_empty() { &[0][..0] } else { message };
         SimpleCommunicator::world()
             .all_gather_varcount_into(message, &mut PartitionMut::new(&mut incoming[..], counts, places));
         Ok(Self::cut(&incoming, &expected))
