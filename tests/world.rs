@@ -1,12 +1,15 @@
 //! Ranks change how long a run takes, never what it computes.
 
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Stdio;
 use std::thread;
 
 use candle_core::Tensor;
 use kernels::adamw::AdamW;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tests::{model_folder, relative_error};
+use tests::{golden, metrics, model_folder, program, relative_error, stderr, write_config};
 use trainer::comm::World;
 use trainer::config;
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
@@ -217,4 +220,70 @@ fn one_rank_among_threads_is_one_alone() {
         (train(&setup, World::solo(), |step| batch(5, step)), on(1, &setup, |step| batch(5, step)));
     assert_eq!(alone.losses, among.losses);
     assert_eq!(alone.parameters.to_vec1::<f32>().unwrap(), among.parameters.to_vec1::<f32>().unwrap());
+}
+
+/// Processes that something else than `launch` has started, by the environment it gives them; all must be done.
+fn processes(environment: impl Fn(usize) -> Vec<(&'static str, String)>, config: &Path) {
+    let start = |rank: usize| {
+        let mut command = program("trainer");
+        command.args(["train", "--quiet"]).arg(config).envs(environment(rank));
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for child in (0..2).map(start).collect::<Vec<_>>() {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+}
+
+fn losses(config: &Path) -> Vec<f64> {
+    metrics(&config.with_file_name("out")).iter().filter_map(|line| line["loss"].as_f64()).collect()
+}
+
+#[test]
+fn ranks_find_each_other_in_the_environments_of_torchrun_and_srun() {
+    let place = tempfile::tempdir().unwrap();
+    let config = |name: &str| {
+        let folder = place.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        let rows = golden("bert").join("rows.jsonl");
+        write_config(&folder, &tests::config(&golden("bert"), &rows, &folder.join("out")))
+    };
+    let port = || TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+    let one = config("one");
+    assert!(program("trainer").args(["train", "--quiet"]).arg(&one).status().unwrap().success());
+
+    let (torchrun, free) = (config("torchrun"), port());
+    let variables = |rank: usize| {
+        let rank = rank.to_string();
+        let two = "2".to_owned();
+        vec![
+            ("RANK", rank.clone()),
+            ("WORLD_SIZE", two.clone()),
+            ("LOCAL_RANK", rank),
+            ("LOCAL_WORLD_SIZE", two),
+            ("MASTER_ADDR", "localhost".to_owned()),
+            ("MASTER_PORT", free.clone()),
+        ]
+    };
+    processes(variables, &torchrun);
+    let (srun, free) = (config("srun"), port());
+    let variables = |rank: usize| {
+        vec![
+            ("SLURM_PROCID", rank.to_string()),
+            ("SLURM_LOCALID", rank.to_string()),
+            ("SLURM_NODEID", "0".to_owned()),
+            ("SLURM_STEP_NUM_TASKS", "2".to_owned()),
+            ("SLURM_STEP_TASKS_PER_NODE", "2".to_owned()),
+            ("SLURM_STEP_NODELIST", "n1".to_owned()),
+            ("MASTER_ADDR", "n1".to_owned()),
+            ("MASTER_PORT", free.clone()),
+        ]
+    };
+    processes(variables, &srun);
+    for some in [&torchrun, &srun] {
+        assert_eq!(losses(some).len(), losses(&one).len());
+        for (a, b) in losses(some).iter().zip(losses(&one)) {
+            assert!((a - b).abs() < 1e-5 * b.abs().max(0.1), "{a} and {b}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::net::{TcpListener, ToSocketAddrs};
 
 use trainer::comm::rendezvous::{self, Token};
-use trainer::comm::{self, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN};
+use trainer::comm::{self, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN};
 
 use crate::args::{Hardware, Job, Nodes};
 use crate::gpu::Machine;
@@ -94,6 +94,7 @@ impl Cluster {
         ];
         if let Some(device) = &self.devices[local] {
             variables.push(("CUDA_VISIBLE_DEVICES", device.clone()));
+            variables.push((VARIABLE_NCCL, "1".to_owned()));
         }
         variables
     }

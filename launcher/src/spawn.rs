@@ -101,7 +101,13 @@ impl Launcher {
         }
         let mut hung = None;
         let mut failed: Option<Instant> = None;
+        let mut looked = Instant::now();
         loop {
+            if looked.elapsed() > 100 * LOOK {
+                // This process was stopped for a while, and saw nobody work.
+                ranks.iter_mut().for_each(|rank| rank.pulse.1 = [Instant::now(); 2]);
+            }
+            looked = Instant::now();
             for signal in self.signals.pending() {
                 self.stopped |= [SIGTERM, SIGINT, SIGUSR1].contains(&signal);
                 ranks.iter_mut().for_each(|rank| rank.hand_on(signal));
@@ -167,8 +173,8 @@ impl Rank {
         if pulse.ticks != last.ticks {
             *ticked = Instant::now();
         }
-        // Who waits for another rank has nothing to do.
-        if pulse.beats != last.beats || pulse.waiting {
+        // Who waits for another rank has nothing to do, and preparing the first piece of work may take as long as a download.
+        if pulse.beats != last.beats || pulse.waiting || pulse.beats == 0 {
             *beaten = Instant::now();
         }
         *last = pulse;
@@ -235,9 +241,11 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<(usize, &str)>) -> Ende
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
     let words: Vec<&str> = words.iter().map(String::as_str).filter(|line| !line.trim().is_empty()).collect();
-    let message =
-        (!words.is_empty()).then(|| format!("rank {rank} ended first, saying:\n  {}", words.join("\n  ")));
-    Ended { status: code, message, failed: code != 2 && code < 128 }
+    let failed = code != 2 && code < 128;
+    // What all ranks say, the first one says on its node's terminal.
+    let message = (!words.is_empty() && (failed || code == 2 && first > 0))
+        .then(|| format!("rank {rank} ended first, saying:\n  {}", words.join("\n  ")));
+    Ended { status: code, message, failed }
 }
 
 fn killed(rank: usize, signal: i32) -> String {

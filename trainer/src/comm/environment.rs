@@ -15,6 +15,9 @@ pub const VARIABLE_RENDEZVOUS: &str = "LODESTONE_RENDEZVOUS";
 /// Seconds that another rank may show no sign of work.
 pub const VARIABLE_TIMEOUT: &str = "LODESTONE_TIMEOUT";
 
+/// Set to 1 by `launch` for ranks that have a GPU each: they talk over NCCL. Without launch it is the user's to set.
+pub const VARIABLE_NCCL: &str = "LODESTONE_NCCL";
+
 /// As long as torch's collectives wait.
 const TIMEOUT: u64 = 1800;
 
@@ -39,6 +42,8 @@ pub struct Place {
     pub timeout: Duration,
     /// Threads of this rank, where those that started it have not bound it to cores of its own.
     pub threads: Option<usize>,
+    /// Whether each rank has a GPU of its own.
+    pub gpu: bool,
 }
 
 /// The place of this process; none if it is alone.
@@ -184,7 +189,13 @@ fn repeated(list: &str) -> impl Iterator<Item = usize> + '_ {
 
 fn common(get: Get, place: Place) -> Result<Place> {
     let timeout = number(get, VARIABLE_TIMEOUT)?.unwrap_or(TIMEOUT).max(1);
-    Ok(Place { secret: get(VARIABLE_TOKEN), timeout: Duration::from_secs(timeout), ..place })
+    let gpu = get(VARIABLE_NCCL).is_some_and(|value| value != "0");
+    if gpu && !cfg!(feature = "nccl") {
+        return Err(Error::Usage(format!(
+            "{VARIABLE_NCCL}: this build has no NCCL\nhint: build with `--features nccl`"
+        )));
+    }
+    Ok(Place { gpu, secret: get(VARIABLE_TOKEN), timeout: Duration::from_secs(timeout), ..place })
 }
 
 impl Default for Place {
@@ -199,6 +210,7 @@ impl Default for Place {
             secret: None,
             timeout: Duration::from_secs(TIMEOUT),
             threads: None,
+            gpu: false,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A rank sends all its messages of a collective before it waits for one, so that whoever hangs is missed by everybody, and
 //! everybody can name it. Sending never waits for the other side to listen: what arrives is taken in by a thread of its own.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,11 +40,18 @@ pub(super) enum Arrived {
 pub(super) struct Life {
     beats: AtomicU64,
     since: Mutex<Instant>,
+    ended: AtomicBool,
 }
 
 impl Life {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { beats: AtomicU64::new(u64::MAX), since: Mutex::new(Instant::now()) })
+        let ended = AtomicBool::new(false);
+        Arc::new(Self { beats: AtomicU64::new(u64::MAX), since: Mutex::new(Instant::now()), ended })
+    }
+
+    /// Nothing more will come of it.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
     }
 
     /// Its work goes on.
@@ -52,9 +59,9 @@ impl Life {
         *lock(&self.since) = Instant::now();
     }
 
-    /// It has done so many pieces of work.
+    /// It has done so many pieces of work. Before the first it prepares itself, which may take as long as a download takes.
     pub(super) fn has_done(&self, beats: u64) {
-        if self.beats.swap(beats, Ordering::Relaxed) != beats {
+        if self.beats.swap(beats, Ordering::Relaxed) != beats || beats == 0 {
             self.touch();
         }
     }
@@ -143,25 +150,42 @@ impl Mesh {
     }
 
     fn receive(&self, from: usize, peer: &Peer) -> Result<Vec<u8>> {
-        let start = Instant::now();
+        let mut start = Instant::now();
         let inbox = lock(&peer.inbox);
         loop {
+            let looked = Instant::now();
             match inbox.recv_timeout(LOOK) {
                 Ok(Arrived::Data(bytes)) => return Ok(bytes),
                 Ok(Arrived::Failed(failed)) => return Err(failed.into()),
                 Err(RecvTimeoutError::Disconnected) => return Err(self.gone(from, peer)),
+                // This process was stopped for a while itself, and heard nobody.
+                Err(RecvTimeoutError::Timeout) if looked.elapsed() > 5 * LOOK => start = Instant::now(),
                 Err(RecvTimeoutError::Timeout) => {
-                    if peer.life.as_ref().is_some_and(|life| life.silent(start) > self.patience) {
-                        let message = format!(
-                            "{}shows no sign of work for {} s: it hangs, or its host cannot be reached",
-                            at(&peer.host),
-                            self.patience.as_secs()
-                        );
-                        return Err(Error::Rank { rank: from, status: 1, message });
+                    if let Some(error) = self.silent(from, peer, start) {
+                        return Err(error);
                     }
                 }
             }
         }
+    }
+
+    /// Whether a rank has shown no sign of work for too long since `start`.
+    fn silent(&self, rank: usize, peer: &Peer, start: Instant) -> Option<Error> {
+        peer.life.as_ref().filter(|life| life.silent(start) > self.patience)?;
+        let (host, waited) = (at(&peer.host), self.patience.as_secs());
+        let message =
+            format!("{host}shows no sign of work for {waited} s: it hangs, or its host cannot be reached");
+        Some(Error::Rank { rank, status: 1, message })
+    }
+
+    /// A rank that has ended or hangs while something else than the mesh waits for all, since `start`.
+    #[cfg(feature = "nccl")]
+    pub(super) fn lost(&self, start: Instant) -> Option<Error> {
+        let mut peers = self.peers.iter().enumerate().filter_map(|(rank, peer)| Some((rank, peer.as_ref()?)));
+        peers.find_map(|(rank, peer)| {
+            let ended = peer.life.as_ref().is_some_and(|life| life.ended.load(Ordering::Relaxed));
+            if ended { Some(self.ended(rank, peer)) } else { self.silent(rank, peer, start) }
+        })
     }
 
     /// Why a rank takes no messages any more: its last word, if it left one.

@@ -14,6 +14,8 @@ mod environment;
 mod mesh;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 pub mod rendezvous;
 mod tcp;
 
@@ -25,7 +27,7 @@ use bytemuck::Pod;
 use candle_core::{DType, Device, Tensor};
 
 pub use self::environment::{
-    Place, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN, place, slurm_master,
+    Place, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN, place, slurm_master,
 };
 use crate::data::batch::Sequence;
 use crate::data::builder::Part;
@@ -94,6 +96,11 @@ impl World {
             return Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(transport)) });
         }
         let mesh = tcp::connect(&place)?;
+        #[cfg(feature = "nccl")]
+        if place.gpu {
+            let transport = nccl::Nccl::start(mesh, &place)?;
+            return Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(transport)) });
+        }
         Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(mesh)) })
     }
 

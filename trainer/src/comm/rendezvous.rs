@@ -228,6 +228,8 @@ pub(super) fn join(
             _ => return Err(word),
         }
     };
+    // All are there: who does not connect now has ended meanwhile.
+    let deadline = deadline.min(Instant::now() + 6 * POLITE);
     let mut sockets: Vec<Option<TcpStream>> = (0..place.size).map(|_| None).collect();
     for (rank, address) in table.split(' ').enumerate().take(place.rank) {
         let mut address: SocketAddr = address.parse().map_err(|_| format!("`{address}` is no address"))?;
@@ -257,7 +259,7 @@ pub(super) fn join(
                 }
             }
             Err(_) if Instant::now() > deadline => {
-                return Err(format!("rank {missing} did not connect within {} s", place.timeout.as_secs()));
+                return Err(format!("rank {missing} came, but did not connect"));
             }
             Err(_) => thread::sleep(LOOK),
         }

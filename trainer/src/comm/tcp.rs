@@ -73,6 +73,7 @@ fn peer(socket: TcpStream, patience: Duration) -> io::Result<Peer> {
     thread::Builder::new().name("inbox".to_owned()).spawn(move || {
         // An end without a last word is seen by the channel's other side.
         let _ended = read(reader, &sender, &known);
+        known.end();
     })?;
     Ok(Peer { host, line: Arc::new(Mutex::new(Socket(socket))), inbox: Mutex::new(inbox), life: Some(life) })
 }
