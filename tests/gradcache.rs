@@ -72,7 +72,7 @@ fn step(model: &Model, batch: &Batch, chunk: Limit, tapes: u64, loss: &InfoNce) 
         schedule: Schedule { shape: config::Schedule::Constant, peak: 0.0, warmup: 0, total: 1 },
         budget: Budget { chunk, tapes },
         seed: 3,
-        world: World::Solo,
+        world: World::solo(),
     };
     let outcome = stepper.step(batch, 1).unwrap();
     assert!(outcome.applied);

@@ -69,6 +69,9 @@ pub fn program(name: &str) -> Command {
         if folder.ends_with("release") {
             build.arg("--release");
         }
+        if cfg!(feature = "mpi") {
+            build.args(["--features", "trainer/mpi,launcher/mpi"]);
+        }
         assert!(build.status().unwrap().success(), "the programs do not build");
         folder
     });

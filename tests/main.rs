@@ -14,7 +14,11 @@ mod export;
 mod faults;
 // How a batch is cut, ordered and kept changes nothing.
 mod gradcache;
+// The same under mpirun.
+mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
 // A run that was stopped goes on as if it had not been.
 mod resume;
+// Ranks change how long a run takes, never what it computes.
+mod world;

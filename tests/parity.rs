@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Tensor};
 use tests::{golden_json, model_folder, relative_error, tensors};
+use trainer::comm::World;
 use trainer::config;
 use trainer::data::batch::Sequence;
 use trainer::model::chunk::Chunk;
@@ -91,7 +92,7 @@ fn ten_steps(name: &str, adapted: bool) {
     let path = tests::write_config(place.path(), &config);
     let config = config::Config::load(&path, &[]).unwrap();
     let plan = trainer::plan::Plan::new(config).unwrap();
-    Run::prepare(plan, false).unwrap().go().unwrap();
+    Run::prepare(plan, false, World::solo()).unwrap().go().unwrap();
     let metrics = tests::metrics(&output);
     assert_eq!(metrics.len(), 10);
     for (step, line) in metrics.iter().enumerate() {

@@ -4,11 +4,14 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 
+use crate::comm::World;
 use crate::data::batch::Sequence;
+use crate::data::share::Share;
 use crate::data::tokenize::Tokenizer;
+use crate::model::chunk::{self, Limit};
 use crate::model::{Folder, Model, Options, hub};
 use crate::progress::Progress;
-use crate::{Error, Result};
+use crate::{Error, Result, pulse};
 
 /// What a text is to the model. It decides the prompt and the longest length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +51,7 @@ impl Opened {
         Ok(Self { model, tokenizer })
     }
 
-    /// With the prompts and the longest length that the model folder names.
+    /// With the prompts and the longest length that the model folder names, alone.
     pub fn embedder(&self) -> Embedder<'_> {
         let folder = self.model.folder();
         let longest = folder.max_length.unwrap_or(usize::MAX).min(self.model.positions());
@@ -60,6 +63,7 @@ impl Opened {
             max_query_length: longest,
             max_document_length: longest,
             chunk_tokens: CHUNK_TOKENS,
+            world: World::solo(),
         }
     }
 }
@@ -69,8 +73,6 @@ pub const CHUNK_TOKENS: usize = 2048;
 
 /// Texts to show progress for: fewer are done at once.
 const MANY: usize = 2000;
-/// Chunks between two reports of progress.
-const CHUNKS: usize = 16;
 
 /// Turns texts into embeddings.
 #[derive(Clone)]
@@ -89,6 +91,8 @@ pub struct Embedder<'a> {
     pub max_document_length: usize,
     /// Tokens that are encoded at once; a longer text is encoded alone.
     pub chunk_tokens: usize,
+    /// Who shares the work. All of them encode the same texts, and all get the embeddings.
+    pub world: World,
 }
 
 impl Embedder<'_> {
@@ -120,20 +124,36 @@ impl Embedder<'_> {
         };
         let (unique, places) = distinct(texts);
         let include_prompt = self.model.folder().include_prompt;
-        let mut sequences = self.tokenizer.encode(&unique, prompt, max_length, include_prompt)?;
-        // The longest first: the parts below are then alike inside, and memory's peak comes at once.
-        let order = by_length(&sequences);
+        // Ranks share the tokenising by the bytes, then whole chunks by their tokens: a text stands in the same chunk, and has
+        // the same bits, however many they are.
+        let lengths: Vec<usize> = unique.iter().map(|text| text.len()).collect();
+        let share = Share::deal(&lengths, self.world.size());
+        let mine: Vec<&str> = share.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
+        let mine = self.tokenizer.encode(&mine, prompt, max_length, include_prompt)?;
+        let mut sequences = self.world.sequences(mine, &share)?;
+
+        let all: Vec<usize> = (0..sequences.len()).collect();
+        let chunks = chunk::cut(&sequences, &all, Limit::Tokens(self.chunk_tokens));
+        let tokens = |chunk: &Vec<usize>| chunk.iter().map(|&index| sequences[index].ids.len()).sum();
+        let share = Share::deal(&chunks.iter().map(tokens).collect::<Vec<usize>>(), self.world.size());
+        let many = unique.len() >= MANY && self.world.first();
+        let mut progress = many.then(|| Progress::new(what, unique.len() as u64, 0));
+        let mut mine = Vec::new();
+        for chunk in share.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {
+            let taken: Vec<_> = chunk.iter().map(|&index| take(&mut sequences[index])).collect();
+            mine.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
+            pulse::beat();
+            if let Some(progress) = &mut progress {
+                progress.advance((chunk.len() * self.world.size()) as u64);
+            }
+        }
+
         let width = self.model.width();
         let mut embeddings = vec![0f32; unique.len() * width];
-        let mut progress = (unique.len() >= MANY).then(|| Progress::new(what, unique.len() as u64, 0));
-        for part in parts(&sequences, &order, self.chunk_tokens.saturating_mul(CHUNKS)) {
-            let taken: Vec<_> = part.iter().map(|&index| take(&mut sequences[index])).collect();
-            let rows = self.model.embed(&taken, self.chunk_tokens)?.to_vec2::<f32>()?;
-            for (&index, row) in part.iter().zip(rows) {
-                embeddings[index * width..][..width].copy_from_slice(&row);
-            }
-            if let Some(progress) = &mut progress {
-                progress.advance(part.len() as u64);
+        for (rows, chunks_of) in self.world.all(&mine)?.iter().zip(share.ranks()) {
+            let texts = chunks_of.iter().flat_map(|&chunk| &chunks[chunk]);
+            for (row, &index) in rows.chunks_exact(width).zip(texts) {
+                embeddings[index * width..][..width].copy_from_slice(row);
             }
         }
         let rows: Vec<f32> =
@@ -156,30 +176,6 @@ fn distinct<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
     (unique, places)
 }
 
-/// Indices of the sequences, the longest first.
-fn by_length(sequences: &[Sequence]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..sequences.len()).collect();
-    order.sort_by_key(|&index| std::cmp::Reverse(sequences[index].ids.len()));
-    order
-}
-
-/// Consecutive parts of `order` of at most `limit` tokens, but at least one sequence.
-fn parts<'o>(sequences: &[Sequence], order: &'o [usize], limit: usize) -> Vec<&'o [usize]> {
-    let (mut parts, mut start, mut tokens) = (Vec::new(), 0, 0);
-    for (end, &index) in order.iter().enumerate() {
-        let length = sequences[index].ids.len();
-        if tokens + length > limit && end > start {
-            parts.push(&order[start..end]);
-            (start, tokens) = (end, 0);
-        }
-        tokens += length;
-    }
-    if start < order.len() {
-        parts.push(&order[start..]);
-    }
-    parts
-}
-
 /// The sequence itself; its place stays empty.
 fn take(sequence: &mut Sequence) -> Sequence {
     Sequence { ids: std::mem::take(&mut sequence.ids), skip: sequence.skip }
@@ -195,15 +191,5 @@ mod tests {
         assert_eq!(unique, ["b", "a", ""]);
         assert_eq!(places, [0, 1, 0, 2, 1]);
         assert_eq!(distinct::<&str>(&[]), (vec![], vec![]));
-    }
-
-    #[test]
-    fn parts_hold_every_text_once_longest_first() {
-        let sequences: Vec<_> =
-            [3, 9, 1, 4, 4, 20].iter().map(|&n| Sequence { ids: vec![7; n], skip: 0 }).collect();
-        let order = by_length(&sequences);
-        assert_eq!(order, [5, 1, 3, 4, 0, 2]);
-        assert_eq!(parts(&sequences, &order, 9), [&order[..1], &order[1..2], &order[2..4], &order[4..]]);
-        assert!(parts(&[], &[], 9).is_empty());
     }
 }

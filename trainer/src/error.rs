@@ -68,6 +68,17 @@ pub enum Error {
         rows: String,
     },
 
+    /// Another rank of the run, or what connects this one to it.
+    #[error("rank {rank}: {message}")]
+    Rank {
+        /// Whose fault it is.
+        rank: usize,
+        /// The exit status it has, and this rank with it.
+        status: u8,
+        /// What happened there.
+        message: String,
+    },
+
     /// A signal asked for a stop; the state is in a checkpoint.
     #[error("stopped by signal {signal} after step {step}; --resume continues from there")]
     Stopped {

@@ -5,14 +5,14 @@
 //! the first pass; only the others are encoded a second time. Dropout is a function of step and sequence, so the second
 //! time gives the first one's masks without anything being kept.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use crate::Result;
 use crate::data::batch::Sequence;
 use crate::model::chunk::{self, Chunk, Limit};
 use crate::model::params::Gradients;
 use crate::model::pass::{Keep, Noise};
 use crate::model::{Model, Tape};
+use crate::{Result, pulse};
 
 /// How a batch is cut and how much of it is kept.
 #[derive(Clone, Copy, Debug)]
@@ -52,11 +52,17 @@ pub fn encode(
             placed += 1;
         }
         let (e, tape) = model.forward(&chunk, noise, keep)?;
+        pulse::beat();
         embeddings.push(e);
         chunks.push((chunk, tape));
     }
     let order: Vec<u32> = members.iter().map(|&member| place[member]).collect();
     let order = Tensor::from_vec(order, members.len(), &Device::Cpu)?;
+    if members.is_empty() {
+        // A rank without a sequence: there are more ranks than texts.
+        let nothing = Tensor::zeros((0, model.width()), DType::F32, &Device::Cpu)?;
+        return Ok((nothing, Encoded { chunks, order, noise }));
+    }
     let embeddings = Tensor::cat(&embeddings, 0)?.index_select(&order, 0)?;
     Ok((embeddings, Encoded { chunks, order, noise }))
 }
@@ -65,6 +71,9 @@ impl Encoded {
     /// Second pass: d(embeddings) (N, D) → the gradients of everything trained. Chunks run from the last to the first whatever
     /// was kept, so that the order of every sum, and with it every bit, is the same with any amount of memory.
     pub fn backward(self, model: &Model, d: &Tensor, gradients: &Gradients) -> Result<()> {
+        if self.chunks.is_empty() {
+            return Ok(());
+        }
         let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // undoes the order
         let mut end = self.order.elem_count();
         for (chunk, tape) in self.chunks.into_iter().rev() {
@@ -76,6 +85,7 @@ impl Encoded {
                 None => model.record(&chunk, self.noise)?,
             };
             model.backward(&chunk, tape, &de, self.noise, gradients)?;
+            pulse::beat();
         }
         Ok(())
     }

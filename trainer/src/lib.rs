@@ -10,6 +10,8 @@ pub mod data;
 pub mod model;
 // Embeddings in, loss and gradient out.
 pub mod loss;
+// Signs of life, for those who wait.
+pub mod pulse;
 // The ranks of a run.
 pub mod comm;
 // A batch of any size in the memory of a chunk.
@@ -38,6 +40,8 @@ pub mod progress;
 pub mod signals;
 // What is free, and how it is shared out.
 pub mod memory;
+// What more ranks would make of a run.
+pub mod scaling;
 // What a run will do.
 pub mod plan;
 // A run, around its steps.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::checkpoint::{Identity, State};
 use crate::config::{self, Config};
 use crate::data::batch::Cursor;
-use crate::data::builder::{self, Builder};
+use crate::data::builder::{self, Builder, Part};
 use crate::data::loader::Loader;
 use crate::data::mixture::Mixture;
 use crate::data::tokenize::Tokenizer;
@@ -18,8 +18,9 @@ use crate::memory::{self, readable};
 use crate::model::chunk::Limit;
 use crate::model::pass::Keep;
 use crate::model::{Folder, Model, Options, hub};
+use crate::scaling::Load;
 use crate::schedule::Schedule;
-use crate::{Error, Result};
+use crate::{Error, Result, comm};
 
 /// A run, ready to be started or only to be looked at.
 pub struct Plan {
@@ -45,6 +46,8 @@ pub struct Plan {
     pub embed_tokens: usize,
     /// What a batch and the model take.
     pub cost: Cost,
+    /// What ranks share of them.
+    pub load: Load,
 }
 
 /// Put before texts.
@@ -131,8 +134,10 @@ impl Plan {
                 Ok((EvalSet::open(set)?, prompts))
             })
             .collect::<Result<Vec<_>>>()?;
-        let tokens = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
-        let (budget, cost) = share_memory(&config.training, &model, tokens);
+        let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
+        let load = Load { lengths: of_batch, width: model.width(), trained: model.flat().len() };
+        let local_ranks = comm::place()?.map_or(1, |place| place.local_size);
+        let (budget, cost) = share_memory(&config.training, &model, tokens, local_ranks);
         let embed_tokens = CPU_CHUNK.max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
         Ok(Self {
@@ -147,6 +152,7 @@ impl Plan {
             budget,
             embed_tokens,
             cost,
+            load,
         })
     }
 
@@ -166,14 +172,15 @@ impl Plan {
         }
     }
 
-    /// The batches from where `state` stands to the end of the run.
-    pub fn batches(&self, state: &State) -> Result<Loader> {
+    /// The batches from where `state` stands to the end of the run, tokenised in part.
+    pub fn batches(&self, state: &State, part: Part) -> Result<Loader> {
         Loader::start(
             Arc::clone(&self.mixture),
             Arc::clone(&self.tokenizer),
             batch_options(&self.config, &self.folder, self.lengths),
             state.cursor.clone(),
             self.steps - state.step,
+            part,
         )
     }
 
@@ -232,25 +239,33 @@ fn batch_options(config: &Config, folder: &Folder, lengths: Lengths) -> builder:
     }
 }
 
-/// Tokens of a batch, from the first few.
-fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -> Result<f64> {
+/// Tokens of a batch, from the first few, and those of each sequence of the first.
+fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -> Result<(f64, Vec<usize>)> {
     const BATCHES: u64 = 4;
     let builder = Builder::new(mixture, tokenizer, options)?;
     let mut walk = mixture.walk(&Cursor::default())?;
     let batches = BATCHES.min(mixture.batches()).max(1);
-    let mut tokens = 0;
+    let (mut tokens, mut first) = (0, None);
     for _ in 0..batches {
-        tokens += builder.build(walk.step()?)?.tokens();
+        let batch = builder.build(walk.step()?)?;
+        tokens += batch.tokens();
+        first.get_or_insert_with(|| batch.sequences.iter().map(|sequence| sequence.ids.len()).collect());
     }
-    Ok(tokens as f64 / batches as f64)
+    Ok((tokens as f64 / batches as f64, first.unwrap_or_default()))
 }
 
 /// Parameters and moments first, then a chunk, then as many tapes as fit.
-fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Budget, Cost) {
-    let available = memory::available();
+fn share_memory(
+    training: &config::Training,
+    model: &Model,
+    tokens: f64,
+    local_ranks: usize,
+) -> (Budget, Cost) {
+    let available = memory::available() / local_ranks as u64;
     let (elements, trained) = (model.elements(), model.flat().len());
-    // f32 each; gradients and two moments for what is trained
-    let state = 4 * (elements as u64 + 3 * trained as u64);
+    // f32 each; gradients, two moments, and a checkpoint's snapshot for what is trained
+    let lasting = 4 * (elements as u64 + 3 * trained as u64);
+    let state = lasting + 4 * 3 * trained as u64;
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
@@ -263,7 +278,7 @@ fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Bud
         Limit::Tokens(limit) => tape * (limit as f64).min(tokens) as u64,
         Limit::Sequences(_) => 0,
     };
-    let most = CPU_TAPES.max(state / 2 * 3);
+    let most = CPU_TAPES.max(lasting / 2 * 3);
     let kept = training.tape_memory.map_or(free.saturating_sub(2 * of_chunk).min(most), |bytes| bytes.0);
     let all = (tokens * tape as f64) as u64;
     let activations = of_chunk + kept.min(all);

@@ -55,12 +55,14 @@ impl Stepper<'_> {
         let noise = Some(Noise { seed: *seed, step: step as u32 });
         let rows = batch.rows.len();
 
-        let mine = world.share(batch.sequences.len());
-        let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, &mine, *budget, noise)?;
-        let embeddings = world.gather(embeddings)?; // (N, D)
-        let (losses, d) = loss.evaluate(&embeddings, &batch.table, rows)?; // (B), (N, D)
+        let share = world.share(&batch.sequences);
+        let mine = share.of(world.rank());
+        let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, mine, *budget, noise)?;
+        let embeddings = world.gather(embeddings, &share)?; // (N, D)
+        let (losses, d) = loss.evaluate(&embeddings, &batch.table, world.rows(rows))?; // (B of this rank), (N, D)
+        let losses = world.collect(losses)?; // (B)
         gradients.clear()?;
-        encoded.backward(model, &world.scatter(d)?, gradients)?;
+        encoded.backward(model, &world.scatter(d, &share)?, gradients)?;
         world.sum(gradients)?;
 
         let loss = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / rows as f64;

@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use kernels::adamw::AdamW;
 use serde_json::{Map, Value};
+use xxhash_rust::xxh3::xxh3_64;
 
-use crate::checkpoint::{Best, Checkpoints, State};
+use crate::checkpoint::{Best, Checkpoints, Snapshot, State, Writer};
 use crate::comm::World;
 use crate::config::Every;
 use crate::data::batch::Batch;
@@ -31,6 +32,7 @@ pub struct Run {
     resumed: Option<std::path::PathBuf>,
     checkpoints: Checkpoints,
     signals: Signals,
+    world: World,
 }
 
 /// What came out.
@@ -48,20 +50,19 @@ pub struct Summary {
 
 impl Run {
     /// Everything that can fail before anything is started: the model is read, the output folder claimed, the newest
-    /// checkpoint found.
-    pub fn prepare(plan: Plan, resume: bool) -> Result<Self> {
+    /// checkpoint found. The first rank does so for all; they compare what they will train.
+    pub fn prepare(plan: Plan, resume: bool, world: World) -> Result<Self> {
         let output = &plan.config.output;
         let checkpoints = Checkpoints::new(output, plan.config.checkpoint.keep);
-        if !resume && holds_run(output) {
+        if world.first() && !resume && holds_run(output) {
             return Err(Error::file(
                 output,
                 "already holds a run\nhint: `--resume` continues it; another `output` starts a new one",
             ));
         }
         let model = plan.model()?;
-        let resumed = if resume { checkpoints.newest()? } else { None };
         let identity = plan.identity(&model);
-        let (state, resumed) = match resumed {
+        let (state, resumed) = match if resume && world.first() { checkpoints.newest()? } else { None } {
             Some((path, state)) if state.identity == identity => (state, Some(path)),
             Some((path, state)) => {
                 return Err(Error::file(
@@ -72,23 +73,36 @@ impl Run {
                     ),
                 ));
             }
-            None => (State { identity, ..State::default() }, None),
+            None => (State { identity: identity.clone(), ..State::default() }, None),
         };
-        claim(output)?;
-        Ok(Self { plan, model, state, resumed, checkpoints, signals: Signals::listen()? })
+        if world.first() {
+            claim(output)?;
+        }
+        let json = |error: serde_json::Error| Error::file(output, format!("the state of the run: {error}"));
+        let both = serde_json::to_vec(&(&identity, model.flat().entries().len())).map_err(json)?;
+        world.same("configuration, data or model", xxh3_64(&both))?;
+        let of_first = world.of_first(serde_json::to_vec(&state).map_err(json)?)?;
+        let state = if world.first() { state } else { serde_json::from_slice(&of_first).map_err(json)? };
+        Ok(Self { plan, model, state, resumed, checkpoints, signals: Signals::listen()?, world })
     }
 
     /// Trains to the end, or until a signal asks for a stop.
     pub fn go(mut self) -> Result<Summary> {
         let output = self.plan.config.output.clone();
-        let config = self.plan.config.to_yaml()?;
-        fs::write(output.join("config.yaml"), config)
-            .map_err(Error::io("write", output.join("config.yaml")))?;
+        if self.world.first() {
+            let config = self.plan.config.to_yaml()?;
+            fs::write(output.join("config.yaml"), config)
+                .map_err(Error::io("write", output.join("config.yaml")))?;
+        }
         let mut summary = self.train(&output)?;
-        if let Some(step) = self.early() {
+        let early = self.early();
+        summary.chosen = early.unwrap_or(summary.chosen);
+        if !self.world.first() {
+            return Ok(summary);
+        }
+        if early.is_some() {
             // Early stopping says that what came after the best evaluation was not worth having.
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
-            summary.chosen = step;
         }
         let (config, step) = (&self.plan.config, summary.chosen);
         let trained = Trained { config, step, before: &summary.before, after: &summary.after };
@@ -98,7 +112,7 @@ impl Run {
     }
 
     fn train(&mut self, output: &Path) -> Result<Summary> {
-        let Self { plan, model, state, resumed, checkpoints, signals } = self;
+        let Self { plan, model, state, resumed, checkpoints, signals, world } = self;
         let config = &plan.config;
         let training = &config.training;
         let (beta1, beta2) = training.betas;
@@ -123,24 +137,34 @@ impl Run {
             schedule: plan.schedule,
             budget: plan.budget,
             seed: config.seed,
-            world: World::Solo,
+            world: world.clone(),
         };
         if let Some(path) = resumed {
-            checkpoint::restore(path, model.flat(), &stepper.optimizer)?;
+            checkpoint::restore(path, state, model.flat(), &stepper.optimizer)?;
             tracing::info!("resumed after step {} from {}", state.step, path.display());
         }
-        let mut metrics = Metrics::open(output, state.step, config.logging.tensorboard)?;
+        // Every rank begins with the first one's bits, wherever they were read.
+        for buffer in [model.flat().values(), &stepper.optimizer.first, &stepper.optimizer.second] {
+            world.spread(buffer)?;
+        }
+        let mut metrics = match world.first() {
+            true => Some(Metrics::open(output, state.step, config.logging.tensorboard)?),
+            false => None,
+        };
+        let mut writer = Writer::new(checkpoints.clone());
         let mut summary = Summary::default();
         if state.step == 0 {
-            summary.before = evaluate(plan, model, &mut metrics, 0)?;
+            summary.before = evaluate(plan, model, world, &mut metrics, 0)?;
             if let Some(value) = plan.deciding(&summary.before)? {
                 state.best = Some(Best { step: 0, value });
             }
         }
 
         let mut progress = Progress::new("step", plan.steps, state.step);
-        for batch in plan.batches(state)? {
-            let batch = batch?;
+        for draft in plan.batches(state, world.part())? {
+            let mut draft = draft?;
+            let sequences = world.sequences(draft.take(), draft.share())?;
+            let batch = draft.finish(sequences);
             let step = state.step + 1;
             let started = Instant::now();
             let outcome = stepper.step(&batch, step)?;
@@ -155,36 +179,41 @@ impl Run {
             state.cursor = batch.cursor.clone();
             let line = line(&batch, &outcome, step, seconds);
             progress.step(&line);
-            if step % config.logging.every.max(1) == 0 || step == plan.steps {
+            if let Some(metrics) = &mut metrics
+                && (step % config.logging.every.max(1) == 0 || step == plan.steps)
+            {
                 metrics.step(&line)?;
             }
 
-            let stop = signals.asked();
+            writer.look()?;
+            let stop = world.agree(signals.asked())?;
             let mut due = stop.is_some() || step == plan.steps || checkpoint_due(plan, &batch, step);
             let mut best = false;
             if stop.is_none() && (step == plan.steps || every(config.evaluation.every, step)) {
-                summary.after = evaluate(plan, model, &mut metrics, step)?;
+                summary.after = evaluate(plan, model, world, &mut metrics, step)?;
                 best = judge(state, plan.deciding(&summary.after)?);
                 due |= best;
             }
-            if due {
-                checkpoints.save(state, model.flat(), &stepper.optimizer)?;
-            }
-            if best {
-                checkpoints.mark_best(step)?;
+            let early = config.evaluation.patience.is_some_and(|patience| state.stale >= patience);
+            if due || early {
+                save(&stepper, state, &mut writer, best)?;
             }
             if let Some(signal) = stop {
+                writer.finish()?;
+                // Whoever started the ranks may end all when one ends.
+                world.barrier()?;
                 return Err(Error::Stopped { signal, step });
             }
-            if config.evaluation.patience.is_some_and(|patience| state.stale >= patience) {
+            if early {
                 tracing::info!(
                     "no better evaluation in the last {}: stopped early after step {step}",
                     state.stale
                 );
-                checkpoints.save(state, model.flat(), &stepper.optimizer)?;
                 break;
             }
         }
+        writer.finish()?;
+        world.barrier()?;
         summary.steps = state.step;
         summary.chosen = state.step;
         Ok(summary)
@@ -196,6 +225,20 @@ impl Run {
         let best = self.state.best.filter(|best| best.step > 0)?;
         (self.state.stale >= patience).then_some(best.step)
     }
+}
+
+/// Begins to write a checkpoint, if all ranks hold the same bits.
+fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool) -> Result<()> {
+    let started = Instant::now();
+    let (flat, optimizer) = (stepper.model.flat(), &stepper.optimizer);
+    let digest = checkpoint::digest(&[flat.values(), &optimizer.first, &optimizer.second])?;
+    stepper.world.same("parameters or moments", digest)?;
+    state.digest = Some(checkpoint::readable_digest(digest));
+    if stepper.world.first() {
+        writer.save(Snapshot::take(state, flat, optimizer)?, best)?;
+    }
+    tracing::debug!("a checkpoint held up the training for {:.3} s", started.elapsed().as_secs_f64());
+    Ok(())
 }
 
 /// Counts an evaluation; true if it is the best so far.
@@ -210,8 +253,15 @@ fn judge(state: &mut State, value: Option<f64>) -> bool {
     true
 }
 
-fn evaluate(plan: &Plan, model: &Model, metrics: &mut Metrics, step: u64) -> Result<Map<String, Value>> {
-    let mut scores = Map::new();
+/// Measures the model on all sets, shared among the ranks; all get the first one's scores, and decide alike.
+fn evaluate(
+    plan: &Plan,
+    model: &Model,
+    world: &World,
+    metrics: &mut Option<Metrics>,
+    step: u64,
+) -> Result<Map<String, Value>> {
+    let (mut names, mut values) = (Vec::new(), Vec::new());
     for (set, prompts) in &plan.sets {
         let embedder = Embedder {
             model,
@@ -221,12 +271,18 @@ fn evaluate(plan: &Plan, model: &Model, metrics: &mut Metrics, step: u64) -> Res
             max_query_length: plan.lengths.query,
             max_document_length: plan.lengths.document,
             chunk_tokens: plan.embed_tokens,
+            world: world.clone(),
         };
         for (name, value) in set.evaluate(&embedder)? {
-            scores.insert(name, value.into());
+            names.push(name);
+            values.push(value);
         }
     }
-    if !scores.is_empty() {
+    let values = world.all(&values)?.swap_remove(0);
+    let scores: Map<String, Value> = names.into_iter().zip(values.into_iter().map(Value::from)).collect();
+    if !scores.is_empty()
+        && let Some(metrics) = metrics
+    {
         metrics.evaluation(step, &scores)?;
         if let Some(value) = plan.deciding(&scores)? {
             tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use serde_json::Value;
 
+use crate::comm::World;
 use crate::data::reader;
 use crate::embed::{CHUNK_TOKENS, Opened, Role};
 use crate::model::Options;
@@ -63,7 +64,7 @@ enum DtypeName {
 /// Texts that are in memory, and sorted by length, at once.
 const PORTION: usize = 1 << 15;
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     if args.dtype != DtypeName::F32 {
         return Err(Error::Usage(
             "--dtype: bf16 and f16 are not supported yet on a CPU, expected f32".into(),
@@ -82,6 +83,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut embedder = opened.embedder();
     embedder.limit(args.max_length)?;
     embedder.chunk_tokens = args.chunk_tokens;
+    embedder.world = world.clone();
     let role = match (&args.prompt, args.role) {
         // A prompt of the user's own goes where a query's stands.
         (Some(prompt), _) => {
@@ -93,19 +95,27 @@ pub(super) fn run(args: &Args) -> Result<()> {
         (None, None) => Role::Text,
     };
 
-    let mut npy = Npy::create(&args.output, count, opened.model.width())?;
+    let mut npy = match world.first() {
+        true => Some(Npy::create(&args.output, count, opened.model.width())?),
+        false => None,
+    };
+    let mut encode = |portion: &[String]| {
+        let embeddings = embedder.encode(portion, role)?;
+        npy.as_mut().map_or(Ok(()), |npy| npy.write(&embeddings))
+    };
     let mut portion = Vec::with_capacity(count.min(PORTION));
     texts(&args.input, |text| {
         portion.push(text);
         if portion.len() == PORTION {
-            npy.write(&embedder.encode(&portion, role)?)?;
+            encode(&portion)?;
             portion.clear();
         }
         Ok(())
     })?;
     if !portion.is_empty() {
-        npy.write(&embedder.encode(&portion, role)?)?;
+        encode(&portion)?;
     }
+    let Some(npy) = npy else { return Ok(()) };
     npy.finish()?;
     tracing::info!("{count} × {} in {}", opened.model.width(), args.output.display());
     Ok(())

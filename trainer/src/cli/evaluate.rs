@@ -7,6 +7,7 @@ use clap::ValueEnum;
 
 use super::encode::{at_least_one, options};
 use super::print;
+use crate::comm::World;
 use crate::config::{EvaluationSet, SetKind};
 use crate::embed::{CHUNK_TOKENS, Opened};
 use crate::eval::{EvalSet, Scores};
@@ -58,7 +59,7 @@ enum KindName {
     Similarity,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let kind = match args.kind {
         KindName::Retrieval => SetKind::Retrieval,
         KindName::Triplet => SetKind::Triplet,
@@ -83,13 +84,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut embedder = opened.embedder();
     embedder.limit(args.max_length)?;
     embedder.chunk_tokens = args.chunk_tokens;
+    embedder.world = world.clone();
     if let Some(prompt) = &args.query_prompt {
         embedder.query_prompt = prompt;
     }
     if let Some(prompt) = &args.document_prompt {
         embedder.document_prompt = prompt;
     }
-    if let Some(output) = &args.output {
+    let output = args.output.as_ref().filter(|_| world.first());
+    if let Some(output) = output {
         fs::create_dir_all(output).map_err(Error::io("create", output))?;
     }
 
@@ -98,16 +101,18 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let scores = set.evaluate(&embedder)?;
         let primary = set.primary();
         tracing::info!("{primary} {:.4}", scores.get(&primary).unwrap_or(f64::NAN));
-        if let Some(output) = &args.output {
+        if let Some(output) = output {
             set.append_csv(output, &scores)?;
         }
         all.extend(scores);
     }
     let json = serde_json::to_string_pretty(&all).map_err(|error| Error::Usage(error.to_string()))?;
-    if let Some(output) = &args.output {
+    if let Some(output) = output {
         let path = output.join("results.json");
         fs::write(&path, format!("{json}\n")).map_err(Error::io("write", path))?;
     }
-    print(json);
+    if world.first() {
+        print(json);
+    }
     Ok(())
 }

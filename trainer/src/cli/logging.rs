@@ -18,9 +18,9 @@ use crate::{Error, Result, progress};
 
 static LOG: OnceLock<File> = OnceLock::new();
 
-/// Starts to show messages; `RUST_LOG` chooses which, `info` by default, `error` if `quiet`.
-pub(super) fn start(quiet: bool) {
-    let default = if quiet { LevelFilter::ERROR } else { LevelFilter::INFO };
+/// Starts to show messages; `RUST_LOG` chooses which, `info` by default, `error` if `quiet` and on all ranks but the first.
+pub(super) fn start(quiet: bool, rank: usize) {
+    let default = if quiet || rank > 0 { LevelFilter::ERROR } else { LevelFilter::INFO };
     let filter = EnvFilter::builder().with_default_directive(default.into());
     let terminal = tracing_subscriber::fmt::layer()
         .event_format(Terminal)

@@ -9,13 +9,16 @@ mod logging;
 mod plan;
 mod train;
 
+use std::env;
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{Error, progress};
+use crate::comm::{self, World};
+use crate::{Error, progress, pulse};
 
 /// Trains text-embedding models, and uses them.
 #[derive(Debug, Parser)]
@@ -54,13 +57,17 @@ pub(crate) struct Failure {
 impl Failure {
     /// Nothing was started: whatever it is, the user can mend it and lose nothing.
     pub(crate) fn before(error: Error) -> Self {
-        Self { error, status: 2 }
+        match error {
+            Error::Rank { .. } => Self::during(error),
+            _ => Self { error, status: 2 },
+        }
     }
 
     /// Work had begun.
     pub(crate) fn during(error: Error) -> Self {
         let status = match error {
             Error::Stopped { signal, .. } => 128 + u8::try_from(signal).unwrap_or(0),
+            Error::Rank { status, .. } => status,
             _ => 1,
         };
         Self { error, status }
@@ -90,24 +97,60 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    logging::start(cli.quiet);
-    if cli.quiet {
+    let rank = comm::place().ok().flatten().map_or(0, |place| place.rank);
+    // One voice is enough: the others say what went wrong, and keep the rest in their logs.
+    logging::start(cli.quiet, rank);
+    if cli.quiet || rank > 0 {
         progress::quiet();
     }
-    // On a thread of the pool: an op called from outside of it would put this thread to sleep and wake it up again.
-    let done = rayon::scope(|_| match cli.command {
-        Command::Train(args) => train::run(&args),
+    let (done, world) = match start(&cli.command) {
+        // On a thread of the pool: an op called from outside of it would put this thread to sleep and wake it up again.
+        Ok(world) => (rayon::scope(|_| run(cli.command, &world)), world),
+        Err(failure) => (Err(failure), World::solo()),
+    };
+    let Err(Failure { error, status }) = done else { return ExitCode::SUCCESS };
+    match error {
+        Error::Rank { rank: other, .. } if rank > 0 && rank != other => tracing::warn!("{error}"),
+        _ => tracing::error!("{error}"),
+    }
+    if !matches!(error, Error::Stopped { .. }) {
+        // After the last word: with MPI nothing comes after this.
+        world.abandon(&error, status);
+    }
+    ExitCode::from(status)
+}
+
+/// Joins the other ranks, where the command shares its work with them.
+fn start(command: &Command) -> Result<World, Failure> {
+    let place = comm::place().map_err(Failure::before)?;
+    if let Ok(Some((path, slot))) = env::var(pulse::VARIABLE).map(|variable| {
+        variable.rsplit_once(':').and_then(|(path, slot)| Some((path.to_owned(), slot.parse().ok()?)))
+    }) {
+        let told = pulse::tell(Path::new(&path), slot);
+        told.map_err(|error| Failure::during(Error::io("write signs of life to", path)(error)))?;
+    }
+    let Some(place) = place else { return Ok(World::solo()) };
+    if !matches!(command, Command::Train(_) | Command::Encode(_) | Command::Evaluate(_)) {
+        let message = format!("this command does not share its work, and {} ranks were started", place.size);
+        return Err(Failure::before(Error::Usage(format!("{message}\nhint: start it alone"))));
+    }
+    if let Some(threads) = place.threads.filter(|_| env::var_os("RAYON_NUM_THREADS").is_none()) {
+        // It fails where threads run already, and then they stay as many as they are.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
+    World::connect().map_err(|error| match error {
+        Error::Usage(_) => Failure::before(error),
+        _ => Failure::during(error),
+    })
+}
+
+fn run(command: Command, world: &World) -> Result<(), Failure> {
+    match command {
+        Command::Train(args) => train::run(&args, world),
         Command::Plan(args) => plan::run(&args),
-        Command::Encode(args) => encode::run(&args).map_err(Failure::from),
-        Command::Evaluate(args) => evaluate::run(&args).map_err(Failure::from),
+        Command::Encode(args) => encode::run(&args, world).map_err(Failure::from),
+        Command::Evaluate(args) => evaluate::run(&args, world).map_err(Failure::from),
         Command::Export(args) => export::run(&args).map_err(Failure::from),
-    });
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Failure { error, status }) => {
-            tracing::error!("{error}");
-            ExitCode::from(status)
-        }
     }
 }
 

@@ -2,23 +2,49 @@
 
 use std::path::PathBuf;
 
+use super::encode::at_least_one;
 use super::{Failure, print};
 use crate::config::Config;
 use crate::plan::Plan;
+use crate::scaling::{Rates, Table};
 
 /// Check everything and say what the run will do: rows, steps, tokens, memory
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: trainer plan configs/quickstart.yaml training.batch_size=128")]
+#[command(after_help = "Examples:\n  trainer plan configs/quickstart.yaml training.batch_size=128\n  \
+    trainer plan configs/zeta.yaml --ranks 4,64,1024 --tokens-per-second 14000 --link-rate 25")]
 pub(super) struct Args {
     /// The configuration, a YAML file
     config: PathBuf,
     /// Overrides, such as `training.learning_rate=2e-5` or `data.train.0.samples=1000`
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
+    /// Show also what a step would take on so many ranks, one or several: `4,64,1024`
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = at_least_one)]
+    ranks: Vec<usize>,
+    /// What one rank was measured to do (`tokens_per_second` of metrics.jsonl), for `--ranks`
+    #[arg(long, value_name = "X", requires_all = ["ranks", "link_rate"], value_parser = above_zero)]
+    tokens_per_second: Option<f64>,
+    /// Gigabytes per second that a rank can send, for `--ranks`
+    #[arg(long, value_name = "GB", requires = "tokens_per_second", value_parser = above_zero)]
+    link_rate: Option<f64>,
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
-    print(Plan::new(config).map_err(Failure::before)?.to_string().trim_end());
+    let plan = Plan::new(config).map_err(Failure::before)?;
+    print(plan.to_string().trim_end());
+    if !args.ranks.is_empty() {
+        let rates = args.tokens_per_second.zip(args.link_rate);
+        let rates = rates.map(|(tokens, link)| Rates { tokens, link: link * 1e9 });
+        let scaled = args.ranks.iter().map(|&ranks| plan.load.on(ranks, rates)).collect();
+        print(Table(scaled).to_string().trim_end());
+    }
     Ok(())
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|&number: &f64| number > 0.0)
+        .ok_or_else(|| "expected a number above 0".to_owned())
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Failure, logging, print};
+use crate::comm::World;
 use crate::config::Config;
 use crate::plan::Plan;
 use crate::train::Run;
@@ -23,16 +24,19 @@ pub(super) struct Args {
     resume: bool,
 }
 
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
+pub(super) fn run(args: &Args, world: &World) -> Result<(), Failure> {
     let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
     let plan = Plan::new(config).map_err(Failure::before)?;
     let output = plan.config.output.clone();
     let metric = plan.config.evaluation.metric.clone();
     let text = plan.to_string();
-    let run = Run::prepare(plan, args.resume).map_err(Failure::before)?;
-    logging::keep(&output, 0).map_err(Failure::before)?;
+    let run = Run::prepare(plan, args.resume, world.clone()).map_err(Failure::before)?;
+    logging::keep(&output, world.rank()).map_err(Failure::before)?;
     tracing::info!("{}", text.trim_end());
     let summary = run.go().map_err(Failure::during)?;
+    if !world.first() {
+        return Ok(());
+    }
     for (name, after) in summary.after.iter().filter(|(name, _)| name.ends_with(&metric)) {
         match (summary.before.get(name).and_then(serde_json::Value::as_f64), after.as_f64()) {
             (Some(before), Some(after)) => {

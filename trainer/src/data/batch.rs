@@ -3,6 +3,8 @@
 //! Rows exist only for the loss. The encoder sees a list of sequences, each text once however often it occurs, so
 //! chunks and ranks may cut that list as they like.
 
+use std::ops::Range;
+
 /// One text as the encoder sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Sequence {
@@ -19,6 +21,18 @@ pub struct Lists {
     pub offsets: Vec<u32>,
     /// Ascending within a row.
     pub columns: Vec<u32>,
+}
+
+impl Lists {
+    /// Those of some rows.
+    pub fn of(&self, rows: Range<usize>) -> Self {
+        let offsets = &self.offsets[rows.start..=rows.end];
+        let (first, last) = (offsets[0], offsets[rows.len()]);
+        Self {
+            offsets: offsets.iter().map(|offset| offset - first).collect(),
+            columns: self.columns[first as usize..last as usize].to_vec(),
+        }
+    }
 }
 
 /// Which embeddings the loss compares. Indices point into [`Batch::sequences`] (queries, candidates) or into
@@ -78,5 +92,18 @@ impl Batch {
     /// Tokens of the unique sequences: what the encoder computes.
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(|s| s.ids.len()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_rows_of_lists_are_lists() {
+        let lists = Lists { offsets: vec![0, 2, 2, 5], columns: vec![1, 4, 0, 2, 3] };
+        assert_eq!(lists.of(0..3), lists);
+        assert_eq!(lists.of(1..3), Lists { offsets: vec![0, 0, 3], columns: vec![0, 2, 3] });
+        assert_eq!(lists.of(2..2), Lists { offsets: vec![0], columns: vec![] });
     }
 }

@@ -4,13 +4,17 @@
 //! text may be several columns, but it is one sequence. A column is left out of row i's negatives when its sequence is a
 //! known positive of row i's query: one of the row's own positives, also those that this step does not use, or a positive
 //! of another row with the same query. Sequences are compared, not texts: what the encoder cannot tell apart is equal.
+//!
+//! Ranks share the tokenising: each makes a draft with the tokens of its texts, and the batch is finished once they are put
+//! together.
 
 use std::collections::HashMap;
 
 use rayon::prelude::*;
 
-use super::batch::{Batch, Lists, RowId, Sequence, Table};
+use super::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use super::mixture::{Mixture, Picked, Set};
+use super::share::Share;
 use super::tokenize::{Prompt, Tokenizer};
 use crate::Result;
 
@@ -68,6 +72,16 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// A text has no tokens: its file and line.
     pub fn build(&self, picked: Picked) -> Result<Batch> {
+        let mut draft = self.draft(picked, Part::default())?;
+        let sequences = draft.take();
+        Ok(draft.finish(sequences))
+    }
+
+    /// Lays out the columns, and tokenises this rank's share of the texts.
+    ///
+    /// # Errors
+    /// A text of the share has no tokens: its file and line.
+    pub fn draft(&self, picked: Picked, part: Part) -> Result<Draft> {
         let Picked { examples, cursor, epoch } = picked;
         let rows: Vec<RowId> = examples.iter().map(|example| example.row).collect();
 
@@ -106,10 +120,77 @@ impl<'a> Builder<'a> {
             false => vec![Vec::new(); examples.len()],
         };
 
+        let lengths: Vec<usize> = texts.list.iter().map(|(text, _)| text.text.len()).collect();
+        let share = Share::deal(&lengths, part.ranks);
+        let mine: Vec<_> = share.of(part.rank).iter().map(|&text| texts.list[text]).collect();
+        let sequences = self.tokenise(&mine)?;
+        Ok(Draft { sequences, share, inside, queries, columns, own, known, rows, cursor, epoch })
+    }
+
+    fn tokenise(&self, texts: &[(Text<'_>, RowId)]) -> Result<Vec<Sequence>> {
+        let lengths = [self.options.max_query_length, self.options.max_document_length];
+        texts
+            .par_iter()
+            .with_min_len(8)
+            .map(|(text, row)| {
+                let prompt = &self.prompts[text.prompt][text.role];
+                self.tokenizer
+                    .encode_one(text.text, prompt, lengths[text.role])
+                    .map_err(|error| self.mixture.error(*row, error.to_string()))
+            })
+            .collect()
+    }
+}
+
+/// A rank among others, as one that shares their work without talking to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// From 0.
+    pub rank: usize,
+    /// How many there are.
+    pub ranks: usize,
+}
+
+/// All of the work.
+impl Default for Part {
+    fn default() -> Self {
+        Self { rank: 0, ranks: 1 }
+    }
+}
+
+/// A batch of whose texts this rank has tokenised its share.
+#[derive(Debug)]
+pub struct Draft {
+    sequences: Vec<Sequence>, // of this rank's texts
+    share: Share,
+    inside: usize, // the first so many texts are part of the batch, the others are only compared with
+    queries: Vec<usize>,
+    columns: Vec<usize>,
+    own: Vec<Vec<u32>>,
+    known: Vec<Vec<usize>>,
+    rows: Vec<RowId>,
+    cursor: Cursor,
+    epoch: f64,
+}
+
+impl Draft {
+    /// Which texts each rank has tokenised.
+    pub fn share(&self) -> &Share {
+        &self.share
+    }
+
+    /// This rank's texts, in the order of its share; they are no longer part of the draft.
+    pub fn take(&mut self) -> Vec<Sequence> {
+        std::mem::take(&mut self.sequences)
+    }
+
+    /// The batch, from the tokens of all texts.
+    pub fn finish(self, sequences: Vec<Sequence>) -> Batch {
+        let Self { inside, queries, columns, mut own, known, rows, cursor, epoch, .. } = self;
         // Texts that have the same tokens become one sequence.
         let mut unique = Sequences::default();
-        let mut numbers = Vec::with_capacity(texts.list.len());
-        for (i, sequence) in self.tokenise(&texts.list)?.into_iter().enumerate() {
+        let mut numbers = Vec::with_capacity(sequences.len());
+        for (i, sequence) in sequences.into_iter().enumerate() {
             numbers.push(if i < inside { Some(unique.add(sequence)) } else { unique.find(&sequence) });
         }
         let number = |text: &usize| numbers[*text].unwrap_or_default();
@@ -125,21 +206,7 @@ impl<'a> Builder<'a> {
         }
         let positives = (0..rows.len() as u32).collect();
         let table = Table { queries, candidates, positives, excluded: lists(&excluded), own: lists(&own) };
-        Ok(Batch { sequences: unique.list, table, rows, cursor, epoch })
-    }
-
-    fn tokenise(&self, texts: &[(Text<'_>, RowId)]) -> Result<Vec<Sequence>> {
-        let lengths = [self.options.max_query_length, self.options.max_document_length];
-        texts
-            .par_iter()
-            .with_min_len(8)
-            .map(|(text, row)| {
-                let prompt = &self.prompts[text.prompt][text.role];
-                self.tokenizer
-                    .encode_one(text.text, prompt, lengths[text.role])
-                    .map_err(|error| self.mixture.error(*row, error.to_string()))
-            })
-            .collect()
+        Batch { sequences: unique.list, table, rows, cursor, epoch }
     }
 }
 

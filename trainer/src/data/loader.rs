@@ -1,16 +1,15 @@
-//! Batches made in the background, a few ahead of the step that uses them.
+//! Batches made in the background, a few ahead of the step that uses them: this rank's share of the tokenising.
 //!
 //! One thread reads rows and builds batches in their order; tokenising is shared among a few threads of its own pool, so
 //! that it does not stand in the way of the products on the main one. A bounded channel hands batches over: when it is
 //! full the thread waits, when its other end is gone the thread ends.
 
-use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use super::batch::{Batch, Cursor};
-use super::builder::{Builder, Options};
+use super::batch::Cursor;
+use super::builder::{Builder, Draft, Options, Part};
 use super::mixture::Mixture;
 use super::tokenize::Tokenizer;
 use crate::{Error, Result};
@@ -20,7 +19,7 @@ const AHEAD: usize = 3;
 
 /// An iterator over the batches from a cursor on. After an error there is nothing more.
 pub struct Loader {
-    batches: Option<Receiver<Result<Batch>>>,
+    batches: Option<Receiver<Result<Draft>>>,
     /// Batches still to come.
     left: u64,
     thread: Option<JoinHandle<()>>,
@@ -37,11 +36,13 @@ impl Loader {
         options: Options,
         cursor: Cursor,
         batches: u64,
+        part: Part,
     ) -> Result<Self> {
         // What is wrong from the start is said at the start.
         mixture.walk(&cursor)?;
         Builder::new(&mixture, &tokenizer, options)?;
-        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+        // Not the processor's cores: ranks beside this one have theirs.
+        let threads = rayon::current_num_threads();
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads((threads / 2).clamp(1, 8))
             .thread_name(|i| format!("tokenise-{i}"))
@@ -51,7 +52,9 @@ impl Loader {
         let thread = std::thread::Builder::new()
             .name("loader".to_owned())
             .spawn(move || {
-                if let Err(error) = work(&mixture, &tokenizer, options, &cursor, batches, &pool, &sender) {
+                if let Err(error) =
+                    work(&mixture, &tokenizer, options, &cursor, batches, part, &pool, &sender)
+                {
                     // Nobody listens any more: then nobody misses it.
                     let _ = sender.send(Err(error));
                 }
@@ -67,14 +70,15 @@ fn work(
     options: Options,
     cursor: &Cursor,
     batches: u64,
+    part: Part,
     pool: &rayon::ThreadPool,
-    sender: &SyncSender<Result<Batch>>,
+    sender: &SyncSender<Result<Draft>>,
 ) -> Result<()> {
     let builder = Builder::new(mixture, tokenizer, options)?;
     let mut walk = mixture.walk(cursor)?;
     for _ in 0..batches {
         let picked = walk.step()?;
-        let batch = pool.install(|| builder.build(picked))?;
+        let batch = pool.install(|| builder.draft(picked, part))?;
         if sender.send(Ok(batch)).is_err() {
             break;
         }
@@ -83,9 +87,9 @@ fn work(
 }
 
 impl Iterator for Loader {
-    type Item = Result<Batch>;
+    type Item = Result<Draft>;
 
-    fn next(&mut self) -> Option<Result<Batch>> {
+    fn next(&mut self) -> Option<Result<Draft>> {
         if self.left == 0 {
             return None;
         }

@@ -6,6 +6,8 @@
 //!
 //! over j in all documents of the batch, less those known to be positives of the row.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 use kernels::infonce::{self, Candidates};
 
@@ -26,17 +28,25 @@ pub struct InfoNce {
 }
 
 impl InfoNce {
-    /// embeddings (N, D) → the loss of each row (B) and d(mean loss)/d(embeddings) (N, D). `rows` is the global B, over which
-    /// the mean is taken.
-    pub fn evaluate(&self, embeddings: &Tensor, table: &Table, rows: usize) -> Result<(Vec<f32>, Tensor)> {
-        let queries = index(&table.queries)?;
+    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and what they add to d(mean loss)/d(embeddings) (N, D).
+    /// The mean is over all rows of the table, whoever has the others.
+    pub fn evaluate(
+        &self,
+        embeddings: &Tensor,
+        table: &Table,
+        rows: Range<usize>,
+    ) -> Result<(Vec<f32>, Tensor)> {
+        if rows.is_empty() {
+            return Ok((Vec::new(), embeddings.zeros_like()?));
+        }
+        let queries = index(&table.queries[rows.clone()])?;
         let candidates = index(&table.candidates)?;
         let q = embeddings.index_select(&queries, 0)?; // (B, D)
         let c = embeddings.index_select(&candidates, 0)?; // (M, D)
-        let lists = if self.in_batch_negatives { &table.excluded } else { &table.own };
+        let lists = if self.in_batch_negatives { &table.excluded } else { &table.own }.of(rows.clone());
         let lists = infonce::Lists { offsets: &lists.offsets, columns: &lists.columns };
         let forward = infonce::InfoNce {
-            positives: &table.positives,
+            positives: &table.positives[rows.clone()],
             candidates: match (self.in_batch_negatives, lists.columns.is_empty()) {
                 (true, true) => Candidates::All,
                 (true, false) => Candidates::AllBut(lists),
@@ -45,7 +55,7 @@ impl InfoNce {
             scale: self.temperature.recip() as f32,
             margin: self.false_negative_margin.map(|margin| margin as f32),
         };
-        let share = (rows as f32).recip();
+        let share = (table.queries.len() as f32).recip();
         let directions = if self.symmetric { 2.0 } else { 1.0 };
         let tape = infonce::forward(&q, &c, &forward)?;
         let (dq, dc) = infonce::backward(&q, &c, &forward, &tape, share / directions)?;
@@ -53,11 +63,14 @@ impl InfoNce {
         let mut d = embeddings.zeros_like()?.index_add(&queries, &dq, 0)?.index_add(&candidates, &dc, 0)?;
 
         if self.symmetric {
-            let positives: Vec<u32> = table.positives.iter().map(|&p| table.candidates[p as usize]).collect();
+            let queries = index(&table.queries)?;
+            let q = embeddings.index_select(&queries, 0)?; // (all B, D)
+            let positives: Vec<u32> =
+                table.positives[rows.clone()].iter().map(|&p| table.candidates[p as usize]).collect();
             let positives = index(&positives)?;
             let p = embeddings.index_select(&positives, 0)?; // (B, D)
-            let diagonal: Vec<u32> = (0..table.queries.len() as u32).collect();
-            let excluded = transposed(table);
+            let diagonal: Vec<u32> = rows.clone().map(|row| row as u32).collect();
+            let excluded = transposed(table).of(rows);
             let backward = infonce::InfoNce {
                 positives: &diagonal,
                 candidates: Candidates::AllBut(infonce::Lists {

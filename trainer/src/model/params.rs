@@ -180,6 +180,12 @@ impl Gradients {
         Ok(Self { flat: flat.zeros()? })
     }
 
+    /// Of these values (P).
+    #[cfg(test)]
+    pub(crate) fn of_values(flat: Tensor) -> Self {
+        Self { flat }
+    }
+
     /// (P), in the order of [`Flat`].
     pub fn flat(&self) -> &Tensor {
         &self.flat

@@ -163,3 +163,28 @@ fn the_table_follows_its_definition_on_random_rows() {
         }
     }
 }
+
+#[test]
+fn drafts_of_several_ranks_make_the_same_batch() {
+    let mut files = Files::new(&[ROWS]);
+    files.config.training.batch_size = 4;
+    let alone = first(&mut files, OPTIONS);
+    let (mixture, tokenizer) = (Mixture::open(&files.config).unwrap(), tokenizer());
+    let builder = Builder::new(&mixture, &tokenizer, OPTIONS).unwrap();
+    for ranks in [2, 3, 40] {
+        let picked = || mixture.walk(&Cursor::default()).unwrap().step().unwrap();
+        let mut drafts: Vec<Draft> =
+            (0..ranks).map(|rank| builder.draft(picked(), Part { rank, ranks }).unwrap()).collect();
+        let share = drafts[0].share().clone();
+        let mut sequences: Vec<Option<Sequence>> = vec![None; share.count()];
+        for (rank, draft) in drafts.iter_mut().enumerate() {
+            assert_eq!(draft.share(), &share);
+            for (&text, sequence) in share.of(rank).iter().zip(draft.take()) {
+                sequences[text] = Some(sequence);
+            }
+        }
+        let sequences = sequences.into_iter().map(Option::unwrap).collect();
+        let batch = drafts.remove(0).finish(sequences);
+        assert_eq!((batch.sequences, batch.table), (alone.sequences.clone(), alone.table.clone()));
+    }
+}

@@ -1,5 +1,6 @@
 //! Tests of the whole way: files to batches, in the background.
 
+use super::super::batch::Batch;
 use super::super::fixtures::{Files, tokenizer};
 use super::*;
 
@@ -19,11 +20,17 @@ fn files(rows: usize) -> Files {
 
 fn start(files: &Files, cursor: Cursor, batches: u64) -> Result<Loader> {
     let mixture = Arc::new(Mixture::open(&files.config).unwrap());
-    Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, cursor, batches)
+    Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, cursor, batches, Part::default())
 }
 
 fn all(files: &Files, cursor: Cursor, batches: u64) -> Vec<Batch> {
-    start(files, cursor, batches).unwrap().collect::<Result<_>>().unwrap()
+    let drafts: Vec<Draft> = start(files, cursor, batches).unwrap().collect::<Result<_>>().unwrap();
+    drafts.into_iter().map(whole).collect()
+}
+
+fn whole(mut draft: Draft) -> Batch {
+    let sequences = draft.take();
+    draft.finish(sequences)
 }
 
 /// What a batch is, but for its type's missing `==`.
@@ -69,7 +76,9 @@ fn an_error_in_the_background_comes_through_and_ends_it() {
     let files = files(50);
     let mixture = Arc::new(Mixture::open(&files.config).unwrap());
     std::fs::write(&files.config.data.train[0].path, "").unwrap();
-    let mut loader = Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, Cursor::default(), 10).unwrap();
+    let mut loader =
+        Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, Cursor::default(), 10, Part::default())
+            .unwrap();
     let error = loader.next().unwrap().unwrap_err().to_string();
     assert!(error.contains("set0.jsonl: cannot read"), "{error}");
     assert!(loader.next().is_none());
@@ -82,6 +91,8 @@ fn what_cannot_work_is_refused_at_the_start() {
     assert!(start(&files, cursor, 1).err().unwrap().to_string().contains("the checkpoint stands at a place"));
     let mixture = Arc::new(Mixture::open(&files.config).unwrap());
     let options = Options { max_query_length: 2, ..OPTIONS };
-    let error = Loader::start(mixture, Arc::new(tokenizer()), options, Cursor::default(), 1).err().unwrap();
+    let part = Part::default();
+    let error =
+        Loader::start(mixture, Arc::new(tokenizer()), options, Cursor::default(), 1, part).err().unwrap();
     assert!(error.to_string().contains("has no room"), "{error}");
 }

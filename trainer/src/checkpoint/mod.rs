@@ -5,7 +5,10 @@
 //! ```
 //!
 //! A checkpoint is written under a temporary name, synced and renamed, `DONE` last. A folder without `DONE` is not whole
-//! and is passed over.
+//! and is passed over. The first rank writes, in the background; all ranks compare their bits before, and a resumed run gets
+//! those that were written, or none.
+
+mod writer;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -15,7 +18,9 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+pub use self::writer::{Snapshot, Writer, digest};
 use crate::data::batch::Cursor;
+use crate::memory::readable;
 use crate::model::params::Flat;
 use crate::optimizer::Optimizer;
 use crate::{Error, Result};
@@ -37,6 +42,9 @@ pub struct State {
     pub stale: u64,
     /// What must not change between parts of a run.
     pub identity: Identity,
+    /// Of parameters and moments; none in a run that has just begun.
+    #[serde(default)]
+    pub digest: Option<String>,
 }
 
 /// The best evaluation so far.
@@ -77,17 +85,22 @@ impl Checkpoints {
         Self { folder: output.join("checkpoints"), best: output.join("best"), keep: keep.max(1) }
     }
 
-    /// Writes the state after `state.step`, then forgets checkpoints that are no longer needed.
-    pub fn save(&self, state: &State, flat: &Flat, optimizer: &Optimizer) -> Result<PathBuf> {
-        let path = self.folder.join(name(state.step));
-        let draft = self.folder.join(format!(".{}.tmp", name(state.step)));
+    /// Writes a snapshot, then forgets checkpoints that are no longer needed.
+    ///
+    /// # Errors
+    /// The disk is full, or cannot be written.
+    pub fn save(&self, snapshot: &Snapshot) -> Result<PathBuf> {
+        let step = snapshot.state.step;
+        let path = self.folder.join(name(step));
+        let draft = self.folder.join(format!(".{}.tmp", name(step)));
         if is_whole(&path) {
             return Ok(path);
         }
-        clear(&draft)?;
+        self.sweep()?;
         clear(&path)?;
+        self.room(snapshot.bytes())?;
         fs::create_dir_all(&draft).map_err(Error::io("create", &draft))?;
-        let written = write(&draft, state, flat, optimizer)
+        let written = write(&draft, snapshot)
             .and_then(|()| fs::rename(&draft, &path).map_err(Error::io("rename", &draft)))
             .and_then(|()| sync(&self.folder));
         if let Err(error) = written {
@@ -147,6 +160,37 @@ impl Checkpoints {
         })
     }
 
+    /// Whether the disk has room for so many bytes, before hours of writing end in the middle.
+    fn room(&self, bytes: u64) -> Result<()> {
+        // Names, shapes and blocks of the file system.
+        let bytes = bytes + bytes / 64 + (64 << 10);
+        let disk = rustix::fs::statvfs(&self.folder)
+            .map_err(|error| Error::io("look at the disk of", &self.folder)(error.into()))?;
+        let free = disk.f_bavail * disk.f_frsize;
+        if free >= bytes {
+            return Ok(());
+        }
+        let message = format!(
+            "a checkpoint takes {}, the disk has {} free\nhint: make room and --resume; `checkpoint.keep` says how many are kept",
+            readable(bytes),
+            readable(free)
+        );
+        Err(Error::file(&self.folder, message))
+    }
+
+    /// Removes what a run that was killed had begun to write.
+    fn sweep(&self) -> Result<()> {
+        let entries = fs::read_dir(&self.folder).map_err(Error::io("read", &self.folder))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with(".step-") && name.ends_with(".tmp") {
+                clear(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     fn prune(&self) -> Result<()> {
         let best = self.best();
         let whole: Vec<PathBuf> = self
@@ -180,22 +224,41 @@ impl Checkpoints {
 }
 
 /// Reads moments and parameters back to where they were.
-pub fn restore(path: &Path, flat: &Flat, optimizer: &Optimizer) -> Result<()> {
+///
+/// # Errors
+/// A file cannot be read, is of another model, or does not hold what was written.
+pub fn restore(path: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -> Result<()> {
     flat.read(flat.values(), &path.join("parameters.safetensors"), "")?;
     let moments = path.join("optimizer.safetensors");
     flat.read(&optimizer.first, &moments, "exp_avg.")?;
-    flat.read(&optimizer.second, &moments, "exp_avg_sq.")
+    flat.read(&optimizer.second, &moments, "exp_avg_sq.")?;
+    let found = readable_digest(digest(&[flat.values(), &optimizer.first, &optimizer.second])?);
+    match &state.digest {
+        Some(written) if *written != found => {
+            let message = format!(
+                "its tensors are not those that were written: digest {found}, written {written}\n\
+                 hint: the disk has lost bits, or a file was changed; without this folder the run goes on from the one before"
+            );
+            Err(Error::file(path, message))
+        }
+        _ => Ok(()),
+    }
 }
 
-fn write(folder: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -> Result<()> {
+/// As state.json has it.
+pub fn readable_digest(digest: u64) -> String {
+    format!("{digest:016x}")
+}
+
+fn write(folder: &Path, snapshot: &Snapshot) -> Result<()> {
+    let Snapshot { state, flat, values, first, second } = snapshot;
     let tensors = |buffer, prefix: &'static str| {
         flat.named(buffer).map(move |named| named.map(|(name, tensor)| (format!("{prefix}{name}"), tensor)))
     };
-    let parameters: HashMap<String, Tensor> = tensors(flat.values(), "").collect::<Result<_>>()?;
+    let parameters: HashMap<String, Tensor> = tensors(values, "").collect::<Result<_>>()?;
     save(&parameters, &folder.join("parameters.safetensors"))?;
-    let moments: HashMap<String, Tensor> = tensors(&optimizer.first, "exp_avg.")
-        .chain(tensors(&optimizer.second, "exp_avg_sq."))
-        .collect::<Result<_>>()?;
+    let moments: HashMap<String, Tensor> =
+        tensors(first, "exp_avg.").chain(tensors(second, "exp_avg_sq.")).collect::<Result<_>>()?;
     save(&moments, &folder.join("optimizer.safetensors"))?;
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::file(folder, error.to_string()))?;
     put(&folder.join("state.json"), &json)?;
@@ -271,6 +334,11 @@ mod tests {
         State { step, tokens: 7, ..State::default() }
     }
 
+    fn save(checkpoints: &Checkpoints, step: u64, flat: &Flat, optimizer: &Optimizer) -> PathBuf {
+        fs::create_dir_all(&checkpoints.folder).unwrap();
+        checkpoints.save(&Snapshot::take(&state(step), flat, optimizer).unwrap()).unwrap()
+    }
+
     #[test]
     fn what_was_saved_comes_back() {
         let output = tempfile::tempdir().unwrap();
@@ -278,9 +346,9 @@ mod tests {
         let (from, to) = (flat([1.0, 2.0, 3.0]), flat([0.0; 3]));
         let (moments, empty) = (optimizer(&from), optimizer(&to));
         moments.second.one_set().unwrap();
-        checkpoints.save(&state(4), &from, &moments).unwrap();
+        save(&checkpoints, 4, &from, &moments);
         let (path, read) = checkpoints.newest().unwrap().unwrap();
-        restore(&path, &to, &empty).unwrap();
+        restore(&path, &read, &to, &empty).unwrap();
         assert_eq!(read, state(4));
         assert_eq!(to.values().to_vec1::<f32>().unwrap(), [1.0, 2.0, 3.0]);
         assert_eq!(empty.second.to_vec1::<f32>().unwrap(), [1.0; 3]);
@@ -294,7 +362,7 @@ mod tests {
         let flat = flat([1.0, 2.0, 3.0]);
         let optimizer = optimizer(&flat);
         for step in 1..=5 {
-            checkpoints.save(&state(step), &flat, &optimizer).unwrap();
+            save(&checkpoints, step, &flat, &optimizer);
             if step == 2 {
                 checkpoints.mark_best(2).unwrap();
             }
@@ -313,11 +381,60 @@ mod tests {
         let checkpoints = Checkpoints::new(output.path(), 3);
         let flat = flat([1.0, 2.0, 3.0]);
         assert!(checkpoints.newest().unwrap().is_none());
-        checkpoints.save(&state(1), &flat, &optimizer(&flat)).unwrap();
-        let broken = checkpoints.save(&state(2), &flat, &optimizer(&flat)).unwrap();
+        save(&checkpoints, 1, &flat, &optimizer(&flat));
+        let broken = save(&checkpoints, 2, &flat, &optimizer(&flat));
         fs::remove_file(broken.join("DONE")).unwrap();
         assert_eq!(checkpoints.newest().unwrap().unwrap().1.step, 1);
-        checkpoints.save(&state(2), &flat, &optimizer(&flat)).unwrap();
+        save(&checkpoints, 2, &flat, &optimizer(&flat));
         assert_eq!(checkpoints.newest().unwrap().unwrap().1.step, 2);
+    }
+
+    #[test]
+    fn tensors_that_are_not_those_written_are_refused() {
+        let output = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(output.path(), 3);
+        let flat = flat([1.0, 2.0, 3.0]);
+        let optimizer = optimizer(&flat);
+        fs::create_dir_all(&checkpoints.folder).unwrap();
+        let buffers = [flat.values(), &optimizer.first, &optimizer.second];
+        let digest = Some(readable_digest(digest(&buffers).unwrap()));
+        let state = State { digest, ..state(1) };
+        let path = checkpoints.save(&Snapshot::take(&state, &flat, &optimizer).unwrap()).unwrap();
+        restore(&path, &state, &flat, &optimizer).unwrap();
+        let file = path.join("parameters.safetensors");
+        let mut bytes = fs::read(&file).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&file, bytes).unwrap();
+        let message = restore(&path, &state, &flat, &optimizer).unwrap_err().to_string();
+        assert!(message.contains("not those that were written"), "{message}");
+    }
+
+    #[test]
+    fn the_writer_goes_on_with_the_bits_of_the_snapshot() {
+        let output = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(output.path(), 3);
+        fs::create_dir_all(&checkpoints.folder).unwrap();
+        fs::create_dir(checkpoints.folder.join(".step-000001.tmp")).unwrap();
+        let flat = flat([1.0, 2.0, 3.0]);
+        let optimizer = optimizer(&flat);
+        let mut writer = Writer::new(checkpoints.clone());
+        writer.save(Snapshot::take(&state(2), &flat, &optimizer).unwrap(), true).unwrap();
+        flat.values().zero_set().unwrap();
+        writer.finish().unwrap();
+        let (path, read) = checkpoints.newest().unwrap().unwrap();
+        restore(&path, &read, &flat, &optimizer).unwrap();
+        assert_eq!(flat.values().to_vec1::<f32>().unwrap(), [1.0, 2.0, 3.0]);
+        assert_eq!(checkpoints.best(), Some(path.canonicalize().unwrap()));
+        assert!(!checkpoints.folder.join(".step-000001.tmp").exists());
+    }
+
+    #[test]
+    fn a_checkpoint_that_does_not_fit_is_not_begun() {
+        let output = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(output.path(), 3);
+        fs::create_dir_all(&checkpoints.folder).unwrap();
+        checkpoints.room(1000).unwrap();
+        let message = checkpoints.room(1 << 60).unwrap_err().to_string();
+        assert!(message.contains("a checkpoint takes 1064960.0 TiB, the disk has"), "{message}");
     }
 }

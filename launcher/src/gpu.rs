@@ -1,0 +1,154 @@
+//! Which GPUs are to be seen, by what the driver shows of itself: nothing is started to find out.
+
+use std::fs;
+use std::path::Path;
+
+/// The oldest driver for CUDA 12 (NVIDIA, CUDA compatibility guide).
+const DRIVER: (u32, u32) = (525, 60);
+
+/// Where the driver shows itself, and what `CUDA_VISIBLE_DEVICES` leaves of it.
+pub(crate) struct Machine<'a> {
+    pub(crate) proc: &'a Path,
+    pub(crate) visible: Option<String>,
+    /// Whether this build can use GPUs at all.
+    pub(crate) built: bool,
+}
+
+impl Machine<'_> {
+    /// This machine.
+    pub(crate) fn new() -> Self {
+        Self {
+            proc: Path::new("/proc/driver/nvidia"),
+            visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
+            built: cfg!(feature = "nccl"),
+        }
+    }
+
+    /// The GPUs for `wanted` ranks, or for as many as there are; each as `CUDA_VISIBLE_DEVICES` names it.
+    pub(crate) fn devices(&self, wanted: Option<u32>) -> Result<Vec<String>, String> {
+        let flag = wanted.map_or_else(|| "--gpus".to_owned(), |wanted| format!("--gpus {wanted}"));
+        if !self.built {
+            return Err(format!(
+                "{flag}: this build has no GPU support\n\
+                 hint: build with `--features nccl`, or leave it out to train on the processor"
+            ));
+        }
+        if let Some(driver) = self.driver()
+            && driver < DRIVER
+        {
+            let ((found, minor), (needed, least)) = (driver, DRIVER);
+            return Err(format!(
+                "{flag}: the NVIDIA driver is {found}.{minor}, CUDA 12 needs {needed}.{least} or newer\n\
+                 hint: update the driver of this machine"
+            ));
+        }
+        let devices = self.list();
+        let enough = wanted.map_or(1, |wanted| wanted as usize);
+        if devices.len() < enough {
+            let hidden = match &self.visible {
+                Some(visible) => format!(" (CUDA_VISIBLE_DEVICES={visible})"),
+                None => String::new(),
+            };
+            let hint = match devices.len() {
+                0 => "hint: is the driver loaded? `nvidia-smi` shows it; --cpus N trains on the processor"
+                    .to_owned(),
+                found => format!("hint: --gpus {found}, or fewer"),
+            };
+            return Err(format!("{flag}: there are {} GPUs to be seen here{hidden}\n{hint}", devices.len()));
+        }
+        Ok(devices.into_iter().take(wanted.map_or(usize::MAX, |wanted| wanted as usize)).collect())
+    }
+
+    /// All GPUs that ranks may use.
+    pub(crate) fn list(&self) -> Vec<String> {
+        let count = fs::read_dir(self.proc.join("gpus")).map_or(0, Iterator::count);
+        match &self.visible {
+            // As CUDA reads it: up to the first that does not exist.
+            Some(visible) => visible
+                .split(',')
+                .map(str::trim)
+                .take_while(|name| match name.parse::<usize>() {
+                    Ok(number) => number < count,
+                    Err(_) => name.starts_with("GPU-") || name.starts_with("MIG-"),
+                })
+                .map(str::to_owned)
+                .collect(),
+            None => (0..count).map(|number| number.to_string()).collect(),
+        }
+    }
+
+    /// `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  …` → (535, 104).
+    fn driver(&self) -> Option<(u32, u32)> {
+        let text = fs::read_to_string(self.proc.join("version")).ok()?;
+        text.lines().next()?.split_whitespace().find_map(|word| {
+            let (major, rest) = word.split_once('.')?;
+            let minor = rest.split('.').next()?;
+            Some((major.parse().ok()?, minor.parse().ok()?))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(gpus: usize, driver: &str) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for gpu in 0..gpus {
+            fs::create_dir_all(folder.path().join(format!("gpus/0000:0{gpu}:00.0"))).unwrap();
+        }
+        let version = format!(
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Mar  9\nGCC version:  gcc 12.2.0\n"
+        );
+        fs::write(folder.path().join("version"), version).unwrap();
+        folder
+    }
+
+    fn devices(folder: &Path, visible: Option<&str>, wanted: Option<u32>) -> Result<Vec<String>, String> {
+        Machine { proc: folder, visible: visible.map(str::to_owned), built: true }.devices(wanted)
+    }
+
+    #[test]
+    fn each_rank_gets_a_gpu() {
+        let folder = machine(4, "535.104.05");
+        assert_eq!(devices(folder.path(), None, None).unwrap(), ["0", "1", "2", "3"]);
+        assert_eq!(devices(folder.path(), None, Some(2)).unwrap(), ["0", "1"]);
+        assert_eq!(devices(folder.path(), Some("3,1"), Some(2)).unwrap(), ["3", "1"]);
+        assert_eq!(devices(folder.path(), Some("GPU-5f,MIG-2"), None).unwrap(), ["GPU-5f", "MIG-2"]);
+    }
+
+    #[test]
+    fn fewer_gpus_than_wanted_are_said() {
+        let folder = machine(2, "535.104.05");
+        let message = devices(folder.path(), None, Some(4)).unwrap_err();
+        assert!(
+            message.contains("--gpus 4: there are 2 GPUs") && message.contains("--gpus 2, or fewer"),
+            "{message}"
+        );
+        let message = devices(folder.path(), Some("1,9,0"), Some(2)).unwrap_err();
+        assert!(
+            message.contains("there are 1 GPUs to be seen here (CUDA_VISIBLE_DEVICES=1,9,0)"),
+            "{message}"
+        );
+        let none = tempfile::tempdir().unwrap();
+        let message = devices(none.path(), None, Some(1)).unwrap_err();
+        assert!(
+            message.contains("there are 0 GPUs") && message.contains("is the driver loaded"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_driver_that_is_too_old_is_said() {
+        let folder = machine(4, "470.256.02");
+        let message = devices(folder.path(), None, Some(4)).unwrap_err();
+        assert!(message.contains("driver is 470.256, CUDA 12 needs 525.60"), "{message}");
+    }
+
+    #[test]
+    fn a_build_without_gpus_is_said() {
+        let folder = machine(4, "535.104.05");
+        let machine = Machine { proc: folder.path(), visible: None, built: false };
+        assert!(machine.devices(Some(4)).unwrap_err().contains("--gpus 4: this build has no GPU support"));
+    }
+}

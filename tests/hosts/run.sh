@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# A run over three hosts, which are network namespaces with a bridge between them. One is cut off in the middle of the training: all
+# must notice within the timeout and say which host is gone, and go on once the cable is back, to the losses of one rank.
+#
+#   tests/hosts/run.sh [FOLDER OF THE PROGRAMS]      default: target/debug; as root
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+programs=$(cd "${1:-target/debug}" && pwd)
+[ "$(id -u)" = 0 ] || { echo "skipped: several hosts, because namespaces need root"; exit 0; }
+for tool in ip python3; do
+    command -v $tool >/dev/null 2>&1 || { echo "skipped: several hosts, because there is no $tool (Debian: iproute2)"; exit 0; }
+done
+id=ls$$
+ip netns add $id-probe 2>/dev/null || { echo "skipped: several hosts, because no namespace can be made here"; exit 0; }
+ip netns del $id-probe
+
+place=$(mktemp -d)
+hosts="0 1 2"
+launchers=()
+finish() {
+    status=$?
+    [ ${#launchers[@]} = 0 ] || kill -9 "${launchers[@]}" 2>/dev/null || true
+    for host in $hosts; do ip netns del $id-$host 2>/dev/null || true; done
+    ip link del $id 2>/dev/null || true
+    if [ $status != 0 ]; then
+        for log in "$place"/*.log; do
+            echo "--- $log"
+            tail -n 40 "$log"
+        done
+    fi
+    rm -rf "$place"
+}
+trap finish EXIT
+fail() { echo "hosts: $1" >&2; exit 1; }
+
+ip link add $id type bridge
+ip link set $id up
+for host in $hosts; do
+    ip netns add $id-$host
+    ip link add $id-$host type veth peer name eth0 netns $id-$host
+    ip link set $id-$host master $id up
+    ip -n $id-$host addr add 10.253.77.$((host + 1))/24 dev eth0
+    ip -n $id-$host link set eth0 up
+    ip -n $id-$host link set lo up
+done
+
+golden=$PWD/tests/golden/bert
+configuration() {
+    cat >"$place/$1.yaml" <<YAML
+output: $place/$1
+model: {path: $golden, dropout: 0.1, max_query_length: 16, max_document_length: 16}
+data: {train: [{path: $golden/rows.jsonl}], negatives: 2}
+lora: {rank: 4, alpha: 8, dropout: 0.1}
+training: {epochs: 100, batch_size: 4, learning_rate: 1.0e-4}
+checkpoint: {every: 20}
+YAML
+}
+configuration whole
+configuration parts
+"$programs/launch" --cpus 1 --quiet "$place/whole.yaml"
+
+timeout=4
+LODESTONE_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export LODESTONE_TOKEN
+for host in $hosts; do
+    ip netns exec $id-$host "$programs/launch" --cpus 1 --quiet --restarts 5 --timeout $timeout --nodes 3 --node $host \
+        --rendezvous 10.253.77.1:29400 "$place/parts.yaml" >/dev/null 2>"$place/host-$host.log" &
+    launchers+=($!)
+done
+
+steps() { grep -c '"loss"' "$place/parts/metrics.jsonl" 2>/dev/null || true; }
+reach() {
+    for _ in $(seq 2400); do
+        [ "$(steps)" -ge "$1" ] 2>/dev/null && return
+        sleep 0.05
+    done
+    fail "no step $1; there are $(steps)"
+}
+reach 100
+ip link set $id-2 down
+echo "host 10.253.77.3 is cut off after step $(steps)"
+cut=$(date +%s%N)
+named="rank 2: on 10.253.77.3 shows no sign of work for $timeout s"
+for _ in $(seq 200); do
+    grep -q "$named" "$place/host-0.log" && break
+    sleep 0.1
+done
+grep -q "$named" "$place/host-0.log" || fail "host 0 does not name the host that is gone"
+noticed=$((($(date +%s%N) - cut) / 1000000))
+echo "noticed and named $noticed ms later, with a timeout of $timeout s"
+[ $noticed -lt $(((timeout + 6) * 1000)) ] || fail "that is too late"
+for host in 1 2; do
+    grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || sleep $((timeout + 2))
+    grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || fail "host $host did not notice"
+done
+ip link set $id-2 up
+for launcher in "${launchers[@]}"; do
+    wait "$launcher" || fail "a launcher ended with $?"
+done
+launchers=()
+python3 - "$place" <<'PYTHON'
+import json, sys
+
+def losses(run):
+    lines = map(json.loads, open(f"{sys.argv[1]}/{run}/metrics.jsonl"))
+    return [line["loss"] for line in lines if "loss" in line]
+
+whole, parts = losses("whole"), losses("parts")
+assert len(whole) == len(parts) == 1000, (len(whole), len(parts))
+worst = max(abs(a - b) / max(abs(b), 1e-2) for a, b in zip(parts, whole))
+assert worst < 1e-4, worst
+print(f"hosts: {len(parts)} losses within {worst:.1e} of those of one rank")
+PYTHON

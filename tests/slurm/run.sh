@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# scripts/slurm/nodes.sbatch on a real SLURM: a cluster of two nodes on this host, in a folder of its own. A run on both nodes is
+# preempted, queued again, warned by USR1, queued again, and must end with the losses of an uninterrupted run.
+#
+#   tests/slurm/run.sh [FOLDER OF THE PROGRAMS]      default: target/debug; as root, on Debian
+#
+# Needs slurmctld, slurmd, munged (Debian: slurm-wlm, munge). Names the nodes in /etc/hosts while it runs.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+programs=$(cd "${1:-target/debug}" && pwd)
+for tool in slurmctld slurmd munged mungekey sbatch python3; do
+    command -v $tool >/dev/null 2>&1 || { echo "skipped: SLURM, because there is no $tool (Debian: slurm-wlm, munge)"; exit 0; }
+done
+[ "$(id -u)" = 0 ] || { echo "skipped: SLURM, because its daemons need root"; exit 0; }
+
+place=$(mktemp -d)
+chmod 755 "$place"
+mkdir "$place/state"
+export SLURM_CONF=$place/slurm.conf
+daemons=()
+cp /etc/hosts "$place/hosts"
+finish() {
+    status=$?
+    scancel --user root >/dev/null 2>&1 || true
+    [ ${#daemons[@]} = 0 ] || kill "${daemons[@]}" 2>/dev/null || true
+    cat "$place/hosts" >/etc/hosts
+    if [ $status != 0 ]; then
+        for log in "$place"/*.log; do
+            echo "--- $log"
+            tail -n 40 "$log"
+        done
+    fi
+    wait
+    rm -rf "$place"
+}
+trap finish EXIT
+fail() { echo "slurm: $1" >&2; exit 1; }
+
+echo "127.0.0.1 lodestone-n1 lodestone-n2" >>/etc/hosts
+mungekey --create --force --keyfile "$place/munge.key"
+chmod 400 "$place/munge.key"
+munged --foreground --force --key-file "$place/munge.key" --socket "$place/munge.socket" --pid-file "$place/munged.pid" \
+    --log-file "$place/munged.log" --seed-file "$place/munged.seed" >/dev/null 2>&1 &
+daemons+=($!)
+cat >"$SLURM_CONF" <<CONF
+ClusterName=lodestone
+SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmctldPort=26817
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$place/munge.socket
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SwitchType=switch/none
+SelectType=select/linear
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_min_interval=200000
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=20
+MinJobAge=600
+StateSaveLocation=$place/state
+SlurmctldPidFile=$place/slurmctld.pid
+SlurmctldLogFile=$place/slurmctld.log
+SlurmdSpoolDir=$place/spool.%n
+SlurmdPidFile=$place/slurmd.%n.pid
+SlurmdLogFile=$place/slurmd.%n.log
+NodeName=lodestone-n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=27001 CPUs=$(nproc) State=UNKNOWN
+NodeName=lodestone-n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=27002 CPUs=$(nproc) State=UNKNOWN
+PartitionName=low Nodes=lodestone-n[1-2] Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 State=UP
+PartitionName=high Nodes=lodestone-n[1-2] MaxTime=60 PriorityTier=9 PreemptMode=OFF State=UP
+CONF
+for _ in $(seq 50); do [ -S "$place/munge.socket" ] && break; sleep 0.1; done
+slurmctld -D >"$place/slurmctld.out.log" 2>&1 &
+daemons+=($!)
+for node in lodestone-n1 lodestone-n2; do
+    mkdir -p "$place/spool.$node"
+    slurmd -D -N $node >"$place/$node.out.log" 2>&1 &
+    daemons+=($!)
+done
+for _ in $(seq 300); do
+    [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null | head -1)" = 2 ] && break
+    sleep 0.1
+done
+sinfo 2>/dev/null | grep -q idle || fail "the nodes did not come up"
+
+golden=$PWD/tests/golden/bert
+configuration() {
+    cat >"$place/$1.yaml" <<YAML
+output: $place/$1
+model: {path: $golden, dropout: 0.1, max_query_length: 16, max_document_length: 16}
+data: {train: [{path: $golden/rows.jsonl}], negatives: 2}
+lora: {rank: 4, alpha: 8, dropout: 0.1}
+training: {epochs: 300, batch_size: 4, learning_rate: 1.0e-4}
+checkpoint: {every: 1000000}
+YAML
+}
+configuration whole
+configuration parts
+"$programs/launch" --cpus 1 --quiet "$place/whole.yaml"
+
+steps() { grep -c '"loss"' "$place/parts/metrics.jsonl" 2>/dev/null || true; }
+reach() {
+    for _ in $(seq 1200); do
+        [ "$(steps)" -ge "$1" ] 2>/dev/null && return
+        sleep 0.05
+    done
+    fail "no step $1; there are $(steps)"
+}
+state() { squeue --noheader --jobs "$job" --states all --format %T 2>/dev/null; }
+restarts() { scontrol show job "$job" | grep -o 'Restarts=[0-9]*' | cut -d= -f2; }
+started_again() {
+    # SLURM has a job that was queued again wait for two minutes; its daemons need a few seconds to forget the last start.
+    sleep 3
+    for _ in $(seq 300); do
+        [ "$(restarts)" = "$1" ] && [ "$(state)" = RUNNING ] && return
+        [ "$(state)" != FAILED ] || break
+        [ "$(state)" != PENDING ] || scontrol update jobid="$job" starttime=now >/dev/null 2>&1 || true
+        sleep 0.3
+    done
+    fail "the job was not started again: $(state), $(restarts) restarts"
+}
+
+job=$(LAUNCH=$programs/launch OPTIONS="--cpus 2 --quiet" sbatch --parsable --partition low --gpus-per-node=0 --cpus-per-task=1 \
+    --time 30 --output "$place/job.log" scripts/slurm/nodes.sbatch "$place/parts.yaml")
+reach 50
+echo "job $job trains on two nodes, with $(ls "$place/parts/logs" | wc -l) ranks"
+sbatch --parsable --partition high --nodes 2 --output /dev/null --wrap "sleep 1" >/dev/null
+started_again 1
+before=$(steps)
+reach $((before + 50))
+echo "preempted and started again after step $before"
+scancel --signal USR1 --batch "$job"
+started_again 2
+echo "warned by USR1 and started again after step $(steps)"
+for _ in $(seq 1200); do
+    [ "$(state)" = RUNNING ] || break
+    sleep 0.1
+done
+[ "$(state)" = COMPLETED ] || fail "the job ended as $(state)"
+python3 - "$place" <<'PYTHON'
+import json, sys
+
+def losses(run):
+    lines = map(json.loads, open(f"{sys.argv[1]}/{run}/metrics.jsonl"))
+    return [line["loss"] for line in lines if "loss" in line]
+
+whole, parts = losses("whole"), losses("parts")
+assert len(whole) == len(parts) == 3000, (len(whole), len(parts))
+worst = max(abs(a - b) / max(abs(b), 1e-2) for a, b in zip(parts, whole))
+assert worst < 1e-4, worst
+print(f"slurm: {len(parts)} losses within {worst:.1e} of those of an uninterrupted run on one rank")
+PYTHON

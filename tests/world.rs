@@ -1,0 +1,289 @@
+//! Ranks change how long a run takes, never what it computes.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Stdio;
+use std::thread;
+
+use candle_core::Tensor;
+use kernels::adamw::AdamW;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tests::{golden, metrics, model_folder, program, relative_error, stderr, write_config};
+use trainer::comm::World;
+use trainer::config;
+use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
+use trainer::gradcache::Budget;
+use trainer::loss::InfoNce;
+use trainer::model::chunk::Limit;
+use trainer::model::params::Gradients;
+use trainer::model::{Folder, Model, Options};
+use trainer::optimizer::Optimizer;
+use trainer::schedule::Schedule;
+use trainer::step::Stepper;
+
+/// How a run is set up.
+#[derive(Clone, Debug)]
+struct Setup {
+    name: &'static str,
+    adapted: bool,
+    loss: InfoNce,
+    chunk: Limit,
+    steps: u64,
+}
+
+/// What a run left: the losses of each row and the gradient norm of every step, the first gradient, the last parameters.
+struct Left {
+    losses: Vec<Vec<f32>>,
+    norms: Vec<f64>,
+    gradient: Tensor,
+    parameters: Tensor,
+}
+
+/// Rows whose texts meet again as queries, positives and negatives of other rows, with negatives of any number, some of them
+/// excluded, in lengths from 1 to 60.
+fn batch(rows: usize, seed: u64) -> Batch {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let texts = rows + random.random_range(2..=2 * rows);
+    let sequences: Vec<Sequence> = (0..texts)
+        .map(|_| {
+            let length = random.random_range(1..=60);
+            Sequence { ids: (0..length).map(|_| random.random_range(5..85)).collect(), skip: 0 }
+        })
+        .collect();
+    let mut text = || random.random_range(0..texts) as u32;
+    let queries: Vec<u32> = (0..rows).map(|_| text()).collect();
+    let mut candidates: Vec<u32> = (0..rows).map(|_| text()).collect();
+    let mut own: Vec<Vec<u32>> = (0..rows as u32).map(|row| vec![row]).collect();
+    for own in &mut own {
+        for _ in 0..text() % 4 {
+            own.push(candidates.len() as u32);
+            candidates.push(text());
+        }
+    }
+    let excluded: Vec<Vec<u32>> = (0..rows as u32)
+        .map(|row| (0..candidates.len() as u32).filter(|&column| column != row && text() % 9 == 0).collect())
+        .collect();
+    let lists = |rows: Vec<Vec<u32>>| {
+        let mut lists = Lists { offsets: vec![0], columns: Vec::new() };
+        for row in rows {
+            lists.columns.extend(row);
+            lists.offsets.push(lists.columns.len() as u32);
+        }
+        lists
+    };
+    let positives = (0..rows as u32).collect();
+    Batch {
+        sequences,
+        table: Table { queries, candidates, positives, excluded: lists(excluded), own: lists(own) },
+        rows: (0..rows as u64).map(|row| RowId { dataset: 0, row }).collect(),
+        cursor: Cursor::default(),
+        epoch: 1.0,
+    }
+}
+
+/// One rank's part of a run, whose batches follow from their numbers.
+fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Left {
+    let folder = model_folder(setup.name, false);
+    let section = config::Model { dropout: Some(0.1), ..config::Model::default() };
+    let lora = config::Lora { dropout: 0.1, ..config::Lora::default() };
+    let lora = setup.adapted.then_some(&lora);
+    let options = Options { model: section, lora, trained: true, seed: 7, dry: false };
+    let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+    let rule = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+    let schedule =
+        Schedule { shape: config::Schedule::Linear, peak: 1e-3, warmup: 5, total: setup.steps.max(6) };
+    let mut stepper = Stepper {
+        model: &model,
+        gradients: Gradients::zeros(model.flat()).unwrap(),
+        optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0)).unwrap(),
+        loss: setup.loss.clone(),
+        schedule,
+        budget: Budget { chunk: setup.chunk, tapes: u64::MAX },
+        seed: 3,
+        world,
+    };
+    let (mut losses, mut norms, mut gradient) = (Vec::new(), Vec::new(), None);
+    for step in 1..=setup.steps {
+        let outcome = stepper.step(&batch(step), step).unwrap();
+        assert!(outcome.applied);
+        losses.push(outcome.losses);
+        norms.push(outcome.grad_norm);
+        gradient.get_or_insert(stepper.gradients.flat().copy().unwrap());
+    }
+    Left { losses, norms, gradient: gradient.unwrap(), parameters: model.flat().values().copy().unwrap() }
+}
+
+/// The same on so many ranks, which must all have the same bits; what the first of them left.
+fn on(ranks: usize, setup: &Setup, batch: impl Fn(u64) -> Batch + Sync) -> Left {
+    let batch = &batch;
+    let mut left: Vec<Left> = thread::scope(|scope| {
+        let ranks: Vec<_> = World::threads(ranks)
+            .into_iter()
+            .map(|world| scope.spawn(move || train(setup, world, batch)))
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    let bits = |left: &Left| (left.losses.clone(), left.parameters.to_vec1::<f32>().unwrap());
+    assert!(left.windows(2).all(|two| bits(&two[0]) == bits(&two[1])), "{ranks} ranks have drifted apart");
+    left.swap_remove(0)
+}
+
+/// Sums in another order: f32, over some thousand terms.
+const CLOSE: f64 = 1e-5;
+
+fn compare(some: &Left, one: &Left, what: &str) {
+    for (step, (a, b)) in some.losses.iter().zip(&one.losses).enumerate() {
+        assert_eq!(a.len(), b.len());
+        for (row, (a, b)) in a.iter().zip(b).enumerate() {
+            let error = f64::from((a - b).abs() / b.abs().max(1e-2));
+            assert!(error < CLOSE, "{what}: row {row} of step {}: {a} and {b}", step + 1);
+        }
+    }
+    for (a, b) in some.norms.iter().zip(&one.norms) {
+        assert!((a - b).abs() <= 1e-4 * b, "{what}: gradient norms {a} and {b}");
+    }
+    let error = relative_error(&some.gradient, &one.gradient);
+    assert!(error < CLOSE, "{what}: gradients differ by {error:e}");
+}
+
+fn info_nce() -> InfoNce {
+    InfoNce { temperature: 0.05, in_batch_negatives: true, symmetric: false, false_negative_margin: None }
+}
+
+#[test]
+fn fifty_steps_have_the_losses_of_one_rank() {
+    for (name, adapted) in [("bert", true), ("mistral", true), ("bert", false)] {
+        let setup = Setup { name, adapted, loss: info_nce(), chunk: Limit::Tokens(128), steps: 50 };
+        let batches = |step| batch(8, step);
+        let one = on(1, &setup, batches);
+        for ranks in [2, 3, 4] {
+            let some = on(ranks, &setup, batches);
+            compare(&some, &one, &format!("{name} on {ranks} ranks"));
+            // AdamW makes whole steps of a gradient that is nothing but noise, as that of the keys' bias is.
+            let close = if adapted { CLOSE } else { 1e-3 };
+            let error = relative_error(&some.parameters, &one.parameters);
+            assert!(error < close, "{name} on {ranks} ranks: parameters differ by {error:e}");
+        }
+    }
+}
+
+#[test]
+fn random_batches_on_random_ranks_give_the_step_of_one() {
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    for case in 0..40 {
+        let rows = random.random_range(1..=12);
+        let ranks = random.random_range(2..=9);
+        let loss = InfoNce {
+            temperature: 0.05,
+            in_batch_negatives: random.random_bool(0.7),
+            symmetric: random.random_bool(0.4),
+            false_negative_margin: random.random_bool(0.3).then_some(0.3),
+        };
+        let symmetric = loss.symmetric && loss.in_batch_negatives;
+        let setup = Setup {
+            name: if case % 4 == 0 { "mistral" } else { "bert" },
+            adapted: case % 3 == 0,
+            loss: InfoNce { symmetric, ..loss },
+            chunk: [Limit::Tokens(1), Limit::Tokens(100), Limit::Sequences(3)][case % 3],
+            steps: 1,
+        };
+        let batches = |_| batch(rows, 1000 + case as u64);
+        compare(
+            &on(ranks, &setup, batches),
+            &on(1, &setup, batches),
+            &format!("case {case}: {ranks} ranks, {setup:?}"),
+        );
+    }
+}
+
+#[test]
+fn more_ranks_than_sequences_are_no_trouble() {
+    let setup = Setup { name: "bert", adapted: false, loss: info_nce(), chunk: Limit::Tokens(64), steps: 2 };
+    let tiny = |_| {
+        let sequences = vec![Sequence { ids: vec![5, 6], skip: 0 }, Sequence { ids: vec![7], skip: 0 }];
+        let lists = Lists { offsets: vec![0, 0], columns: vec![] };
+        let own = Lists { offsets: vec![0, 1], columns: vec![0] };
+        let table = Table { queries: vec![0], candidates: vec![1], positives: vec![0], excluded: lists, own };
+        Batch { sequences, table, ..batch(1, 0) }
+    };
+    let one = train(&setup, World::solo(), tiny);
+    let some = on(5, &setup, tiny);
+    // A row without negatives: its loss is zero, and its gradient.
+    assert_eq!((&some.losses, &some.norms), (&one.losses, &one.norms));
+}
+
+#[test]
+fn one_rank_among_threads_is_one_alone() {
+    let setup = Setup { name: "bert", adapted: true, loss: info_nce(), chunk: Limit::Tokens(64), steps: 3 };
+    let (alone, among) =
+        (train(&setup, World::solo(), |step| batch(5, step)), on(1, &setup, |step| batch(5, step)));
+    assert_eq!(alone.losses, among.losses);
+    assert_eq!(alone.parameters.to_vec1::<f32>().unwrap(), among.parameters.to_vec1::<f32>().unwrap());
+}
+
+/// Processes that something else than `launch` has started, by the environment it gives them; all must be done.
+fn processes(environment: impl Fn(usize) -> Vec<(&'static str, String)>, config: &Path) {
+    let start = |rank: usize| {
+        let mut command = program("trainer");
+        command.args(["train", "--quiet"]).arg(config).envs(environment(rank));
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for child in (0..2).map(start).collect::<Vec<_>>() {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+}
+
+fn losses(config: &Path) -> Vec<f64> {
+    metrics(&config.with_file_name("out")).iter().filter_map(|line| line["loss"].as_f64()).collect()
+}
+
+#[test]
+fn ranks_find_each_other_in_the_environments_of_torchrun_and_srun() {
+    let place = tempfile::tempdir().unwrap();
+    let config = |name: &str| {
+        let folder = place.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        let rows = golden("bert").join("rows.jsonl");
+        write_config(&folder, &tests::config(&golden("bert"), &rows, &folder.join("out")))
+    };
+    let port = || TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+    let one = config("one");
+    assert!(program("trainer").args(["train", "--quiet"]).arg(&one).status().unwrap().success());
+
+    let (torchrun, free) = (config("torchrun"), port());
+    let variables = |rank: usize| {
+        let rank = rank.to_string();
+        let two = "2".to_owned();
+        vec![
+            ("RANK", rank.clone()),
+            ("WORLD_SIZE", two.clone()),
+            ("LOCAL_RANK", rank),
+            ("LOCAL_WORLD_SIZE", two),
+            ("MASTER_ADDR", "localhost".to_owned()),
+            ("MASTER_PORT", free.clone()),
+        ]
+    };
+    processes(variables, &torchrun);
+    let (srun, free) = (config("srun"), port());
+    let variables = |rank: usize| {
+        vec![
+            ("SLURM_PROCID", rank.to_string()),
+            ("SLURM_LOCALID", rank.to_string()),
+            ("SLURM_NODEID", "0".to_owned()),
+            ("SLURM_STEP_NUM_TASKS", "2".to_owned()),
+            ("SLURM_STEP_TASKS_PER_NODE", "2".to_owned()),
+            ("SLURM_STEP_NODELIST", "n1".to_owned()),
+            ("MASTER_ADDR", "n1".to_owned()),
+            ("MASTER_PORT", free.clone()),
+        ]
+    };
+    processes(variables, &srun);
+    for some in [&torchrun, &srun] {
+        assert_eq!(losses(some).len(), losses(&one).len());
+        for (a, b) in losses(some).iter().zip(losses(&one)) {
+            assert!((a - b).abs() < 1e-5 * b.abs().max(0.1), "{a} and {b}");
+        }
+    }
+}
