@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use serde_json::{Map, Value};
+use tests::{FAMILIES, copy};
 use trainer::config::Config;
 use trainer::embed::{Opened, Role};
 use trainer::export::{self, Trained};
@@ -38,18 +39,6 @@ fn adapter(name: &str) -> tempfile::TempDir {
     place
 }
 
-fn copy(from: &Path, to: &Path) {
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let target = to.join(entry.file_name());
-        if entry.path().is_file() {
-            std::fs::copy(entry.path(), target).unwrap();
-        } else if entry.file_name() == "1_Pooling" {
-            std::fs::create_dir(&target).unwrap();
-            copy(&entry.path(), &target);
-        }
-    }
-}
-
 /// Writes the model of `folder` as a run would and opens it again.
 fn again(folder: &Path, merge: bool) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
     let mut opened = open(folder);
@@ -69,7 +58,7 @@ fn again(folder: &Path, merge: bool) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
 
 #[test]
 fn a_whole_model_keeps_its_bits() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         let (before, after) = again(&golden(name), false);
         assert_eq!(before, after, "{name}");
     }
@@ -77,7 +66,7 @@ fn a_whole_model_keeps_its_bits() {
 
 #[test]
 fn adapters_keep_their_bits_and_merged_weights_nearly() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         let folder = adapter(name);
         let (before, after) = again(folder.path(), false);
         assert_eq!(before, after, "{name}");

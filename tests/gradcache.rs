@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use kernels::adamw::AdamW;
-use tests::{model_folder, relative_error};
+use tests::{FAMILIES, model_folder, relative_error};
 use trainer::comm::World;
 use trainer::config;
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
@@ -92,7 +92,7 @@ fn compare(a: &(Vec<f32>, Tensor), b: &(Vec<f32>, Tensor), what: &str) {
 
 #[test]
 fn chunks_do_not_change_losses_or_gradients() {
-    for (name, adapted) in [("bert", false), ("bert", true), ("mistral", false), ("mistral", true)] {
+    for (name, adapted) in FAMILIES.iter().flat_map(|name| [(name, false), (name, true)]) {
         let (_folder, model) = model(name, adapted, 0.1);
         let batch = batch(0);
         let whole = step(&model, &batch, Limit::Tokens(usize::MAX), u64::MAX, &info_nce());
@@ -119,7 +119,7 @@ fn tapes_kept_or_computed_twice_give_the_same_bits() {
 
 #[test]
 fn the_order_of_a_batch_does_not_change_its_gradient() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         // Masks belong to a sequence's number in the batch, so only without dropout may the order be another.
         let (_folder, model) = model(name, false, 0.0);
         let straight = step(&model, &batch(0), Limit::Tokens(200), u64::MAX, &info_nce());
@@ -129,7 +129,7 @@ fn the_order_of_a_batch_does_not_change_its_gradient() {
 
 #[test]
 fn every_trained_parameter_receives_a_gradient() {
-    for (name, adapted) in [("bert", false), ("bert", true), ("mistral", false), ("mistral", true)] {
+    for (name, adapted) in FAMILIES.iter().flat_map(|name| [(name, false), (name, true)]) {
         let (_folder, model) = model(name, adapted, 0.0);
         let (_, gradient) = step(&model, &batch(0), Limit::Tokens(512), u64::MAX, &info_nce());
         for named in model.flat().named(&gradient) {
@@ -142,7 +142,7 @@ fn every_trained_parameter_receives_a_gradient() {
 
 #[test]
 fn a_text_embeds_alike_alone_and_in_any_chunk() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         let (_folder, model) = model(name, false, 0.1);
         let sequences = batch(0).sequences;
         let alone: Vec<Tensor> =

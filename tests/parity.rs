@@ -1,8 +1,8 @@
 //! Embeddings, losses and gradients are those of transformers, PEFT and sentence-transformers on tiny random models.
-//! scripts/reference/{bert,mistral}.py wrote the goldens, in f64.
+//! The scripts in scripts/reference wrote the goldens, in f64.
 
 use candle_core::{DType, Tensor};
-use tests::{golden_json, model_folder, relative_error, tensors};
+use tests::{FAMILIES, golden_json, model_folder, relative_error, tensors};
 use trainer::config;
 use trainer::data::batch::Sequence;
 use trainer::model::chunk::Chunk;
@@ -29,8 +29,8 @@ fn sequences(name: &str) -> Vec<Sequence> {
     golden["sequences"].as_array().unwrap().iter().map(|s| Sequence { ids: ids(s), skip: 0 }).collect()
 }
 
-/// Embeddings of a ragged batch, and the gradient of Σ embeddings ∘ direction by every trained parameter.
-fn embeddings_and_gradients(name: &str, adapted: bool) {
+/// Hidden states and embeddings of a ragged batch, and the gradient of Σ embeddings ∘ direction by every trained parameter.
+fn numbers_and_gradients(name: &str, adapted: bool) {
     let (_folder, model) = model(name, adapted);
     let golden = tensors(&tests::golden(name).join("golden.safetensors"));
     let prefix = if adapted { "lora." } else { "" };
@@ -38,8 +38,10 @@ fn embeddings_and_gradients(name: &str, adapted: bool) {
     let members = (0..sequences.len()).collect();
     let chunk = Chunk::pack(&sequences, members, model.pooling()).unwrap();
     let (embeddings, tape) = model.forward(&chunk, None, true).unwrap();
-    let error = relative_error(&embeddings, &golden[&format!("{prefix}embeddings")]);
-    assert!(error < CLOSE, "{name}: embeddings differ by {error:e}");
+    for (what, got) in [("hidden", model.hidden_states(&chunk).unwrap()), ("embeddings", embeddings)] {
+        let error = relative_error(&got, &golden[&format!("{prefix}{what}")]);
+        assert!(error < CLOSE, "{name}: {what} differ by {error:e}");
+    }
 
     let gradients = Gradients::zeros(model.flat()).unwrap();
     let direction = golden["direction"].to_dtype(DType::F32).unwrap();
@@ -50,9 +52,10 @@ fn embeddings_and_gradients(name: &str, adapted: bool) {
         let (parameter, gradient): (String, Tensor) = named.unwrap();
         let want = &golden[&format!("{start}{parameter}")];
         let error = relative_error(&gradient, want);
-        // The key's bias adds the same to every score of a query: its gradient is zero, and f32 leaves noise.
-        let zero = parameter.ends_with("key.bias");
-        assert!(zero || error < CLOSE, "{name}: the gradient of {parameter} differs by {error:e}");
+        assert!(
+            tests::is_zero(&parameter, name) || error < CLOSE,
+            "{name}: the gradient of {parameter} differs by {error:e}"
+        );
         compared += 1;
     }
     let expected = golden.keys().filter(|key| key.starts_with(start)).count();
@@ -60,23 +63,13 @@ fn embeddings_and_gradients(name: &str, adapted: bool) {
 }
 
 #[test]
-fn bert_trained_whole_is_that_of_transformers() {
-    embeddings_and_gradients("bert", false);
+fn models_trained_whole_are_those_of_transformers() {
+    FAMILIES.iter().for_each(|name| numbers_and_gradients(name, false));
 }
 
 #[test]
-fn bert_with_adapters_is_that_of_peft() {
-    embeddings_and_gradients("bert", true);
-}
-
-#[test]
-fn mistral_trained_whole_is_that_of_transformers() {
-    embeddings_and_gradients("mistral", false);
-}
-
-#[test]
-fn mistral_with_adapters_is_that_of_peft() {
-    embeddings_and_gradients("mistral", true);
+fn models_with_adapters_are_those_of_peft() {
+    FAMILIES.iter().for_each(|name| numbers_and_gradients(name, true));
 }
 
 /// Ten optimizer steps: losses and gradient norms of sentence-transformers' MultipleNegativesRankingLoss with torch's AdamW.

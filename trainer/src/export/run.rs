@@ -41,9 +41,10 @@ pub fn write(model: &mut Model, trained: &Trained, options: Options, target: &Pa
     match model.lora().cloned() {
         // Weights from a seed lie in no folder, so the adapters alone would belong to nothing.
         Some(lora) if !options.merge && trained.config.model.init == Init::Pretrained => {
-            super::adapter(target, options.replace, &source, &about, &lora, model.adapters())
+            let (adapters, dense) = (model.adapters(), model.dense());
+            super::adapter(target, options.replace, &source, &about, &lora, adapters, dense)
         }
-        _ => super::model(target, options.replace, &source, &about, &model.tensors()?),
+        _ => super::model(target, options.replace, &source, &about, model.tensors()?),
     }
 }
 
@@ -58,6 +59,7 @@ fn about(model: &Model, trained: &Trained) -> About {
         name: name.clone(),
         base: base.unwrap_or(&section.path).to_owned(),
         width: model.width(),
+        hidden_width: model.hidden_width(),
         pooling: model.pooling(),
         normalize: model.normalize(),
         max_length: length(section.max_query_length).max(length(section.max_document_length)),

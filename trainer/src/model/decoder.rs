@@ -1,35 +1,23 @@
-//! Mistral (Jiang et al. 2023) as an encoder: pre-norm, RoPE, grouped-query attention in a sliding window, SwiGLU. Wiring
-//! only; names as in transformers' `MistralModel`.
+//! Decoders as encoders: Mistral (Jiang et al. 2023), Llama (Touvron et al. 2023), Qwen2 and Qwen3 (Qwen Team 2024, 2025),
+//! Gemma 3 (Gemma Team 2025). Pre-norm, RoPE, grouped-query attention, a gated feed-forward layer. Wiring only: what a family
+//! has or lacks is in [`Shape`]. Names as in transformers' `MistralModel` and its likes.
+
+mod shape;
 
 use candle_core::Tensor;
-use kernels::activation::{self, Activation};
+use kernels::activation;
 use kernels::attention::{self, Attention};
 use kernels::{embedding, norm, rope};
 
+use self::shape::Sight;
+pub use self::shape::{Family, Shape};
 use super::linear::{self, Linear};
+use super::norms::Rms;
 use super::params::{Gradients, Parameter, Visit};
 use super::pass::{Pass, SITES};
-use super::settings::Settings;
-use super::weights::{Init, Weights};
-use crate::Result;
 
-/// What config.json says of a Mistral.
-#[derive(Clone, Debug)]
-pub struct Shape {
-    vocabulary: usize,
-    width: usize,
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_width: usize,
-    inner: usize,
-    positions: usize,
-    epsilon: f64,
-    activation: Activation,
-    base: f64,
-    window: Option<usize>,
-    dropout: f32,
-}
+use super::weights::{Init, Weights};
+use crate::{Error, Result};
 
 /// The encoder.
 #[derive(Debug)]
@@ -37,21 +25,26 @@ pub struct Decoder {
     shape: Shape,
     word: Parameter, // (V, D)
     layers: Vec<Layer>,
-    norm: Parameter, // (D)
-    rope: rope::Table,
+    norm: Rms,
+    ropes: Vec<rope::Table>,
 }
 
 #[derive(Debug)]
 struct Layer {
-    attention_norm: Parameter, // (D)
+    attention_norm: Rms,
     query: Linear,
     key: Linear,
     value: Linear,
+    /// Of each head's queries, and of its keys.
+    head_norms: Option<[Rms; 2]>,
     output: Linear,
-    norm: Parameter, // (D)
+    norm: Rms,
     gate: Linear,
     up: Linear,
     down: Linear,
+    /// Of what attention adds to the stream, and of what the feed-forward layer adds.
+    addition_norms: Option<[Rms; 2]>,
+    sight: Sight,
     site: u32,
 }
 
@@ -66,15 +59,25 @@ pub struct Tape {
 #[derive(Debug)]
 struct LayerTape {
     attention_norm: norm::Tape,
-    q: Tensor,       // (T, H*K) rotated
-    k: Tensor,       // (T, G*K) rotated
+    q: Heads,
+    k: Heads,
     v: Tensor,       // (T, G*K)
     o: Tensor,       // (T, H*K)
     log_sum: Tensor, // (H, T)
     norm: norm::Tape,
     gate: Tensor, // (T, F)
     up: Tensor,   // (T, F)
+    addition_norms: Option<[norm::Tape; 2]>,
     adapters: [linear::Tape; 7],
+}
+
+/// Queries (T, H*K) or keys (T, G*K).
+#[derive(Debug)]
+enum Heads {
+    /// Turned by their positions.
+    Turned(Tensor),
+    /// Not yet normed and turned.
+    Raw(norm::Tape),
 }
 
 /// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
@@ -83,92 +86,55 @@ struct Stream {
     addition: Tensor,         // (T, D)
 }
 
-impl Shape {
-    /// Reads and checks config.json.
-    pub fn read(settings: &Settings, dropout: Option<f32>) -> Result<Self> {
-        settings.expect("attention_bias", false)?;
-        settings.expect("mlp_bias", false)?;
-        settings.expect("rope_scaling", serde_json::Value::Null)?;
-        let (width, heads) = (settings.size("hidden_size")?, settings.size("num_attention_heads")?);
-        let kv_heads = settings.size_or("num_key_value_heads", heads)?;
-        settings.divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)?;
-        let head_width = match settings.optional_size("head_dim")? {
-            Some(width) => width,
-            None => {
-                settings.divides("num_attention_heads", heads, "hidden_size", width)?;
-                width / heads
-            }
-        };
-        Ok(Self {
-            vocabulary: settings.size("vocab_size")?,
-            width,
-            layers: settings.size("num_hidden_layers")?,
-            heads,
-            kv_heads,
-            head_width,
-            inner: settings.size("intermediate_size")?,
-            positions: settings.size("max_position_embeddings")?,
-            epsilon: settings.number("rms_norm_eps", 1e-6)?,
-            activation: settings.activation("hidden_act", "silu")?,
-            base: rope_base(settings)?,
-            window: settings.optional_size("sliding_window")?,
-            dropout: dropout.map_or_else(|| settings.rate("attention_dropout", 0.0), Ok)?,
-        })
-    }
-}
-
-/// `rope_theta`, or transformers 5's `rope_parameters`.
-fn rope_base(settings: &Settings) -> Result<f64> {
-    let Some(parameters) = settings.get("rope_parameters") else {
-        return settings.number("rope_theta", 10_000.0);
-    };
-    match parameters.get("rope_type").and_then(|kind| kind.as_str()) {
-        None | Some("default") => {}
-        Some(kind) => {
-            return Err(
-                settings.wrong(format!("`rope_parameters.rope_type` is `{kind}`, supported is default"))
-            );
-        }
-    }
-    parameters
-        .get("rope_theta")
-        .and_then(serde_json::Value::as_f64)
-        .ok_or_else(|| settings.wrong("`rope_parameters` lacks `rope_theta`, a number"))
-}
-
 impl Decoder {
-    /// Names of which every Mistral file has one, with or without a prefix.
+    /// Names of which every file has one, with or without a prefix.
     pub const ANCHORS: &[&str] = &["embed_tokens.weight"];
 
     /// Takes the weights. Angles are tabled for texts of up to `longest` tokens: Mistral's 131,072 positions would be 67 MB.
     pub fn new(shape: Shape, weights: &Weights, longest: usize) -> Result<Self> {
-        let (d, f) = (shape.width, shape.inner);
-        let (queries, keys) = (shape.heads * shape.head_width, shape.kv_heads * shape.head_width);
-        let norm =
-            |name: &str| Ok::<_, crate::Error>(Parameter::frozen(weights.tensor(name, &[d], Init::Ones)?));
-        let linear = |name: String, o: usize, i: usize, site: u32| {
-            Ok::<_, crate::Error>(Linear::new(weights.matrix(&format!("{name}.weight"), o, i)?, None, site))
+        let (d, f, k) = (shape.width, shape.inner, shape.head_width);
+        let (queries, keys) = (shape.heads * k, shape.kv_heads * k);
+        let norm = |name: &str, width: usize| Rms::new(weights, name, width, shape.epsilon, shape.gemma);
+        let linear = |name: String, o: usize, i: usize, biased: bool, site: u32| {
+            let bias = |o: usize| weights.tensor(&format!("{name}.bias"), &[o], Init::Zeros);
+            let bias = biased.then(|| bias(o)).transpose()?;
+            Ok::<_, Error>(Linear::new(weights.matrix(&format!("{name}.weight"), o, i)?, bias, site))
         };
-        let layer = |l: usize| {
+        // Gemma calls "post attention" what the others do not have.
+        let (before, after) = if shape.gemma {
+            ("pre_feedforward_layernorm", Some(["post_attention_layernorm", "post_feedforward_layernorm"]))
+        } else {
+            ("post_attention_layernorm", None)
+        };
+        let pair = |a: String, b: String, width: usize| Ok::<_, Error>([norm(&a, width)?, norm(&b, width)?]);
+        let biases = shape.biases;
+        let layer = |(l, &sight): (usize, &Sight)| {
             let (name, site) = (format!("layers.{l}"), l as u32 * SITES);
-            Ok::<_, crate::Error>(Layer {
-                attention_norm: norm(&format!("{name}.input_layernorm.weight"))?,
-                query: linear(format!("{name}.self_attn.q_proj"), queries, d, site)?,
-                key: linear(format!("{name}.self_attn.k_proj"), keys, d, site + 1)?,
-                value: linear(format!("{name}.self_attn.v_proj"), keys, d, site + 2)?,
-                output: linear(format!("{name}.self_attn.o_proj"), d, queries, site + 3)?,
-                norm: norm(&format!("{name}.post_attention_layernorm.weight"))?,
-                gate: linear(format!("{name}.mlp.gate_proj"), f, d, site + 4)?,
-                up: linear(format!("{name}.mlp.up_proj"), f, d, site + 5)?,
-                down: linear(format!("{name}.mlp.down_proj"), d, f, site + 6)?,
+            let head_norms =
+                || pair(format!("{name}.self_attn.q_norm"), format!("{name}.self_attn.k_norm"), k);
+            let addition_norms = |[a, b]: [&str; 2]| pair(format!("{name}.{a}"), format!("{name}.{b}"), d);
+            Ok::<_, Error>(Layer {
+                attention_norm: norm(&format!("{name}.input_layernorm"), d)?,
+                query: linear(format!("{name}.self_attn.q_proj"), queries, d, biases.inputs, site)?,
+                key: linear(format!("{name}.self_attn.k_proj"), keys, d, biases.inputs, site + 1)?,
+                value: linear(format!("{name}.self_attn.v_proj"), keys, d, biases.inputs, site + 2)?,
+                head_norms: shape.head_norms.then(head_norms).transpose()?,
+                output: linear(format!("{name}.self_attn.o_proj"), d, queries, biases.output, site + 3)?,
+                norm: norm(&format!("{name}.{before}"), d)?,
+                gate: linear(format!("{name}.mlp.gate_proj"), f, d, biases.mlp, site + 4)?,
+                up: linear(format!("{name}.mlp.up_proj"), f, d, biases.mlp, site + 5)?,
+                down: linear(format!("{name}.mlp.down_proj"), d, f, biases.mlp, site + 6)?,
+                addition_norms: after.map(addition_norms).transpose()?,
+                sight,
                 site,
             })
         };
+        let positions = longest.min(shape.positions);
         Ok(Self {
             word: Parameter::frozen(weights.matrix("embed_tokens.weight", shape.vocabulary, d)?),
-            layers: (0..shape.layers).map(layer).collect::<Result<_>>()?,
-            norm: norm("norm.weight")?,
-            rope: rope::Table::new(longest.min(shape.positions), shape.head_width, shape.base),
+            layers: shape.sights.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            norm: norm("norm", d)?,
+            ropes: shape.rotaries.iter().map(|rotary| rotary.table(positions, k)).collect(),
             shape,
         })
     }
@@ -177,7 +143,8 @@ impl Decoder {
     pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
         let tables =
             embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
-        let mut stream = Stream { residual: None, addition: embedding::forward(ids, pass.packing, &tables)? };
+        let words = self.scaled(embedding::forward(ids, pass.packing, &tables)?)?;
+        let mut stream = Stream { residual: None, addition: words };
         let mut layers = Vec::new();
         for layer in &self.layers {
             let (next, tape) = self.forward_layer(layer, stream, pass)?;
@@ -186,7 +153,7 @@ impl Decoder {
                 layers.push(tape);
             }
         }
-        let (y, norm) = self.normalise(&self.norm, &stream)?;
+        let (y, norm) = self.norm.forward(&stream.addition, stream.residual.as_ref())?;
         Ok((y, keep.then_some(Tape { layers, norm })))
     }
 
@@ -200,36 +167,43 @@ impl Decoder {
         gradients: &Gradients,
     ) -> Result<()> {
         let below = self.word.slot().is_some();
-        let mut ds = Some(self.backward_norm(&self.norm, &tape.norm, &dy, None, gradients)?);
+        let mut ds = Some(self.norm.backward(&tape.norm, &dy, None, gradients)?);
         for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
             let Some(d) = ds.take() else { break };
             ds = self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients)?;
         }
         if let (Some(dword), Some(dx)) = (gradients.of(&self.word)?, ds) {
-            embedding::backward(&dx, ids, pass.packing, 0, Some(&dword), None, None)?;
+            embedding::backward(&self.scaled(dx)?, ids, pass.packing, 0, Some(&dword), None, None)?;
         }
         Ok(())
     }
 
     fn forward_layer(&self, layer: &Layer, stream: Stream, pass: &Pass) -> Result<(Stream, LayerTape)> {
-        let (y, attention_norm) = self.normalise(&layer.attention_norm, &stream)?;
+        let (y, attention_norm) = layer.attention_norm.forward(&stream.addition, stream.residual.as_ref())?;
         let (q, q_tape) = layer.query.forward(&y, pass)?; // (T, H*K)
         let (k, k_tape) = layer.key.forward(&y, pass)?; // (T, G*K)
         let (v, v_tape) = layer.value.forward(&y, pass)?; // (T, G*K)
-        let q = rope::forward(&q, pass.packing, &self.rope)?;
-        let k = rope::forward(&k, pass.packing, &self.rope)?;
+        let [q_norm, k_norm] = layer.norms_of_heads();
+        let (q, q_heads) = self.turn(layer, q, q_norm, pass)?;
+        let (k, k_heads) = self.turn(layer, k, k_norm, pass)?;
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
+        let [a_norm, d_norm] = layer.norms_of_additions();
+        let (a, a_norm) = normed(a, a_norm)?;
 
-        let stream = Stream { residual: Some(attention_norm.sum.clone()), addition: a };
-        let (z, norm) = self.normalise(&layer.norm, &stream)?;
+        let (z, norm) = layer.norm.forward(&a, Some(&attention_norm.sum))?;
         let (gate, gate_tape) = layer.gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = layer.up.forward(&z, pass)?; // (T, F)
         let h = activation::gated(&gate, &up, self.shape.activation)?;
         let (d, d_tape) = layer.down.forward(&h, pass)?; // (T, D)
+        let (d, d_norm) = normed(d, d_norm)?;
         let stream = Stream { residual: Some(norm.sum.clone()), addition: d };
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape];
-        Ok((stream, LayerTape { attention_norm, q, k, v, o, log_sum, norm, gate, up, adapters }))
+        let addition_norms = a_norm.zip(d_norm).map(|(a, d)| [a, d]);
+        let (q, k) = (q_heads, k_heads);
+        let tape =
+            LayerTape { attention_norm, q, k, v, o, log_sum, norm, gate, up, addition_norms, adapters };
+        Ok((stream, tape))
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -243,22 +217,30 @@ impl Decoder {
         gradients: &Gradients,
     ) -> Result<Option<Tensor>> {
         let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape] = &tape.adapters;
+        let [a_norm, d_norm] = layer.norms_of_additions();
+        let [a_tape, d_norm_tape] =
+            tape.addition_norms.as_ref().map_or([None; 2], |[a, d]| [Some(a), Some(d)]);
+        let dd = normed_backward(&ds, d_norm, d_norm_tape, gradients)?;
         let h = activation::gated(&tape.gate, &tape.up, self.shape.activation)?;
-        let dh = layer.down.backward(&h, d_tape, &ds, None, pass, gradients)?;
+        let dh = layer.down.backward(&h, d_tape, &dd, None, pass, gradients)?;
         let (dgate, dup) = activation::gated_backward(&tape.gate, &tape.up, &dh, self.shape.activation)?;
-        let z = norm::rms_norm_again(&tape.norm, layer.norm.value())?;
+        let z = layer.norm.again(&tape.norm)?;
         let dz = layer.gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
         let dz = layer.up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = self.backward_norm(&layer.norm, &tape.norm, &dz, Some(&ds), gradients)?;
+        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), gradients)?;
 
-        let d_o = layer.output.backward(&tape.o, o_tape, &ds, None, pass, gradients)?;
+        let da = normed_backward(&ds, a_norm, a_tape, gradients)?;
+        let d_o = layer.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
-        let (q, k, v, o) = (&tape.q, &tape.k, &tape.v, &tape.o);
-        let (dq, dk, dv) = attention::backward(q, k, v, o, &tape.log_sum, &d_o, pass.packing, &attention)?;
-        let dq = rope::backward(&dq, pass.packing, &self.rope)?;
-        let dk = rope::backward(&dk, pass.packing, &self.rope)?;
-        let y = norm::rms_norm_again(&tape.attention_norm, layer.attention_norm.value())?;
-        if !below && layer.attention_norm.slot().is_none() {
+        let [q_norm, k_norm] = layer.norms_of_heads();
+        let q = self.turned(layer, &tape.q, q_norm, pass)?;
+        let k = self.turned(layer, &tape.k, k_norm, pass)?;
+        let (v, o, log_sum) = (&tape.v, &tape.o, &tape.log_sum);
+        let (dq, dk, dv) = attention::backward(&q, &k, v, o, log_sum, &d_o, pass.packing, &attention)?;
+        let dq = self.turn_back(layer, &dq, &tape.q, q_norm, pass, gradients)?;
+        let dk = self.turn_back(layer, &dk, &tape.k, k_norm, pass, gradients)?;
+        let y = layer.attention_norm.again(&tape.attention_norm)?;
+        if !below && !layer.attention_norm.trained() {
             for (linear, tape, d) in
                 [(&layer.query, q_tape, dq), (&layer.key, k_tape, dk), (&layer.value, v_tape, dv)]
             {
@@ -269,22 +251,56 @@ impl Decoder {
         let dy = layer.query.backward(&y, q_tape, &dq, None, pass, gradients)?;
         let dy = layer.key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
         let dy = layer.value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
-        self.backward_norm(&layer.attention_norm, &tape.attention_norm, &dy, Some(&ds), gradients).map(Some)
+        layer.attention_norm.backward(&tape.attention_norm, &dy, Some(&ds), gradients).map(Some)
     }
 
-    fn normalise(&self, weight: &Parameter, stream: &Stream) -> Result<(Tensor, norm::Tape)> {
-        Ok(norm::rms_norm(&stream.addition, stream.residual.as_ref(), weight.value(), self.shape.epsilon)?)
+    /// Queries or keys as attention takes them, and what is kept of them.
+    fn turn(&self, layer: &Layer, x: Tensor, norm: Option<&Rms>, pass: &Pass) -> Result<(Tensor, Heads)> {
+        let table = &self.ropes[layer.sight.rotary];
+        match norm {
+            Some(norm) => {
+                let (x, tape) = norm.forward_heads(&x)?;
+                Ok((rope::forward(&x, pass.packing, table)?, Heads::Raw(tape)))
+            }
+            None => {
+                let x = rope::forward(&x, pass.packing, table)?;
+                Ok((x.clone(), Heads::Turned(x)))
+            }
+        }
     }
 
-    fn backward_norm(
+    /// The first of what [`Self::turn`] returned, once more.
+    fn turned(&self, layer: &Layer, heads: &Heads, norm: Option<&Rms>, pass: &Pass) -> Result<Tensor> {
+        match (heads, norm) {
+            (Heads::Raw(tape), Some(norm)) => {
+                let x = norm.again(tape)?;
+                let x = x.reshape((pass.packing.tokens(), x.elem_count() / pass.packing.tokens().max(1)))?;
+                Ok(rope::forward(&x, pass.packing, &self.ropes[layer.sight.rotary])?)
+            }
+            (Heads::Turned(x), _) => Ok(x.clone()),
+            (Heads::Raw(_), None) => Err(Error::Usage("a tape of another decoder".to_owned())),
+        }
+    }
+
+    fn turn_back(
         &self,
-        weight: &Parameter,
-        tape: &norm::Tape,
-        dy: &Tensor,
-        dsum: Option<&Tensor>,
+        layer: &Layer,
+        d: &Tensor,
+        heads: &Heads,
+        norm: Option<&Rms>,
+        pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        Ok(norm::rms_norm_backward(tape, weight.value(), dy, dsum, gradients.of(weight)?.as_ref())?)
+        let d = rope::backward(d, pass.packing, &self.ropes[layer.sight.rotary])?;
+        match (heads, norm) {
+            (Heads::Raw(tape), Some(norm)) => norm.backward_heads(tape, &d, gradients),
+            _ => Ok(d),
+        }
+    }
+
+    /// Gemma's embeddings times √D, and as well their gradient.
+    fn scaled(&self, x: Tensor) -> Result<Tensor> {
+        if self.shape.gemma { Ok((x * (self.shape.width as f64).sqrt())?) } else { Ok(x) }
     }
 
     fn attention(&self, layer: &Layer, pass: &Pass) -> Attention {
@@ -293,20 +309,21 @@ impl Decoder {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_width: shape.head_width,
-            scale: (shape.head_width as f32).sqrt().recip(),
-            // transformers counts the token itself into the window
-            left: shape.window.map(|window| window - 1),
-            right: Some(0),
+            scale: shape.scale,
+            left: layer.sight.left,
+            right: layer.sight.right,
             dropout: pass.dropout(shape.dropout, layer.site + 7),
         }
     }
 
     /// Bytes of tape that one token leaves.
     pub fn tape_bytes_per_token(&self) -> usize {
-        let Shape { layers, width, inner, heads, kv_heads, head_width, .. } = self.shape;
+        let Shape { width, inner, heads, kv_heads, head_width, head_norms, gemma, .. } = self.shape;
         // the sums of two norms; q and o; k and v; gate and up; log-sum-exp; deviations of two norms
         let layer = 2 * width + 2 * heads * head_width + 2 * kv_heads * head_width + 2 * inner + heads + 2;
-        4 * (layers * layer + width + 1)
+        let of_heads = if head_norms { heads + kv_heads } else { 0 };
+        let of_additions = if gemma { 2 * (width + 1) } else { 0 };
+        4 * (self.shape.layers() * (layer + of_heads + of_additions) + width + 1)
     }
 
     /// Parameters, in the order of the checkpoint.
@@ -317,10 +334,21 @@ impl Decoder {
             for (part, linear) in layer.linears() {
                 linear.visit(&format!("{name}.{part}"), visit)?;
             }
-            visit.parameter(&format!("{name}.input_layernorm.weight"), &mut layer.attention_norm)?;
-            visit.parameter(&format!("{name}.post_attention_layernorm.weight"), &mut layer.norm)?;
+            if let Some([query, key]) = &mut layer.head_norms {
+                query.visit(&format!("{name}.self_attn.q_norm"), visit)?;
+                key.visit(&format!("{name}.self_attn.k_norm"), visit)?;
+            }
+            layer.attention_norm.visit(&format!("{name}.input_layernorm"), visit)?;
+            match &mut layer.addition_norms {
+                None => layer.norm.visit(&format!("{name}.post_attention_layernorm"), visit)?,
+                Some([attention, feed_forward]) => {
+                    attention.visit(&format!("{name}.post_attention_layernorm"), visit)?;
+                    layer.norm.visit(&format!("{name}.pre_feedforward_layernorm"), visit)?;
+                    feed_forward.visit(&format!("{name}.post_feedforward_layernorm"), visit)?;
+                }
+            }
         }
-        visit.parameter("norm.weight", &mut self.norm)
+        self.norm.visit("norm", visit)
     }
 
     /// Every linear layer with its name: what LoRA attaches to.
@@ -349,7 +377,36 @@ impl Decoder {
     }
 }
 
+/// What a block adds to the stream, normed where the family norms it.
+fn normed(x: Tensor, norm: Option<&Rms>) -> Result<(Tensor, Option<norm::Tape>)> {
+    match norm {
+        Some(norm) => norm.forward(&x, None).map(|(y, tape)| (y, Some(tape))),
+        None => Ok((x, None)),
+    }
+}
+
+/// The gradient of [`normed`]'s x, from that of the stream.
+fn normed_backward(
+    ds: &Tensor,
+    norm: Option<&Rms>,
+    tape: Option<&norm::Tape>,
+    gradients: &Gradients,
+) -> Result<Tensor> {
+    match norm.zip(tape) {
+        Some((norm, tape)) => norm.backward(tape, ds, None, gradients),
+        None => Ok(ds.clone()),
+    }
+}
+
 impl Layer {
+    fn norms_of_heads(&self) -> [Option<&Rms>; 2] {
+        self.head_norms.as_ref().map_or([None; 2], |[query, key]| [Some(query), Some(key)])
+    }
+
+    fn norms_of_additions(&self) -> [Option<&Rms>; 2] {
+        self.addition_norms.as_ref().map_or([None; 2], |[attention, down]| [Some(attention), Some(down)])
+    }
+
     fn linears(&mut self) -> [(&'static str, &mut Linear); 7] {
         [
             ("self_attn.q_proj", &mut self.query),

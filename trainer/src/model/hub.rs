@@ -657,12 +657,12 @@ mod tests {
         let mut routes = model();
         routes.push((
             "/org/name/resolve/abc123/modules.json",
-            body(r#"[{"path": "", "type": "sentence_transformers.models.Dense"}]"#),
+            body(r#"[{"path": "", "type": "sentence_transformers.models.LSTM"}]"#),
         ));
         let server = Server::start(&routes);
         let home = tempfile::tempdir().unwrap();
         let error = hub(&server.endpoint, home.path(), &[]).fetch("org/name", true).unwrap_err().to_string();
-        assert!(error.contains("module Dense is not supported"), "{error}");
+        assert!(error.contains("module LSTM is not supported"), "{error}");
         assert!(!server.paths().iter().any(|path| path.ends_with(".safetensors")));
     }
 

@@ -1,6 +1,8 @@
 //! A linear layer, frozen or trained, with or without a LoRA adapter: `y = x Wᵀ + b + (α/r)·drop(x) Aᵀ Bᵀ`
 //! (Hu et al. 2021; names and initialisation as in PEFT).
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use kernels::{linear, lora};
 
@@ -44,6 +46,21 @@ impl Linear {
     /// (O, I).
     pub fn shape(&self) -> Result<(usize, usize)> {
         Ok(self.weight.value().dims2()?)
+    }
+
+    /// Some of its outputs, as a layer of their own: query, key and value of a checkpoint that has one weight for them. Its
+    /// adapter shares A, and with it the dropout, with the other parts'.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        let adapter = |adapter: &Adapter| {
+            let b = adapter.b.rows(rows.clone())?;
+            Ok::<_, crate::Error>(Adapter { b, ..adapter.clone() })
+        };
+        Ok(Self {
+            weight: self.weight.rows(rows.clone())?,
+            bias: self.bias.as_ref().map(|bias| bias.rows(rows.clone())).transpose()?,
+            adapter: self.adapter.as_ref().map(adapter).transpose()?,
+            site: self.site,
+        })
     }
 
     /// Puts an adapter beside the weight, which stays frozen.

@@ -28,6 +28,14 @@ impl Parameter {
         &self.value
     }
 
+    /// Some of its rows, as a parameter of their own: the same memory.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        let width = self.value.elem_count() / self.value.dim(0)?.max(1);
+        let slot =
+            self.slot.as_ref().map(|slot| slot.start + rows.start * width..slot.start + rows.end * width);
+        Ok(Self { value: self.value.narrow(0, rows.start, rows.len())?, slot })
+    }
+
     /// Its place in the flat buffer, if it is trained.
     pub fn slot(&self) -> Option<&Range<usize>> {
         self.slot.as_ref()

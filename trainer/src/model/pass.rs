@@ -1,7 +1,10 @@
 //! What every layer of one pass through the encoder must know.
 
+use candle_core::Tensor;
 use kernels::Packing;
-use kernels::dropout::Dropout;
+use kernels::dropout::{self, Dropout};
+
+use crate::Result;
 
 /// One pass over one chunk, forward or backward.
 #[derive(Clone, Copy, Debug)]
@@ -29,5 +32,13 @@ impl Pass<'_> {
     pub fn dropout(&self, p: f32, site: u32) -> Option<Dropout> {
         let Noise { seed, step } = self.noise.filter(|_| p > 0.0)?;
         Some(Dropout { p, seed, step, site })
+    }
+
+    /// Dropout, forward on x and backward on dx: the same mask.
+    pub fn drop(&self, x: Tensor, p: f32, site: u32) -> Result<Tensor> {
+        match self.dropout(p, site) {
+            Some(mask) => Ok(dropout::apply(&x, self.packing, &mask)?),
+            None => Ok(x),
+        }
     }
 }

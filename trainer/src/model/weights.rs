@@ -77,9 +77,10 @@ impl Weights {
         Self { dry: true, ..self }
     }
 
-    /// Draws every tensor from the seed and its own name, so that order and threads do not matter.
-    pub fn random(seed: u64, deviation: f64) -> Self {
-        Self { source: Source::Random { seed, deviation }, prefix: String::new(), dry: false }
+    /// Draws every tensor of the model's part `part` from the seed and its own name, so that order and threads do not
+    /// matter.
+    pub fn random(seed: u64, deviation: f64, part: &str) -> Self {
+        Self { source: Source::Random { seed, deviation }, prefix: part.to_owned(), dry: false }
     }
 
     /// The tensor `name`, f32, checked against `shape`.
@@ -112,7 +113,7 @@ impl Weights {
                     let normal = Normal::new(0.0, *deviation as f32).map_err(|_| {
                         Error::Usage(format!("initializer_range {deviation} is not a deviation"))
                     })?;
-                    draw(*seed, name, shape, &normal)
+                    draw(*seed, &format!("{}{name}", self.prefix), shape, &normal)
                 }
             },
         }
@@ -231,9 +232,9 @@ mod tests {
 
     #[test]
     fn random_weights_depend_on_seed_and_name_alone() {
-        let weights = Weights::random(1, 0.02);
+        let weights = Weights::random(1, 0.02, "");
         let a = weights.matrix("a", 600, 700).unwrap();
-        let again = Weights::random(1, 0.02).matrix("a", 600, 700).unwrap();
+        let again = Weights::random(1, 0.02, "").matrix("a", 600, 700).unwrap();
         let other = weights.matrix("b", 600, 700).unwrap();
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(values(&a), values(&again));

@@ -1,0 +1,403 @@
+//! ModernBERT (Warner et al. 2024): pre-norm, RoPE with two bases, windows in most layers, GeGLU. Wiring only; names as in
+//! transformers' `ModernBertModel`, whose checkpoints have one weight for query, key and value, and one for both halves of
+//! the feed-forward layer: they are taken apart by rows.
+
+use candle_core::Tensor;
+use kernels::activation::{self, Activation};
+use kernels::attention::{self, Attention};
+use kernels::{embedding, norm, rope};
+
+use super::linear::{self, Linear};
+use super::norms::LayerNorm;
+use super::params::{Gradients, Parameter, Visit};
+use super::pass::{Pass, SITES};
+use super::rotary::{Place, Rotary};
+use super::settings::Settings;
+use super::weights::{Init, Weights};
+use crate::{Error, Result};
+
+/// What config.json says of a ModernBERT.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    vocabulary: usize,
+    width: usize,
+    heads: usize,
+    inner: usize,
+    positions: usize,
+    epsilon: f64,
+    activation: Activation,
+    /// Of norms, of attention and of the feed-forward layer.
+    biased: [bool; 3],
+    /// Of each layer, how far it sees to both sides; none is the whole text.
+    reaches: Vec<Option<usize>>,
+    /// Of the layers that see everything, and of those with a window.
+    rotaries: [Rotary; 2],
+    dropout: Dropout,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Dropout {
+    embedding: f32,
+    attention: f32,
+    inner: f32,
+}
+
+/// The encoder.
+#[derive(Debug)]
+pub struct ModernBert {
+    shape: Shape,
+    word: Parameter, // (V, D)
+    norm: LayerNorm,
+    layers: Vec<Layer>,
+    last_norm: LayerNorm,
+    ropes: [rope::Table; 2],
+}
+
+#[derive(Debug)]
+struct Layer {
+    /// None in the first layer, whose input is normed already.
+    attention_norm: Option<LayerNorm>,
+    query_key_value: Linear,
+    output: Linear,
+    norm: LayerNorm,
+    gate_up: Linear,
+    down: Linear,
+    reach: Option<usize>,
+    site: u32,
+}
+
+/// What [`ModernBert::backward`] needs of a forward pass.
+#[derive(Debug)]
+pub struct Tape {
+    embedding: norm::Tape,
+    layers: Vec<LayerTape>,
+    last_norm: norm::Tape,
+}
+
+/// Norms' outputs and the activation's are computed again from what is kept here, in one pass over memory each.
+#[derive(Debug)]
+struct LayerTape {
+    input: Input,
+    q: Tensor,       // (T, D) rotated
+    k: Tensor,       // (T, D) rotated
+    v: Tensor,       // (T, D)
+    o: Tensor,       // (T, D)
+    log_sum: Tensor, // (H, T)
+    norm: norm::Tape,
+    gate: Tensor, // (T, F)
+    up: Tensor,   // (T, F)
+    adapters: [linear::Tape; 7],
+}
+
+/// What a layer's attention has looked at.
+#[derive(Debug)]
+enum Input {
+    Plain(Tensor), // (T, D)
+    Normed(norm::Tape),
+}
+
+/// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
+struct Stream {
+    residual: Option<Tensor>, // (T, D)
+    addition: Tensor,         // (T, D)
+}
+
+impl Shape {
+    /// Reads and checks config.json. A field that is absent has the value that transformers gives it.
+    pub fn read(settings: &Settings, dropout: Option<f32>) -> Result<Self> {
+        settings.expect("quantization_config", serde_json::Value::Null)?;
+        let (width, heads) = (settings.size("hidden_size")?, settings.size("num_attention_heads")?);
+        settings.divides("num_attention_heads", 2 * heads, "hidden_size", width)?;
+        let layers = settings.size("num_hidden_layers")?;
+        let every = settings.size_or("global_attn_every_n_layers", 3)?;
+        let window = settings.size_or("local_attention", 128)?;
+        let reach = |l| Ok(settings.windowed(l, layers, |l| !l.is_multiple_of(every))?.then_some(window / 2));
+        let base = |kind, base, default| Rotary::read(settings, Place { kind, base, default, scaled: true });
+        let rate = |name: &str| dropout.map_or_else(|| settings.rate(name, 0.0), Ok);
+        Ok(Self {
+            vocabulary: settings.size("vocab_size")?,
+            width,
+            heads,
+            inner: settings.size("intermediate_size")?,
+            positions: settings.size("max_position_embeddings")?,
+            epsilon: settings.number("norm_eps", 1e-5)?,
+            activation: settings.activation("hidden_activation", "gelu")?,
+            biased: [
+                settings.flag("norm_bias", false)?,
+                settings.flag("attention_bias", false)?,
+                settings.flag("mlp_bias", false)?,
+            ],
+            reaches: (0..layers).map(reach).collect::<Result<_>>()?,
+            rotaries: [
+                base("full_attention", "global_rope_theta", 160_000.0)?,
+                base("sliding_attention", "local_rope_theta", 10_000.0)?,
+            ],
+            dropout: Dropout {
+                embedding: rate("embedding_dropout")?,
+                attention: rate("attention_dropout")?,
+                inner: rate("mlp_dropout")?,
+            },
+        })
+    }
+}
+
+impl ModernBert {
+    /// Names of which every file has one, with or without a prefix.
+    pub const ANCHORS: &[&str] = &["embeddings.tok_embeddings.weight"];
+
+    /// Takes the weights. Angles are tabled for texts of up to `longest` tokens.
+    pub fn new(shape: Shape, weights: &Weights, longest: usize) -> Result<Self> {
+        let (d, f) = (shape.width, shape.inner);
+        let [of_norms, of_attention, of_feed_forward] = shape.biased;
+        let norm = |name: &str| LayerNorm::new(weights, name, d, shape.epsilon, of_norms);
+        let linear = |name: String, o: usize, i: usize, biased: bool, site: u32| {
+            let bias = |o: usize| weights.tensor(&format!("{name}.bias"), &[o], Init::Zeros);
+            let bias = biased.then(|| bias(o)).transpose()?;
+            Ok::<_, Error>(Linear::new(weights.matrix(&format!("{name}.weight"), o, i)?, bias, site))
+        };
+        let layer = |(l, &reach): (usize, &Option<usize>)| {
+            let (name, site) = (format!("layers.{l}"), l as u32 * SITES);
+            Ok::<_, Error>(Layer {
+                attention_norm: (l > 0).then(|| norm(&format!("{name}.attn_norm"))).transpose()?,
+                query_key_value: linear(format!("{name}.attn.Wqkv"), 3 * d, d, of_attention, site)?,
+                output: linear(format!("{name}.attn.Wo"), d, d, of_attention, site + 1)?,
+                norm: norm(&format!("{name}.mlp_norm"))?,
+                gate_up: linear(format!("{name}.mlp.Wi"), 2 * f, d, of_feed_forward, site + 2)?,
+                down: linear(format!("{name}.mlp.Wo"), d, f, of_feed_forward, site + 3)?,
+                reach,
+                site,
+            })
+        };
+        let positions = longest.min(shape.positions);
+        let word = weights.matrix("embeddings.tok_embeddings.weight", shape.vocabulary, d)?;
+        Ok(Self {
+            word: Parameter::frozen(word),
+            norm: norm("embeddings.norm")?,
+            layers: shape.reaches.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            last_norm: norm("final_norm")?,
+            ropes: shape.rotaries.each_ref().map(|rotary| rotary.table(positions, d / shape.heads)),
+            shape,
+        })
+    }
+
+    /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+        let tables =
+            embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
+        let (x, embedding) = self.norm.forward(&embedding::forward(ids, pass.packing, &tables)?, None)?;
+        let x = pass.drop(x, self.shape.dropout.embedding, self.dropout_site())?;
+        let mut stream = Stream { residual: None, addition: x };
+        let mut layers = Vec::new();
+        for layer in &self.layers {
+            let (next, tape) = self.forward_layer(layer, stream, pass)?;
+            stream = next;
+            if keep {
+                layers.push(tape);
+            }
+        }
+        let (y, last_norm) = self.last_norm.forward(&stream.addition, stream.residual.as_ref())?;
+        Ok((y, keep.then_some(Tape { embedding, layers, last_norm })))
+    }
+
+    /// d(hidden states) (T, D) → the gradients of everything trained.
+    pub fn backward(
+        &self,
+        ids: &Tensor,
+        tape: Tape,
+        dy: Tensor,
+        pass: &Pass,
+        gradients: &Gradients,
+    ) -> Result<()> {
+        let below = self.word.slot().is_some() || self.norm.trained();
+        let mut ds = Some(self.last_norm.backward(&tape.last_norm, &dy, None, gradients)?);
+        for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
+            let Some(d) = ds.take() else { break };
+            ds = self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients)?;
+        }
+        if let (true, Some(dx)) = (below, ds) {
+            let dx = pass.drop(dx, self.shape.dropout.embedding, self.dropout_site())?;
+            let dx = self.norm.backward(&tape.embedding, &dx, None, gradients)?;
+            if let Some(dword) = gradients.of(&self.word)? {
+                embedding::backward(&dx, ids, pass.packing, 0, Some(&dword), None, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn forward_layer(&self, layer: &Layer, stream: Stream, pass: &Pass) -> Result<(Stream, LayerTape)> {
+        let shape = &self.shape;
+        let (y, residual, input) = match &layer.attention_norm {
+            Some(norm) => {
+                let (y, tape) = norm.forward(&stream.addition, stream.residual.as_ref())?;
+                (y, tape.sum.clone(), Input::Normed(tape))
+            }
+            None => (stream.addition.clone(), stream.addition.clone(), Input::Plain(stream.addition)),
+        };
+        let [query, key, value] = layer.attention_parts(shape.width)?;
+        let (q, q_tape) = query.forward(&y, pass)?; // (T, D)
+        let (k, k_tape) = key.forward(&y, pass)?;
+        let (v, v_tape) = value.forward(&y, pass)?;
+        let table = self.table(layer);
+        let q = rope::forward(&q, pass.packing, table)?;
+        let k = rope::forward(&k, pass.packing, table)?;
+        let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
+        let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
+        let a = pass.drop(a, shape.dropout.attention, layer.site + 5)?;
+
+        let (z, norm) = layer.norm.forward(&a, Some(&residual))?;
+        let [gate, up] = layer.feed_forward_parts(shape.inner)?;
+        let (gate, gate_tape) = gate.forward(&z, pass)?; // (T, F)
+        let (up, up_tape) = up.forward(&z, pass)?; // (T, F)
+        let h = activation::gated(&gate, &up, shape.activation)?;
+        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
+        let (d, d_tape) = layer.down.forward(&h, pass)?; // (T, D)
+        let stream = Stream { residual: Some(norm.sum.clone()), addition: d };
+        let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape];
+        Ok((stream, LayerTape { input, q, k, v, o, log_sum, norm, gate, up, adapters }))
+    }
+
+    /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
+    fn backward_layer(
+        &self,
+        layer: &Layer,
+        tape: LayerTape,
+        ds: Tensor,
+        below: bool,
+        pass: &Pass,
+        gradients: &Gradients,
+    ) -> Result<Option<Tensor>> {
+        let shape = &self.shape;
+        let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape] = &tape.adapters;
+        let h = activation::gated(&tape.gate, &tape.up, shape.activation)?;
+        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
+        let dh = layer.down.backward(&h, d_tape, &ds, None, pass, gradients)?;
+        let dh = pass.drop(dh, shape.dropout.inner, layer.site + 6)?;
+        let (dgate, dup) = activation::gated_backward(&tape.gate, &tape.up, &dh, shape.activation)?;
+        let z = layer.norm.again(&tape.norm)?;
+        let [gate, up] = layer.feed_forward_parts(shape.inner)?;
+        let dz = gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
+        let dz = up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
+        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), gradients)?;
+
+        let da = pass.drop(ds.clone(), shape.dropout.attention, layer.site + 5)?;
+        let d_o = layer.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
+        let attention = self.attention(layer, pass);
+        let (q, k, v, o) = (&tape.q, &tape.k, &tape.v, &tape.o);
+        let (dq, dk, dv) = attention::backward(q, k, v, o, &tape.log_sum, &d_o, pass.packing, &attention)?;
+        let dq = rope::backward(&dq, pass.packing, self.table(layer))?;
+        let dk = rope::backward(&dk, pass.packing, self.table(layer))?;
+        let y = match (&tape.input, &layer.attention_norm) {
+            (Input::Normed(tape), Some(norm)) => norm.again(tape)?,
+            (Input::Plain(x), _) => x.clone(),
+            (Input::Normed(_), None) => return Err(Error::Usage("a tape of another encoder".to_owned())),
+        };
+        let [query, key, value] = layer.attention_parts(shape.width)?;
+        if !below && !layer.attention_norm.as_ref().is_some_and(LayerNorm::trained) {
+            for (linear, tape, d) in [(query, q_tape, dq), (key, k_tape, dk), (value, v_tape, dv)] {
+                linear.backward_parameters(&y, tape, &d, None, pass, gradients)?;
+            }
+            return Ok(None);
+        }
+        // Without a norm before it, attention's input is the stream itself.
+        let straight = layer.attention_norm.is_none().then(|| ds.clone());
+        let dy = query.backward(&y, q_tape, &dq, straight, pass, gradients)?;
+        let dy = key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
+        let dy = value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
+        match (&tape.input, &layer.attention_norm) {
+            (Input::Normed(tape), Some(norm)) => norm.backward(tape, &dy, Some(&ds), gradients).map(Some),
+            _ => Ok(Some(dy)),
+        }
+    }
+
+    fn attention(&self, layer: &Layer, pass: &Pass) -> Attention {
+        let shape = &self.shape;
+        let head_width = shape.width / shape.heads;
+        Attention {
+            heads: shape.heads,
+            kv_heads: shape.heads,
+            head_width,
+            scale: (head_width as f32).sqrt().recip(),
+            left: layer.reach,
+            right: layer.reach,
+            dropout: pass.dropout(shape.dropout.attention, layer.site + 4),
+        }
+    }
+
+    fn table(&self, layer: &Layer) -> &rope::Table {
+        &self.ropes[usize::from(layer.reach.is_some())]
+    }
+
+    /// Bytes of tape that one token leaves.
+    pub fn tape_bytes_per_token(&self) -> usize {
+        let Shape { width, inner, heads, ref reaches, .. } = self.shape;
+        // the sums of two norms; q, k, v and o; gate and up; log-sum-exp; mean and deviation of two norms
+        let layer = 6 * width + 2 * inner + heads + 4;
+        4 * (reaches.len() * layer + 2 * (width + 2))
+    }
+
+    /// Parameters, in the order of the checkpoint.
+    pub fn visit(&mut self, visit: &mut dyn Visit) -> Result<()> {
+        visit.parameter("embeddings.tok_embeddings.weight", &mut self.word)?;
+        self.norm.visit("embeddings.norm", visit)?;
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            let name = format!("layers.{l}");
+            if let Some(norm) = &mut layer.attention_norm {
+                norm.visit(&format!("{name}.attn_norm"), visit)?;
+            }
+            for (part, linear) in layer.linears() {
+                linear.visit(&format!("{name}.{part}"), visit)?;
+            }
+            layer.norm.visit(&format!("{name}.mlp_norm"), visit)?;
+        }
+        self.last_norm.visit("final_norm", visit)
+    }
+
+    /// Every linear layer with its name: what LoRA attaches to.
+    pub fn linears(&mut self) -> Vec<(String, &mut Linear)> {
+        let layers = self.layers.iter_mut().enumerate();
+        layers
+            .flat_map(|(l, layer)| {
+                layer.linears().map(move |(part, linear)| (format!("layers.{l}.{part}"), linear))
+            })
+            .collect()
+    }
+
+    /// D.
+    pub fn width(&self) -> usize {
+        self.shape.width
+    }
+
+    /// The longest text that has positions.
+    pub fn positions(&self) -> usize {
+        self.shape.positions
+    }
+
+    /// V.
+    pub fn vocabulary(&self) -> usize {
+        self.shape.vocabulary
+    }
+
+    fn dropout_site(&self) -> u32 {
+        self.layers.len() as u32 * SITES
+    }
+}
+
+impl Layer {
+    fn attention_parts(&self, d: usize) -> Result<[Linear; 3]> {
+        let all = &self.query_key_value;
+        Ok([all.rows(0..d)?, all.rows(d..2 * d)?, all.rows(2 * d..3 * d)?])
+    }
+
+    fn feed_forward_parts(&self, f: usize) -> Result<[Linear; 2]> {
+        Ok([self.gate_up.rows(0..f)?, self.gate_up.rows(f..2 * f)?])
+    }
+
+    fn linears(&mut self) -> [(&'static str, &mut Linear); 4] {
+        [
+            ("attn.Wqkv", &mut self.query_key_value),
+            ("attn.Wo", &mut self.output),
+            ("mlp.Wi", &mut self.gate_up),
+            ("mlp.Wo", &mut self.down),
+        ]
+    }
+}
