@@ -10,7 +10,19 @@ use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
 /// The tiny random models in tests/golden, one of each family.
-pub const FAMILIES: [&str; 7] = ["bert", "modernbert", "mistral", "llama", "qwen2", "qwen3", "gemma3"];
+pub const FAMILIES: [&str; 11] = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "mpnet",
+    "distilbert",
+    "modernbert",
+    "mistral",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+];
 
 /// A folder of tests/golden.
 pub fn golden(name: &str) -> PathBuf {

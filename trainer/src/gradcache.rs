@@ -6,12 +6,13 @@
 //! time gives the first one's masks without anything being kept.
 
 use candle_core::{Device, Tensor};
+use kernels::precision::Precision;
 
 use crate::Result;
 use crate::data::batch::Sequence;
 use crate::model::chunk::{self, Chunk, Limit};
 use crate::model::params::Gradients;
-use crate::model::pass::Noise;
+use crate::model::pass::{Keep, Noise};
 use crate::model::{Model, Tape};
 
 /// How a batch is cut and how much of it is kept.
@@ -39,18 +40,19 @@ pub fn encode(
     noise: Option<Noise>,
 ) -> Result<(Tensor, Encoded)> {
     let cuts = chunk::cut(sequences, members, budget.chunk);
-    let kept = kept(&cuts, sequences, budget.tapes, model.tape_bytes_per_token());
+    let [thin, whole] = [Keep::Thin, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep));
+    let keeps = share(&cuts, sequences, budget.tapes, thin, whole);
     let mut chunks = Vec::with_capacity(cuts.len());
     let mut embeddings = Vec::with_capacity(cuts.len());
     let mut place = vec![0u32; sequences.len()];
     let mut placed = 0;
-    for (n, cut) in cuts.into_iter().enumerate() {
+    for (cut, keep) in cuts.into_iter().zip(keeps) {
         let chunk = Chunk::pack(sequences, cut, model.pooling())?;
         for &member in &chunk.members {
             place[member] = placed;
             placed += 1;
         }
-        let (e, tape) = model.forward(&chunk, noise, n >= kept)?;
+        let (e, tape) = model.forward(&chunk, noise, keep)?;
         embeddings.push(e);
         chunks.push((chunk, tape));
     }
@@ -65,6 +67,8 @@ impl Encoded {
     /// was kept, so that the order of every sum, and with it every bit, is the same with any amount of memory.
     pub fn backward(self, model: &Model, d: &Tensor, gradients: &Gradients) -> Result<()> {
         let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // undoes the order
+        let scale = scale(model, d)?;
+        let in_chunks = if scale == 1.0 { in_chunks } else { (in_chunks * f64::from(scale))? };
         let mut end = self.order.elem_count();
         for (chunk, tape) in self.chunks.into_iter().rev() {
             let start = end - chunk.members.len();
@@ -76,23 +80,41 @@ impl Encoded {
             };
             model.backward(&chunk, tape, &de, self.noise, gradients)?;
         }
+        if scale != 1.0 {
+            gradients.scale(scale.recip())?;
+        }
         Ok(())
     }
 }
 
-/// The first chunk that keeps its tape: the last ones do, as many as fit, because they are the first to run backward.
-fn kept(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, per_token: usize) -> usize {
-    let mut left = bytes;
-    let mut first = cuts.len();
-    for cut in cuts.iter().rev() {
-        let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
-        match left.checked_sub((tokens * per_token) as u64) {
-            Some(rest) => left = rest,
-            None => break,
-        }
-        first -= 1;
+/// What the gradient is multiplied by on its way through a model in f16, whose numbers end at 6e-8: the power of two that
+/// brings the largest element of d(embeddings) near 1. A function of d alone, so there is no scale to adapt or to save.
+fn scale(model: &Model, d: &Tensor) -> Result<f32> {
+    if model.precision() != Precision::F16 || d.elem_count() == 0 {
+        return Ok(1.0);
     }
-    first
+    let largest = d.abs()?.max_all()?.to_scalar::<f32>()?;
+    let exponent = if largest.is_normal() { -largest.log2().floor() } else { 0.0 };
+    Ok(exponent.clamp(-60.0, 60.0).exp2())
+}
+
+/// What each chunk keeps within `bytes`, given the bytes that a token takes on a thin and on a whole tape. The last chunks keep
+/// something first, because they are the first to run backward. A thin tape saves about as much work a byte as a whole one does,
+/// so tapes get whole only where all chunks have one.
+fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, thin: usize, whole: usize) -> Vec<Keep> {
+    let mut keeps = vec![Keep::Nothing; cuts.len()];
+    let mut left = bytes;
+    for (keep, price) in [(Keep::Thin, thin), (Keep::Whole, whole - thin)] {
+        for (n, cut) in cuts.iter().enumerate().rev() {
+            let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
+            match left.checked_sub((tokens * price) as u64) {
+                Some(rest) => left = rest,
+                None => return keeps,
+            }
+            keeps[n] = keep;
+        }
+    }
+    keeps
 }
 
 #[cfg(test)]
@@ -101,10 +123,16 @@ mod tests {
 
     #[test]
     fn the_last_chunks_keep_their_tapes_as_long_as_they_fit() {
+        use Keep::{Nothing, Thin, Whole};
         let sequences: Vec<Sequence> =
             [4, 3, 2, 1].iter().map(|&n| Sequence { ids: vec![0; n], skip: 0 }).collect();
-        let cuts = [vec![0], vec![1], vec![2, 3]];
-        let kept = |bytes| super::kept(&cuts, &sequences, bytes, 10);
-        assert_eq!([kept(0), kept(29), kept(30), kept(59), kept(60), kept(100)], [3, 3, 2, 2, 1, 0]);
+        let cuts = [vec![0], vec![1], vec![2, 3]]; // of 4, 3 and 3 tokens
+        let keeps = |bytes| super::share(&cuts, &sequences, bytes, 10, 15);
+        assert_eq!(keeps(29), [Nothing; 3]);
+        assert_eq!(keeps(30), [Nothing, Nothing, Thin]);
+        assert_eq!(keeps(99), [Nothing, Thin, Thin]);
+        assert_eq!(keeps(114), [Thin; 3]);
+        assert_eq!(keeps(115), [Thin, Thin, Whole]);
+        assert_eq!(keeps(150), [Whole; 3]);
     }
 }

@@ -16,6 +16,7 @@ use crate::eval::EvalSet;
 use crate::gradcache::Budget;
 use crate::memory::{self, readable};
 use crate::model::chunk::Limit;
+use crate::model::pass::Keep;
 use crate::model::{Folder, Model, Options, hub};
 use crate::schedule::Schedule;
 use crate::{Error, Result};
@@ -246,7 +247,7 @@ fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Bud
     let (elements, trained) = (model.elements(), model.flat().len());
     // f32 each; gradients and two moments for what is trained
     let state = 4 * (elements as u64 + 3 * trained as u64);
-    let tape = model.tape_bytes_per_token() as u64;
+    let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
         (Some(tokens), _) => Limit::Tokens(tokens),

@@ -8,7 +8,8 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 
-use super::{About, put};
+use super::{About, put, put_text};
+use crate::data::tokenize;
 use crate::model::{Folder, Pooling};
 use crate::{Error, Result};
 
@@ -62,6 +63,9 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
         if from.exists() {
             std::fs::copy(&from, folder.join(name)).map_err(Error::io("copy", from))?;
         }
+    }
+    if let Some(text) = tokenize::appending(&source.path)? {
+        put_text(&folder.join("tokenizer.json"), &text)?;
     }
     let name = "tokenizer_config.json";
     let from = source.path.join(name);

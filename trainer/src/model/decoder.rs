@@ -14,7 +14,7 @@ pub use self::shape::{Family, Shape};
 use super::linear::{self, Linear};
 use super::norms::Rms;
 use super::params::{Gradients, Parameter, Visit};
-use super::pass::{Pass, SITES};
+use super::pass::{Keep, Pass, SITES};
 
 use super::weights::{Init, Weights};
 use crate::{Error, Result};
@@ -65,8 +65,7 @@ struct LayerTape {
     o: Tensor,       // (T, H*K)
     log_sum: Tensor, // (H, T)
     norm: norm::Tape,
-    gate: Tensor, // (T, F)
-    up: Tensor,   // (T, F)
+    inner: Option<(Tensor, Tensor)>, // gate and up (T, F), unless the tape is thin
     addition_norms: Option<[norm::Tape; 2]>,
     adapters: [linear::Tape; 7],
 }
@@ -139,22 +138,20 @@ impl Decoder {
         })
     }
 
-    /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         let tables =
             embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
-        let words = self.scaled(embedding::forward(ids, pass.packing, &tables)?)?;
+        let words = pass.round(self.scaled(embedding::forward(ids, pass.packing, &tables)?)?)?;
         let mut stream = Stream { residual: None, addition: words };
         let mut layers = Vec::new();
         for layer in &self.layers {
-            let (next, tape) = self.forward_layer(layer, stream, pass)?;
+            let (next, tape) = self.forward_layer(layer, stream, pass, keep)?;
             stream = next;
-            if keep {
-                layers.push(tape);
-            }
+            layers.extend(tape);
         }
-        let (y, norm) = self.norm.forward(&stream.addition, stream.residual.as_ref())?;
-        Ok((y, keep.then_some(Tape { layers, norm })))
+        let (y, norm) = self.norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
+        Ok((y, (keep > Keep::Nothing).then_some(Tape { layers, norm })))
     }
 
     /// d(hidden states) (T, D) → the gradients of everything trained.
@@ -167,7 +164,7 @@ impl Decoder {
         gradients: &Gradients,
     ) -> Result<()> {
         let below = self.word.slot().is_some();
-        let mut ds = Some(self.norm.backward(&tape.norm, &dy, None, gradients)?);
+        let mut ds = Some(self.norm.backward(&tape.norm, &dy, None, pass, gradients)?);
         for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
             let Some(d) = ds.take() else { break };
             ds = self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients)?;
@@ -178,8 +175,15 @@ impl Decoder {
         Ok(())
     }
 
-    fn forward_layer(&self, layer: &Layer, stream: Stream, pass: &Pass) -> Result<(Stream, LayerTape)> {
-        let (y, attention_norm) = layer.attention_norm.forward(&stream.addition, stream.residual.as_ref())?;
+    fn forward_layer(
+        &self,
+        layer: &Layer,
+        stream: Stream,
+        pass: &Pass,
+        keep: Keep,
+    ) -> Result<(Stream, Option<LayerTape>)> {
+        let (y, attention_norm) =
+            layer.attention_norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
         let (q, q_tape) = layer.query.forward(&y, pass)?; // (T, H*K)
         let (k, k_tape) = layer.key.forward(&y, pass)?; // (T, G*K)
         let (v, v_tape) = layer.value.forward(&y, pass)?; // (T, G*K)
@@ -187,23 +191,24 @@ impl Decoder {
         let (q, q_heads) = self.turn(layer, q, q_norm, pass)?;
         let (k, k_heads) = self.turn(layer, k, k_norm, pass)?;
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
+        let o = pass.round(o)?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
         let [a_norm, d_norm] = layer.norms_of_additions();
-        let (a, a_norm) = normed(a, a_norm)?;
+        let (a, a_norm) = normed(a, a_norm, pass)?;
 
-        let (z, norm) = layer.norm.forward(&a, Some(&attention_norm.sum))?;
+        let (z, norm) = layer.norm.forward(&a, Some(&attention_norm.sum), pass)?;
         let (gate, gate_tape) = layer.gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = layer.up.forward(&z, pass)?; // (T, F)
-        let h = activation::gated(&gate, &up, self.shape.activation)?;
+        let h = pass.round(activation::gated(&gate, &up, self.shape.activation)?)?;
         let (d, d_tape) = layer.down.forward(&h, pass)?; // (T, D)
-        let (d, d_norm) = normed(d, d_norm)?;
+        let (d, d_norm) = normed(d, d_norm, pass)?;
         let stream = Stream { residual: Some(norm.sum.clone()), addition: d };
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape];
+        let inner = (keep == Keep::Whole).then_some((gate, up));
         let addition_norms = a_norm.zip(d_norm).map(|(a, d)| [a, d]);
         let (q, k) = (q_heads, k_heads);
-        let tape =
-            LayerTape { attention_norm, q, k, v, o, log_sum, norm, gate, up, addition_norms, adapters };
-        Ok((stream, tape))
+        let tape = LayerTape { attention_norm, q, k, v, o, log_sum, norm, inner, addition_norms, adapters };
+        Ok((stream, (keep > Keep::Nothing).then_some(tape)))
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -220,16 +225,21 @@ impl Decoder {
         let [a_norm, d_norm] = layer.norms_of_additions();
         let [a_tape, d_norm_tape] =
             tape.addition_norms.as_ref().map_or([None; 2], |[a, d]| [Some(a), Some(d)]);
-        let dd = normed_backward(&ds, d_norm, d_norm_tape, gradients)?;
-        let h = activation::gated(&tape.gate, &tape.up, self.shape.activation)?;
+        let dd = normed_backward(&ds, d_norm, d_norm_tape, pass, gradients)?;
+        let z = layer.norm.again(&tape.norm, pass)?;
+        let (gate, up) = match tape.inner {
+            Some(inner) => inner,
+            None => (layer.gate.forward(&z, pass)?.0, layer.up.forward(&z, pass)?.0),
+        };
+        let h = pass.round(activation::gated(&gate, &up, self.shape.activation)?)?;
         let dh = layer.down.backward(&h, d_tape, &dd, None, pass, gradients)?;
-        let (dgate, dup) = activation::gated_backward(&tape.gate, &tape.up, &dh, self.shape.activation)?;
-        let z = layer.norm.again(&tape.norm)?;
+        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, self.shape.activation)?;
+        let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
         let dz = layer.gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
         let dz = layer.up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), gradients)?;
+        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), pass, gradients)?;
 
-        let da = normed_backward(&ds, a_norm, a_tape, gradients)?;
+        let da = normed_backward(&ds, a_norm, a_tape, pass, gradients)?;
         let d_o = layer.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
         let [q_norm, k_norm] = layer.norms_of_heads();
@@ -237,9 +247,10 @@ impl Decoder {
         let k = self.turned(layer, &tape.k, k_norm, pass)?;
         let (v, o, log_sum) = (&tape.v, &tape.o, &tape.log_sum);
         let (dq, dk, dv) = attention::backward(&q, &k, v, o, log_sum, &d_o, pass.packing, &attention)?;
+        let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
         let dq = self.turn_back(layer, &dq, &tape.q, q_norm, pass, gradients)?;
         let dk = self.turn_back(layer, &dk, &tape.k, k_norm, pass, gradients)?;
-        let y = layer.attention_norm.again(&tape.attention_norm)?;
+        let y = layer.attention_norm.again(&tape.attention_norm, pass)?;
         if !below && !layer.attention_norm.trained() {
             for (linear, tape, d) in
                 [(&layer.query, q_tape, dq), (&layer.key, k_tape, dk), (&layer.value, v_tape, dv)]
@@ -251,7 +262,7 @@ impl Decoder {
         let dy = layer.query.backward(&y, q_tape, &dq, None, pass, gradients)?;
         let dy = layer.key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
         let dy = layer.value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
-        layer.attention_norm.backward(&tape.attention_norm, &dy, Some(&ds), gradients).map(Some)
+        layer.attention_norm.backward(&tape.attention_norm, &dy, Some(&ds), pass, gradients).map(Some)
     }
 
     /// Queries or keys as attention takes them, and what is kept of them.
@@ -259,11 +270,11 @@ impl Decoder {
         let table = &self.ropes[layer.sight.rotary];
         match norm {
             Some(norm) => {
-                let (x, tape) = norm.forward_heads(&x)?;
-                Ok((rope::forward(&x, pass.packing, table)?, Heads::Raw(tape)))
+                let (x, tape) = norm.forward_heads(&x, pass)?;
+                Ok((pass.round(rope::forward(&x, pass.packing, table)?)?, Heads::Raw(tape)))
             }
             None => {
-                let x = rope::forward(&x, pass.packing, table)?;
+                let x = pass.round(rope::forward(&x, pass.packing, table)?)?;
                 Ok((x.clone(), Heads::Turned(x)))
             }
         }
@@ -273,9 +284,9 @@ impl Decoder {
     fn turned(&self, layer: &Layer, heads: &Heads, norm: Option<&Rms>, pass: &Pass) -> Result<Tensor> {
         match (heads, norm) {
             (Heads::Raw(tape), Some(norm)) => {
-                let x = norm.again(tape)?;
+                let x = norm.again(tape, pass)?;
                 let x = x.reshape((pass.packing.tokens(), x.elem_count() / pass.packing.tokens().max(1)))?;
-                Ok(rope::forward(&x, pass.packing, &self.ropes[layer.sight.rotary])?)
+                pass.round(rope::forward(&x, pass.packing, &self.ropes[layer.sight.rotary])?)
             }
             (Heads::Turned(x), _) => Ok(x.clone()),
             (Heads::Raw(_), None) => Err(Error::Usage("a tape of another decoder".to_owned())),
@@ -291,9 +302,9 @@ impl Decoder {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        let d = rope::backward(d, pass.packing, &self.ropes[layer.sight.rotary])?;
+        let d = pass.round(rope::backward(d, pass.packing, &self.ropes[layer.sight.rotary])?)?;
         match (heads, norm) {
-            (Heads::Raw(tape), Some(norm)) => norm.backward_heads(tape, &d, gradients),
+            (Heads::Raw(tape), Some(norm)) => norm.backward_heads(tape, &d, pass, gradients),
             _ => Ok(d),
         }
     }
@@ -317,13 +328,18 @@ impl Decoder {
     }
 
     /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         let Shape { width, inner, heads, kv_heads, head_width, head_norms, gemma, .. } = self.shape;
-        // the sums of two norms; q and o; k and v; gate and up; log-sum-exp; deviations of two norms
-        let layer = 2 * width + 2 * heads * head_width + 2 * kv_heads * head_width + 2 * inner + heads + 2;
+        // the sums of two norms; q and o; k and v; log-sum-exp; deviations of two norms; gate and up
+        let layer = 2 * width + 2 * heads * head_width + 2 * kv_heads * head_width + heads + 2;
         let of_heads = if head_norms { heads + kv_heads } else { 0 };
         let of_additions = if gemma { 2 * (width + 1) } else { 0 };
-        4 * (self.shape.layers() * (layer + of_heads + of_additions) + width + 1)
+        let thin = self.shape.layers() * (layer + of_heads + of_additions) + width + 1;
+        4 * match keep {
+            Keep::Nothing => 0,
+            Keep::Thin => thin,
+            Keep::Whole => thin + self.shape.layers() * 2 * inner,
+        }
     }
 
     /// Parameters, in the order of the checkpoint.
@@ -378,9 +394,9 @@ impl Decoder {
 }
 
 /// What a block adds to the stream, normed where the family norms it.
-fn normed(x: Tensor, norm: Option<&Rms>) -> Result<(Tensor, Option<norm::Tape>)> {
+fn normed(x: Tensor, norm: Option<&Rms>, pass: &Pass) -> Result<(Tensor, Option<norm::Tape>)> {
     match norm {
-        Some(norm) => norm.forward(&x, None).map(|(y, tape)| (y, Some(tape))),
+        Some(norm) => norm.forward(&x, None, pass).map(|(y, tape)| (y, Some(tape))),
         None => Ok((x, None)),
     }
 }
@@ -390,10 +406,11 @@ fn normed_backward(
     ds: &Tensor,
     norm: Option<&Rms>,
     tape: Option<&norm::Tape>,
+    pass: &Pass,
     gradients: &Gradients,
 ) -> Result<Tensor> {
     match norm.zip(tape) {
-        Some((norm, tape)) => norm.backward(tape, ds, None, gradients),
+        Some((norm, tape)) => norm.backward(tape, ds, None, pass, gradients),
         None => Ok(ds.clone()),
     }
 }

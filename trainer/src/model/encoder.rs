@@ -7,7 +7,7 @@ use super::decoder::{self, Decoder};
 use super::linear::Linear;
 use super::modernbert::{self, ModernBert};
 use super::params::{Gradients, Visit};
-use super::pass::Pass;
+use super::pass::{Keep, Pass};
 use super::settings::Settings;
 use super::weights::Weights;
 use crate::Result;
@@ -15,7 +15,7 @@ use crate::Result;
 /// An encoder of one of the supported families.
 #[derive(Debug)]
 pub enum Encoder {
-    /// `BertModel`.
+    /// `BertModel` and its likes.
     Bert(Bert),
     /// `MistralModel` and its likes.
     Decoder(Decoder),
@@ -44,7 +44,7 @@ impl Encoder {
         longest: usize,
     ) -> Result<(Self, Vec<(String, Tensor)>)> {
         let name = settings.get("model_type").and_then(|kind| kind.as_str());
-        let supported = "bert, modernbert, mistral, llama, qwen2, qwen3, gemma3_text";
+        let supported = "bert, roberta, xlm-roberta, camembert, mpnet, distilbert, modernbert, mistral, llama, qwen2, qwen3, gemma3_text";
         let Some(name) = name else {
             return Err(settings.wrong(format!("lacks `model_type`; supported are {supported}")));
         };
@@ -53,8 +53,8 @@ impl Encoder {
             let weights = weights(Decoder::ANCHORS)?;
             return Ok((Self::Decoder(Decoder::new(shape, &weights, longest)?), Vec::new()));
         }
-        if name == "bert" {
-            let shape = bert::Shape::read(settings, dropout)?;
+        if let Some(family) = bert::Family::named(name) {
+            let shape = bert::Shape::read(family, settings, dropout)?;
             let weights = weights(Bert::ANCHORS)?;
             return Ok((Self::Bert(Bert::new(shape, &weights)?), weights.carried(Bert::CARRIED)?));
         }
@@ -66,8 +66,8 @@ impl Encoder {
         Err(settings.wrong(format!("`model_type` is `{name}`, supported are {supported}")))
     }
 
-    /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         match self {
             Self::Bert(encoder) => {
                 let (x, tape) = encoder.forward(ids, pass, keep)?;
@@ -149,11 +149,11 @@ impl Encoder {
     }
 
     /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         match self {
-            Self::Bert(encoder) => encoder.tape_bytes_per_token(),
-            Self::Decoder(encoder) => encoder.tape_bytes_per_token(),
-            Self::ModernBert(encoder) => encoder.tape_bytes_per_token(),
+            Self::Bert(encoder) => encoder.tape_bytes_per_token(keep),
+            Self::Decoder(encoder) => encoder.tape_bytes_per_token(keep),
+            Self::ModernBert(encoder) => encoder.tape_bytes_per_token(keep),
         }
     }
 }

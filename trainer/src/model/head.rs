@@ -76,7 +76,7 @@ impl Head {
         let mut dense = Vec::with_capacity(self.dense.len());
         for layer in &self.dense {
             let (before, linear) = layer.linear.forward(&e, pass)?;
-            let y = layer.function.forward(&before)?;
+            let y = pass.round(layer.function.forward(&before)?)?;
             dense.push(DenseTape { x: e, before, y: y.clone(), linear });
             e = y;
         }
@@ -106,7 +106,7 @@ impl Head {
         }
         let mut pooled = embeddings;
         for (layer, tape) in self.dense.iter().zip(dense).rev() {
-            let dy = layer.function.backward(&tape.before, &tape.y, &d)?;
+            let dy = pass.round(layer.function.backward(&tape.before, &tape.y, &d)?)?;
             d = layer.linear.backward(&tape.x, &tape.linear, &dy, None, pass, gradients)?;
             pooled = tape.x;
         }

@@ -75,12 +75,13 @@ impl Linear {
 
     /// x (T, I) → y (T, O).
     pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, Tape)> {
-        let y = linear::forward(x, self.weight.value(), self.bias.as_ref().map(Parameter::value))?;
+        let bias = self.bias.as_ref().map(|bias| pass.value(bias)).transpose()?;
+        let y = linear::forward(x, &pass.value(&self.weight)?, bias.as_ref())?;
         let reduced = match &self.adapter {
             Some(adapter) => Some(lora::forward(x, &y, &self.low_rank(adapter, pass), pass.packing)?),
             None => None,
         };
-        Ok((y, Tape(reduced)))
+        Ok((pass.round(y)?, Tape(reduced)))
     }
 
     /// dy (T, O) → dx (T, I), added to `into` where other layers share the input, and the gradients of what is trained.
@@ -94,14 +95,14 @@ impl Linear {
         gradients: &Gradients,
     ) -> Result<Tensor> {
         let dx = match into {
-            None => linear::backward_input(dy, self.weight.value())?,
+            None => linear::backward_input(dy, &pass.value(&self.weight)?)?,
             Some(dx) => {
-                linear::add_backward_input(dy, self.weight.value(), &dx)?;
+                linear::add_backward_input(dy, &pass.value(&self.weight)?, &dx)?;
                 dx
             }
         };
         self.backward_parameters(x, tape, dy, Some(&dx), pass, gradients)?;
-        Ok(dx)
+        pass.round(dx)
     }
 
     /// The gradients of what is trained here. The adapter's share of dx is added to `dx`; none where nothing below is

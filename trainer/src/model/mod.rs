@@ -15,8 +15,10 @@ pub mod bert;
 pub mod decoder;
 pub mod encoder;
 pub mod linear;
+pub mod mapped;
 pub mod modernbert;
 pub mod norms;
+pub mod relative;
 pub mod rotary;
 pub mod settings;
 pub mod weights;
@@ -24,13 +26,14 @@ pub mod weights;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use kernels::precision::Precision;
 
 use self::chunk::{Chunk, Limit};
 use self::encoder::Encoder;
 pub use self::folder::{Folder, Pooling};
 use self::head::Head;
 use self::params::{Flat, Gradients, Parameter};
-use self::pass::{Noise, Pass};
+use self::pass::{Keep, Noise, Pass};
 use self::settings::Settings;
 use self::weights::Weights;
 use crate::config;
@@ -45,6 +48,7 @@ pub struct Model {
     folder: Folder,
     pooling: Pooling,
     normalize: bool,
+    precision: Precision,
     parameters: Vec<(String, Parameter)>,
     flat: Flat,
     carried: Vec<(String, Tensor)>,
@@ -103,19 +107,25 @@ impl Model {
         let mut head = Head::new(&folder.dense, normalize, |module| {
             init(&module.path, &module.name, &["linear.weight"])
         })?;
-        let known = match &folder.adapter {
-            Some(known) => Some(adapter::load(&mut encoder, &folder, known)?),
-            None => None,
+        let lora = match (adapter::Source::find(&folder, options.lora)?, options.lora) {
+            (Some(source), section) => Some(source.load(&mut encoder, section)?),
+            (None, Some(lora)) if options.trained => {
+                adapter::attach(&mut encoder, lora, options.seed)?;
+                Some(lora.clone())
+            }
+            (None, section) => section.cloned(),
         };
-        if let (true, Some(lora)) = (options.trained && known.is_none(), options.lora) {
-            adapter::attach(&mut encoder, lora, options.seed)?;
-        }
-        let lora = known.or_else(|| options.lora.cloned());
         let adapters_only = lora.is_some();
         let flat = Flat::adopt(
             |visit| encoder.visit(visit).and_then(|()| head.visit(visit)),
             |name| options.trained && (!adapters_only || name.contains(".lora_")),
         )?;
+        let precision = options.model.dtype.precision();
+        let mut round = |_: &str, parameter: &mut Parameter| parameter.round(precision);
+        if precision != Precision::F32 && !options.dry {
+            encoder.visit(&mut round)?;
+            head.visit(&mut round)?;
+        }
         let mut parameters = Vec::new();
         let mut note = |name: &str, parameter: &mut Parameter| {
             parameters.push((name.to_owned(), parameter.clone()));
@@ -128,6 +138,7 @@ impl Model {
         Ok(Self {
             pooling: options.model.pooling.or(folder.pooling).unwrap_or(by_family),
             normalize,
+            precision,
             encoder,
             head,
             folder,
@@ -139,8 +150,8 @@ impl Model {
     }
 
     /// A chunk → its embeddings (N, D), and the tape if it is to be kept. Without `noise` nothing is dropped.
-    pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: bool) -> Result<(Tensor, Option<Tape>)> {
-        let pass = Pass { packing: &chunk.packing, noise };
+    pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
+        let pass = self.pass(chunk, noise);
         let (x, tape) = self.encoder.forward(&chunk.ids, &pass, keep)?; // (T, D)
         let (embeddings, head) = self.head.forward(&x, &chunk.spans, &pass)?;
         Ok((embeddings, tape.map(|encoder| Tape { encoder, head })))
@@ -148,13 +159,13 @@ impl Model {
 
     /// A chunk → the encoder's last hidden states (T, D), without dropout.
     pub fn hidden_states(&self, chunk: &Chunk) -> Result<Tensor> {
-        let pass = Pass { packing: &chunk.packing, noise: None };
-        Ok(self.encoder.forward(&chunk.ids, &pass, false)?.0)
+        let pass = self.pass(chunk, None);
+        Ok(self.encoder.forward(&chunk.ids, &pass, Keep::Nothing)?.0)
     }
 
     /// The tape of a chunk whose embeddings are known already.
     pub fn record(&self, chunk: &Chunk, noise: Option<Noise>) -> Result<Tape> {
-        match self.forward(chunk, noise, true)? {
+        match self.forward(chunk, noise, Keep::Whole)? {
             (_, Some(tape)) => Ok(tape),
             (_, None) => Err(Error::Usage("a pass that keeps its tape returned none".to_owned())),
         }
@@ -169,7 +180,7 @@ impl Model {
         noise: Option<Noise>,
         gradients: &Gradients,
     ) -> Result<()> {
-        let pass = Pass { packing: &chunk.packing, noise };
+        let pass = self.pass(chunk, noise);
         let Tape { encoder, head } = tape;
         let tokens = chunk.packing.tokens();
         let dx = self.head.backward(head, d, &chunk.spans, tokens, &pass, gradients)?; // (T, D)
@@ -183,7 +194,7 @@ impl Model {
         let members: Vec<usize> = (0..sequences.len()).collect();
         for cut in chunk::cut(sequences, &members, Limit::Tokens(chunk_tokens)) {
             let chunk = Chunk::pack(sequences, cut, self.pooling)?;
-            let (embeddings, _) = self.forward(&chunk, None, false)?;
+            let (embeddings, _) = self.forward(&chunk, None, Keep::Nothing)?;
             for (&member, row) in chunk.members.iter().zip(embeddings.to_vec2::<f32>()?) {
                 all[member * width..][..width].copy_from_slice(&row);
             }
@@ -194,6 +205,15 @@ impl Model {
     /// The trained parameters.
     pub fn flat(&self) -> &Flat {
         &self.flat
+    }
+
+    /// What activations and weights are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    fn pass<'a>(&self, chunk: &'a Chunk, noise: Option<Noise>) -> Pass<'a> {
+        Pass { packing: &chunk.packing, noise, precision: self.precision }
     }
 
     /// What the folder said.
@@ -242,8 +262,8 @@ impl Model {
     }
 
     /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
-        self.encoder.tape_bytes_per_token()
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
+        self.encoder.tape_bytes_per_token(keep)
     }
 
     /// The adapters' tensors by name, as PEFT names them after `base_model.model.`.

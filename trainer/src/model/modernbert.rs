@@ -10,7 +10,7 @@ use kernels::{embedding, norm, rope};
 use super::linear::{self, Linear};
 use super::norms::LayerNorm;
 use super::params::{Gradients, Parameter, Visit};
-use super::pass::{Pass, SITES};
+use super::pass::{Keep, Pass, SITES};
 use super::rotary::{Place, Rotary};
 use super::settings::Settings;
 use super::weights::{Init, Weights};
@@ -84,8 +84,7 @@ struct LayerTape {
     o: Tensor,       // (T, D)
     log_sum: Tensor, // (H, T)
     norm: norm::Tape,
-    gate: Tensor, // (T, F)
-    up: Tensor,   // (T, F)
+    inner: Option<(Tensor, Tensor)>, // gate and up (T, F), unless the tape is thin
     adapters: [linear::Tape; 7],
 }
 
@@ -180,23 +179,22 @@ impl ModernBert {
         })
     }
 
-    /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: bool) -> Result<(Tensor, Option<Tape>)> {
+    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
+    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         let tables =
             embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
-        let (x, embedding) = self.norm.forward(&embedding::forward(ids, pass.packing, &tables)?, None)?;
+        let (x, embedding) =
+            self.norm.forward(&pass.round(embedding::forward(ids, pass.packing, &tables)?)?, None, pass)?;
         let x = pass.drop(x, self.shape.dropout.embedding, self.dropout_site())?;
         let mut stream = Stream { residual: None, addition: x };
         let mut layers = Vec::new();
         for layer in &self.layers {
-            let (next, tape) = self.forward_layer(layer, stream, pass)?;
+            let (next, tape) = self.forward_layer(layer, stream, pass, keep)?;
             stream = next;
-            if keep {
-                layers.push(tape);
-            }
+            layers.extend(tape);
         }
-        let (y, last_norm) = self.last_norm.forward(&stream.addition, stream.residual.as_ref())?;
-        Ok((y, keep.then_some(Tape { embedding, layers, last_norm })))
+        let (y, last_norm) = self.last_norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
+        Ok((y, (keep > Keep::Nothing).then_some(Tape { embedding, layers, last_norm })))
     }
 
     /// d(hidden states) (T, D) → the gradients of everything trained.
@@ -209,14 +207,14 @@ impl ModernBert {
         gradients: &Gradients,
     ) -> Result<()> {
         let below = self.word.slot().is_some() || self.norm.trained();
-        let mut ds = Some(self.last_norm.backward(&tape.last_norm, &dy, None, gradients)?);
+        let mut ds = Some(self.last_norm.backward(&tape.last_norm, &dy, None, pass, gradients)?);
         for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
             let Some(d) = ds.take() else { break };
             ds = self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients)?;
         }
         if let (true, Some(dx)) = (below, ds) {
             let dx = pass.drop(dx, self.shape.dropout.embedding, self.dropout_site())?;
-            let dx = self.norm.backward(&tape.embedding, &dx, None, gradients)?;
+            let dx = self.norm.backward(&tape.embedding, &dx, None, pass, gradients)?;
             if let Some(dword) = gradients.of(&self.word)? {
                 embedding::backward(&dx, ids, pass.packing, 0, Some(&dword), None, None)?;
             }
@@ -224,11 +222,17 @@ impl ModernBert {
         Ok(())
     }
 
-    fn forward_layer(&self, layer: &Layer, stream: Stream, pass: &Pass) -> Result<(Stream, LayerTape)> {
+    fn forward_layer(
+        &self,
+        layer: &Layer,
+        stream: Stream,
+        pass: &Pass,
+        keep: Keep,
+    ) -> Result<(Stream, Option<LayerTape>)> {
         let shape = &self.shape;
         let (y, residual, input) = match &layer.attention_norm {
             Some(norm) => {
-                let (y, tape) = norm.forward(&stream.addition, stream.residual.as_ref())?;
+                let (y, tape) = norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
                 (y, tape.sum.clone(), Input::Normed(tape))
             }
             None => (stream.addition.clone(), stream.addition.clone(), Input::Plain(stream.addition)),
@@ -238,22 +242,25 @@ impl ModernBert {
         let (k, k_tape) = key.forward(&y, pass)?;
         let (v, v_tape) = value.forward(&y, pass)?;
         let table = self.table(layer);
-        let q = rope::forward(&q, pass.packing, table)?;
-        let k = rope::forward(&k, pass.packing, table)?;
+        let q = pass.round(rope::forward(&q, pass.packing, table)?)?;
+        let k = pass.round(rope::forward(&k, pass.packing, table)?)?;
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
+        let o = pass.round(o)?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
         let a = pass.drop(a, shape.dropout.attention, layer.site + 5)?;
 
-        let (z, norm) = layer.norm.forward(&a, Some(&residual))?;
+        let (z, norm) = layer.norm.forward(&a, Some(&residual), pass)?;
         let [gate, up] = layer.feed_forward_parts(shape.inner)?;
         let (gate, gate_tape) = gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = up.forward(&z, pass)?; // (T, F)
-        let h = activation::gated(&gate, &up, shape.activation)?;
+        let h = pass.round(activation::gated(&gate, &up, shape.activation)?)?;
         let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
         let (d, d_tape) = layer.down.forward(&h, pass)?; // (T, D)
         let stream = Stream { residual: Some(norm.sum.clone()), addition: d };
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape];
-        Ok((stream, LayerTape { input, q, k, v, o, log_sum, norm, gate, up, adapters }))
+        let inner = (keep == Keep::Whole).then_some((gate, up));
+        let tape = LayerTape { input, q, k, v, o, log_sum, norm, inner, adapters };
+        Ok((stream, (keep > Keep::Nothing).then_some(tape)))
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -268,26 +275,32 @@ impl ModernBert {
     ) -> Result<Option<Tensor>> {
         let shape = &self.shape;
         let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape] = &tape.adapters;
-        let h = activation::gated(&tape.gate, &tape.up, shape.activation)?;
+        let z = layer.norm.again(&tape.norm, pass)?;
+        let [gate_part, up_part] = layer.feed_forward_parts(shape.inner)?;
+        let (gate, up) = match tape.inner {
+            Some(inner) => inner,
+            None => (gate_part.forward(&z, pass)?.0, up_part.forward(&z, pass)?.0),
+        };
+        let h = pass.round(activation::gated(&gate, &up, shape.activation)?)?;
         let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
         let dh = layer.down.backward(&h, d_tape, &ds, None, pass, gradients)?;
         let dh = pass.drop(dh, shape.dropout.inner, layer.site + 6)?;
-        let (dgate, dup) = activation::gated_backward(&tape.gate, &tape.up, &dh, shape.activation)?;
-        let z = layer.norm.again(&tape.norm)?;
-        let [gate, up] = layer.feed_forward_parts(shape.inner)?;
-        let dz = gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
-        let dz = up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), gradients)?;
+        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, shape.activation)?;
+        let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
+        let dz = gate_part.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
+        let dz = up_part.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
+        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), pass, gradients)?;
 
         let da = pass.drop(ds.clone(), shape.dropout.attention, layer.site + 5)?;
         let d_o = layer.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
         let (q, k, v, o) = (&tape.q, &tape.k, &tape.v, &tape.o);
         let (dq, dk, dv) = attention::backward(q, k, v, o, &tape.log_sum, &d_o, pass.packing, &attention)?;
-        let dq = rope::backward(&dq, pass.packing, self.table(layer))?;
-        let dk = rope::backward(&dk, pass.packing, self.table(layer))?;
+        let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
+        let dq = pass.round(rope::backward(&dq, pass.packing, self.table(layer))?)?;
+        let dk = pass.round(rope::backward(&dk, pass.packing, self.table(layer))?)?;
         let y = match (&tape.input, &layer.attention_norm) {
-            (Input::Normed(tape), Some(norm)) => norm.again(tape)?,
+            (Input::Normed(tape), Some(norm)) => norm.again(tape, pass)?,
             (Input::Plain(x), _) => x.clone(),
             (Input::Normed(_), None) => return Err(Error::Usage("a tape of another encoder".to_owned())),
         };
@@ -304,7 +317,9 @@ impl ModernBert {
         let dy = key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
         let dy = value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
         match (&tape.input, &layer.attention_norm) {
-            (Input::Normed(tape), Some(norm)) => norm.backward(tape, &dy, Some(&ds), gradients).map(Some),
+            (Input::Normed(tape), Some(norm)) => {
+                norm.backward(tape, &dy, Some(&ds), pass, gradients).map(Some)
+            }
             _ => Ok(Some(dy)),
         }
     }
@@ -328,11 +343,15 @@ impl ModernBert {
     }
 
     /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self) -> usize {
+    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         let Shape { width, inner, heads, ref reaches, .. } = self.shape;
-        // the sums of two norms; q, k, v and o; gate and up; log-sum-exp; mean and deviation of two norms
-        let layer = 6 * width + 2 * inner + heads + 4;
-        4 * (reaches.len() * layer + 2 * (width + 2))
+        // the sums of two norms; q, k, v and o; log-sum-exp; mean and deviation of two norms; gate and up
+        let thin = reaches.len() * (6 * width + heads + 4) + 2 * (width + 2);
+        4 * match keep {
+            Keep::Nothing => 0,
+            Keep::Thin => thin,
+            Keep::Whole => thin + reaches.len() * 2 * inner,
+        }
     }
 
     /// Parameters, in the order of the checkpoint.

@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use kernels::norm;
 
 use super::params::{Gradients, Parameter, Visit};
+use super::pass::Pass;
 use super::weights::{Init, Weights};
 use crate::Result;
 
@@ -27,13 +28,20 @@ impl LayerNorm {
     }
 
     /// Of x + residual, both (T, D).
-    pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<(Tensor, norm::Tape)> {
-        Ok(norm::layer_norm(x, residual, self.weight.value(), self.bias(), self.epsilon)?)
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        pass: &Pass,
+    ) -> Result<(Tensor, norm::Tape)> {
+        let (weight, bias) = (pass.value(&self.weight)?, self.bias(pass)?);
+        let (y, tape) = norm::layer_norm(x, residual, &weight, bias.as_ref(), self.epsilon)?;
+        Ok((pass.round(y)?, tape))
     }
 
     /// What [`Self::forward`] returned, once more.
-    pub fn again(&self, tape: &norm::Tape) -> Result<Tensor> {
-        Ok(norm::layer_norm_again(tape, self.weight.value(), self.bias())?)
+    pub fn again(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
+        pass.round(norm::layer_norm_again(tape, &pass.value(&self.weight)?, self.bias(pass)?.as_ref())?)
     }
 
     /// dy (T, D) → dx (T, D). `dsum` is what reaches x + residual from elsewhere.
@@ -42,11 +50,13 @@ impl LayerNorm {
         tape: &norm::Tape,
         dy: &Tensor,
         dsum: Option<&Tensor>,
+        pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
         let dw = gradients.of(&self.weight)?;
         let db = self.bias.as_ref().map(|bias| gradients.of(bias)).transpose()?.flatten();
-        Ok(norm::layer_norm_backward(tape, self.weight.value(), dy, dsum, dw.as_ref(), db.as_ref())?)
+        let weight = pass.value(&self.weight)?;
+        pass.round(norm::layer_norm_backward(tape, &weight, dy, dsum, dw.as_ref(), db.as_ref())?)
     }
 
     /// Whether any of it is trained.
@@ -63,8 +73,8 @@ impl LayerNorm {
         }
     }
 
-    fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref().map(Parameter::value)
+    fn bias(&self, pass: &Pass) -> Result<Option<Tensor>> {
+        self.bias.as_ref().map(|bias| pass.value(bias)).transpose()
     }
 }
 
@@ -86,19 +96,25 @@ impl Rms {
     }
 
     /// Of x + residual, both (T, D).
-    pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<(Tensor, norm::Tape)> {
-        Ok(norm::rms_norm(x, residual, &self.factor()?, self.epsilon)?)
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        pass: &Pass,
+    ) -> Result<(Tensor, norm::Tape)> {
+        let (y, tape) = norm::rms_norm(x, residual, &self.factor(pass)?, self.epsilon)?;
+        Ok((pass.round(y)?, tape))
     }
 
     /// Of each head: x (T, H·K), the weight (K).
-    pub fn forward_heads(&self, x: &Tensor) -> Result<(Tensor, norm::Tape)> {
-        let (y, tape) = self.forward(&self.in_heads(x)?, None)?;
+    pub fn forward_heads(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, norm::Tape)> {
+        let (y, tape) = self.forward(&self.in_heads(x)?, None, pass)?;
         Ok((y.reshape(x.shape())?, tape))
     }
 
     /// What [`Self::forward`] returned, once more.
-    pub fn again(&self, tape: &norm::Tape) -> Result<Tensor> {
-        Ok(norm::rms_norm_again(tape, &self.factor()?)?)
+    pub fn again(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
+        pass.round(norm::rms_norm_again(tape, &self.factor(pass)?)?)
     }
 
     /// dy (T, D) → dx (T, D). `dsum` is what reaches x + residual from elsewhere.
@@ -107,15 +123,22 @@ impl Rms {
         tape: &norm::Tape,
         dy: &Tensor,
         dsum: Option<&Tensor>,
+        pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
         let dw = gradients.of(&self.weight)?;
-        Ok(norm::rms_norm_backward(tape, &self.factor()?, dy, dsum, dw.as_ref())?)
+        pass.round(norm::rms_norm_backward(tape, &self.factor(pass)?, dy, dsum, dw.as_ref())?)
     }
 
     /// Of [`Self::forward_heads`]: dy and dx (T, H·K).
-    pub fn backward_heads(&self, tape: &norm::Tape, dy: &Tensor, gradients: &Gradients) -> Result<Tensor> {
-        let dx = self.backward(tape, &self.in_heads(dy)?, None, gradients)?;
+    pub fn backward_heads(
+        &self,
+        tape: &norm::Tape,
+        dy: &Tensor,
+        pass: &Pass,
+        gradients: &Gradients,
+    ) -> Result<Tensor> {
+        let dx = self.backward(tape, &self.in_heads(dy)?, None, pass, gradients)?;
         Ok(dx.reshape(dy.shape())?)
     }
 
@@ -129,9 +152,9 @@ impl Rms {
         visit.parameter(&format!("{name}.weight"), &mut self.weight)
     }
 
-    fn factor(&self) -> Result<Tensor> {
-        let weight = self.weight.value();
-        Ok(if self.offset { (weight + 1.0)? } else { weight.clone() })
+    fn factor(&self, pass: &Pass) -> Result<Tensor> {
+        let weight = pass.value(&self.weight)?;
+        Ok(if self.offset { (weight + 1.0)? } else { weight })
     }
 
     /// (T, H·K) → (T·H, K), the same memory.

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use kernels::precision::{self, Precision};
 
 use crate::{Error, Result};
 
@@ -21,6 +22,14 @@ impl Parameter {
     /// A parameter that is not trained, until [`Flat::adopt`] says otherwise.
     pub fn frozen(value: Tensor) -> Self {
         Self { value, slot: None }
+    }
+
+    /// Rounds a parameter that is not trained, whose values nobody changes.
+    pub fn round(&mut self, precision: Precision) -> Result<()> {
+        if self.slot.is_none() {
+            self.value = precision::round(self.value.clone(), precision)?;
+        }
+        Ok(())
     }
 
     /// Its elements; of a trained parameter, a view of [`Flat::values`].
@@ -195,6 +204,11 @@ impl Gradients {
     /// Forgets the last step's.
     pub fn clear(&self) -> Result<()> {
         Ok(self.flat.zero_set()?)
+    }
+
+    /// Multiplies all by `factor`.
+    pub fn scale(&self, factor: f32) -> Result<()> {
+        Ok(self.flat.slice_set(&(&self.flat * f64::from(factor))?, 0, 0)?)
     }
 
     /// The place for one parameter's gradient, in its shape; none if it is frozen.

@@ -3,7 +3,9 @@
 use candle_core::Tensor;
 use kernels::Packing;
 use kernels::dropout::{self, Dropout};
+use kernels::precision::{self, Precision};
 
+use super::params::Parameter;
 use crate::Result;
 
 /// One pass over one chunk, forward or backward.
@@ -13,6 +15,8 @@ pub struct Pass<'a> {
     pub packing: &'a Packing,
     /// Dropout's source; none outside training.
     pub noise: Option<Noise>,
+    /// What goes from one op to the next is rounded to.
+    pub precision: Precision,
 }
 
 /// Where a step's dropout masks come from. Nothing else decides them, so a pass can be repeated.
@@ -34,11 +38,35 @@ impl Pass<'_> {
         Some(Dropout { p, seed, step, site })
     }
 
+    /// An activation, or a gradient of one, in the precision of this pass.
+    pub fn round(&self, x: Tensor) -> Result<Tensor> {
+        Ok(precision::round(x, self.precision)?)
+    }
+
+    /// A parameter's value in the precision of this pass. Those that are not trained have it already.
+    pub fn value(&self, parameter: &Parameter) -> Result<Tensor> {
+        match parameter.slot() {
+            Some(_) => self.round(parameter.value().clone()),
+            None => Ok(parameter.value().clone()),
+        }
+    }
+
     /// Dropout, forward on x and backward on dx: the same mask.
     pub fn drop(&self, x: Tensor, p: f32, site: u32) -> Result<Tensor> {
         match self.dropout(p, site) {
-            Some(mask) => Ok(dropout::apply(&x, self.packing, &mask)?),
+            Some(mask) => self.round(dropout::apply(&x, self.packing, &mask)?),
             None => Ok(x),
         }
     }
+}
+
+/// What a forward pass leaves for its backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Keep {
+    /// Nothing: no backward pass follows, or it starts with a forward pass of its own.
+    Nothing,
+    /// All but the inner activations of the feed-forward layers, about half of everything, which backward computes again.
+    Thin,
+    /// All that a matrix product would have to compute again.
+    Whole,
 }
