@@ -105,17 +105,18 @@ fn chunks_do_not_change_losses_or_gradients() {
 
 #[test]
 fn tapes_kept_or_computed_twice_give_the_same_bits() {
-    for (name, adapted) in [("bert", false), ("mistral", true)] {
+    for (name, adapted) in FAMILIES.iter().flat_map(|name| [(name, false), (name, true)]) {
         let (_folder, model) = model(name, adapted, 0.1);
         let batch = batch(0);
         let tokens: usize = batch.sequences.iter().map(|sequence| sequence.ids.len()).sum();
-        let [thin, whole] = [Keep::Thin, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep) * tokens);
+        let [inputs, whole] =
+            [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep) * tokens);
         let bits = |tapes| {
             let (losses, gradient) = step(&model, &batch, Limit::Tokens(128), tapes, &info_nce());
             (losses, gradient.to_vec1::<f32>().unwrap())
         };
         assert_eq!(bits(0), bits(u64::MAX), "{name}");
-        for some in [thin / 2, thin, (thin + whole) / 2] {
+        for some in [inputs / 2, inputs, (inputs + whole) / 2] {
             assert_eq!(bits(0), bits(some as u64), "{name}, {some} bytes");
         }
     }
@@ -140,6 +141,26 @@ fn every_trained_parameter_receives_a_gradient() {
             let (parameter, gradient) = named.unwrap();
             let any = gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().any(|&g| g != 0.0);
             assert!(any, "{name}: {parameter} has no gradient");
+        }
+    }
+}
+
+#[test]
+fn small_gradients_survive_half_precision() {
+    // Of some 1e-8 at each token: f16 ends at 6e-8.
+    let loss = InfoNce { temperature: 1e4, ..info_nce() };
+    for (name, adapted) in [("bert", false), ("mistral", true)] {
+        let gradient = |dtype| {
+            let folder = model_folder(name, adapted);
+            let section = config::Model { dropout: Some(0.0), dtype, ..config::Model::default() };
+            let options = Options { model: section, trained: true, ..Options::default() };
+            let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+            step(&model, &batch(0), Limit::Tokens(300), 0, &loss).1
+        };
+        let want = gradient(config::Dtype::F32);
+        for (dtype, most) in [(config::Dtype::F16, 0.02), (config::Dtype::Bf16, 0.1)] {
+            let error = relative_error(&gradient(dtype), &want);
+            assert!(error < most, "{name} {dtype}: {error:e}");
         }
     }
 }

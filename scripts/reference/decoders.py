@@ -9,8 +9,11 @@ the mean, two dense layers after it.
 Run: python scripts/reference/decoders.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
 """
 
+import mistral
 from common import GOLDEN, randomise, write_adapter, write_folder, write_golden
-from mistral import CONFIG, MAX_LENGTH, tokenizer
+from mistral import CONFIG, MAX_LENGTH
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers import (Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model,
                           Qwen3Config, Qwen3Model)
 
@@ -36,17 +39,42 @@ FAMILIES = {
 }
 
 
+def qwen_tokenizer():
+    """Byte-level BPE as Qwen's, whose end token stands after every text. transformers builds all but its vocabulary, merges and
+    post-processor anew, so another kind of tokenizer would not be the same there."""
+    vocabulary = {piece: i for i, piece in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("o", "n"), ("i", "r"), ("ir", "on"), ("\u0120", "m")]
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    tok = Tokenizer(models.BPE(vocabulary, merges))
+    tok.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    tok.normalizer = normalizers.NFC()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", pair="$A <|endoftext|> $B:1 <|endoftext|>:1", special_tokens=[("<|endoftext|>", 0)])
+    tok.decoder = decoders.ByteLevel()
+    named = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": MAX_LENGTH, "eos_token": "<|endoftext|>",
+             "pad_token": "<|endoftext|>", "padding_side": "right"}
+    return tok, len(vocabulary), named
+
+
+def llama_tokenizer():
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_LENGTH, "unk_token": "<unk>",
+             "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "padding_side": "right"}
+    return *mistral.tokenizer(), named
+
+
 def main():
-    tok, size = tokenizer()
     for seed, (name, (Config, Model, pooling, dense, more)) in enumerate(FAMILIES.items(), start=10):
         folder = GOLDEN / name.removesuffix("_text")
+        tok, size, named = qwen_tokenizer() if name.startswith("qwen") else llama_tokenizer()
         config = SHARED | {"architectures": [Model.__name__], "model_type": name, "vocab_size": size} | more
         model = Model(Config(**{**config, "rope_parameters": dict(config["rope_parameters"])}
                              if "rope_parameters" in config else config))
         # Gemma's norms multiply by 1 + w.
         randomise(model, seed=seed, norm=0.0 if name == "gemma3_text" else 1.0)
-        named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_LENGTH, "unk_token": "<unk>",
-                 "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "padding_side": "right"}
         write_folder(folder, model, config, tok, named, pooling, MAX_LENGTH, dense)
         write_adapter(folder / "adapter", model, "all-linear", seed=seed)
         write_golden(folder, pooling, single=9, max_length=MAX_LENGTH, script="decoders")

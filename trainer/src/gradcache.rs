@@ -40,8 +40,8 @@ pub fn encode(
     noise: Option<Noise>,
 ) -> Result<(Tensor, Encoded)> {
     let cuts = chunk::cut(sequences, members, budget.chunk);
-    let [thin, whole] = [Keep::Thin, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep));
-    let keeps = share(&cuts, sequences, budget.tapes, thin, whole);
+    let [inputs, whole] = [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep));
+    let keeps = share(&cuts, sequences, budget.tapes, inputs, whole);
     let mut chunks = Vec::with_capacity(cuts.len());
     let mut embeddings = Vec::with_capacity(cuts.len());
     let mut place = vec![0u32; sequences.len()];
@@ -98,13 +98,12 @@ fn scale(model: &Model, d: &Tensor) -> Result<f32> {
     Ok(exponent.clamp(-60.0, 60.0).exp2())
 }
 
-/// What each chunk keeps within `bytes`, given the bytes that a token takes on a thin and on a whole tape. The last chunks keep
-/// something first, because they are the first to run backward. A thin tape saves about as much work a byte as a whole one does,
-/// so tapes get whole only where all chunks have one.
-fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, thin: usize, whole: usize) -> Vec<Keep> {
+/// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. The last chunks
+/// keep something first, because they are the first to run backward, and inputs come first, because they spare most a byte.
+fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, inputs: usize, whole: usize) -> Vec<Keep> {
     let mut keeps = vec![Keep::Nothing; cuts.len()];
     let mut left = bytes;
-    for (keep, price) in [(Keep::Thin, thin), (Keep::Whole, whole - thin)] {
+    for (keep, price) in [(Keep::Inputs, inputs), (Keep::Whole, whole - inputs)] {
         for (n, cut) in cuts.iter().enumerate().rev() {
             let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
             match left.checked_sub((tokens * price) as u64) {
@@ -123,16 +122,16 @@ mod tests {
 
     #[test]
     fn the_last_chunks_keep_their_tapes_as_long_as_they_fit() {
-        use Keep::{Nothing, Thin, Whole};
+        use Keep::{Inputs, Nothing, Whole};
         let sequences: Vec<Sequence> =
             [4, 3, 2, 1].iter().map(|&n| Sequence { ids: vec![0; n], skip: 0 }).collect();
         let cuts = [vec![0], vec![1], vec![2, 3]]; // of 4, 3 and 3 tokens
         let keeps = |bytes| super::share(&cuts, &sequences, bytes, 10, 15);
         assert_eq!(keeps(29), [Nothing; 3]);
-        assert_eq!(keeps(30), [Nothing, Nothing, Thin]);
-        assert_eq!(keeps(99), [Nothing, Thin, Thin]);
-        assert_eq!(keeps(114), [Thin; 3]);
-        assert_eq!(keeps(115), [Thin, Thin, Whole]);
+        assert_eq!(keeps(30), [Nothing, Nothing, Inputs]);
+        assert_eq!(keeps(99), [Nothing, Inputs, Inputs]);
+        assert_eq!(keeps(114), [Inputs; 3]);
+        assert_eq!(keeps(115), [Inputs, Inputs, Whole]);
         assert_eq!(keeps(150), [Whole; 3]);
     }
 }

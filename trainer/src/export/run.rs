@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::About;
 use crate::Result;
-use crate::config::{Config, DataSet, Init};
+use crate::config::{Config, DataSet, Init, Lora};
 use crate::model::Model;
 
 /// What a run has come to.
@@ -70,7 +70,7 @@ fn about(model: &Model, trained: &Trained) -> About {
             .unwrap_or(folder.document_prompt())
             .to_owned(),
         scores: scores(trained),
-        training: training(trained),
+        training: training(trained, model.lora()),
     }
 }
 
@@ -87,8 +87,8 @@ fn scores(trained: &Trained) -> Vec<(String, Option<f64>, Option<f64>)> {
     names.map(|name| (name.clone(), value(before, name), value(after, name))).collect()
 }
 
-fn training(trained: &Trained) -> Vec<(String, String)> {
-    let Config { seed, data, loss, training, lora, .. } = trained.config;
+fn training(trained: &Trained, lora: Option<&Lora>) -> Vec<(String, String)> {
+    let Config { seed, data, loss, training, .. } = trained.config;
     let sets: Vec<_> =
         data.train.iter().map(|set| set.name.as_str()).filter(|name| !name.is_empty()).collect();
     let mut facts = vec![

@@ -52,18 +52,25 @@ pub struct Tape {
 }
 
 /// Norms' outputs and the activation's are computed again from what is kept here, in one pass over memory each; a layer's input
-/// comes from the norm below it.
+/// is the output of the norm below it.
 #[derive(Debug)]
 struct LayerTape {
-    q: Tensor,         // (T, D)
-    k: Tensor,         // (T, D)
-    v: Tensor,         // (T, D)
-    o: Tensor,         // (T, D)
-    log_sum: Tensor,   // (H, T)
-    u: Option<Tensor>, // (T, F), unless the tape is thin
-    attention_norm: norm::Tape,
+    inside: Option<Inside>,
     norm: norm::Tape,
-    adapters: [linear::Tape; 6],
+    down: linear::Tape,
+}
+
+/// What a layer's output is made of.
+#[derive(Debug)]
+struct Inside {
+    q: Tensor,       // (T, D)
+    k: Tensor,       // (T, D)
+    v: Tensor,       // (T, D)
+    o: Tensor,       // (T, D)
+    log_sum: Tensor, // (H, T)
+    attention_norm: norm::Tape,
+    u: Tensor, // (T, F)
+    adapters: [linear::Tape; 5],
 }
 
 impl Bert {
@@ -176,12 +183,14 @@ impl Bert {
     /// Bytes of tape that one token leaves.
     pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         let Shape { layers, width, inner, heads, .. } = self.shape;
-        // q, k, v, o and the sums of two norms; log-sum-exp; mean and deviation of two norms; u
-        let thin = layers * (6 * width + heads + 4) + width + 2;
+        // a norm's sum, mean and deviation
+        let inputs = (layers + 1) * (width + 2);
+        // q, k, v, o, log-sum-exp; another norm; u
+        let inside = layers * (5 * width + heads + 2 + inner);
         4 * match keep {
             Keep::Nothing => 0,
-            Keep::Thin => thin,
-            Keep::Whole => thin + layers * inner,
+            Keep::Inputs => inputs,
+            Keep::Whole => inputs + inside,
         }
     }
 
@@ -254,9 +263,26 @@ impl Layer {
         shape: &Shape,
         keep: Keep,
     ) -> Result<(Tensor, Option<LayerTape>)> {
-        let (q, q_tape) = self.query.forward(&x, pass)?; // (T, D)
-        let (k, k_tape) = self.key.forward(&x, pass)?;
-        let (v, v_tape) = self.value.forward(&x, pass)?;
+        let (inside, z) = self.inside(&x, bias, pass, shape)?;
+        let h = pass.round(activation::forward(&inside.u, shape.activation)?)?;
+        let inside = (keep == Keep::Whole).then_some(inside);
+        let (d, down) = self.down.forward(&h, pass)?; // (T, D)
+        let d = pass.drop(d, shape.dropout.hidden, self.site + 8)?;
+        let (y, norm) = self.norm.forward(&d, Some(&z), pass)?;
+        Ok((y, (keep > Keep::Nothing).then_some(LayerTape { inside, norm, down })))
+    }
+
+    /// All but the last product, and z (T, D), the feed-forward layer's input.
+    fn inside(
+        &self,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+        pass: &Pass,
+        shape: &Shape,
+    ) -> Result<(Inside, Tensor)> {
+        let (q, q_tape) = self.query.forward(x, pass)?; // (T, D)
+        let (k, k_tape) = self.key.forward(x, pass)?;
+        let (v, v_tape) = self.value.forward(x, pass)?;
         let attention = self.attention(pass, shape);
         let (o, log_sum) = match bias {
             None => attention::forward(&q, &k, &v, pass.packing, &attention)?,
@@ -265,17 +291,10 @@ impl Layer {
         let o = pass.round(o)?;
         let (a, o_tape) = self.output.forward(&o, pass)?;
         let a = pass.drop(a, shape.dropout.attention_output, self.site + 7)?;
-        let (z, attention_norm) = self.attention_norm.forward(&a, Some(&x), pass)?;
-
+        let (z, attention_norm) = self.attention_norm.forward(&a, Some(x), pass)?;
         let (u, u_tape) = self.up.forward(&z, pass)?; // (T, F)
-        let h = pass.round(activation::forward(&u, shape.activation)?)?;
-        let (d, d_tape) = self.down.forward(&h, pass)?; // (T, D)
-        let d = pass.drop(d, shape.dropout.hidden, self.site + 8)?;
-        let (y, norm) = self.norm.forward(&d, Some(&z), pass)?;
-        let adapters = [q_tape, k_tape, v_tape, o_tape, u_tape, d_tape];
-        let u = (keep == Keep::Whole).then_some(u);
-        let tape = LayerTape { q, k, v, o, log_sum, u, attention_norm, norm, adapters };
-        Ok((y, (keep > Keep::Nothing).then_some(tape)))
+        let adapters = [q_tape, k_tape, v_tape, o_tape, u_tape];
+        Ok((Inside { q, k, v, o, log_sum, attention_norm, u, adapters }, z))
     }
 
     /// dx (T, D) unless nothing below is trained, and the gradient of the bias by distance where there is one.
@@ -290,23 +309,26 @@ impl Layer {
         gradients: &Gradients,
         shape: &Shape,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [q_tape, k_tape, v_tape, o_tape, u_tape, d_tape] = &tape.adapters;
+        let (inside, z) = match tape.inside {
+            Some(inside) => {
+                let z = self.attention_norm.again(&inside.attention_norm, pass)?;
+                (inside, z)
+            }
+            None => self.inside(x, bias, pass, shape)?,
+        };
+        let Inside { q, k, v, o, log_sum, attention_norm, u, adapters } = inside;
+        let [q_tape, k_tape, v_tape, o_tape, u_tape] = &adapters;
         let dz = self.norm.backward(&tape.norm, &dy, None, pass, gradients)?; // of the residual, and of what was added to it
         let dd = pass.drop(dz.clone(), shape.dropout.hidden, self.site + 8)?;
-        let z = self.attention_norm.again(&tape.attention_norm, pass)?;
-        let u = match tape.u {
-            Some(u) => u,
-            None => self.up.forward(&z, pass)?.0,
-        };
         let h = pass.round(activation::forward(&u, shape.activation)?)?;
-        let dh = self.down.backward(&h, d_tape, &dd, None, pass, gradients)?;
+        let dh = self.down.backward(&h, &tape.down, &dd, None, pass, gradients)?;
         let du = pass.round(activation::backward(&u, &dh, shape.activation)?)?;
         let dz = self.up.backward(&z, u_tape, &du, Some(dz), pass, gradients)?;
 
-        let dx = self.attention_norm.backward(&tape.attention_norm, &dz, None, pass, gradients)?;
+        let dx = self.attention_norm.backward(&attention_norm, &dz, None, pass, gradients)?;
         let da = pass.drop(dx.clone(), shape.dropout.attention_output, self.site + 7)?;
-        let d_o = self.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
-        let (q, k, v, o, log_sum) = (&tape.q, &tape.k, &tape.v, &tape.o, &tape.log_sum);
+        let d_o = self.output.backward(&o, o_tape, &da, None, pass, gradients)?;
+        let (q, k, v, o, log_sum) = (&q, &k, &v, &o, &log_sum);
         let (packing, attention) = (pass.packing, self.attention(pass, shape));
         let ((dq, dk, dv), dbias) = match bias {
             None => (attention::backward(q, k, v, o, log_sum, &d_o, packing, &attention)?, None),

@@ -59,15 +59,26 @@ pub struct Tape {
 #[derive(Debug)]
 struct LayerTape {
     attention_norm: norm::Tape,
+    inside: Option<Inside>,
+    down: linear::Tape,
+    /// Of what the feed-forward layer adds.
+    down_norm: Option<norm::Tape>,
+}
+
+/// What a layer adds to the stream is made of.
+#[derive(Debug)]
+struct Inside {
     q: Heads,
     k: Heads,
     v: Tensor,       // (T, G*K)
     o: Tensor,       // (T, H*K)
     log_sum: Tensor, // (H, T)
+    /// Of what attention adds.
+    output_norm: Option<norm::Tape>,
     norm: norm::Tape,
-    inner: Option<(Tensor, Tensor)>, // gate and up (T, F), unless the tape is thin
-    addition_norms: Option<[norm::Tape; 2]>,
-    adapters: [linear::Tape; 7],
+    gate: Tensor, // (T, F)
+    up: Tensor,   // (T, F)
+    adapters: [linear::Tape; 6],
 }
 
 /// Queries (T, H*K) or keys (T, G*K).
@@ -184,31 +195,37 @@ impl Decoder {
     ) -> Result<(Stream, Option<LayerTape>)> {
         let (y, attention_norm) =
             layer.attention_norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
-        let (q, q_tape) = layer.query.forward(&y, pass)?; // (T, H*K)
-        let (k, k_tape) = layer.key.forward(&y, pass)?; // (T, G*K)
-        let (v, v_tape) = layer.value.forward(&y, pass)?; // (T, G*K)
+        let inside = self.inside(layer, &y, &attention_norm, pass)?;
+        let h = pass.round(activation::gated(&inside.gate, &inside.up, self.shape.activation)?)?;
+        let residual = Some(inside.norm.sum.clone());
+        let inside = (keep == Keep::Whole).then_some(inside);
+        let (d, down) = layer.down.forward(&h, pass)?; // (T, D)
+        let [_, norm_of_down] = layer.norms_of_additions();
+        let (d, down_norm) = normed(d, norm_of_down, pass)?;
+        let tape = LayerTape { attention_norm, inside, down, down_norm };
+        Ok((Stream { residual, addition: d }, (keep > Keep::Nothing).then_some(tape)))
+    }
+
+    /// All but the last product, from y (T, D), the output of the layer's first norm.
+    fn inside(&self, layer: &Layer, y: &Tensor, stream: &norm::Tape, pass: &Pass) -> Result<Inside> {
+        let (q, q_tape) = layer.query.forward(y, pass)?; // (T, H*K)
+        let (k, k_tape) = layer.key.forward(y, pass)?; // (T, G*K)
+        let (v, v_tape) = layer.value.forward(y, pass)?; // (T, G*K)
         let [q_norm, k_norm] = layer.norms_of_heads();
-        let (q, q_heads) = self.turn(layer, q, q_norm, pass)?;
-        let (k, k_heads) = self.turn(layer, k, k_norm, pass)?;
-        let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
+        let (turned_q, q) = self.turn(layer, q, q_norm, pass)?;
+        let (turned_k, k) = self.turn(layer, k, k_norm, pass)?;
+        let attention = self.attention(layer, pass);
+        let (o, log_sum) = attention::forward(&turned_q, &turned_k, &v, pass.packing, &attention)?;
         let o = pass.round(o)?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
-        let [a_norm, d_norm] = layer.norms_of_additions();
-        let (a, a_norm) = normed(a, a_norm, pass)?;
+        let [norm_of_output, _] = layer.norms_of_additions();
+        let (a, output_norm) = normed(a, norm_of_output, pass)?;
 
-        let (z, norm) = layer.norm.forward(&a, Some(&attention_norm.sum), pass)?;
+        let (z, norm) = layer.norm.forward(&a, Some(&stream.sum), pass)?;
         let (gate, gate_tape) = layer.gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = layer.up.forward(&z, pass)?; // (T, F)
-        let h = pass.round(activation::gated(&gate, &up, self.shape.activation)?)?;
-        let (d, d_tape) = layer.down.forward(&h, pass)?; // (T, D)
-        let (d, d_norm) = normed(d, d_norm, pass)?;
-        let stream = Stream { residual: Some(norm.sum.clone()), addition: d };
-        let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape];
-        let inner = (keep == Keep::Whole).then_some((gate, up));
-        let addition_norms = a_norm.zip(d_norm).map(|(a, d)| [a, d]);
-        let (q, k) = (q_heads, k_heads);
-        let tape = LayerTape { attention_norm, q, k, v, o, log_sum, norm, inner, addition_norms, adapters };
-        Ok((stream, (keep > Keep::Nothing).then_some(tape)))
+        let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
+        Ok(Inside { q, k, v, o, log_sum, output_norm, norm, gate, up, adapters })
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -221,36 +238,34 @@ impl Decoder {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Option<Tensor>> {
-        let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape] = &tape.adapters;
-        let [a_norm, d_norm] = layer.norms_of_additions();
-        let [a_tape, d_norm_tape] =
-            tape.addition_norms.as_ref().map_or([None; 2], |[a, d]| [Some(a), Some(d)]);
-        let dd = normed_backward(&ds, d_norm, d_norm_tape, pass, gradients)?;
-        let z = layer.norm.again(&tape.norm, pass)?;
-        let (gate, up) = match tape.inner {
-            Some(inner) => inner,
-            None => (layer.gate.forward(&z, pass)?.0, layer.up.forward(&z, pass)?.0),
+        let y = layer.attention_norm.again(&tape.attention_norm, pass)?;
+        let inside = match tape.inside {
+            Some(inside) => inside,
+            None => self.inside(layer, &y, &tape.attention_norm, pass)?,
         };
+        let Inside { q: q_heads, k: k_heads, v, o, log_sum, output_norm, norm, gate, up, adapters } = inside;
+        let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape] = &adapters;
+        let [norm_of_output, norm_of_down] = layer.norms_of_additions();
+        let dd = normed_backward(&ds, norm_of_down, tape.down_norm.as_ref(), pass, gradients)?;
         let h = pass.round(activation::gated(&gate, &up, self.shape.activation)?)?;
-        let dh = layer.down.backward(&h, d_tape, &dd, None, pass, gradients)?;
+        let dh = layer.down.backward(&h, &tape.down, &dd, None, pass, gradients)?;
         let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, self.shape.activation)?;
         let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
+        let z = layer.norm.again(&norm, pass)?;
         let dz = layer.gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
         let dz = layer.up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), pass, gradients)?;
+        let ds = layer.norm.backward(&norm, &dz, Some(&ds), pass, gradients)?;
 
-        let da = normed_backward(&ds, a_norm, a_tape, pass, gradients)?;
-        let d_o = layer.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
+        let da = normed_backward(&ds, norm_of_output, output_norm.as_ref(), pass, gradients)?;
+        let d_o = layer.output.backward(&o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
         let [q_norm, k_norm] = layer.norms_of_heads();
-        let q = self.turned(layer, &tape.q, q_norm, pass)?;
-        let k = self.turned(layer, &tape.k, k_norm, pass)?;
-        let (v, o, log_sum) = (&tape.v, &tape.o, &tape.log_sum);
-        let (dq, dk, dv) = attention::backward(&q, &k, v, o, log_sum, &d_o, pass.packing, &attention)?;
+        let q = self.turned(layer, &q_heads, q_norm, pass)?;
+        let k = self.turned(layer, &k_heads, k_norm, pass)?;
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
         let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
-        let dq = self.turn_back(layer, &dq, &tape.q, q_norm, pass, gradients)?;
-        let dk = self.turn_back(layer, &dk, &tape.k, k_norm, pass, gradients)?;
-        let y = layer.attention_norm.again(&tape.attention_norm, pass)?;
+        let dq = self.turn_back(layer, &dq, &q_heads, q_norm, pass, gradients)?;
+        let dk = self.turn_back(layer, &dk, &k_heads, k_norm, pass, gradients)?;
         if !below && !layer.attention_norm.trained() {
             for (linear, tape, d) in
                 [(&layer.query, q_tape, dq), (&layer.key, k_tape, dk), (&layer.value, v_tape, dv)]
@@ -330,15 +345,18 @@ impl Decoder {
     /// Bytes of tape that one token leaves.
     pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         let Shape { width, inner, heads, kv_heads, head_width, head_norms, gemma, .. } = self.shape;
-        // the sums of two norms; q and o; k and v; log-sum-exp; deviations of two norms; gate and up
-        let layer = 2 * width + 2 * heads * head_width + 2 * kv_heads * head_width + heads + 2;
+        let layers = self.shape.layers();
+        // a norm's sum and deviation; Gemma has another one after each block
+        let of_addition = if gemma { width + 1 } else { 0 };
+        let inputs = (layers + 1) * (width + 1) + layers * of_addition;
+        // q and o; k and v; log-sum-exp; deviations of heads; another norm; gate and up
         let of_heads = if head_norms { heads + kv_heads } else { 0 };
-        let of_additions = if gemma { 2 * (width + 1) } else { 0 };
-        let thin = self.shape.layers() * (layer + of_heads + of_additions) + width + 1;
+        let inside = 2 * heads * head_width + 2 * kv_heads * head_width + heads + of_heads;
+        let inside = inside + width + 1 + of_addition + 2 * inner;
         4 * match keep {
             Keep::Nothing => 0,
-            Keep::Thin => thin,
-            Keep::Whole => thin + self.shape.layers() * 2 * inner,
+            Keep::Inputs => inputs,
+            Keep::Whole => inputs + layers * inside,
         }
     }
 

@@ -78,14 +78,22 @@ pub struct Tape {
 #[derive(Debug)]
 struct LayerTape {
     input: Input,
+    inside: Option<Inside>,
+    down: linear::Tape,
+}
+
+/// What a layer adds to the stream is made of.
+#[derive(Debug)]
+struct Inside {
     q: Tensor,       // (T, D) rotated
     k: Tensor,       // (T, D) rotated
     v: Tensor,       // (T, D)
     o: Tensor,       // (T, D)
     log_sum: Tensor, // (H, T)
     norm: norm::Tape,
-    inner: Option<(Tensor, Tensor)>, // gate and up (T, F), unless the tape is thin
-    adapters: [linear::Tape; 7],
+    gate: Tensor, // (T, F)
+    up: Tensor,   // (T, F)
+    adapters: [linear::Tape; 6],
 }
 
 /// What a layer's attention has looked at.
@@ -93,6 +101,16 @@ struct LayerTape {
 enum Input {
     Plain(Tensor), // (T, D)
     Normed(norm::Tape),
+}
+
+impl Input {
+    /// The residual stream that it was taken from, (T, D).
+    fn stream(&self) -> &Tensor {
+        match self {
+            Self::Plain(x) => x,
+            Self::Normed(tape) => &tape.sum,
+        }
+    }
 }
 
 /// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
@@ -230,17 +248,30 @@ impl ModernBert {
         keep: Keep,
     ) -> Result<(Stream, Option<LayerTape>)> {
         let shape = &self.shape;
-        let (y, residual, input) = match &layer.attention_norm {
+        let (y, input) = match &layer.attention_norm {
             Some(norm) => {
                 let (y, tape) = norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
-                (y, tape.sum.clone(), Input::Normed(tape))
+                (y, Input::Normed(tape))
             }
-            None => (stream.addition.clone(), stream.addition.clone(), Input::Plain(stream.addition)),
+            None => (stream.addition.clone(), Input::Plain(stream.addition)),
         };
+        let inside = self.inside(layer, &y, input.stream(), pass)?;
+        let h = pass.round(activation::gated(&inside.gate, &inside.up, shape.activation)?)?;
+        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
+        let residual = Some(inside.norm.sum.clone());
+        let inside = (keep == Keep::Whole).then_some(inside);
+        let (d, down) = layer.down.forward(&h, pass)?; // (T, D)
+        let tape = LayerTape { input, inside, down };
+        Ok((Stream { residual, addition: d }, (keep > Keep::Nothing).then_some(tape)))
+    }
+
+    /// All but the last product, from attention's input y (T, D) and the stream (T, D) that it comes from.
+    fn inside(&self, layer: &Layer, y: &Tensor, stream: &Tensor, pass: &Pass) -> Result<Inside> {
+        let shape = &self.shape;
         let [query, key, value] = layer.attention_parts(shape.width)?;
-        let (q, q_tape) = query.forward(&y, pass)?; // (T, D)
-        let (k, k_tape) = key.forward(&y, pass)?;
-        let (v, v_tape) = value.forward(&y, pass)?;
+        let (q, q_tape) = query.forward(y, pass)?; // (T, D)
+        let (k, k_tape) = key.forward(y, pass)?;
+        let (v, v_tape) = value.forward(y, pass)?;
         let table = self.table(layer);
         let q = pass.round(rope::forward(&q, pass.packing, table)?)?;
         let k = pass.round(rope::forward(&k, pass.packing, table)?)?;
@@ -249,18 +280,12 @@ impl ModernBert {
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
         let a = pass.drop(a, shape.dropout.attention, layer.site + 5)?;
 
-        let (z, norm) = layer.norm.forward(&a, Some(&residual), pass)?;
+        let (z, norm) = layer.norm.forward(&a, Some(stream), pass)?;
         let [gate, up] = layer.feed_forward_parts(shape.inner)?;
         let (gate, gate_tape) = gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = up.forward(&z, pass)?; // (T, F)
-        let h = pass.round(activation::gated(&gate, &up, shape.activation)?)?;
-        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
-        let (d, d_tape) = layer.down.forward(&h, pass)?; // (T, D)
-        let stream = Stream { residual: Some(norm.sum.clone()), addition: d };
-        let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape];
-        let inner = (keep == Keep::Whole).then_some((gate, up));
-        let tape = LayerTape { input, q, k, v, o, log_sum, norm, inner, adapters };
-        Ok((stream, (keep > Keep::Nothing).then_some(tape)))
+        let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
+        Ok(Inside { q, k, v, o, log_sum, norm, gate, up, adapters })
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -274,36 +299,36 @@ impl ModernBert {
         gradients: &Gradients,
     ) -> Result<Option<Tensor>> {
         let shape = &self.shape;
-        let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape, d_tape] = &tape.adapters;
-        let z = layer.norm.again(&tape.norm, pass)?;
-        let [gate_part, up_part] = layer.feed_forward_parts(shape.inner)?;
-        let (gate, up) = match tape.inner {
-            Some(inner) => inner,
-            None => (gate_part.forward(&z, pass)?.0, up_part.forward(&z, pass)?.0),
-        };
-        let h = pass.round(activation::gated(&gate, &up, shape.activation)?)?;
-        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
-        let dh = layer.down.backward(&h, d_tape, &ds, None, pass, gradients)?;
-        let dh = pass.drop(dh, shape.dropout.inner, layer.site + 6)?;
-        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, shape.activation)?;
-        let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
-        let dz = gate_part.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
-        let dz = up_part.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = layer.norm.backward(&tape.norm, &dz, Some(&ds), pass, gradients)?;
-
-        let da = pass.drop(ds.clone(), shape.dropout.attention, layer.site + 5)?;
-        let d_o = layer.output.backward(&tape.o, o_tape, &da, None, pass, gradients)?;
-        let attention = self.attention(layer, pass);
-        let (q, k, v, o) = (&tape.q, &tape.k, &tape.v, &tape.o);
-        let (dq, dk, dv) = attention::backward(q, k, v, o, &tape.log_sum, &d_o, pass.packing, &attention)?;
-        let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
-        let dq = pass.round(rope::backward(&dq, pass.packing, self.table(layer))?)?;
-        let dk = pass.round(rope::backward(&dk, pass.packing, self.table(layer))?)?;
         let y = match (&tape.input, &layer.attention_norm) {
             (Input::Normed(tape), Some(norm)) => norm.again(tape, pass)?,
             (Input::Plain(x), _) => x.clone(),
             (Input::Normed(_), None) => return Err(Error::Usage("a tape of another encoder".to_owned())),
         };
+        let inside = match tape.inside {
+            Some(inside) => inside,
+            None => self.inside(layer, &y, tape.input.stream(), pass)?,
+        };
+        let Inside { q, k, v, o, log_sum, norm, gate, up, adapters } = inside;
+        let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape] = &adapters;
+        let h = pass.round(activation::gated(&gate, &up, shape.activation)?)?;
+        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
+        let dh = layer.down.backward(&h, &tape.down, &ds, None, pass, gradients)?;
+        let dh = pass.drop(dh, shape.dropout.inner, layer.site + 6)?;
+        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, shape.activation)?;
+        let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
+        let z = layer.norm.again(&norm, pass)?;
+        let [gate, up] = layer.feed_forward_parts(shape.inner)?;
+        let dz = gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
+        let dz = up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
+        let ds = layer.norm.backward(&norm, &dz, Some(&ds), pass, gradients)?;
+
+        let da = pass.drop(ds.clone(), shape.dropout.attention, layer.site + 5)?;
+        let d_o = layer.output.backward(&o, o_tape, &da, None, pass, gradients)?;
+        let attention = self.attention(layer, pass);
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
+        let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
+        let dq = pass.round(rope::backward(&dq, pass.packing, self.table(layer))?)?;
+        let dk = pass.round(rope::backward(&dk, pass.packing, self.table(layer))?)?;
         let [query, key, value] = layer.attention_parts(shape.width)?;
         if !below && !layer.attention_norm.as_ref().is_some_and(LayerNorm::trained) {
             for (linear, tape, d) in [(query, q_tape, dq), (key, k_tape, dk), (value, v_tape, dv)] {
@@ -345,12 +370,15 @@ impl ModernBert {
     /// Bytes of tape that one token leaves.
     pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
         let Shape { width, inner, heads, ref reaches, .. } = self.shape;
-        // the sums of two norms; q, k, v and o; log-sum-exp; mean and deviation of two norms; gate and up
-        let thin = reaches.len() * (6 * width + heads + 4) + 2 * (width + 2);
+        let layers = reaches.len();
+        // a norm's sum, mean and deviation
+        let inputs = (layers + 2) * (width + 2);
+        // q, k, v, o, log-sum-exp; another norm; gate and up
+        let inside = layers * (5 * width + heads + 2 + 2 * inner);
         4 * match keep {
             Keep::Nothing => 0,
-            Keep::Thin => thin,
-            Keep::Whole => thin + reaches.len() * 2 * inner,
+            Keep::Inputs => inputs,
+            Keep::Whole => inputs + inside,
         }
     }
 
