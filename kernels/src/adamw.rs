@@ -71,8 +71,12 @@ pub fn step(
                 let at = decayed.saturating_sub(piece * GRAIN).min(p.len());
                 let ((p0, p1), (g0, g1)) = (p.split_at_mut(at), g.split_at(at));
                 let ((m0, m1), (v0, v1)) = (m.split_at_mut(at), v.split_at_mut(at));
-                vectorised(|| update(p0, g0, m0, v0, factors.keep, &factors));
-                vectorised(|| update(p1, g1, m1, v1, 1.0, &factors));
+                for (p, g, m, v, keep) in [(p0, g0, m0, v0, factors.keep), (p1, g1, m1, v1, 1.0)] {
+                    vectorised(
+                        #[inline(always)]
+                        || update_in_blocks(p, g, m, v, keep, &factors),
+                    );
+                }
             });
     };
     write(params, |params| result = write_both(m, v, |m, v| all(params, m, v)))?;
@@ -122,6 +126,46 @@ impl Factors {
     }
 }
 
+/// Elements that are looked at together: a page of memory.
+const BLOCK: usize = 1024;
+
+/// Where gradient and moments are all 0, as in the rows of an embedding table whose tokens never came, the moments are not
+/// written: pages that never were take no memory.
+#[inline(always)]
+fn update_in_blocks(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], keep: f32, f: &Factors) {
+    let moments = m.chunks_mut(BLOCK).zip(v.chunks_mut(BLOCK));
+    for ((p, g), (m, v)) in p.chunks_mut(BLOCK).zip(g.chunks(BLOCK)).zip(moments) {
+        if is_zero(g) && is_zero(m) && is_zero(v) {
+            p.iter_mut().for_each(|p| *p *= keep);
+        } else {
+            update(p, g, m, v, keep, f);
+        }
+    }
+}
+
+#[inline(always)]
+fn is_zero(block: &[f32]) -> bool {
+    block.iter().fold(0, |bits, x| bits | x.to_bits() << 1) == 0 // −0 is 0 too
+}
+
+/// Sets (P) gradients to 0. What is 0 already is only read, so that it takes no memory where it never was written.
+pub fn clear(grads: &Tensor) -> Result<()> {
+    write(grads, |grads| {
+        grads.par_chunks_mut(GRAIN).for_each(|piece| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for block in piece.chunks_mut(BLOCK) {
+                        if !is_zero(block) {
+                            block.fill(0.0);
+                        }
+                    }
+                },
+            );
+        });
+    })
+}
+
 #[inline(always)]
 fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], keep: f32, f: &Factors) {
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
@@ -155,6 +199,26 @@ mod tests {
 
     const ADAMW: AdamW =
         AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.99, epsilon: 1e-6, weight_decay: 0.1 };
+
+    #[test]
+    fn rows_without_gradient_are_only_decayed_and_cleared_gradients_are_zero() {
+        let count = 3 * BLOCK + 7;
+        let element = |i: usize| if i / BLOCK == 1 { 0.0 } else { (i % 13) as f32 - 6.0 };
+        let grads: Vec<f32> = (0..count).map(element).collect();
+        let one = |range: std::ops::Range<usize>| {
+            let (p, g) = (vector(&vec![1.5; range.len()]), vector(&grads[range.clone()]));
+            let (m, v) = (zeros(range.len()), zeros(range.len()));
+            step(&p, &g, &m, &v, range.len(), 1, 1.0, &ADAMW).unwrap();
+            clear(&g).unwrap();
+            assert_eq!(numbers(&g), vec![0.0; range.len()]);
+            numbers(&p)
+        };
+        let whole = one(0..count);
+        // Pieces of other lengths have other blocks: no element may notice.
+        let pieces: Vec<f64> = (0..count).step_by(100).flat_map(|i| one(i..count.min(i + 100))).collect();
+        assert_eq!(whole, pieces);
+        assert_eq!(whole[BLOCK], f64::from(1.5f32 * (1.0f32 - 1e-3)));
+    }
 
     fn vector(elements: &[f32]) -> Tensor {
         Tensor::new(elements, &Device::Cpu).unwrap()

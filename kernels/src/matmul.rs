@@ -1,6 +1,9 @@
 //! The matrix product: the `gemm` crate on slices.
 
+use std::ops::Range;
+
 use gemm::Parallelism;
+use rayon::prelude::*;
 
 /// A matrix in a slice, read by strides.
 #[derive(Clone, Copy)]
@@ -25,6 +28,16 @@ impl<'a> Matrix<'a> {
     pub(crate) fn strided(elements: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
         assert!(extent(rows, columns, stride) <= elements.len(), "a matrix inside its slice");
         Self { elements, rows, columns, row_stride: stride, column_stride: 1 }
+    }
+
+    /// Some of its rows.
+    fn rows(self, range: Range<usize>) -> Self {
+        Self { elements: &self.elements[range.start * self.row_stride..], rows: range.len(), ..self }
+    }
+
+    /// Some of its columns.
+    fn columns(self, range: Range<usize>) -> Self {
+        Self { elements: &self.elements[range.start * self.column_stride..], columns: range.len(), ..self }
     }
 
     /// The same elements with rows and columns exchanged.
@@ -83,11 +96,68 @@ pub(crate) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
 /// `dst` is valid for writes of the whole result, and also for reads unless `keep` is 0.
 unsafe fn gemm(dst: *mut f32, stride: usize, keep: f32, scale: f32, a: Matrix, b: Matrix, threads: Threads) {
     assert_eq!(a.columns, b.rows, "the inner dimensions of a product");
-    let parallelism = match threads {
-        Threads::One => Parallelism::None,
-        Threads::All => Parallelism::Rayon(0),
+    let (rows, columns) = (a.rows, b.columns);
+    let dst = Target(dst);
+    // One join a product: `gemm` itself would share out each of its blocks. Both factors are packed by every thread, so the
+    // longer side is cut and the smaller factor packed twice.
+    let by_rows = rows >= columns;
+    let (length, tile) = if by_rows { (rows, TILE_ROWS) } else { (columns, TILE_COLUMNS) };
+    let pieces = match threads {
+        Threads::All if rows * columns * a.columns >= WORTH_A_THREAD => pieces(length),
+        _ => 1,
     };
-    // SAFETY: a `Matrix` lies inside its slice, and the caller vouches for `dst`; no reference to it exists here.
+    let step = length.div_ceil(pieces).next_multiple_of(tile);
+    let piece = |start: usize| {
+        let range = start..length.min(start + step);
+        // SAFETY: a `Matrix` lies inside its slice, and the caller vouches for `dst`; no reference to it exists here, and no
+        // other piece has these rows or columns of it.
+        unsafe {
+            if by_rows {
+                one(dst.at(start * stride), stride, keep, scale, a.rows(range), b);
+            } else {
+                one(dst.at(start), stride, keep, scale, a, b.columns(range));
+            }
+        }
+    };
+    if step >= length {
+        piece(0);
+    } else {
+        (0..length.div_ceil(step)).into_par_iter().for_each(|i| piece(i * step));
+    }
+}
+
+/// Multiplications below which a second thread costs more than it saves.
+const WORTH_A_THREAD: usize = 1 << 18;
+/// Rows and columns of which a piece has a multiple: whole tiles of `gemm`'s microkernels (6 rows; 2 or 4 vectors of up to 16).
+const TILE_ROWS: usize = 6;
+const TILE_COLUMNS: usize = 64;
+
+/// Into how many pieces a side of this length is cut: as many for every thread, several if they stay so long that packing the
+/// other factor costs little beside the product. Then a thread that is held up leaves some of its share to the others.
+fn pieces(length: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    threads * (length / (256 * threads)).clamp(1, 4)
+}
+
+/// Where a product goes, in several pieces at once.
+#[derive(Clone, Copy)]
+struct Target(*mut f32);
+
+// SAFETY: only an address; who writes through it vouches for that.
+unsafe impl Send for Target {}
+// SAFETY: see above.
+unsafe impl Sync for Target {}
+
+impl Target {
+    fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+/// # Safety
+/// As [`gemm`].
+unsafe fn one(dst: *mut f32, stride: usize, keep: f32, scale: f32, a: Matrix, b: Matrix) {
+    // SAFETY: handed on.
     unsafe {
         gemm::gemm(
             a.rows,
@@ -108,7 +178,7 @@ unsafe fn gemm(dst: *mut f32, stride: usize, keep: f32, scale: f32, a: Matrix, b
             false,
             false,
             false,
-            parallelism,
+            Parallelism::None,
         );
     }
 }

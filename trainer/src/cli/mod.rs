@@ -94,13 +94,14 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     if cli.quiet {
         progress::quiet();
     }
-    let done = match cli.command {
+    // On a thread of the pool: an op called from outside of it would put this thread to sleep and wake it up again.
+    let done = rayon::scope(|_| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Encode(args) => encode::run(&args).map_err(Failure::from),
         Command::Evaluate(args) => evaluate::run(&args).map_err(Failure::from),
         Command::Export(args) => export::run(&args).map_err(Failure::from),
-    };
+    });
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { error, status }) => {

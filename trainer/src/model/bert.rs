@@ -280,9 +280,11 @@ impl Layer {
         pass: &Pass,
         shape: &Shape,
     ) -> Result<(Inside, Tensor)> {
-        let (q, q_tape) = self.query.forward(x, pass)?; // (T, D)
-        let (k, k_tape) = self.key.forward(x, pass)?;
-        let (v, v_tape) = self.value.forward(x, pass)?;
+        let (q, (k, v)) = rayon::join(
+            || self.query.forward(x, pass),
+            || rayon::join(|| self.key.forward(x, pass), || self.value.forward(x, pass)),
+        );
+        let ((q, q_tape), (k, k_tape), (v, v_tape)) = (q?, k?, v?); // (T, D)
         let attention = self.attention(pass, shape);
         let (o, log_sum) = match bias {
             None => attention::forward(&q, &k, &v, pass.packing, &attention)?,

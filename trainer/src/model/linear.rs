@@ -94,15 +94,21 @@ impl Linear {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        let dx = match into {
-            None => linear::backward_input(dy, &pass.value(&self.weight)?)?,
-            Some(dx) => {
-                linear::add_backward_input(dy, &pass.value(&self.weight)?, &dx)?;
-                dx
-            }
+        let weight = pass.value(&self.weight)?;
+        let input = || match into {
+            None => linear::backward_input(dy, &weight),
+            Some(dx) => linear::add_backward_input(dy, &weight, &dx).map(|()| dx),
         };
-        self.backward_parameters(x, tape, dy, Some(&dx), pass, gradients)?;
-        pass.round(dx)
+        if self.adapter.is_some() {
+            let dx = input()?;
+            self.backward_parameters(x, tape, dy, Some(&dx), pass, gradients)?;
+            return pass.round(dx);
+        }
+        // Two products that do not wait for one another leave fewer threads without work than two in turn.
+        let parameters = || self.backward_parameters(x, tape, dy, None, pass, gradients);
+        let (dx, done) = rayon::join(input, parameters);
+        done?;
+        pass.round(dx?)
     }
 
     /// The gradients of what is trained here. The adapter's share of dx is added to `dx`; none where nothing below is

@@ -269,9 +269,11 @@ impl ModernBert {
     fn inside(&self, layer: &Layer, y: &Tensor, stream: &Tensor, pass: &Pass) -> Result<Inside> {
         let shape = &self.shape;
         let [query, key, value] = layer.attention_parts(shape.width)?;
-        let (q, q_tape) = query.forward(y, pass)?; // (T, D)
-        let (k, k_tape) = key.forward(y, pass)?;
-        let (v, v_tape) = value.forward(y, pass)?;
+        let (q, (k, v)) = rayon::join(
+            || query.forward(y, pass),
+            || rayon::join(|| key.forward(y, pass), || value.forward(y, pass)),
+        );
+        let ((q, q_tape), (k, k_tape), (v, v_tape)) = (q?, k?, v?); // (T, D)
         let table = self.table(layer);
         let q = pass.round(rope::forward(&q, pass.packing, table)?)?;
         let k = pass.round(rope::forward(&k, pass.packing, table)?)?;
@@ -282,8 +284,8 @@ impl ModernBert {
 
         let (z, norm) = layer.norm.forward(&a, Some(stream), pass)?;
         let [gate, up] = layer.feed_forward_parts(shape.inner)?;
-        let (gate, gate_tape) = gate.forward(&z, pass)?; // (T, F)
-        let (up, up_tape) = up.forward(&z, pass)?; // (T, F)
+        let (gate, up) = rayon::join(|| gate.forward(&z, pass), || up.forward(&z, pass));
+        let ((gate, gate_tape), (up, up_tape)) = (gate?, up?); // (T, F)
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
         Ok(Inside { q, k, v, o, log_sum, norm, gate, up, adapters })
     }

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use kernels::adamw;
 use kernels::precision::{self, Precision};
 
 use crate::{Error, Result};
@@ -203,7 +204,7 @@ impl Gradients {
 
     /// Forgets the last step's.
     pub fn clear(&self) -> Result<()> {
-        Ok(self.flat.zero_set()?)
+        Ok(adamw::clear(&self.flat)?)
     }
 
     /// Multiplies all by `factor`.
