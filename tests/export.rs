@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use serde_json::{Map, Value};
+use tests::{FAMILIES, copy};
 use trainer::config::Config;
 use trainer::embed::{Opened, Role};
 use trainer::export::{self, Trained};
@@ -38,29 +39,23 @@ fn adapter(name: &str) -> tempfile::TempDir {
     place
 }
 
-fn copy(from: &Path, to: &Path) {
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let target = to.join(entry.file_name());
-        if entry.path().is_file() {
-            std::fs::copy(entry.path(), target).unwrap();
-        } else if entry.file_name() == "1_Pooling" {
-            std::fs::create_dir(&target).unwrap();
-            copy(&entry.path(), &target);
-        }
-    }
-}
-
-/// Writes the model of `folder` as a run would and opens it again.
-fn again(folder: &Path, merge: bool) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+/// Writes the model of `folder` at `target` as a run would, and says how it embeds.
+fn write(folder: &Path, merge: bool, target: &Path) -> Vec<Vec<f32>> {
     let mut opened = open(folder);
-    let place = tempfile::tempdir().unwrap();
-    let target = place.path().join("model");
     let mut config = Config::default();
     config.model.path = folder.to_str().unwrap().to_owned();
     let none = Map::new();
     let trained = Trained { config: &config, step: 1, before: &none, after: &none };
     let before = embed(&opened);
-    export::run(&mut opened.model, &trained, export::Options { merge, replace: false }, &target).unwrap();
+    export::run(&mut opened.model, &trained, export::Options { merge, replace: false }, target).unwrap();
+    before
+}
+
+/// Writes the model of `folder` as a run would and opens it again.
+fn again(folder: &Path, merge: bool) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+    let place = tempfile::tempdir().unwrap();
+    let target = place.path().join("model");
+    let before = write(folder, merge, &target);
     let whole = merge || !folder.join("adapter_config.json").exists();
     assert_eq!(target.join("model.safetensors").exists(), whole);
     assert_eq!(target.join("adapter_model.safetensors").exists(), !whole);
@@ -69,7 +64,7 @@ fn again(folder: &Path, merge: bool) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
 
 #[test]
 fn a_whole_model_keeps_its_bits() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         let (before, after) = again(&golden(name), false);
         assert_eq!(before, after, "{name}");
     }
@@ -77,7 +72,7 @@ fn a_whole_model_keeps_its_bits() {
 
 #[test]
 fn adapters_keep_their_bits_and_merged_weights_nearly() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         let folder = adapter(name);
         let (before, after) = again(folder.path(), false);
         assert_eq!(before, after, "{name}");
@@ -86,6 +81,74 @@ fn adapters_keep_their_bits_and_merged_weights_nearly() {
         // One rounding of W + αBA against two sums: a few units in the last place of f32, through a few layers.
         for (one, other) in before.iter().flatten().zip(merged.iter().flatten()) {
             assert!((one - other).abs() < 1e-5, "{name}: {one}, merged {other}");
+        }
+    }
+}
+
+#[test]
+fn what_is_written_opened_and_written_again_has_the_same_bits() {
+    for name in FAMILIES {
+        let place = tempfile::tempdir().unwrap();
+        let (one, two) = (place.path().join("one"), place.path().join("two"));
+        write(&golden(name), false, &one);
+        write(&one, false, &two);
+        let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+        assert!(weights(&one) == weights(&two), "{name}: other weights");
+        for file in ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"] {
+            let text = |folder: &Path| std::fs::read_to_string(folder.join(file)).unwrap();
+            assert_eq!(text(&one), text(&two), "{name}: {file}");
+        }
+    }
+}
+
+/// What text-embeddings-inference asks of a folder before it serves it: the files, and the fields that it has no default for.
+#[test]
+fn text_embeddings_inference_reads_what_is_written() {
+    for name in FAMILIES {
+        let place = tempfile::tempdir().unwrap();
+        let target = place.path().join("model");
+        write(&golden(name), false, &target);
+        let read = |file: &str| -> Value {
+            let text = std::fs::read(target.join(file)).unwrap_or_else(|_| panic!("{name} has no {file}"));
+            serde_json::from_slice(&text).unwrap()
+        };
+        let config = read("config.json");
+        assert!(config["model_type"].is_string(), "{name}");
+        let architectures = config["architectures"].as_array().unwrap();
+        assert!(
+            architectures.iter().all(|a| a.as_str().unwrap().ends_with("Model")),
+            "{name}: {architectures:?}"
+        );
+        let positions = config["max_position_embeddings"].as_u64().unwrap();
+
+        let pooling = read("1_Pooling/config.json");
+        for mode in ["cls_token", "mean_tokens"] {
+            assert!(pooling[format!("pooling_mode_{mode}")].is_boolean(), "{name}: {mode}");
+        }
+        let modes: Vec<&str> =
+            ["cls_token", "mean_tokens", "lasttoken", "max_tokens", "mean_sqrt_len_tokens"]
+                .into_iter()
+                .filter(|mode| pooling[format!("pooling_mode_{mode}")] == Value::Bool(true))
+                .collect();
+        assert_eq!(modes.len(), 1, "{name}: {modes:?}");
+
+        let length = read("sentence_bert_config.json")["max_seq_length"].as_u64().unwrap();
+        assert!(0 < length && length <= positions, "{name}: {length} of {positions}");
+        assert!(read("tokenizer.json")["model"]["vocab"].is_object(), "{name}");
+        let weights = tests::tensors(&target.join("model.safetensors"));
+        // Its loaders look for the names of the bare encoder, as AutoModel saves them.
+        let words =
+            ["embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight", "embed_tokens.weight"];
+        assert!(words.iter().any(|word| weights.contains_key(*word)), "{name}");
+        assert!(weights.values().all(|tensor| tensor.dtype() == candle_core::DType::F32), "{name}");
+        for module in read("modules.json").as_array().unwrap() {
+            let kind = module["type"].as_str().unwrap();
+            assert!(kind.starts_with("sentence_transformers.models."), "{name}: {kind}");
+            if kind.ends_with("Dense") {
+                let place = module["path"].as_str().unwrap();
+                assert!(read(&format!("{place}/config.json"))["in_features"].is_u64(), "{name}");
+                assert!(target.join(place).join("model.safetensors").is_file(), "{name}");
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use kernels::adamw::AdamW;
-use tests::{model_folder, relative_error};
+use tests::{FAMILIES, model_folder, relative_error};
 use trainer::comm::World;
 use trainer::config;
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
@@ -93,7 +93,7 @@ fn compare(a: &(Vec<f32>, Tensor), b: &(Vec<f32>, Tensor), what: &str) {
 
 #[test]
 fn chunks_do_not_change_losses_or_gradients() {
-    for (name, adapted) in [("bert", false), ("bert", true), ("mistral", false), ("mistral", true)] {
+    for (name, adapted) in FAMILIES.iter().flat_map(|name| [(name, false), (name, true)]) {
         let (_folder, model) = model(name, adapted, 0.1);
         let batch = batch(0);
         let whole = step(&model, &batch, Limit::Tokens(usize::MAX), u64::MAX, &info_nce());
@@ -105,7 +105,7 @@ fn chunks_do_not_change_losses_or_gradients() {
 
 #[test]
 fn tapes_kept_or_computed_twice_give_the_same_bits() {
-    for (name, adapted) in [("bert", false), ("mistral", true)] {
+    for (name, adapted) in FAMILIES.iter().flat_map(|name| [(name, false), (name, true)]) {
         let (_folder, model) = model(name, adapted, 0.1);
         let batch = batch(0);
         let tokens: usize = batch.sequences.iter().map(|sequence| sequence.ids.len()).sum();
@@ -124,7 +124,7 @@ fn tapes_kept_or_computed_twice_give_the_same_bits() {
 
 #[test]
 fn the_order_of_a_batch_does_not_change_its_gradient() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         // Masks belong to a sequence's number in the batch, so only without dropout may the order be another.
         let (_folder, model) = model(name, false, 0.0);
         let straight = step(&model, &batch(0), Limit::Tokens(200), u64::MAX, &info_nce());
@@ -134,7 +134,7 @@ fn the_order_of_a_batch_does_not_change_its_gradient() {
 
 #[test]
 fn every_trained_parameter_receives_a_gradient() {
-    for (name, adapted) in [("bert", false), ("bert", true), ("mistral", false), ("mistral", true)] {
+    for (name, adapted) in FAMILIES.iter().flat_map(|name| [(name, false), (name, true)]) {
         let (_folder, model) = model(name, adapted, 0.0);
         let (_, gradient) = step(&model, &batch(0), Limit::Tokens(512), u64::MAX, &info_nce());
         for named in model.flat().named(&gradient) {
@@ -146,8 +146,28 @@ fn every_trained_parameter_receives_a_gradient() {
 }
 
 #[test]
+fn small_gradients_survive_half_precision() {
+    // Of some 1e-8 at each token: f16 ends at 6e-8.
+    let loss = InfoNce { temperature: 1e4, ..info_nce() };
+    for (name, adapted) in [("bert", false), ("mistral", true)] {
+        let gradient = |dtype| {
+            let folder = model_folder(name, adapted);
+            let section = config::Model { dropout: Some(0.0), dtype, ..config::Model::default() };
+            let options = Options { model: section, trained: true, ..Options::default() };
+            let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+            step(&model, &batch(0), Limit::Tokens(300), 0, &loss).1
+        };
+        let want = gradient(config::Dtype::F32);
+        for (dtype, most) in [(config::Dtype::F16, 0.02), (config::Dtype::Bf16, 0.1)] {
+            let error = relative_error(&gradient(dtype), &want);
+            assert!(error < most, "{name} {dtype}: {error:e}");
+        }
+    }
+}
+
+#[test]
 fn a_text_embeds_alike_alone_and_in_any_chunk() {
-    for name in ["bert", "mistral"] {
+    for name in FAMILIES {
         let (_folder, model) = model(name, false, 0.1);
         let sequences = batch(0).sequences;
         let alone: Vec<Tensor> =

@@ -9,6 +9,21 @@ use std::sync::OnceLock;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
+/// The tiny random models in tests/golden, one of each family.
+pub const FAMILIES: [&str; 11] = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "mpnet",
+    "distilbert",
+    "modernbert",
+    "mistral",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+];
+
 /// A folder of tests/golden.
 pub fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
@@ -34,16 +49,25 @@ pub fn model_folder(name: &str, adapted: bool) -> tempfile::TempDir {
     place
 }
 
-fn copy(from: &Path, to: &Path) {
+/// Copies a model folder with its modules' folders, but not its adapter's.
+pub fn copy(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
         let target = to.join(entry.file_name());
         if entry.path().is_file() {
             std::fs::copy(entry.path(), target).unwrap();
-        } else if entry.file_name() == "1_Pooling" {
+        } else if entry.file_name().to_str().unwrap().starts_with(|c: char| c.is_ascii_digit()) {
+            // A module of sentence-transformers.
             std::fs::create_dir_all(&target).unwrap();
             copy(&entry.path(), &target);
         }
     }
+}
+
+/// Whether a parameter's gradient is zero, so that f32 leaves noise of it: the key's bias adds the same to every score of a
+/// query, unless the key is turned by its position afterwards.
+pub fn is_zero(parameter: &str, family: &str) -> bool {
+    let turned = ["mistral", "llama", "qwen2", "qwen3", "gemma3", "modernbert"].contains(&family);
+    !turned && ["key.bias", "attn.k.bias", "k_lin.bias"].iter().any(|name| parameter.ends_with(name))
 }
 
 /// ‖a − b‖ / ‖b‖; ‖a‖ where b is all zeros.

@@ -6,6 +6,8 @@
     reason = "what fails is a test that fails; what is skipped says so"
 )]
 
+// Adapters of PEFT go on here.
+mod adapters;
 // Embeddings and metrics, against sentence-transformers on the same model.
 mod evaluate;
 // Written folders open again and embed alike.

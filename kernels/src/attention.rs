@@ -8,10 +8,13 @@
 //! p = exp(s − lse)    dv = pᵀ do    ds = p ∘ (do vᵀ − rowsum(do ∘ o))    dq = scale · ds k    dk = scale · dsᵀ q
 //! ```
 //!
+//! A bias by the distance from query to key (T5, MPNet) is added to the scores where one is given; its gradient is the sum
+//! of ds over all pairs at that distance, per text first and then over the texts in their order.
 
 mod head;
 
-use crate::tensor::{expect_shape, read, tensor};
+use crate::rows::add;
+use crate::tensor::{expect_shape, matrix, read, tensor};
 use crate::tile::with_scratch;
 use crate::{Packing, dropout::Dropout, simd};
 use candle_core::{Result, Tensor, bail};
@@ -57,7 +60,20 @@ pub fn forward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
-    forward_in(TILES, q, k, v, packing, attention)
+    forward_in(TILES, q, k, v, None, packing, attention)
+}
+
+/// As [`forward`], with `bias` (H, 2·W + 1) added to the scores: column W + d at the distance d from query to key, where
+/// distances beyond W count as W. Heads do not share keys.
+pub fn forward_biased(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: &Tensor,
+    packing: &Packing,
+    attention: &Attention,
+) -> Result<(Tensor, Tensor)> {
+    forward_in(TILES, q, k, v, Some(bias), packing, attention)
 }
 
 /// dq (T, H·K), dk and dv (T, G·K), from what [`forward`] took and returned, and dL/do (T, H·K).
@@ -72,7 +88,24 @@ pub fn backward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    backward_in(TILES, [q, k, v, o, lse, d_o], packing, attention)
+    let (dq, dk, dv, _) = backward_in(TILES, [q, k, v, o, lse, d_o], None, packing, attention)?;
+    Ok((dq, dk, dv))
+}
+
+/// As [`backward`], of [`forward_biased`]; the gradient of the bias (H, 2·W + 1) is the fourth.
+#[expect(clippy::too_many_arguments, reason = "they are the formula's")]
+pub fn backward_biased(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    d_o: &Tensor,
+    packing: &Packing,
+    attention: &Attention,
+) -> Result<(Tensor, Tensor, Tensor, Tensor)> {
+    backward_in(TILES, [q, k, v, o, lse, d_o], Some(bias), packing, attention)
 }
 
 /// The size of a tile of scores. Queries: a multiple of every vector's lanes.
@@ -90,12 +123,16 @@ fn forward_in(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
+    bias: Option<&Tensor>,
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
     check(attention, packing, q, k, v)?;
+    let columns = columns(bias, attention)?;
+    let bias = bias.map(read::<f32>).transpose()?;
     let (q, k, v) = (read::<f32>(q)?, read::<f32>(k)?, read::<f32>(v)?);
-    let job = Job { attention, packing, tiles, q: &q, k: &k, v: &v };
+    let bias = bias.as_deref().unwrap_or_default();
+    let job = Job { attention, packing, tiles, q: &q, k: &k, v: &v, bias, columns };
     let (tokens, heads, width) = (packing.tokens(), attention.heads, attention.head_width);
     let (mut o, mut lse) = (New::of(tokens * heads * width), New::of(heads * tokens));
     let (o_shared, lse_shared) = (o.shared(), lse.shared());
@@ -110,10 +147,14 @@ fn forward_in(
 fn backward_in(
     tiles: Tiles,
     [q, k, v, o, lse, d_o]: [&Tensor; 6],
+    bias: Option<&Tensor>,
     packing: &Packing,
     attention: &Attention,
-) -> Result<(Tensor, Tensor, Tensor)> {
+) -> Result<(Tensor, Tensor, Tensor, Tensor)> {
     check(attention, packing, q, k, v)?;
+    let columns = columns(bias, attention)?;
+    let bias = bias.map(read::<f32>).transpose()?;
+    let bias = bias.as_deref().unwrap_or_default();
     let (tokens, heads, width) = (packing.tokens(), attention.heads, attention.head_width);
     expect_shape("o", o, &[tokens, heads * width])?;
     expect_shape("d_o", d_o, &[tokens, heads * width])?;
@@ -121,20 +162,28 @@ fn backward_in(
     let kv_width = attention.kv_heads * width;
     let (q, k, v) = (read::<f32>(q)?, read::<f32>(k)?, read::<f32>(v)?);
     let (o, lse, d_o) = (read::<f32>(o)?, read::<f32>(lse)?, read::<f32>(d_o)?);
-    let job = Job { attention, packing, tiles, q: &q, k: &k, v: &v };
+    let job = Job { attention, packing, tiles, q: &q, k: &k, v: &v, bias, columns };
     let mut dq = New::of(tokens * heads * width);
     let (mut dk, mut dv) = (New::of(tokens * kv_width), New::of(tokens * kv_width));
+    // Of each text and head.
+    let mut dbias = New::zeros(packing.sequences() * bias.len());
     let (dq_shared, dk_shared, dv_shared) = (dq.shared(), dk.shared(), dv.shared());
+    let dbias_shared = dbias.shared();
     job.for_each_head(|head, scratch| {
-        let (dq, dk, dv) = (&dq_shared, &dk_shared, &dv_shared);
-        simd::dispatch(Backward { job: &job, head, scratch, o: &o, lse: &lse, d_o: &d_o, dq, dk, dv });
+        let (dq, dk, dv, dbias) = (&dq_shared, &dk_shared, &dv_shared, &dbias_shared);
+        simd::dispatch(Backward { job: &job, head, scratch, o: &o, lse: &lse, d_o: &d_o, dq, dk, dv, dbias });
     });
     // SAFETY: every token of every head belongs to one task, which has written its rows of all three.
     let (dq, dk, dv) = unsafe { (dq.written(), dk.written(), dv.written()) };
+    let mut sum = vec![0f32; bias.len()];
+    for text in dbias.elements.chunks_exact(bias.len().max(1)) {
+        add(&mut sum, text);
+    }
     Ok((
         tensor(dq, (tokens, heads * width))?,
         tensor(dk, (tokens, kv_width))?,
         tensor(dv, (tokens, kv_width))?,
+        tensor(sum, (bias.len() / columns.max(1), columns))?,
     ))
 }
 
@@ -153,6 +202,21 @@ fn check(attention: &Attention, packing: &Packing, q: &Tensor, k: &Tensor, v: &T
     Ok(())
 }
 
+/// 2·W + 1 of a bias (H, 2·W + 1); 0 without.
+fn columns(bias: Option<&Tensor>, attention: &Attention) -> Result<usize> {
+    let Some(bias) = bias else { return Ok(0) };
+    let Attention { heads, kv_heads, .. } = *attention;
+    let (_, columns) = matrix("bias", bias)?;
+    expect_shape("bias", bias, &[heads, columns])?;
+    if columns.is_multiple_of(2) {
+        bail!("`bias` has {columns} columns, expected an odd number: as many distances back as ahead");
+    }
+    if heads != kv_heads {
+        bail!("{heads} heads share {kv_heads} key-value heads, which a bias by distance does not support");
+    }
+    Ok(columns)
+}
+
 /// What all tasks read.
 struct Job<'a> {
     attention: &'a Attention,
@@ -161,6 +225,9 @@ struct Job<'a> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
+    /// (H, columns), empty without.
+    bias: &'a [f32],
+    columns: usize,
 }
 
 /// One task: key-value head `g` of sequence `n`, which starts at token `start`.
@@ -259,6 +326,10 @@ unsafe impl Sync for Shared {}
 impl New {
     fn of(len: usize) -> Self {
         Self { elements: Vec::with_capacity(len), len }
+    }
+
+    fn zeros(len: usize) -> Self {
+        Self { elements: vec![0.0; len], len }
     }
 
     fn shared(&mut self) -> Shared {

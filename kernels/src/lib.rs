@@ -22,6 +22,7 @@ pub mod lora;
 pub mod norm;
 pub mod packing;
 pub mod pool;
+pub mod precision;
 pub mod rope;
 
 mod matmul;

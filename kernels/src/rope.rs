@@ -20,13 +20,17 @@ pub struct Table {
 impl Table {
     /// For `positions` positions and heads of `head_width`; `base` is a checkpoint's `rope_theta`.
     pub fn new(positions: usize, head_width: usize, base: f64) -> Self {
-        let half = head_width / 2;
-        let angles: Vec<f64> = (0..positions)
-            .flat_map(|p| (0..half).map(move |i| p as f64 * base.powf(-(2.0 * i as f64) / head_width as f64)))
-            .collect();
+        let frequency = |i: usize| base.powf(-(2.0 * i as f64) / head_width as f64);
+        Self { head_width, ..Self::of(positions, &(0..head_width / 2).map(frequency).collect::<Vec<_>>()) }
+    }
+
+    /// For `positions` positions, pair i of a head turning by position·`frequencies[i]`: K/2 of them.
+    pub fn of(positions: usize, frequencies: &[f64]) -> Self {
+        let angles: Vec<f64> =
+            (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
         Self {
             positions,
-            head_width,
+            head_width: 2 * frequencies.len(),
             cos: angles.iter().map(|angle| angle.cos() as f32).collect(),
             sin: angles.iter().map(|angle| angle.sin() as f32).collect(),
         }

@@ -20,9 +20,10 @@ CONFIG = {
 }
 
 
-def tokenizer():
+def tokenizer(padding=0):
     """WordPiece over letters, digits, some marks and a few words: every ASCII word has pieces, few others do."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special.insert(padding, "[PAD]")
     letters = list(string.ascii_lowercase + string.digits)
     words = ["the", "iron", "metal", "##s", "##ing", "how", "and", "is", "has", "ri", "##ver"]
     pieces = special + letters + [f"##{c}" for c in letters] + ["?", ",", ";", ":", "."] + words

@@ -3,19 +3,23 @@
 Everything is computed in float64 and stored as float32, so that a golden is closer to the truth than any float32
 implementation that is compared with it. One thread and fixed seeds: a rerun gives the same bits.
 
+transformers computes norms, softmax and rotations in float32 even in a float64 model: `exact` lets it compute them in float64.
+
 Files written for a model, beside the model folder itself:
 
     golden.json          the texts, their token ids, and what the numbers below are
     golden.safetensors   ids (T) u32 and offsets (N+1) u32 of the packed batch; hidden (T,D) after the last layer;
                          embeddings (N,D); direction (N,D); loss (1) = sum of embeddings * direction; grad.NAME for every
                          parameter NAME of model.safetensors that the loss reaches; and the same with the adapter on:
-                         lora.hidden, lora.embeddings, lora.loss, lora.grad.NAME for NAME in adapter_model.safetensors
+                         lora.hidden, lora.embeddings, lora.loss, lora.grad.NAME for NAME in adapter_model.safetensors.
+                         golden.json also has transformers' own relative errors in bf16 and f16 against these numbers
     adapter/             the adapter, in PEFT's layout, with a B that is not zero
     rows.jsonl           forty rows: query, positive, one negative
     train.json           ten steps on them: losses, gradient norms before clipping, rates, every setting
     train.safetensors    grad.NAME: gradients of step 1 (before clipping); embeddings (N,D): golden.json's batch after the run
 """
 
+import contextlib
 import json
 import math
 import os
@@ -55,6 +59,26 @@ QUESTIONS = ["when does {s} melt?", "who found {s}, and when?", "how many rivers
              "how long does {s} take to turn?"]
 
 
+@contextlib.contextmanager
+def exact():
+    """Whatever transformers casts to float32 becomes float64."""
+    to, cast, arange, softmax = torch.Tensor.to, torch.Tensor.float, torch.arange, torch.nn.functional.softmax
+    wide = lambda x: torch.float64 if x is torch.float32 else x
+
+    def widened(function):
+        def call(*args, **kwargs):
+            return function(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
+        return call
+
+    torch.Tensor.to, torch.Tensor.float = widened(to), torch.Tensor.double
+    torch.arange, torch.nn.functional.softmax = widened(arange), widened(softmax)
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float = to, cast
+        torch.arange, torch.nn.functional.softmax = arange, softmax
+
+
 def rows(count=40, seed=7):
     """Synthetic rows of uneven length; every text is distinct, so masks of duplicates play no part."""
     pick = random.Random(seed)
@@ -75,8 +99,8 @@ def rows(count=40, seed=7):
     return out
 
 
-def randomise(model, seed, spread=0.15):
-    """Weights large enough that attention is far from uniform, norms and biases away from 1 and 0."""
+def randomise(model, seed, spread=0.15, norm=1.0):
+    """Weights large enough that attention is far from uniform, norms and biases away from `norm` and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -84,7 +108,7 @@ def randomise(model, seed, spread=0.15):
             if parameter.dim() > 1:
                 parameter.copy_(noise * spread)
             elif "norm" in name.lower() and name.endswith("weight"):
-                parameter.copy_(1 + 0.1 * noise)
+                parameter.copy_(norm + 0.1 * noise)
             else:
                 parameter.copy_(0.1 * noise)
 
@@ -93,16 +117,16 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_folder(folder, model, config, tokenizer, tokenizer_config, pooling, max_length):
-    """A model folder in the legacy schema of sentence-transformers."""
+def write_folder(folder, model, config, tokenizer, tokenizer_config, pooling, max_length, dense=()):
+    """A model folder in the legacy schema of sentence-transformers. `dense`: (outputs, activation) after pooling."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_torch(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    kinds = ["Transformer", "Pooling", "Normalize"]
-    paths = ["", "1_Pooling", "2_Normalize"]
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(dense), "Normalize"]
+    paths = ["", *[f"{i}_{kind}" for i, kind in enumerate(kinds) if i > 0]]
     write_json(folder / "modules.json", [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (kind, path) in enumerate(zip(kinds, paths))
@@ -110,10 +134,22 @@ def write_folder(folder, model, config, tokenizer, tokenizer_config, pooling, ma
     modes = ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]
     (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": config["hidden_size"],
+        "word_embedding_dimension": model.config.hidden_size,
         **{f"pooling_mode_{mode}": mode == pooling for mode in modes},
         "include_prompt": True,
     })
+    width = model.config.hidden_size
+    for i, (outputs, activation) in enumerate(dense, start=2):
+        layer = folder / f"{i}_Dense"
+        layer.mkdir(exist_ok=True)
+        write_json(layer / "config.json", {"in_features": width, "out_features": outputs, "bias": i == 2,
+                                           "activation_function": f"torch.nn.modules.{activation}"})
+        generator = torch.Generator().manual_seed(i)
+        tensors = {"linear.weight": torch.randn((outputs, width), generator=generator) * 0.2}
+        if i == 2:
+            tensors["linear.bias"] = torch.randn((outputs,), generator=generator) * 0.1
+        save_torch(tensors, layer / "model.safetensors")
+        width = outputs
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {
         "__version__": {"sentence_transformers": "5.0.0", "transformers": "4.50.0", "pytorch": "2.6.0"},
@@ -143,27 +179,37 @@ def write_adapter(folder, base, targets, seed, rank=4, alpha=8):
     path.write_text(json.dumps(written, indent=2, sort_keys=True))
 
 
-def open_double(folder, adapter=False):
-    """The folder in sentence-transformers, in float64, without dropout, with plain attention."""
-    model = SentenceTransformer(str(folder), device="cpu",
-                                model_kwargs={"dtype": torch.float32, "attn_implementation": "eager"})
+def open_as(folder, dtype, adapter=False, attention="eager"):
+    """The folder in sentence-transformers, without dropout."""
+    chosen = {"attn_implementation": attention} if attention else {}
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32, **chosen})
     if adapter:
         # PEFT puts the adapter into the model's own layers, so the outer model needs no replacement.
         PeftModel.from_pretrained(model[0].auto_model, str(folder / "adapter"), is_trainable=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.double()
+    return model.to(dtype)
+
+
+def open_double(folder, adapter=False):
+    """The folder in float64, with plain attention."""
+    with exact():
+        return open_as(folder, torch.float64, adapter)
 
 
 def plain(name):
     """A parameter's name in model.safetensors or adapter_model.safetensors, from its name inside SentenceTransformer."""
     name = name.removeprefix("0.auto_model.").removeprefix("0.model.")
+    if name.split(".")[0].isdigit():
+        name = name.replace(".", "_Dense.", 1)
     return "base_model.model." + name.replace(".default.", ".") if ".lora_" in name else name
 
 
-def gradients(model):
-    return {plain(n): p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+def gradients(model, adapter=False):
+    """With an adapter only its own, as PEFT trains."""
+    named = {plain(n): p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {name: grad for name, grad in named.items() if not adapter or ".lora_" in name}
 
 
 def embed(model, sequences, pooling):
@@ -172,11 +218,33 @@ def embed(model, sequences, pooling):
     for ids in sequences:
         states = model[0].auto_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
         hidden.append(states)
-        pooled.append(states.mean(0) if pooling == "mean_tokens" else states[-1])
-    return torch.cat(hidden), torch.nn.functional.normalize(torch.stack(pooled), dim=-1)
+        pooled.append({"mean_tokens": states.mean(0), "cls_token": states[0], "lasttoken": states[-1]}[pooling])
+    features = {"sentence_embedding": torch.stack(pooled)}
+    for module in list(model)[2:]:
+        features = module(features)
+    return torch.cat(hidden), features["sentence_embedding"]
 
 
-def write_golden(folder, pooling, single, max_length):
+def relative_error(got, want):
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
+
+
+def own_errors(folder, adapter, sequences, pooling, direction, want):
+    """How far transformers itself is off in half precision, with the attention that it takes by default."""
+    errors = {}
+    for name, dtype in [("bf16", torch.bfloat16), ("f16", torch.float16)]:
+        model = open_as(folder, dtype, adapter, attention=None).eval()
+        hidden, embeddings = embed(model, sequences, pooling)
+        (embeddings * direction.to(dtype)).sum().backward()
+        grads = gradients(model, adapter)
+        flat = lambda tensors: torch.cat([tensors[n].double().flatten() for n in sorted(grads)])
+        errors[name] = {"hidden": relative_error(hidden, want["hidden"]),
+                        "embeddings": relative_error(embeddings, want["embeddings"]),
+                        "gradients": relative_error(flat(grads), flat({n: want[f"grad.{n}"] for n in grads}))}
+    return errors
+
+
+def write_golden(folder, pooling, single, max_length, script=None):
     """golden.json and golden.safetensors; `single` is the token of the sequence of length one."""
     model = open_double(folder)
     texts = [t for t in TEXTS if t is not None]
@@ -191,23 +259,28 @@ def write_golden(folder, pooling, single, max_length):
     direction = torch.randn((len(sequences), width), generator=torch.Generator().manual_seed(3)).double()
     out = {"ids": np.array(sum(sequences, []), dtype=np.uint32), "offsets": offsets,
            "direction": direction.numpy().astype(np.float32)}
+    direction = direction.float().double()
+    errors = {}
     for prefix, adapter in [("", False), ("lora.", True)]:
         model = open_double(folder, adapter)
         model.eval()
-        hidden, embeddings = embed(model, sequences, pooling)
-        # The packed view and sentence-transformers' padded one are the same embeddings.
-        padded = model(model.preprocess(texts))["sentence_embedding"]
+        with exact():
+            hidden, embeddings = embed(model, sequences, pooling)
+            # The packed view and sentence-transformers' padded one are the same embeddings.
+            padded = model(model.preprocess(texts))["sentence_embedding"]
         alone = embeddings[[i for i, t in enumerate(TEXTS) if t is not None]]
         assert (padded - alone).abs().max() < 1e-12, (padded - alone).abs().max()
         loss = (embeddings * direction).sum()
         loss.backward()
         arrays = {"hidden": hidden, "embeddings": embeddings, "loss": loss[None]}
-        arrays |= {f"grad.{name}": grad for name, grad in gradients(model).items()}
+        arrays |= {f"grad.{name}": grad for name, grad in gradients(model, adapter).items()}
+        errors["adapter" if adapter else "whole"] = own_errors(folder, adapter, sequences, pooling, direction, arrays)
         out |= {prefix + name: value.detach().numpy().astype(np.float32) for name, value in arrays.items()}
     save_file(out, folder / "golden.safetensors")
     write_json(folder / "golden.json", {
-        "written_by": f"scripts/reference/{folder.name}.py",
+        "written_by": f"scripts/reference/{script or folder.name}.py",
         "max_length": max_length, "loss": "sum(embeddings * direction)", "lora": {"rank": 4, "alpha": 8},
+        "errors_of_transformers": errors,
         "sequences": [{"text": t, "ids": s} for t, s in zip(TEXTS, sequences)],
     })
     return sequences
@@ -234,7 +307,8 @@ def write_training(folder, pooling, sequences, adapter, temperature, max_length=
         columns = [[r["query"] for r in part], [r["positive"] for r in part], [r["negatives"][0] for r in part]]
         features = [model.preprocess(c) for c in columns]
         tokens.append(sum(int(f["attention_mask"].sum()) for f in features))
-        loss = loss_of(features, None)
+        with exact():
+            loss = loss_of(features, None)
         loss.backward()
         first = first or gradients(model)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip)))
@@ -242,7 +316,7 @@ def write_training(folder, pooling, sequences, adapter, temperature, max_length=
         curve.append(loss.item())
         optimizer.step(), schedule.step(), optimizer.zero_grad()
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), exact():
         after = embed(model, sequences, pooling)[1]
     arrays = {f"grad.{name}": grad for name, grad in first.items()} | {"embeddings": after}
     save_file({n: v.numpy().astype(np.float32) for n, v in arrays.items()}, folder / "train.safetensors")

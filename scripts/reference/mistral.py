@@ -2,19 +2,16 @@
 """Writes tests/golden/mistral: a tiny random Mistral, last-token pooling, and what transformers and PEFT compute with it.
 
 The sliding window of 5 is shorter than most texts, two query heads share a key head, and the tokenizer falls back to
-bytes and appends the end token, as that of e5-mistral does. transformers computes norms, softmax and rotations in
-float32 even in a float64 model; here those three are replaced by the same formulas in float64.
+bytes and appends the end token, as that of e5-mistral does.
 
 Run: python scripts/reference/mistral.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
 """
 
 import string
 
-import torch
 from common import GOLDEN, randomise, write_adapter, write_folder, write_golden, write_training
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import MistralConfig, MistralModel
-from transformers.models.mistral import modeling_mistral
 
 FOLDER = GOLDEN / "mistral"
 MAX_LENGTH = 64
@@ -25,31 +22,6 @@ CONFIG = {
     "rms_norm_eps": 1e-5, "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": False,
     "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }
-
-
-def norm(self, x):
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-
-def rotation(self, x, position_ids):
-    width = self.config.head_dim
-    inverse = 1.0 / self.config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=x.dtype) / width)
-    angles = position_ids[..., None].to(x.dtype) * inverse
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def attention(module, query, key, value, mask, scaling, **_):
-    key, value = (modeling_mistral.repeat_kv(x, module.num_key_value_groups) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def exact():
-    modeling_mistral.MistralRMSNorm.forward = norm
-    modeling_mistral.MistralRotaryEmbedding.forward = torch.no_grad()(rotation)
-    modeling_mistral.eager_attention_forward = attention
 
 
 def tokenizer():
@@ -79,7 +51,6 @@ def merges_depth(merge, merges):
 
 
 def main():
-    exact()
     tok, size = tokenizer()
     config = CONFIG | {"vocab_size": size}
     model = MistralModel(MistralConfig(**config))

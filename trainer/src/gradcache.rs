@@ -6,6 +6,7 @@
 //! time gives the first one's masks without anything being kept.
 
 use candle_core::{DType, Device, Tensor};
+use kernels::precision::Precision;
 
 use crate::data::batch::Sequence;
 use crate::model::chunk::{self, Chunk, Limit};
@@ -75,6 +76,8 @@ impl Encoded {
             return Ok(());
         }
         let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // undoes the order
+        let scale = scale(model, d)?;
+        let in_chunks = if scale == 1.0 { in_chunks } else { (in_chunks * f64::from(scale))? };
         let mut end = self.order.elem_count();
         for (chunk, tape) in self.chunks.into_iter().rev() {
             let start = end - chunk.members.len();
@@ -87,8 +90,22 @@ impl Encoded {
             model.backward(&chunk, tape, &de, self.noise, gradients)?;
             pulse::beat();
         }
+        if scale != 1.0 {
+            gradients.scale(scale.recip())?;
+        }
         Ok(())
     }
+}
+
+/// What the gradient is multiplied by on its way through a model in f16, whose numbers end at 6e-8: the power of two that
+/// brings the largest element of d(embeddings) near 1. A function of d alone, so there is no scale to adapt or to save.
+fn scale(model: &Model, d: &Tensor) -> Result<f32> {
+    if model.precision() != Precision::F16 || d.elem_count() == 0 {
+        return Ok(1.0);
+    }
+    let largest = d.abs()?.max_all()?.to_scalar::<f32>()?;
+    let exponent = if largest.is_normal() { -largest.log2().floor() } else { 0.0 };
+    Ok(exponent.clamp(-60.0, 60.0).exp2())
 }
 
 /// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. The last chunks

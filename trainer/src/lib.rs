@@ -4,6 +4,8 @@
 pub mod error;
 // What the user wrote.
 pub mod config;
+// Files of the Hugging Face hub.
+pub mod hub;
 // Rows, tokens, batches.
 pub mod data;
 // Encoders with a written backward.

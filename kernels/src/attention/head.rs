@@ -5,6 +5,7 @@
 //! share the key-value head: these are beside each other, which fills the vectors of short texts too.
 
 use super::{Head, Job, Shared};
+use crate::rows::add;
 use crate::tile::{Product, exp2, split, transpose};
 use pulp::{Simd, WithSimd};
 use std::f32::consts::{LN_2, LOG2_E};
@@ -28,6 +29,7 @@ pub(super) struct Backward<'a> {
     pub(super) dq: &'a Shared,
     pub(super) dk: &'a Shared,
     pub(super) dv: &'a Shared,
+    pub(super) dbias: &'a Shared,
 }
 
 impl WithSimd for Forward<'_> {
@@ -38,9 +40,10 @@ impl WithSimd for Forward<'_> {
         let Self { job, head, scratch, o, lse } = self;
         let (width, tile) = (job.attention.head_width, job.tiles);
         let padded = width.next_multiple_of(S::F32_LANES);
-        let [factor_rows, factors, v_copy, q, scores, sums, top, total, shrink] = split(
+        let [line, factor_rows, factors, v_copy, q, scores, sums, top, total, shrink] = split(
             scratch,
             [
+                job.line(head),
                 job.factor_rows(),
                 job.factors(),
                 if padded == width { 0 } else { head.tokens * padded },
@@ -52,6 +55,7 @@ impl WithSimd for Forward<'_> {
                 tile.queries,
             ],
         );
+        job.fill_line(head, line);
         let k = job.keys(head, job.k);
         let v = job.keys(head, job.v).padded(head.tokens, width, v_copy, padded);
         for block in job.blocks(head) {
@@ -75,6 +79,7 @@ impl WithSimd for Forward<'_> {
                     c_row: tile.queries,
                     add: false,
                 });
+                job.add_bias(head, &block, &keys, line, scores);
                 job.hide(head, &block, &keys, columns, scores);
                 weigh(simd, scores, tile.queries, keys.len(), columns, [top, total, shrink]);
                 if job.draw(head, &block, &keys, S::F32_LANES, [factor_rows, factors]) {
@@ -118,13 +123,15 @@ impl WithSimd for Backward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { job, head, scratch, o, lse, d_o, dq, dk, dv } = self;
+        let Self { job, head, scratch, o, lse, d_o, dq, dk, dv, dbias } = self;
         let (width, tile, scale) = (job.attention.head_width, job.tiles, job.attention.scale);
         let padded = width.next_multiple_of(S::F32_LANES);
         // Rows of q and do are read where they lie if they are whole vectors at equal distances.
         let direct = padded == width && job.group() == 1;
         let block_rows = if direct { 0 } else { tile.queries * padded };
         let [
+            line,
+            dline,
             factor_rows,
             factors,
             k_copy,
@@ -142,6 +149,8 @@ impl WithSimd for Backward<'_> {
         ] = split(
             scratch,
             [
+                job.line(head),
+                job.line(head),
                 job.factor_rows(),
                 job.factors(),
                 if padded == width { 0 } else { head.tokens * padded },
@@ -162,6 +171,8 @@ impl WithSimd for Backward<'_> {
         let k_rows = k.padded(head.tokens, width, k_copy, padded);
         dk_sums.fill(0.0);
         dv_sums.fill(0.0);
+        dline.fill(0.0);
+        job.fill_line(head, line);
         for block in job.blocks(head) {
             let columns = block.lanes.next_multiple_of(S::F32_LANES);
             let at = |r| job.query(head, block.first + r);
@@ -201,10 +212,12 @@ impl WithSimd for Backward<'_> {
                         add: false,
                     });
                 }
+                job.add_bias(head, &block, &keys, line, p);
                 job.hide(head, &block, &keys, columns, p);
                 let factors =
                     job.draw(head, &block, &keys, S::F32_LANES, [factor_rows, factors]).then_some(&*factors);
                 differentiate(simd, [p, dp], tile.queries, keys.len(), columns, [own, base], factors);
+                job.add_to_line(head, &block, &keys, dp, dline);
                 for (weights, rows, sums) in [(&*p, d_o_rows, &mut *dv_sums), (&*dp, q_rows, &mut *dk_sums)] {
                     simd.vectorize(Product {
                         m: keys.len(),
@@ -239,6 +252,8 @@ impl WithSimd for Backward<'_> {
                 unsafe { dq.write(at(r), &dq_sums[r * padded..][..width], scale) };
             }
         }
+        // SAFETY: this task alone has this sequence and this head.
+        unsafe { job.write_bias(head, dline, dbias) };
         for j in 0..head.tokens {
             let at = job.key(head, j);
             // SAFETY: this task alone has this sequence and this key-value head.
@@ -325,6 +340,66 @@ impl Job<'_> {
             row[..columns.min(start.saturating_sub(block.first))].fill(f32::NEG_INFINITY);
             row[columns.min(end.saturating_sub(block.first))..columns].fill(f32::NEG_INFINITY);
         }
+    }
+}
+
+/// The bias by distance. A line holds one head's bias for all distances inside one text, the farthest key ahead first:
+/// element x at the distance S − 1 − x, so that a row of scores, the queries of one key, is a piece of it.
+impl Job<'_> {
+    /// Elements of a line; 0 without a bias.
+    fn line(&self, head: Head) -> usize {
+        if self.columns == 0 { 0 } else { 2 * head.tokens - 1 }
+    }
+
+    /// The column of element `x` of a line.
+    #[inline(always)]
+    fn column(&self, head: Head, x: usize) -> usize {
+        let reach = self.columns / 2;
+        (head.tokens - 1 + reach).saturating_sub(x).min(2 * reach)
+    }
+
+    fn fill_line(&self, head: Head, line: &mut [f32]) {
+        for (x, element) in line.iter_mut().enumerate() {
+            *element = self.bias[head.g * self.columns + self.column(head, x)] * LOG2_E;
+        }
+    }
+
+    /// Adds the bias to the scores of a tile.
+    #[inline(always)]
+    fn add_bias(&self, head: Head, block: &Block, keys: &Range<usize>, line: &[f32], scores: &mut [f32]) {
+        if self.columns == 0 {
+            return;
+        }
+        for (row, j) in scores.chunks_exact_mut(self.tiles.queries).zip(keys.clone()) {
+            add(&mut row[..block.lanes], &line[head.tokens - 1 + block.first - j..]);
+        }
+    }
+
+    /// Adds dL/d(scores) of a tile to the gradient of a line.
+    #[inline(always)]
+    fn add_to_line(&self, head: Head, block: &Block, keys: &Range<usize>, ds: &[f32], dline: &mut [f32]) {
+        if self.columns == 0 {
+            return;
+        }
+        for (row, j) in ds.chunks_exact(self.tiles.queries).zip(keys.clone()) {
+            add(&mut dline[head.tokens - 1 + block.first - j..], &row[..block.lanes]);
+        }
+    }
+
+    /// Writes the gradient of one head's bias in one text.
+    ///
+    /// # Safety
+    /// No other thread reads or writes that row of `dbias`.
+    unsafe fn write_bias(&self, head: Head, dline: &[f32], dbias: &Shared) {
+        if self.columns == 0 {
+            return;
+        }
+        let mut row = vec![0f32; self.columns];
+        for (x, d) in dline.iter().enumerate() {
+            row[self.column(head, x)] += d;
+        }
+        // SAFETY: the caller's word.
+        unsafe { dbias.write((head.n * self.attention.heads + head.g) * self.columns, &row, 1.0) };
     }
 }
 

@@ -25,15 +25,30 @@ fn inputs(a: &Attention, tokens: usize) -> [Tensor; 4] {
 /// 0 or 1/(1 − p) for a probability.
 type Factor<'a> = &'a dyn Fn(usize, usize, usize, usize, usize) -> f64;
 
+/// Added to a score: by head, query and key.
+type Bias<'a> = &'a dyn Fn(usize, usize, usize) -> f64;
+
 struct Reference {
     o: Vec<f64>,
     lse: Vec<f64>,
     dq: Vec<f64>,
     dk: Vec<f64>,
     dv: Vec<f64>,
+    /// (head, key − query, dL/d(score)) of every pair.
+    pairs: Vec<(usize, isize, f64)>,
 }
 
-fn reference([q, k, v, d_o]: [&[f64]; 4], packing: &Packing, a: &Attention, factor: Factor) -> Reference {
+fn reference(x: [&[f64]; 4], packing: &Packing, a: &Attention, factor: Factor) -> Reference {
+    reference_biased(x, packing, a, factor, &|_, _, _| 0.0)
+}
+
+fn reference_biased(
+    [q, k, v, d_o]: [&[f64]; 4],
+    packing: &Packing,
+    a: &Attention,
+    factor: Factor,
+    bias: Bias,
+) -> Reference {
     let (h_count, g_count, width) = (a.heads, a.kv_heads, a.head_width);
     let total = packing.tokens();
     let mut r = Reference {
@@ -42,6 +57,7 @@ fn reference([q, k, v, d_o]: [&[f64]; 4], packing: &Packing, a: &Attention, fact
         dq: vec![0.0; q.len()],
         dk: vec![0.0; k.len()],
         dv: vec![0.0; k.len()],
+        pairs: Vec::new(),
     };
     for (n, rows) in packing.ranges().enumerate() {
         let tokens = rows.len();
@@ -57,8 +73,10 @@ fn reference([q, k, v, d_o]: [&[f64]; 4], packing: &Packing, a: &Attention, fact
             let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
             let (query, gradient) = (&q[at..at + width], &d_o[at..at + width]);
             let scale = f64::from(a.scale);
-            let scores: Vec<f64> =
-                seen.iter().map(|&j| scale * dot(query, &k[key(j)..key(j) + width])).collect();
+            let scores: Vec<f64> = seen
+                .iter()
+                .map(|&j| scale * dot(query, &k[key(j)..key(j) + width]) + bias(h, i, j))
+                .collect();
             let top = scores.iter().copied().fold(f64::MIN, f64::max);
             let lse = top + scores.iter().map(|s| (s - top).exp()).sum::<f64>().ln();
             r.lse[h * total + rows.start + i] = lse;
@@ -68,6 +86,7 @@ fn reference([q, k, v, d_o]: [&[f64]; 4], packing: &Packing, a: &Attention, fact
                 seen.iter().zip(&kept).map(|(&j, f)| f * dot(gradient, &v[key(j)..key(j) + width])).collect();
             let own = dot(&p, &dp);
             for (x, &j) in seen.iter().enumerate() {
+                r.pairs.push((h, j as isize - i as isize, p[x] * (dp[x] - own)));
                 let ds = p[x] * (dp[x] - own) * scale;
                 for d in 0..width {
                     r.o[at + d] += p[x] * kept[x] * v[key(j) + d];
@@ -84,8 +103,8 @@ fn reference([q, k, v, d_o]: [&[f64]; 4], packing: &Packing, a: &Attention, fact
 fn compare(lengths: &[usize], a: &Attention, tiles: Tiles, factor: Factor) {
     let packing = packing(lengths);
     let [q, k, v, d_o] = inputs(a, packing.tokens());
-    let (o, lse) = forward_in(tiles, &q, &k, &v, &packing, a).unwrap();
-    let (dq, dk, dv) = backward_in(tiles, [&q, &k, &v, &o, &lse, &d_o], &packing, a).unwrap();
+    let (o, lse) = forward_in(tiles, &q, &k, &v, None, &packing, a).unwrap();
+    let (dq, dk, dv, _) = backward_in(tiles, [&q, &k, &v, &o, &lse, &d_o], None, &packing, a).unwrap();
     let wide = [&q, &k, &v, &d_o].map(numbers);
     let want = reference(wide.each_ref().map(Vec::as_slice), &packing, a, factor);
     for (name, got, want) in [
@@ -142,6 +161,55 @@ fn grouped_heads_causal_and_windowed_texts_equal_the_reference() {
     }
     let unlimited = Attention { left: Some(usize::MAX), right: Some(usize::MAX), ..attention(2, 1, 8) };
     compare(&[3, 40], &unlimited, TILES, &everything);
+}
+
+#[test]
+fn a_bias_by_distance_and_its_gradient_equal_the_reference() {
+    for (reach, right, width) in [(0, None, 8), (3, None, 16), (40, None, 7), (3, Some(0), 8)] {
+        let a = Attention { right, ..attention(3, 3, width) };
+        let packing = packing(&[1, 3, 0, 7, 47, 300, 32]);
+        let [q, k, v, d_o] = inputs(&a, packing.tokens());
+        let columns = 2 * reach + 1;
+        let bias = random(5, (3, columns));
+        let numbers_of_bias = numbers(&bias);
+        let column = |distance: isize| {
+            let reach = reach as isize;
+            (distance.clamp(-reach, reach) + reach) as usize
+        };
+        let added =
+            |h: usize, i: usize, j: usize| numbers_of_bias[h * columns + column(j as isize - i as isize)];
+        let (o, lse) = forward_biased(&q, &k, &v, &bias, &packing, &a).unwrap();
+        let (dq, dk, dv, dbias) = backward_biased(&q, &k, &v, &bias, &o, &lse, &d_o, &packing, &a).unwrap();
+        let wide = [&q, &k, &v, &d_o].map(numbers);
+        let want = reference_biased(wide.each_ref().map(Vec::as_slice), &packing, &a, &everything, &added);
+        let mut want_bias = vec![0.0; 3 * columns];
+        for (h, distance, ds) in &want.pairs {
+            want_bias[h * columns + column(*distance)] += ds;
+        }
+        for (name, got, want) in [
+            ("o", &o, &want.o),
+            ("lse", &lse, &want.lse),
+            ("dq", &dq, &want.dq),
+            ("dk", &dk, &want.dk),
+            ("dv", &dv, &want.dv),
+            ("dbias", &dbias, &want_bias),
+        ] {
+            // With one column the bias cancels out of the softmax, and its gradient is a sum of what is left of nothing.
+            let error = if name == "dbias" && reach == 0 {
+                numbers(got).iter().fold(0.0, |most: f64, x| most.max(x.abs())) / 1e2
+            } else {
+                relative_error(got, want)
+            };
+            assert!(error < TOLERANCE, "{name}, reach {reach}, {right:?}: {error:.1e}");
+        }
+    }
+    let (a, packing) = (attention(4, 2, 8), packing(&[5]));
+    let [q, k, v, _] = inputs(&a, 5);
+    let error =
+        |bias: &Tensor, a: &Attention| forward_biased(&q, &k, &v, bias, &packing, a).unwrap_err().to_string();
+    assert!(error(&random(1, (4, 3)), &a).contains("which a bias by distance does not support"));
+    assert!(error(&random(1, (4, 4)), &a).contains("expected an odd number"));
+    assert!(error(&random(1, (3, 3)), &a).contains("`bias` has the shape [3, 3], expected [4, 3]"));
 }
 
 #[test]

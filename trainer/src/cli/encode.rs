@@ -65,11 +65,6 @@ enum DtypeName {
 const PORTION: usize = 1 << 15;
 
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
-    if args.dtype != DtypeName::F32 {
-        return Err(Error::Usage(
-            "--dtype: bf16 and f16 are not supported yet on a CPU, expected f32".into(),
-        ));
-    }
     // The whole input is looked at before the first text is encoded.
     let mut count = 0;
     texts(&args.input, |_| {
@@ -79,7 +74,13 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     if count == 0 {
         return Err(Error::file(&args.input, "has no texts"));
     }
-    let opened = Opened::open(&args.model, &options(args.random_weights))?;
+    let mut options = options(args.random_weights);
+    options.model.dtype = match args.dtype {
+        DtypeName::F32 => crate::config::Dtype::F32,
+        DtypeName::Bf16 => crate::config::Dtype::Bf16,
+        DtypeName::F16 => crate::config::Dtype::F16,
+    };
+    let opened = Opened::open(&args.model, &options)?;
     let mut embedder = opened.embedder();
     embedder.limit(args.max_length)?;
     embedder.chunk_tokens = args.chunk_tokens;

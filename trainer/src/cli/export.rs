@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoints;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::export::{self, Trained};
 use crate::model::{Folder, Model, Options, hub};
 use crate::{Error, Result};
@@ -54,7 +54,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
     let options = Options {
-        model: config.model.clone(),
+        // What is written is f32, however the run computed: weights that were not trained keep all their digits.
+        model: config::Model { dtype: config::Dtype::F32, ..config.model.clone() },
         lora: config.lora.as_ref(),
         trained: true,
         seed: config.seed,

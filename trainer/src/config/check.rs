@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{Config, Dtype, Every, Kind, LossKind, Targets};
+use regex::Regex;
+
+use super::{Config, Every, Kind, LossKind, Targets};
 use crate::Result;
 
 /// Refuses values outside their range and keys that exclude each other.
@@ -34,6 +36,12 @@ pub(super) fn values(config: &Config) -> Result<()> {
             "lora.targets",
             "expected `all-linear` or at least one module name, found an empty list",
         )?;
+        if let Targets::Pattern(pattern) = &lora.targets {
+            let wrong = Regex::new(pattern).err().map(|error| {
+                format!("`{pattern}` is neither `all-linear` nor a list nor a regular expression: {error}")
+            });
+            check.that(wrong.is_none(), "lora.targets", &wrong.unwrap_or_default())?;
+        }
     }
 
     check.that(
@@ -133,11 +141,6 @@ pub(super) fn values(config: &Config) -> Result<()> {
 pub(super) fn supported(config: &Config) -> Result<()> {
     let check = Check { config };
     check.that(
-        config.model.dtype == Dtype::F32,
-        "model.dtype",
-        &format!("`{}` is not supported yet on a CPU, expected f32", config.model.dtype),
-    )?;
-    check.that(
         config.loss.kind == LossKind::InfoNce,
         "loss.kind",
         &format!("`{}` is not supported yet, expected info_nce", config.loss.kind),
@@ -147,16 +150,14 @@ pub(super) fn supported(config: &Config) -> Result<()> {
             let message = format!("`{kind}` is not supported yet, expected pairs or triplets");
             check.that(false, &format!("data.train.{i}.kind"), &message)?;
         }
-        let remote = set.path.to_str().is_some_and(|path| path.starts_with("hf://"));
         let parquet = set.path.extension().is_some_and(|ending| ending == "parquet")
             || Path::new(set.path.file_stem().unwrap_or_default())
                 .extension()
                 .is_some_and(|e| e == "parquet");
-        let what = if remote { "hf:// is" } else { "Parquet is" };
         check.that(
-            !remote && !parquet,
+            !parquet,
             &format!("data.train.{i}.path"),
-            &format!("{what} not supported yet, expected a .jsonl, .csv or .tsv file (also .gz or .zst) or a BEIR folder"),
+            "Parquet is not supported yet, expected a .jsonl, .csv or .tsv file (also .gz or .zst) or a BEIR folder",
         )?;
     }
     Ok(())

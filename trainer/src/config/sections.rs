@@ -52,13 +52,18 @@ impl Default for Model {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Lora {
+    /// An adapter of PEFT to go on with, a folder or an id of the hub; what it says of itself need not be repeated. Default:
+    /// null, a new one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
     /// Width between A and B. Default: 8.
     pub rank: usize,
     /// The adapter's product is scaled by alpha / rank. Default: 8, as in PEFT.
     pub alpha: f64,
     /// Dropout on the adapter's input, in [0, 1). Default: 0.
     pub dropout: f64,
-    /// Which linear layers get one: `all-linear`, or a list of module names. Default: all-linear.
+    /// Which linear layers get one: `all-linear`, a list of module names, or a regular expression of whole names. Default:
+    /// all-linear.
     pub targets: Targets,
     /// Whether the scale is alpha / √rank instead. Default: false.
     pub rslora: bool,
@@ -66,7 +71,7 @@ pub struct Lora {
 
 impl Default for Lora {
     fn default() -> Self {
-        Self { rank: 8, alpha: 8.0, dropout: 0.0, targets: Targets::AllLinear, rslora: false }
+        Self { path: None, rank: 8, alpha: 8.0, dropout: 0.0, targets: Targets::AllLinear, rslora: false }
     }
 }
 
@@ -104,7 +109,8 @@ impl Default for Data {
 pub struct DataSet {
     /// What it is called in messages. Default: the name of the file, without its endings.
     pub name: String,
-    /// A .jsonl, .csv or .tsv file, each also .gz or .zst, or a BEIR folder. Required.
+    /// A .jsonl, .csv or .tsv file, each also .gz or .zst, or a BEIR folder; or a file on the hub,
+    /// hf://datasets/ORG/NAME/FILE. Required.
     pub path: PathBuf,
     /// Which column is what. Default: by their names.
     pub columns: Columns,

@@ -241,11 +241,9 @@ fn values_outside_their_range_are_refused() {
 #[test]
 fn features_to_come_are_refused_by_name() {
     for (section, field) in [
-        ("model.dtype=bf16", "model.dtype"),
         ("loss.kind=triplet", "loss.kind"),
         ("data.train.0.kind=labelled", "data.train.0.kind"),
         ("data.train.0.path=x.parquet", "data.train.0.path"),
-        ("data.train.0.path=hf://datasets/a/b/c.jsonl", "data.train.0.path"),
     ] {
         let text = message(SMALL, &[section]);
         assert!(text.starts_with(&format!("command line: {field}: ")), "{text}");

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use kernels::precision::Precision;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -50,6 +51,17 @@ choice! {
         Bf16 = "bf16",
         /// 16-bit floating point, with loss scaling.
         F16 = "f16",
+    }
+}
+
+impl Dtype {
+    /// What a model rounds to.
+    pub fn precision(self) -> Precision {
+        match self {
+            Self::F32 => Precision::F32,
+            Self::Bf16 => Precision::Bf16,
+            Self::F16 => Precision::F16,
+        }
     }
 }
 
@@ -113,13 +125,15 @@ choice! {
     }
 }
 
-/// `lora.targets`: `all-linear`, or a list of module names.
+/// `lora.targets`: `all-linear`, a list of module names, or a regular expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Targets {
     /// Every linear layer of the encoder.
     AllLinear,
     /// Those whose name ends so: `query`, `q_proj`, `attention.output.dense`.
     Names(Vec<String>),
+    /// Those whose whole name matches: `.*\.(q|v)_proj`.
+    Pattern(String),
 }
 
 /// One column's name, or several.
@@ -177,6 +191,7 @@ impl Serialize for Targets {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::AllLinear => serializer.serialize_str("all-linear"),
+            Self::Pattern(pattern) => serializer.serialize_str(pattern),
             Self::Names(names) => names.serialize(serializer),
         }
     }
@@ -188,12 +203,12 @@ impl<'de> Deserialize<'de> for Targets {
         impl<'de> Visitor<'de> for Form {
             type Value = Targets;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("`all-linear` or a list of module names")
+                f.write_str("`all-linear`, a list of module names or a regular expression")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Targets, E> {
                 match text {
                     "all-linear" => Ok(Targets::AllLinear),
-                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                    _ => Ok(Targets::Pattern(text.to_owned())),
                 }
             }
             fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Targets, A::Error> {

@@ -19,7 +19,7 @@ use super::batch::{Cursor, RowId};
 use super::permutation::Permutation;
 use super::reader::Source;
 use crate::config::{Batching, Config, DataSet};
-use crate::{Error, Result};
+use crate::{Error, Result, hub};
 
 /// What the orders are drawn for.
 const SUBSET: u64 = 1;
@@ -239,7 +239,9 @@ impl Mixture {
 impl Set {
     fn open(config: &Config, index: usize, set: &DataSet) -> Result<Self> {
         let field = |key: &str| format!("data.train.{index}.{key}");
-        let source = Source::open(set).map_err(|error| match error {
+        let path =
+            hub::data_file(&set.path).map_err(|error| config.error(&field("path"), error.to_string()))?;
+        let source = Source::open(&DataSet { path, ..set.clone() }).map_err(|error| match error {
             Error::Io { path, action: "open", source } if path == set.path => {
                 config.error(&field("path"), format!("cannot open {}: {source}", path.display()))
             }

@@ -1,15 +1,18 @@
 //! Texts to token ids, as sentence-transformers 6 does it: the prompt and the text in one string, not stripped, special
 //! tokens by the tokenizer's own rule, cut to a length that includes them, never padded.
 //!
-//! `tokenizer.json` says nearly everything, the first and last special tokens included: `add_eos_token` and its like in
-//! `tokenizer_config.json` are not heeded beside it, by transformers neither. Two settings that stand elsewhere change
-//! the ids: `do_lower_case` of `sentence_bert_config.json`, and `truncation_side` of `tokenizer_config.json`.
+//! `tokenizer.json` says nearly everything. Three settings that stand elsewhere change the ids: `do_lower_case` of
+//! `sentence_bert_config.json`, `truncation_side` of `tokenizer_config.json`, and there `add_eos_token` of the classes that
+//! honour it up to transformers 4, Llama's and its kin: e5-mistral was trained with the end token, and its `tokenizer.json`
+//! does not append it. transformers 5 leaves it out. What is trained here is written with a `tokenizer.json` that appends it
+//! ([`appending`]), so that every reader of it does the same.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde_json::Value;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
 use tokenizers::normalizers::{Lowercase, NormalizerWrapper, Sequence as Normalizers};
 use tokenizers::{PostProcessor, TruncationDirection};
 
@@ -27,6 +30,8 @@ pub struct Tokenizer {
     special: BTreeSet<u32>,
     /// Special tokens that a text alone is given.
     added: usize,
+    /// Appended to every text, after what `tokenizer.json` puts around it.
+    end: Option<u32>,
     cut: TruncationDirection,
 }
 
@@ -68,8 +73,10 @@ impl Tokenizer {
             .filter(|(_, token)| token.special)
             .map(|(id, _)| *id)
             .collect();
-        let added = inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
-        Ok(Self { inner, path, vocabulary, special, added, cut })
+        let end = end(&inner, &settings).map_err(wrong)?;
+        let added =
+            inner.get_post_processor().map_or(0, |p| p.added_tokens(false)) + usize::from(end.is_some());
+        Ok(Self { inner, path, vocabulary, special, added, end, cut })
     }
 
     /// Rows that an embedding needs: the highest id and one.
@@ -157,8 +164,62 @@ impl Tokenizer {
         // What was cut off would be given special tokens too.
         encoding.take_overflowing();
         let encoding = self.inner.post_process(encoding, None, true).map_err(wrong)?;
-        Ok(encoding.get_ids().to_vec())
+        Ok(encoding.get_ids().iter().copied().chain(self.end).collect())
     }
+}
+
+/// The end token that `tokenizer_config.json` asks for and `tokenizer.json` does not append.
+fn end(tokenizer: &tokenizers::Tokenizer, settings: &Value) -> tokenizers::Result<Option<u32>> {
+    const CLASSES: [&str; 4] = ["Llama", "CodeLlama", "Gemma", "Cohere"];
+    let class = settings["tokenizer_class"].as_str().unwrap_or_default();
+    let family = class.strip_suffix("Fast").unwrap_or(class).strip_suffix("Tokenizer").unwrap_or_default();
+    if settings["add_eos_token"] != Value::Bool(true) || !CLASSES.contains(&family) {
+        return Ok(None);
+    }
+    // A token is a text, or an object with its text.
+    let token = &settings["eos_token"];
+    let token = token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default();
+    let id = tokenizer.token_to_id(token);
+    let last = tokenizer.encode_fast("", true)?.get_ids().last().copied();
+    Ok(id.filter(|_| last != id))
+}
+
+/// The text of a folder's `tokenizer.json`, changed so that it appends the end token by itself; none where it need not be.
+///
+/// # Errors
+/// As [`Tokenizer::open`].
+pub fn appending(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join("tokenizer.json");
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let wrong = |e: tokenizers::Error| Error::file(&path, format!("this is not a tokenizer: {e}"));
+    let tokenizer = tokenizers::Tokenizer::from_file(&path).map_err(wrong)?;
+    let settings = settings(&folder.join("tokenizer_config.json"))?;
+    let Some(id) = end(&tokenizer, &settings).map_err(wrong)? else { return Ok(None) };
+    let token = tokenizer.id_to_token(id).unwrap_or_default();
+    let special = |token_type: u32| json!({"SpecialToken": {"id": token, "type_id": token_type}});
+    let text = |name: &str, token_type: u32| json!({"Sequence": {"id": name, "type_id": token_type}});
+    let last = json!({
+        "type": "TemplateProcessing",
+        "single": [text("A", 0), special(0)],
+        "pair": [text("A", 0), special(0), text("B", 1), special(1)],
+        "special_tokens": {&token: {"id": token, "ids": [id], "tokens": [token]}},
+    });
+    let source = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    // All but this field stays as it is, to the byte: a vocabulary's scores must not be rounded.
+    let malformed = |e: serde_json::Error| Error::file(&path, format!("this is not JSON: {e}"));
+    let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&source).map_err(malformed)?;
+    let processors = match fields.get("post_processor").map(|own| own.get()) {
+        None | Some("null") => last,
+        Some(own) => {
+            let own: Value = serde_json::from_str(own).map_err(malformed)?;
+            json!({"type": "Sequence", "processors": [own, last]})
+        }
+    };
+    let raw = RawValue::from_string(processors.to_string()).map_err(malformed)?;
+    fields.insert("post_processor".to_owned(), raw);
+    serde_json::to_string(&fields).map(Some).map_err(malformed)
 }
 
 fn missing(folder: &Path) -> Error {
@@ -363,13 +424,35 @@ mod tests {
     }
 
     #[test]
-    fn the_ends_are_those_of_tokenizer_json_alone() {
-        let settings = r#"{"add_eos_token": true, "bos_token": "<s>", "eos_token": "</s>"}"#;
+    fn the_end_is_appended_where_the_settings_of_llamas_kin_ask_for_it() {
+        let settings = |class: &str| {
+            format!(r#"{{"tokenizer_class": "{class}", "add_eos_token": true, "eos_token": "</s>"}}"#)
+        };
         let first = r#"{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],
             "pair":[{"Sequence":{"id":"A","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],
             "special_tokens":{"<s>":{"id":"<s>","ids":[4],"tokens":["<s>"]}}}"#;
-        let folder = folder(first, UNCASED, &[("tokenizer_config.json", settings)]);
-        assert_eq!(ids(&Tokenizer::open(folder.path()).unwrap(), "the cat"), [4, 8, 9]);
+        let asked = |class: &str, processor: &str| {
+            folder(processor, UNCASED, &[("tokenizer_config.json", &settings(class))])
+        };
+        let other = asked("PreTrainedTokenizerFast", first);
+        assert_eq!(ids(&Tokenizer::open(other.path()).unwrap(), "the cat"), [4, 8, 9]);
+        assert_eq!(appending(other.path()).unwrap(), None);
+        for (processor, expected) in [(first, &[4, 8, 9, 5][..]), ("null", &[8, 9, 5])] {
+            let folder = asked("LlamaTokenizer", processor);
+            let tokenizer = Tokenizer::open(folder.path()).unwrap();
+            assert_eq!(ids(&tokenizer, "the cat"), expected);
+            // One token less of the text, as e5-mistral cuts: to one below the length, and then the end.
+            let length = expected.len() - 1;
+            let cut = tokenizer.encode(&["the cat"], "", length, true).unwrap().remove(0).ids;
+            assert_eq!((cut.len(), cut.last()), (length, Some(&5)));
+            // What is written appends it for every reader, and nothing twice.
+            let written = appending(folder.path()).unwrap().unwrap();
+            let alone = tokenizers::Tokenizer::from_bytes(&written).unwrap();
+            assert_eq!(alone.encode("the cat", true).unwrap().get_ids(), expected);
+            std::fs::write(folder.path().join("tokenizer.json"), written).unwrap();
+            assert_eq!(ids(&Tokenizer::open(folder.path()).unwrap(), "the cat"), expected);
+            assert_eq!(appending(folder.path()).unwrap(), None);
+        }
     }
 
     #[test]

@@ -27,8 +27,10 @@ pub struct About {
     pub name: String,
     /// The model that it was trained from: an id of the hub, or a folder.
     pub base: String,
-    /// D.
+    /// D of an embedding.
     pub width: usize,
+    /// D of a hidden state.
+    pub hidden_width: usize,
     /// How its hidden states become one embedding.
     pub pooling: Pooling,
     /// Whether embeddings have the length one.
@@ -55,17 +57,19 @@ pub fn model(
     replace: bool,
     source: &Folder,
     about: &About,
-    tensors: &[(String, Tensor)],
+    tensors: Vec<(String, Tensor)>,
 ) -> Result<()> {
     publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, about)?;
         sentence_transformers::write_config(draft, source)?;
         put_text(&draft.join("README.md"), &card::text(about, false))?;
-        weights::write(draft, tensors, weights::SHARD)
+        let tensors = sentence_transformers::write_dense(draft, source, tensors)?;
+        weights::write(draft, &tensors, weights::SHARD)
     })
 }
 
-/// Writes a LoRA adapter at `target`: `adapters` by their modules' names, as [`model`] else.
+/// Writes a LoRA adapter at `target`: `adapters` by their modules' names, and `dense`, the tensors of the layers after
+/// pooling, which PEFT does not know; as [`model`] else.
 ///
 /// # Errors
 /// As [`model`].
@@ -76,6 +80,7 @@ pub fn adapter(
     about: &About,
     lora: &Lora,
     adapters: Vec<(String, Tensor)>,
+    dense: Vec<(String, Tensor)>,
 ) -> Result<()> {
     // A path is of use only from where it was written, unless it is whole.
     let base = match Path::new(&about.base).canonicalize() {
@@ -85,6 +90,7 @@ pub fn adapter(
     publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, about)?;
         put_text(&draft.join("README.md"), &card::text(about, true))?;
+        sentence_transformers::write_dense(draft, source, dense)?;
         peft::write(draft, &base, lora, adapters)
     })
 }
@@ -170,6 +176,7 @@ mod tests {
             name: "little".into(),
             base: "org/name".into(),
             width: 2,
+            hidden_width: 2,
             pooling: Pooling::LastToken,
             normalize: true,
             max_length: 192,
@@ -197,7 +204,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("new/model");
         let tensors = [("embeddings.weight".to_owned(), Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap())];
-        model(&target, false, &source, &about(), &tensors).unwrap();
+        model(&target, false, &source, &about(), tensors.into()).unwrap();
         let expected = [
             "1_Pooling",
             "README.md",
@@ -244,8 +251,16 @@ mod tests {
         let zeros = Tensor::zeros((1, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
         let base = source.path.canonicalize().unwrap().display().to_string();
         let about = About { normalize: false, base: base.clone(), ..about() };
-        adapter(&target, false, &source, &about, &Lora::default(), vec![("q.lora_A.weight".into(), zeros)])
-            .unwrap();
+        adapter(
+            &target,
+            false,
+            &source,
+            &about,
+            &Lora::default(),
+            vec![("q.lora_A.weight".into(), zeros)],
+            vec![],
+        )
+        .unwrap();
         let found = names(&target);
         assert!(
             found.contains("adapter_config.json") && found.contains("adapter_model.safetensors"),
@@ -263,7 +278,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("model");
         fs::create_dir(&target).unwrap();
-        let error = model(&target, false, &source, &about(), &[]).unwrap_err().to_string();
+        let error = model(&target, false, &source, &about(), vec![]).unwrap_err().to_string();
         assert!(error.contains("is there already"), "{error}");
         fs::remove_dir(&target).unwrap();
         let failed = publish(&target, false, |draft| {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::About;
 use crate::Result;
-use crate::config::{Config, DataSet, Init};
+use crate::config::{Config, DataSet, Init, Lora};
 use crate::model::Model;
 
 /// What a run has come to.
@@ -41,9 +41,10 @@ pub fn write(model: &mut Model, trained: &Trained, options: Options, target: &Pa
     match model.lora().cloned() {
         // Weights from a seed lie in no folder, so the adapters alone would belong to nothing.
         Some(lora) if !options.merge && trained.config.model.init == Init::Pretrained => {
-            super::adapter(target, options.replace, &source, &about, &lora, model.adapters())
+            let (adapters, dense) = (model.adapters(), model.dense());
+            super::adapter(target, options.replace, &source, &about, &lora, adapters, dense)
         }
-        _ => super::model(target, options.replace, &source, &about, &model.tensors()?),
+        _ => super::model(target, options.replace, &source, &about, model.tensors()?),
     }
 }
 
@@ -58,6 +59,7 @@ fn about(model: &Model, trained: &Trained) -> About {
         name: name.clone(),
         base: base.unwrap_or(&section.path).to_owned(),
         width: model.width(),
+        hidden_width: model.hidden_width(),
         pooling: model.pooling(),
         normalize: model.normalize(),
         max_length: length(section.max_query_length).max(length(section.max_document_length)),
@@ -68,7 +70,7 @@ fn about(model: &Model, trained: &Trained) -> About {
             .unwrap_or(folder.document_prompt())
             .to_owned(),
         scores: scores(trained),
-        training: training(trained),
+        training: training(trained, model.lora()),
     }
 }
 
@@ -85,8 +87,8 @@ fn scores(trained: &Trained) -> Vec<(String, Option<f64>, Option<f64>)> {
     names.map(|name| (name.clone(), value(before, name), value(after, name))).collect()
 }
 
-fn training(trained: &Trained) -> Vec<(String, String)> {
-    let Config { seed, data, loss, training, lora, .. } = trained.config;
+fn training(trained: &Trained, lora: Option<&Lora>) -> Vec<(String, String)> {
+    let Config { seed, data, loss, training, .. } = trained.config;
     let sets: Vec<_> =
         data.train.iter().map(|set| set.name.as_str()).filter(|name| !name.is_empty()).collect();
     let mut facts = vec![

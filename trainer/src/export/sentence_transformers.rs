@@ -5,9 +5,11 @@
 
 use std::path::Path;
 
+use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 
-use super::{About, put};
+use super::{About, put, put_text};
+use crate::data::tokenize;
 use crate::model::{Folder, Pooling};
 use crate::{Error, Result};
 
@@ -27,14 +29,21 @@ const TOKENIZER: [&str; 9] = [
 /// Writes everything but weights, model card and `config.json` into `folder`. `source` is the folder that the model was trained from.
 pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()> {
     let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
+    for dense in &source.dense {
+        modules.push(module(modules.len(), &dense.name, "Dense"));
+    }
     if about.normalize {
-        modules.push(module(2, "2_Normalize", "Normalize"));
+        let place = modules.len();
+        modules.push(module(place, &format!("{place}_Normalize"), "Normalize"));
     }
     put(&folder.join("modules.json"), &Value::from(modules))?;
 
     let pooling = folder.join("1_Pooling");
     std::fs::create_dir(&pooling).map_err(Error::io("create", &pooling))?;
-    put(&pooling.join("config.json"), &pooling_config(about.pooling, about.width, source.include_prompt))?;
+    put(
+        &pooling.join("config.json"),
+        &pooling_config(about.pooling, about.hidden_width, source.include_prompt),
+    )?;
 
     let encoder = json!({ "max_seq_length": about.max_length, "do_lower_case": source.lower_case });
     put(&folder.join("sentence_bert_config.json"), &encoder)?;
@@ -55,6 +64,9 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
             std::fs::copy(&from, folder.join(name)).map_err(Error::io("copy", from))?;
         }
     }
+    if let Some(text) = tokenize::appending(&source.path)? {
+        put_text(&folder.join("tokenizer.json"), &text)?;
+    }
     let name = "tokenizer_config.json";
     let from = source.path.join(name);
     if from.exists() {
@@ -65,6 +77,35 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
         put(&folder.join(name), &config.into())?;
     }
     Ok(())
+}
+
+/// Writes the dense layers that follow pooling, whose tensors' names begin with their folders' names, and returns the
+/// tensors that are the encoder's.
+pub(super) fn write_dense(
+    folder: &Path,
+    source: &Folder,
+    tensors: Vec<(String, Tensor)>,
+) -> Result<Vec<(String, Tensor)>> {
+    let mut rest = tensors;
+    for dense in &source.dense {
+        let place = folder.join(&dense.name);
+        std::fs::create_dir(&place).map_err(Error::io("create", &place))?;
+        let config = json!({
+            "in_features": dense.inputs,
+            "out_features": dense.outputs,
+            "bias": dense.bias,
+            "activation_function": dense.function.name(),
+        });
+        put(&place.join("config.json"), &config)?;
+        let start = format!("{}.", dense.name);
+        let (own, others): (Vec<_>, Vec<_>) =
+            rest.into_iter().partition(|(name, _)| name.starts_with(&start));
+        rest = others;
+        let own: Vec<_> =
+            own.into_iter().map(|(name, tensor)| (name[start.len()..].to_owned(), tensor)).collect();
+        super::weights::save(&place.join("model.safetensors"), &own)?;
+    }
+    Ok(rest)
 }
 
 fn module(index: usize, path: &str, kind: &str) -> Value {

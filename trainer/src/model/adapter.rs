@@ -1,8 +1,10 @@
 //! LoRA adapters: which layers get one, where they begin, and reading PEFT's.
 
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use regex::Regex;
 use serde_json::Value;
 
 use super::encoder::Encoder;
@@ -13,40 +15,139 @@ use super::{hub, weights};
 use crate::config::{Lora, Targets};
 use crate::{Error, Result};
 
-/// Puts new adapters beside the targeted layers: A uniform in ±1/√I, which is PEFT's Kaiming, B zero.
-pub fn attach(encoder: &mut Encoder, lora: &Lora, seed: u64) -> Result<()> {
-    each(encoder, lora, |name, rank, (o, i)| {
-        let limit = (i as f32).sqrt().recip();
-        let a = weights::uniform(seed, &format!("{name}.lora_A.weight"), &[rank, i], limit)?;
-        Ok((a, Tensor::zeros((o, rank), DType::F32, &Device::Cpu)?))
-    })
+/// An adapter of PEFT: its folder and its adapter_config.json.
+#[derive(Clone, Debug)]
+pub struct Source {
+    path: PathBuf,
+    config: Value,
 }
 
-/// Puts the adapters of a PEFT folder beside their layers, and says how they were configured.
-pub fn load(encoder: &mut Encoder, folder: &Folder, config: &Value) -> Result<Lora> {
-    let path = folder.path.join("adapter_model.safetensors");
-    let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
-        .map_err(|error| Error::file(&path, format!("cannot be read as safetensors: {error}")))?;
-    let lora = settings(folder, config)?;
-    // PEFT writes the path of the module inside the class that it wrapped: one more `model.` for a …ForCausalLM.
-    let find = |name: &str| {
-        ["base_model.model.", "base_model.model.model.", "base_model.model.bert."]
-            .iter()
-            .find_map(|prefix| tensors.get(&format!("{prefix}{name}")))
-            .ok_or_else(|| Error::file(&path, format!("lacks `base_model.model.{name}`")))
-    };
-    each(encoder, &lora, |name, rank, (o, i)| {
-        let (a, b) = (find(&format!("{name}.lora_A.weight"))?, find(&format!("{name}.lora_B.weight"))?);
-        if a.dims() != [rank, i] || b.dims() != [o, rank] {
-            let (a, b) = (a.dims(), b.dims());
-            return Err(Error::file(
-                &path,
-                format!("`{name}` has A {a:?} and B {b:?}, expected [{rank}, {i}] and [{o}, {rank}]"),
-            ));
+impl Source {
+    /// The adapter that a model starts from: its folder's own, or the one that `lora.path` names; none begins anew.
+    pub fn find(folder: &Folder, lora: Option<&Lora>) -> Result<Option<Self>> {
+        let path = lora.and_then(|lora| lora.path.as_deref());
+        match (&folder.adapter, path) {
+            (None, None) => Ok(None),
+            (Some(config), None) => Ok(Some(Self { path: folder.path.clone(), config: config.clone() })),
+            (None, Some(path)) => Self::open(&hub::resolve_adapter(path)?).map(Some),
+            (Some(_), Some(path)) => Err(Error::Usage(format!(
+                "lora.path: `{path}` cannot be put on {}, which is an adapter itself\nhint: model.path names the base model, \
+                 or lora.path is left out",
+                folder.path.display()
+            ))),
         }
-        Ok((a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?))
-    })?;
-    Ok(lora)
+    }
+
+    fn open(path: &Path) -> Result<Self> {
+        let place = path.join("adapter_config.json");
+        let text = std::fs::read(&place).map_err(Error::io("read", &place))?;
+        let config = serde_json::from_slice(&text)
+            .map_err(|error| Error::file(&place, format!("malformed: {error}")))?;
+        Ok(Self { path: path.to_owned(), config })
+    }
+
+    /// Puts the adapters beside their layers, and says how they were configured. `section` is what the run's
+    /// configuration says of them.
+    pub fn load(&self, encoder: &mut Encoder, section: Option<&Lora>) -> Result<Lora> {
+        let path = self.path.join("adapter_model.safetensors");
+        let mut tensors: BTreeMap<String, Tensor> = candle_core::safetensors::load(&path, &Device::Cpu)
+            .map_err(|error| Error::file(&path, format!("cannot be read as safetensors: {error}")))?
+            .into_iter()
+            .collect();
+        let lora = settings(&self.path, &self.config)?;
+        let mut linears = encoder.linears();
+        // Before a module's name stands the path of the model inside the classes that wrapped it: `base_model.model.`, with
+        // another `model.` for a …ForCausalLM, `bert.` and the like.
+        let known = |module: &str| {
+            let before = |name: &str| module.strip_suffix(name).filter(|before| before.ends_with('.'));
+            linears.iter().find_map(|(name, _)| before(name).map(str::to_owned))
+        };
+        let modules = || tensors.keys().filter_map(|name| name.strip_suffix(".lora_A.weight"));
+        let prefix = modules().find_map(known).ok_or_else(|| {
+            let first = modules().next().map_or_else(|| "no `….lora_A.weight`".to_owned(), |m| format!("`{m}`"));
+            let (name, _) = &linears[0];
+            let message = format!(
+                "has {first}, and no linear layer of this model is called so; the first is `{name}`\nhint: an adapter \
+                 belongs to the model that it was trained with"
+            );
+            Error::file(&path, message)
+        })?;
+        let mut adapted = BTreeSet::new();
+        for (name, linear) in &mut linears {
+            let mut take = |part: &str| tensors.remove(&format!("{prefix}{name}.{part}.weight"));
+            let (a, b) = match (take("lora_A"), take("lora_B")) {
+                (None, None) => continue,
+                (Some(a), Some(b)) => (a, b),
+                _ => {
+                    return Err(Error::file(
+                        &path,
+                        format!("has only one half of `{prefix}{name}`'s adapter"),
+                    ));
+                }
+            };
+            let ((o, i), rank) = (linear.shape()?, lora.rank);
+            if a.dims() != [rank, i] || b.dims() != [o, rank] {
+                let (a, b) = (a.dims(), b.dims());
+                let message =
+                    format!("`{name}` has A {a:?} and B {b:?}, expected [{rank}, {i}] and [{o}, {rank}]");
+                return Err(Error::file(&path, message));
+            }
+            linear.attach(beside(&lora, a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?));
+            adapted.insert(name.clone());
+        }
+        if let Some(name) = tensors.keys().next() {
+            return Err(Error::file(&path, format!("has `{name}`, for which this model has no place")));
+        }
+        let names: Vec<&str> = linears.iter().map(|(name, _)| name.as_str()).collect();
+        match section {
+            Some(section) => self.merge(lora, section, &names, &adapted),
+            None => Ok(lora),
+        }
+    }
+
+    /// The adapter's settings, with the dropout of the run's section. Other settings there can only repeat the adapter's.
+    fn merge(&self, own: Lora, section: &Lora, names: &[&str], adapted: &BTreeSet<String>) -> Result<Lora> {
+        let default = Lora::default();
+        let differs = |field: &str, value: String, own: String| {
+            Err(Error::Usage(format!(
+                "lora.{field} is {value}, but the adapter {} has {own}\nhint: leave it out, the adapter's own is taken",
+                self.path.display()
+            )))
+        };
+        if section.rank != default.rank && section.rank != own.rank {
+            return differs("rank", section.rank.to_string(), own.rank.to_string());
+        }
+        if section.alpha != default.alpha && section.alpha != own.alpha {
+            return differs("alpha", section.alpha.to_string(), own.alpha.to_string());
+        }
+        if section.rslora && !own.rslora {
+            return differs("rslora", "true".to_owned(), "false".to_owned());
+        }
+        if section.targets != Targets::AllLinear {
+            let targeted = targeted(&section.targets, names)?;
+            if targeted.iter().any(|name| !adapted.contains(*name)) || targeted.len() != adapted.len() {
+                let counted = |n: usize| format!("for {n} layers");
+                return differs("targets", counted(targeted.len()), counted(adapted.len()));
+            }
+        }
+        let dropout = if section.dropout == default.dropout { own.dropout } else { section.dropout };
+        Ok(Lora { dropout, ..own })
+    }
+}
+
+/// Puts new adapters beside the targeted layers: A uniform in ±1/√I, which is PEFT's Kaiming, B zero.
+pub fn attach(encoder: &mut Encoder, lora: &Lora, seed: u64) -> Result<()> {
+    let mut linears = encoder.linears();
+    let names: Vec<String> = linears.iter().map(|(name, _)| name.clone()).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let wanted = targeted(&lora.targets, &names)?;
+    for (name, linear) in linears.iter_mut().filter(|(name, _)| wanted.contains(name.as_str())) {
+        let ((o, i), rank) = (linear.shape()?, lora.rank);
+        let limit = (i as f32).sqrt().recip();
+        let a = weights::uniform(seed, &format!("{name}.lora_A.weight"), &[rank, i], limit)?;
+        linear.attach(beside(lora, a, Tensor::zeros((o, rank), DType::F32, &Device::Cpu)?));
+    }
+    Ok(())
 }
 
 /// The folder of the weights: an adapter's base model, else the folder itself.
@@ -65,44 +166,45 @@ pub fn base(folder: &Folder) -> Result<PathBuf> {
     }
 }
 
-/// Attaches `make(name, rank, (O, I))` to every targeted layer.
-fn each(
-    encoder: &mut Encoder,
-    lora: &Lora,
-    mut make: impl FnMut(&str, usize, (usize, usize)) -> Result<(Tensor, Tensor)>,
-) -> Result<()> {
+fn beside(lora: &Lora, a: Tensor, b: Tensor) -> Adapter {
     let rank = lora.rank as f64;
-    let scale = lora.alpha / if lora.rslora { rank.sqrt() } else { rank };
-    let mut linears = encoder.linears();
-    if let Targets::Names(wanted) = &lora.targets {
-        let unknown = wanted.iter().find(|target| !linears.iter().any(|(name, _)| is(name, target)));
-        if let Some(target) = unknown {
-            let mut known: Vec<&str> =
-                linears.iter().filter_map(|(name, _)| name.rsplit('.').next()).collect();
-            known.sort_unstable();
-            known.dedup();
-            return Err(Error::Usage(format!(
-                "lora.targets: no linear layer of this model is called `{target}`; there are {}",
-                known.join(", ")
-            )));
+    Adapter {
+        a: Parameter::frozen(a),
+        b: Parameter::frozen(b),
+        scale: (lora.alpha / if lora.rslora { rank.sqrt() } else { rank }) as f32,
+        dropout: lora.dropout as f32,
+    }
+}
+
+/// Which of the linear layers `names` are meant.
+fn targeted<'a>(targets: &Targets, names: &[&'a str]) -> Result<BTreeSet<&'a str>> {
+    let nothing = |what: String| {
+        let mut known: Vec<&str> = names.iter().filter_map(|name| name.rsplit('.').next()).collect();
+        known.sort_unstable();
+        known.dedup();
+        let known = known.join(", ");
+        Err(Error::Usage(format!("lora.targets: no linear layer of this model {what}; there are {known}")))
+    };
+    match targets {
+        Targets::AllLinear => Ok(names.iter().copied().collect()),
+        Targets::Names(wanted) => {
+            if let Some(target) = wanted.iter().find(|target| !names.iter().any(|name| is(name, target))) {
+                return nothing(format!("is called `{target}`"));
+            }
+            let meant = |name: &&&str| wanted.iter().any(|target| is(name, target));
+            Ok(names.iter().filter(meant).copied().collect())
+        }
+        Targets::Pattern(pattern) => {
+            // As PEFT, the whole name must match.
+            let whole = Regex::new(&format!("^(?:{pattern})$"))
+                .map_err(|error| Error::Usage(format!("lora.targets: {error}")))?;
+            let meant: BTreeSet<_> = names.iter().filter(|name| whole.is_match(name)).copied().collect();
+            if meant.is_empty() {
+                return nothing(format!("has a name like `{pattern}`"));
+            }
+            Ok(meant)
         }
     }
-    for (name, linear) in &mut linears {
-        let targeted = match &lora.targets {
-            Targets::AllLinear => true,
-            Targets::Names(wanted) => wanted.iter().any(|target| is(name, target)),
-        };
-        if targeted {
-            let (a, b) = make(name, lora.rank, linear.shape()?)?;
-            linear.attach(Adapter {
-                a: Parameter::frozen(a),
-                b: Parameter::frozen(b),
-                scale: scale as f32,
-                dropout: lora.dropout as f32,
-            });
-        }
-    }
-    Ok(())
 }
 
 /// PEFT's rule: the whole name, or its end after a dot.
@@ -110,9 +212,10 @@ fn is(name: &str, target: &str) -> bool {
     name == target || name.strip_suffix(target).is_some_and(|before| before.ends_with('.'))
 }
 
-/// adapter_config.json as a section of a configuration. What would change the result and is not supported is refused.
-fn settings(folder: &Folder, config: &Value) -> Result<Lora> {
-    let path = folder.path.join("adapter_config.json");
+/// adapter_config.json as a section of a configuration. What would change the result and is not supported is refused; which
+/// layers are adapted the tensors say.
+fn settings(folder: &Path, config: &Value) -> Result<Lora> {
+    let path = folder.join("adapter_config.json");
     let wrong = |message: String| Error::file(&path, message);
     if config["peft_type"].as_str() != Some("LORA") {
         return Err(wrong(format!("`peft_type` is {}, supported is LORA", config["peft_type"])));
@@ -127,37 +230,66 @@ fn settings(folder: &Folder, config: &Value) -> Result<Lora> {
     for name in [
         "use_dora",
         "bias",
+        "lora_bias",
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
-        "layers_to_transform",
         "fan_in_fan_out",
+        "alora_invocation_tokens",
+        "trainable_token_indices",
     ] {
         if !off(&config[name]) {
             return Err(wrong(format!("`{name}` is {}, which is not supported", config[name])));
         }
     }
-    let targets = match &config["target_modules"] {
-        Value::String(all) if all == "all-linear" => Targets::AllLinear,
-        Value::Array(names) => {
-            Targets::Names(names.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect())
-        }
-        other => {
-            return Err(wrong(format!(
-                "`target_modules` is {other}, expected a list of names or all-linear"
-            )));
-        }
-    };
+    // The others take something off the base model's weights.
+    if let Some(init) =
+        config["init_lora_weights"].as_str().filter(|init| !["gaussian", "eva"].contains(init))
+    {
+        return Err(wrong(format!("`init_lora_weights` is `{init}`, which is not supported")));
+    }
+    let number = |name: &str| config[name].as_f64().filter(|number| number.is_finite());
     Ok(Lora {
+        path: None,
         rank: config["r"]
             .as_u64()
             .filter(|&r| r > 0)
             .ok_or_else(|| wrong("lacks `r`, a whole number".to_owned()))? as usize,
-        alpha: config["lora_alpha"]
-            .as_f64()
-            .ok_or_else(|| wrong("lacks `lora_alpha`, a number".to_owned()))?,
-        dropout: config["lora_dropout"].as_f64().unwrap_or(0.0),
-        targets,
+        alpha: number("lora_alpha").ok_or_else(|| wrong("lacks `lora_alpha`, a number".to_owned()))?,
+        dropout: number("lora_dropout").unwrap_or(0.0),
+        targets: Targets::AllLinear,
         rslora: config["use_rslora"].as_bool().unwrap_or(false),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: [&str; 4] = [
+        "layers.0.self_attn.q_proj",
+        "layers.0.mlp.up_proj",
+        "layers.1.self_attn.q_proj",
+        "layers.1.mlp.up_proj",
+    ];
+
+    #[test]
+    fn targets_are_chosen_as_peft_does() {
+        let chosen =
+            |targets: &Targets| targeted(targets, &NAMES).map(|set| set.into_iter().collect::<Vec<_>>());
+        assert_eq!(chosen(&Targets::AllLinear).unwrap().len(), 4);
+        let names = |list: &[&str]| Targets::Names(list.iter().map(|name| (*name).to_owned()).collect());
+        assert_eq!(chosen(&names(&["q_proj"])).unwrap(), [NAMES[0], NAMES[2]]);
+        assert_eq!(chosen(&names(&["1.mlp.up_proj", NAMES[0]])).unwrap(), [NAMES[0], NAMES[3]]);
+        let pattern = |text: &str| Targets::Pattern(text.to_owned());
+        assert_eq!(chosen(&pattern(r".*\.1\..*_proj")).unwrap(), [NAMES[3], NAMES[2]]);
+        for (targets, expected) in [
+            (names(&["proj"]), "no linear layer of this model is called `proj`; there are q_proj, up_proj"),
+            (pattern("q_proj"), "no linear layer of this model has a name like `q_proj`"),
+            (pattern("("), "lora.targets: regex parse error"),
+        ] {
+            let error = chosen(&targets).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
 }

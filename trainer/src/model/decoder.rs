@@ -1,35 +1,23 @@
-//! Mistral (Jiang et al. 2023) as an encoder: pre-norm, RoPE, grouped-query attention in a sliding window, SwiGLU. Wiring
-//! only; names as in transformers' `MistralModel`.
+//! Decoders as encoders: Mistral (Jiang et al. 2023), Llama (Touvron et al. 2023), Qwen2 and Qwen3 (Qwen Team 2024, 2025),
+//! Gemma 3 (Gemma Team 2025). Pre-norm, RoPE, grouped-query attention, a gated feed-forward layer. Wiring only: what a family
+//! has or lacks is in [`Shape`]. Names as in transformers' `MistralModel` and its likes.
+
+mod shape;
 
 use candle_core::Tensor;
-use kernels::activation::{self, Activation};
+use kernels::activation;
 use kernels::attention::{self, Attention};
 use kernels::{embedding, norm, rope};
 
+use self::shape::Sight;
+pub use self::shape::{Family, Shape};
 use super::linear::{self, Linear};
+use super::norms::Rms;
 use super::params::{Gradients, Parameter, Visit};
 use super::pass::{Keep, Pass, SITES};
-use super::settings::Settings;
-use super::weights::{Init, Weights};
-use crate::Result;
 
-/// What config.json says of a Mistral.
-#[derive(Clone, Debug)]
-pub struct Shape {
-    vocabulary: usize,
-    width: usize,
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_width: usize,
-    inner: usize,
-    positions: usize,
-    epsilon: f64,
-    activation: Activation,
-    base: f64,
-    window: Option<usize>,
-    dropout: f32,
-}
+use super::weights::{Init, Weights};
+use crate::{Error, Result};
 
 /// The encoder.
 #[derive(Debug)]
@@ -37,21 +25,26 @@ pub struct Decoder {
     shape: Shape,
     word: Parameter, // (V, D)
     layers: Vec<Layer>,
-    norm: Parameter, // (D)
-    rope: rope::Table,
+    norm: Rms,
+    ropes: Vec<rope::Table>,
 }
 
 #[derive(Debug)]
 struct Layer {
-    attention_norm: Parameter, // (D)
+    attention_norm: Rms,
     query: Linear,
     key: Linear,
     value: Linear,
+    /// Of each head's queries, and of its keys.
+    head_norms: Option<[Rms; 2]>,
     output: Linear,
-    norm: Parameter, // (D)
+    norm: Rms,
     gate: Linear,
     up: Linear,
     down: Linear,
+    /// Of what attention adds to the stream, and of what the feed-forward layer adds.
+    addition_norms: Option<[Rms; 2]>,
+    sight: Sight,
     site: u32,
 }
 
@@ -68,20 +61,33 @@ struct LayerTape {
     attention_norm: norm::Tape,
     inside: Option<Inside>,
     down: linear::Tape,
+    /// Of what the feed-forward layer adds.
+    down_norm: Option<norm::Tape>,
 }
 
 /// What a layer adds to the stream is made of.
 #[derive(Debug)]
 struct Inside {
-    q: Tensor,       // (T, H*K) rotated
-    k: Tensor,       // (T, G*K) rotated
+    q: Heads,
+    k: Heads,
     v: Tensor,       // (T, G*K)
     o: Tensor,       // (T, H*K)
     log_sum: Tensor, // (H, T)
+    /// Of what attention adds.
+    output_norm: Option<norm::Tape>,
     norm: norm::Tape,
     gate: Tensor, // (T, F)
     up: Tensor,   // (T, F)
     adapters: [linear::Tape; 6],
+}
+
+/// Queries (T, H*K) or keys (T, G*K).
+#[derive(Debug)]
+enum Heads {
+    /// Turned by their positions.
+    Turned(Tensor),
+    /// Not yet normed and turned.
+    Raw(norm::Tape),
 }
 
 /// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
@@ -90,108 +96,72 @@ struct Stream {
     addition: Tensor,         // (T, D)
 }
 
-impl Shape {
-    /// Reads and checks config.json.
-    pub fn read(settings: &Settings, dropout: Option<f32>) -> Result<Self> {
-        settings.expect("attention_bias", false)?;
-        settings.expect("mlp_bias", false)?;
-        settings.expect("rope_scaling", serde_json::Value::Null)?;
-        let (width, heads) = (settings.size("hidden_size")?, settings.size("num_attention_heads")?);
-        let kv_heads = settings.size_or("num_key_value_heads", heads)?;
-        settings.divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)?;
-        let head_width = match settings.optional_size("head_dim")? {
-            Some(width) => width,
-            None => {
-                settings.divides("num_attention_heads", heads, "hidden_size", width)?;
-                width / heads
-            }
-        };
-        Ok(Self {
-            vocabulary: settings.size("vocab_size")?,
-            width,
-            layers: settings.size("num_hidden_layers")?,
-            heads,
-            kv_heads,
-            head_width,
-            inner: settings.size("intermediate_size")?,
-            positions: settings.size("max_position_embeddings")?,
-            epsilon: settings.number("rms_norm_eps", 1e-6)?,
-            activation: settings.activation("hidden_act", "silu")?,
-            base: rope_base(settings)?,
-            window: settings.optional_size("sliding_window")?,
-            dropout: dropout.map_or_else(|| settings.rate("attention_dropout", 0.0), Ok)?,
-        })
-    }
-}
-
-/// `rope_theta`, or transformers 5's `rope_parameters`.
-fn rope_base(settings: &Settings) -> Result<f64> {
-    let Some(parameters) = settings.get("rope_parameters") else {
-        return settings.number("rope_theta", 10_000.0);
-    };
-    match parameters.get("rope_type").and_then(|kind| kind.as_str()) {
-        None | Some("default") => {}
-        Some(kind) => {
-            return Err(
-                settings.wrong(format!("`rope_parameters.rope_type` is `{kind}`, supported is default"))
-            );
-        }
-    }
-    parameters
-        .get("rope_theta")
-        .and_then(serde_json::Value::as_f64)
-        .ok_or_else(|| settings.wrong("`rope_parameters` lacks `rope_theta`, a number"))
-}
-
 impl Decoder {
-    /// Names of which every Mistral file has one, with or without a prefix.
+    /// Names of which every file has one, with or without a prefix.
     pub const ANCHORS: &[&str] = &["embed_tokens.weight"];
 
     /// Takes the weights. Angles are tabled for texts of up to `longest` tokens: Mistral's 131,072 positions would be 67 MB.
     pub fn new(shape: Shape, weights: &Weights, longest: usize) -> Result<Self> {
-        let (d, f) = (shape.width, shape.inner);
-        let (queries, keys) = (shape.heads * shape.head_width, shape.kv_heads * shape.head_width);
-        let norm =
-            |name: &str| Ok::<_, crate::Error>(Parameter::frozen(weights.tensor(name, &[d], Init::Ones)?));
-        let linear = |name: String, o: usize, i: usize, site: u32| {
-            Ok::<_, crate::Error>(Linear::new(weights.matrix(&format!("{name}.weight"), o, i)?, None, site))
+        let (d, f, k) = (shape.width, shape.inner, shape.head_width);
+        let (queries, keys) = (shape.heads * k, shape.kv_heads * k);
+        let norm = |name: &str, width: usize| Rms::new(weights, name, width, shape.epsilon, shape.gemma);
+        let linear = |name: String, o: usize, i: usize, biased: bool, site: u32| {
+            let bias = |o: usize| weights.tensor(&format!("{name}.bias"), &[o], Init::Zeros);
+            let bias = biased.then(|| bias(o)).transpose()?;
+            Ok::<_, Error>(Linear::new(weights.matrix(&format!("{name}.weight"), o, i)?, bias, site))
         };
-        let layer = |l: usize| {
+        // Gemma calls "post attention" what the others do not have.
+        let (before, after) = if shape.gemma {
+            ("pre_feedforward_layernorm", Some(["post_attention_layernorm", "post_feedforward_layernorm"]))
+        } else {
+            ("post_attention_layernorm", None)
+        };
+        let pair = |a: String, b: String, width: usize| Ok::<_, Error>([norm(&a, width)?, norm(&b, width)?]);
+        let biases = shape.biases;
+        let layer = |(l, &sight): (usize, &Sight)| {
             let (name, site) = (format!("layers.{l}"), l as u32 * SITES);
-            Ok::<_, crate::Error>(Layer {
-                attention_norm: norm(&format!("{name}.input_layernorm.weight"))?,
-                query: linear(format!("{name}.self_attn.q_proj"), queries, d, site)?,
-                key: linear(format!("{name}.self_attn.k_proj"), keys, d, site + 1)?,
-                value: linear(format!("{name}.self_attn.v_proj"), keys, d, site + 2)?,
-                output: linear(format!("{name}.self_attn.o_proj"), d, queries, site + 3)?,
-                norm: norm(&format!("{name}.post_attention_layernorm.weight"))?,
-                gate: linear(format!("{name}.mlp.gate_proj"), f, d, site + 4)?,
-                up: linear(format!("{name}.mlp.up_proj"), f, d, site + 5)?,
-                down: linear(format!("{name}.mlp.down_proj"), d, f, site + 6)?,
+            let head_norms =
+                || pair(format!("{name}.self_attn.q_norm"), format!("{name}.self_attn.k_norm"), k);
+            let addition_norms = |[a, b]: [&str; 2]| pair(format!("{name}.{a}"), format!("{name}.{b}"), d);
+            Ok::<_, Error>(Layer {
+                attention_norm: norm(&format!("{name}.input_layernorm"), d)?,
+                query: linear(format!("{name}.self_attn.q_proj"), queries, d, biases.inputs, site)?,
+                key: linear(format!("{name}.self_attn.k_proj"), keys, d, biases.inputs, site + 1)?,
+                value: linear(format!("{name}.self_attn.v_proj"), keys, d, biases.inputs, site + 2)?,
+                head_norms: shape.head_norms.then(head_norms).transpose()?,
+                output: linear(format!("{name}.self_attn.o_proj"), d, queries, biases.output, site + 3)?,
+                norm: norm(&format!("{name}.{before}"), d)?,
+                gate: linear(format!("{name}.mlp.gate_proj"), f, d, biases.mlp, site + 4)?,
+                up: linear(format!("{name}.mlp.up_proj"), f, d, biases.mlp, site + 5)?,
+                down: linear(format!("{name}.mlp.down_proj"), d, f, biases.mlp, site + 6)?,
+                addition_norms: after.map(addition_norms).transpose()?,
+                sight,
                 site,
             })
         };
+        let positions = longest.min(shape.positions);
         Ok(Self {
             word: Parameter::frozen(weights.matrix("embed_tokens.weight", shape.vocabulary, d)?),
-            layers: (0..shape.layers).map(layer).collect::<Result<_>>()?,
-            norm: norm("norm.weight")?,
-            rope: rope::Table::new(longest.min(shape.positions), shape.head_width, shape.base),
+            layers: shape.sights.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            norm: norm("norm", d)?,
+            ropes: shape.rotaries.iter().map(|rotary| rotary.table(positions, k)).collect(),
             shape,
         })
     }
 
-    /// ids (T) → hidden states (T, D), and the tape if it is to be kept.
+    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
     pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         let tables =
             embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
-        let mut stream = Stream { residual: None, addition: embedding::forward(ids, pass.packing, &tables)? };
+        let words = pass.round(self.scaled(embedding::forward(ids, pass.packing, &tables)?)?)?;
+        let mut stream = Stream { residual: None, addition: words };
         let mut layers = Vec::new();
         for layer in &self.layers {
             let (next, tape) = self.forward_layer(layer, stream, pass, keep)?;
             stream = next;
             layers.extend(tape);
         }
-        let (y, norm) = self.normalise(&self.norm, &stream)?;
+        let (y, norm) = self.norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
         Ok((y, (keep > Keep::Nothing).then_some(Tape { layers, norm })))
     }
 
@@ -205,13 +175,13 @@ impl Decoder {
         gradients: &Gradients,
     ) -> Result<()> {
         let below = self.word.slot().is_some();
-        let mut ds = Some(self.backward_norm(&self.norm, &tape.norm, &dy, None, gradients)?);
+        let mut ds = Some(self.norm.backward(&tape.norm, &dy, None, pass, gradients)?);
         for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
             let Some(d) = ds.take() else { break };
             ds = self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients)?;
         }
         if let (Some(dword), Some(dx)) = (gradients.of(&self.word)?, ds) {
-            embedding::backward(&dx, ids, pass.packing, 0, Some(&dword), None, None)?;
+            embedding::backward(&self.scaled(dx)?, ids, pass.packing, 0, Some(&dword), None, None)?;
         }
         Ok(())
     }
@@ -223,32 +193,39 @@ impl Decoder {
         pass: &Pass,
         keep: Keep,
     ) -> Result<(Stream, Option<LayerTape>)> {
-        let (y, attention_norm) = self.normalise(&layer.attention_norm, &stream)?;
-        let inside = self.inside(layer, y, &attention_norm, pass)?;
-        let h = activation::gated(&inside.gate, &inside.up, self.shape.activation)?;
+        let (y, attention_norm) =
+            layer.attention_norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
+        let inside = self.inside(layer, &y, &attention_norm, pass)?;
+        let h = pass.round(activation::gated(&inside.gate, &inside.up, self.shape.activation)?)?;
         let residual = Some(inside.norm.sum.clone());
         let inside = (keep == Keep::Whole).then_some(inside);
         let (d, down) = layer.down.forward(&h, pass)?; // (T, D)
-        let tape = LayerTape { attention_norm, inside, down };
+        let [_, norm_of_down] = layer.norms_of_additions();
+        let (d, down_norm) = normed(d, norm_of_down, pass)?;
+        let tape = LayerTape { attention_norm, inside, down, down_norm };
         Ok((Stream { residual, addition: d }, (keep > Keep::Nothing).then_some(tape)))
     }
 
     /// All but the last product, from y (T, D), the output of the layer's first norm.
-    fn inside(&self, layer: &Layer, y: Tensor, stream: &norm::Tape, pass: &Pass) -> Result<Inside> {
-        let (q, q_tape) = layer.query.forward(&y, pass)?; // (T, H*K)
-        let (k, k_tape) = layer.key.forward(&y, pass)?; // (T, G*K)
-        let (v, v_tape) = layer.value.forward(&y, pass)?; // (T, G*K)
-        let q = rope::forward(&q, pass.packing, &self.rope)?;
-        let k = rope::forward(&k, pass.packing, &self.rope)?;
-        let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
+    fn inside(&self, layer: &Layer, y: &Tensor, stream: &norm::Tape, pass: &Pass) -> Result<Inside> {
+        let (q, q_tape) = layer.query.forward(y, pass)?; // (T, H*K)
+        let (k, k_tape) = layer.key.forward(y, pass)?; // (T, G*K)
+        let (v, v_tape) = layer.value.forward(y, pass)?; // (T, G*K)
+        let [q_norm, k_norm] = layer.norms_of_heads();
+        let (turned_q, q) = self.turn(layer, q, q_norm, pass)?;
+        let (turned_k, k) = self.turn(layer, k, k_norm, pass)?;
+        let attention = self.attention(layer, pass);
+        let (o, log_sum) = attention::forward(&turned_q, &turned_k, &v, pass.packing, &attention)?;
+        let o = pass.round(o)?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
+        let [norm_of_output, _] = layer.norms_of_additions();
+        let (a, output_norm) = normed(a, norm_of_output, pass)?;
 
-        let stream = Stream { residual: Some(stream.sum.clone()), addition: a };
-        let (z, norm) = self.normalise(&layer.norm, &stream)?;
+        let (z, norm) = layer.norm.forward(&a, Some(&stream.sum), pass)?;
         let (gate, gate_tape) = layer.gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = layer.up.forward(&z, pass)?; // (T, F)
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
-        Ok(Inside { q, k, v, o, log_sum, norm, gate, up, adapters })
+        Ok(Inside { q, k, v, o, log_sum, output_norm, norm, gate, up, adapters })
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -261,27 +238,35 @@ impl Decoder {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Option<Tensor>> {
-        let y = norm::rms_norm_again(&tape.attention_norm, layer.attention_norm.value())?;
+        let y = layer.attention_norm.again(&tape.attention_norm, pass)?;
         let inside = match tape.inside {
             Some(inside) => inside,
-            None => self.inside(layer, y.clone(), &tape.attention_norm, pass)?,
+            None => self.inside(layer, &y, &tape.attention_norm, pass)?,
         };
-        let Inside { q, k, v, o, log_sum, norm, gate, up, adapters } = inside;
+        let Inside { q: q_heads, k: k_heads, v, o, log_sum, output_norm, norm, gate, up, adapters } = inside;
         let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape] = &adapters;
-        let h = activation::gated(&gate, &up, self.shape.activation)?;
-        let dh = layer.down.backward(&h, &tape.down, &ds, None, pass, gradients)?;
+        let [norm_of_output, norm_of_down] = layer.norms_of_additions();
+        let dd = normed_backward(&ds, norm_of_down, tape.down_norm.as_ref(), pass, gradients)?;
+        let h = pass.round(activation::gated(&gate, &up, self.shape.activation)?)?;
+        let dh = layer.down.backward(&h, &tape.down, &dd, None, pass, gradients)?;
         let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, self.shape.activation)?;
-        let z = norm::rms_norm_again(&norm, layer.norm.value())?;
+        let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
+        let z = layer.norm.again(&norm, pass)?;
         let dz = layer.gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
         let dz = layer.up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = self.backward_norm(&layer.norm, &norm, &dz, Some(&ds), gradients)?;
+        let ds = layer.norm.backward(&norm, &dz, Some(&ds), pass, gradients)?;
 
-        let d_o = layer.output.backward(&o, o_tape, &ds, None, pass, gradients)?;
+        let da = normed_backward(&ds, norm_of_output, output_norm.as_ref(), pass, gradients)?;
+        let d_o = layer.output.backward(&o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
+        let [q_norm, k_norm] = layer.norms_of_heads();
+        let q = self.turned(layer, &q_heads, q_norm, pass)?;
+        let k = self.turned(layer, &k_heads, k_norm, pass)?;
         let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
-        let dq = rope::backward(&dq, pass.packing, &self.rope)?;
-        let dk = rope::backward(&dk, pass.packing, &self.rope)?;
-        if !below && layer.attention_norm.slot().is_none() {
+        let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
+        let dq = self.turn_back(layer, &dq, &q_heads, q_norm, pass, gradients)?;
+        let dk = self.turn_back(layer, &dk, &k_heads, k_norm, pass, gradients)?;
+        if !below && !layer.attention_norm.trained() {
             for (linear, tape, d) in
                 [(&layer.query, q_tape, dq), (&layer.key, k_tape, dk), (&layer.value, v_tape, dv)]
             {
@@ -292,22 +277,56 @@ impl Decoder {
         let dy = layer.query.backward(&y, q_tape, &dq, None, pass, gradients)?;
         let dy = layer.key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
         let dy = layer.value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
-        self.backward_norm(&layer.attention_norm, &tape.attention_norm, &dy, Some(&ds), gradients).map(Some)
+        layer.attention_norm.backward(&tape.attention_norm, &dy, Some(&ds), pass, gradients).map(Some)
     }
 
-    fn normalise(&self, weight: &Parameter, stream: &Stream) -> Result<(Tensor, norm::Tape)> {
-        Ok(norm::rms_norm(&stream.addition, stream.residual.as_ref(), weight.value(), self.shape.epsilon)?)
+    /// Queries or keys as attention takes them, and what is kept of them.
+    fn turn(&self, layer: &Layer, x: Tensor, norm: Option<&Rms>, pass: &Pass) -> Result<(Tensor, Heads)> {
+        let table = &self.ropes[layer.sight.rotary];
+        match norm {
+            Some(norm) => {
+                let (x, tape) = norm.forward_heads(&x, pass)?;
+                Ok((pass.round(rope::forward(&x, pass.packing, table)?)?, Heads::Raw(tape)))
+            }
+            None => {
+                let x = pass.round(rope::forward(&x, pass.packing, table)?)?;
+                Ok((x.clone(), Heads::Turned(x)))
+            }
+        }
     }
 
-    fn backward_norm(
+    /// The first of what [`Self::turn`] returned, once more.
+    fn turned(&self, layer: &Layer, heads: &Heads, norm: Option<&Rms>, pass: &Pass) -> Result<Tensor> {
+        match (heads, norm) {
+            (Heads::Raw(tape), Some(norm)) => {
+                let x = norm.again(tape, pass)?;
+                let x = x.reshape((pass.packing.tokens(), x.elem_count() / pass.packing.tokens().max(1)))?;
+                pass.round(rope::forward(&x, pass.packing, &self.ropes[layer.sight.rotary])?)
+            }
+            (Heads::Turned(x), _) => Ok(x.clone()),
+            (Heads::Raw(_), None) => Err(Error::Usage("a tape of another decoder".to_owned())),
+        }
+    }
+
+    fn turn_back(
         &self,
-        weight: &Parameter,
-        tape: &norm::Tape,
-        dy: &Tensor,
-        dsum: Option<&Tensor>,
+        layer: &Layer,
+        d: &Tensor,
+        heads: &Heads,
+        norm: Option<&Rms>,
+        pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        Ok(norm::rms_norm_backward(tape, weight.value(), dy, dsum, gradients.of(weight)?.as_ref())?)
+        let d = pass.round(rope::backward(d, pass.packing, &self.ropes[layer.sight.rotary])?)?;
+        match (heads, norm) {
+            (Heads::Raw(tape), Some(norm)) => norm.backward_heads(tape, &d, pass, gradients),
+            _ => Ok(d),
+        }
+    }
+
+    /// Gemma's embeddings times √D, and as well their gradient.
+    fn scaled(&self, x: Tensor) -> Result<Tensor> {
+        if self.shape.gemma { Ok((x * (self.shape.width as f64).sqrt())?) } else { Ok(x) }
     }
 
     fn attention(&self, layer: &Layer, pass: &Pass) -> Attention {
@@ -316,21 +335,24 @@ impl Decoder {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_width: shape.head_width,
-            scale: (shape.head_width as f32).sqrt().recip(),
-            // transformers counts the token itself into the window
-            left: shape.window.map(|window| window - 1),
-            right: Some(0),
+            scale: shape.scale,
+            left: layer.sight.left,
+            right: layer.sight.right,
             dropout: pass.dropout(shape.dropout, layer.site + 7),
         }
     }
 
     /// Bytes of tape that one token leaves.
     pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
-        let Shape { layers, width, inner, heads, kv_heads, head_width, .. } = self.shape;
-        // a norm's sum and deviation
-        let inputs = (layers + 1) * (width + 1);
-        // q and o; k and v; log-sum-exp; another norm; gate and up
-        let inside = 2 * heads * head_width + 2 * kv_heads * head_width + heads + width + 1 + 2 * inner;
+        let Shape { width, inner, heads, kv_heads, head_width, head_norms, gemma, .. } = self.shape;
+        let layers = self.shape.layers();
+        // a norm's sum and deviation; Gemma has another one after each block
+        let of_addition = if gemma { width + 1 } else { 0 };
+        let inputs = (layers + 1) * (width + 1) + layers * of_addition;
+        // q and o; k and v; log-sum-exp; deviations of heads; another norm; gate and up
+        let of_heads = if head_norms { heads + kv_heads } else { 0 };
+        let inside = 2 * heads * head_width + 2 * kv_heads * head_width + heads + of_heads;
+        let inside = inside + width + 1 + of_addition + 2 * inner;
         4 * match keep {
             Keep::Nothing => 0,
             Keep::Inputs => inputs,
@@ -346,10 +368,21 @@ impl Decoder {
             for (part, linear) in layer.linears() {
                 linear.visit(&format!("{name}.{part}"), visit)?;
             }
-            visit.parameter(&format!("{name}.input_layernorm.weight"), &mut layer.attention_norm)?;
-            visit.parameter(&format!("{name}.post_attention_layernorm.weight"), &mut layer.norm)?;
+            if let Some([query, key]) = &mut layer.head_norms {
+                query.visit(&format!("{name}.self_attn.q_norm"), visit)?;
+                key.visit(&format!("{name}.self_attn.k_norm"), visit)?;
+            }
+            layer.attention_norm.visit(&format!("{name}.input_layernorm"), visit)?;
+            match &mut layer.addition_norms {
+                None => layer.norm.visit(&format!("{name}.post_attention_layernorm"), visit)?,
+                Some([attention, feed_forward]) => {
+                    attention.visit(&format!("{name}.post_attention_layernorm"), visit)?;
+                    layer.norm.visit(&format!("{name}.pre_feedforward_layernorm"), visit)?;
+                    feed_forward.visit(&format!("{name}.post_feedforward_layernorm"), visit)?;
+                }
+            }
         }
-        visit.parameter("norm.weight", &mut self.norm)
+        self.norm.visit("norm", visit)
     }
 
     /// Every linear layer with its name: what LoRA attaches to.
@@ -378,7 +411,37 @@ impl Decoder {
     }
 }
 
+/// What a block adds to the stream, normed where the family norms it.
+fn normed(x: Tensor, norm: Option<&Rms>, pass: &Pass) -> Result<(Tensor, Option<norm::Tape>)> {
+    match norm {
+        Some(norm) => norm.forward(&x, None, pass).map(|(y, tape)| (y, Some(tape))),
+        None => Ok((x, None)),
+    }
+}
+
+/// The gradient of [`normed`]'s x, from that of the stream.
+fn normed_backward(
+    ds: &Tensor,
+    norm: Option<&Rms>,
+    tape: Option<&norm::Tape>,
+    pass: &Pass,
+    gradients: &Gradients,
+) -> Result<Tensor> {
+    match norm.zip(tape) {
+        Some((norm, tape)) => norm.backward(tape, ds, None, pass, gradients),
+        None => Ok(ds.clone()),
+    }
+}
+
 impl Layer {
+    fn norms_of_heads(&self) -> [Option<&Rms>; 2] {
+        self.head_norms.as_ref().map_or([None; 2], |[query, key]| [Some(query), Some(key)])
+    }
+
+    fn norms_of_additions(&self) -> [Option<&Rms>; 2] {
+        self.addition_norms.as_ref().map_or([None; 2], |[attention, down]| [Some(attention), Some(down)])
+    }
+
     fn linears(&mut self) -> [(&'static str, &mut Linear); 7] {
         [
             ("self_attn.q_proj", &mut self.query),

@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use super::bert::{self, Bert};
 use super::decoder::{self, Decoder};
 use super::linear::Linear;
+use super::modernbert::{self, ModernBert};
 use super::params::{Gradients, Visit};
 use super::pass::{Keep, Pass};
 use super::settings::Settings;
@@ -14,10 +15,12 @@ use crate::Result;
 /// An encoder of one of the supported families.
 #[derive(Debug)]
 pub enum Encoder {
-    /// `BertModel`.
+    /// `BertModel` and its likes.
     Bert(Bert),
-    /// `MistralModel`.
+    /// `MistralModel` and its likes.
     Decoder(Decoder),
+    /// `ModernBertModel`.
+    ModernBert(ModernBert),
 }
 
 /// What the backward pass needs of a forward pass.
@@ -27,6 +30,8 @@ pub enum Tape {
     Bert(bert::Tape),
     /// Of [`Encoder::Decoder`].
     Decoder(decoder::Tape),
+    /// Of [`Encoder::ModernBert`].
+    ModernBert(modernbert::Tape),
 }
 
 impl Encoder {
@@ -38,21 +43,27 @@ impl Encoder {
         dropout: Option<f32>,
         longest: usize,
     ) -> Result<(Self, Vec<(String, Tensor)>)> {
-        match settings.get("model_type").and_then(|kind| kind.as_str()) {
-            Some("bert") => {
-                let shape = bert::Shape::read(settings, dropout)?;
-                let weights = weights(Bert::ANCHORS)?;
-                Ok((Self::Bert(Bert::new(shape, &weights)?), weights.carried(Bert::CARRIED)?))
-            }
-            Some("mistral") => {
-                let shape = decoder::Shape::read(settings, dropout)?;
-                let weights = weights(Decoder::ANCHORS)?;
-                Ok((Self::Decoder(Decoder::new(shape, &weights, longest)?), Vec::new()))
-            }
-            Some(other) => Err(settings
-                .wrong(format!("`model_type` is `{other}`, supported architectures are bert, mistral"))),
-            None => Err(settings.wrong("lacks `model_type`; supported architectures are bert, mistral")),
+        let name = settings.get("model_type").and_then(|kind| kind.as_str());
+        let supported = "bert, roberta, xlm-roberta, camembert, mpnet, distilbert, modernbert, mistral, llama, qwen2, qwen3, gemma3_text";
+        let Some(name) = name else {
+            return Err(settings.wrong(format!("lacks `model_type`; supported are {supported}")));
+        };
+        if let Some(family) = decoder::Family::named(name) {
+            let shape = decoder::Shape::read(family, settings, dropout)?;
+            let weights = weights(Decoder::ANCHORS)?;
+            return Ok((Self::Decoder(Decoder::new(shape, &weights, longest)?), Vec::new()));
         }
+        if let Some(family) = bert::Family::named(name) {
+            let shape = bert::Shape::read(family, settings, dropout)?;
+            let weights = weights(Bert::ANCHORS)?;
+            return Ok((Self::Bert(Bert::new(shape, &weights)?), weights.carried(Bert::CARRIED)?));
+        }
+        if name == "modernbert" {
+            let shape = modernbert::Shape::read(settings, dropout)?;
+            let weights = weights(ModernBert::ANCHORS)?;
+            return Ok((Self::ModernBert(ModernBert::new(shape, &weights, longest)?), Vec::new()));
+        }
+        Err(settings.wrong(format!("`model_type` is `{name}`, supported are {supported}")))
     }
 
     /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
@@ -65,6 +76,10 @@ impl Encoder {
             Self::Decoder(encoder) => {
                 let (x, tape) = encoder.forward(ids, pass, keep)?;
                 Ok((x, tape.map(Tape::Decoder)))
+            }
+            Self::ModernBert(encoder) => {
+                let (x, tape) = encoder.forward(ids, pass, keep)?;
+                Ok((x, tape.map(Tape::ModernBert)))
             }
         }
     }
@@ -81,6 +96,9 @@ impl Encoder {
         match (self, tape) {
             (Self::Bert(encoder), Tape::Bert(tape)) => encoder.backward(ids, tape, dx, pass, gradients),
             (Self::Decoder(encoder), Tape::Decoder(tape)) => encoder.backward(ids, tape, dx, pass, gradients),
+            (Self::ModernBert(encoder), Tape::ModernBert(tape)) => {
+                encoder.backward(ids, tape, dx, pass, gradients)
+            }
             _ => Err(crate::Error::Usage("a tape of another encoder".to_owned())),
         }
     }
@@ -90,6 +108,7 @@ impl Encoder {
         match self {
             Self::Bert(encoder) => encoder.visit(visit),
             Self::Decoder(encoder) => encoder.visit(visit),
+            Self::ModernBert(encoder) => encoder.visit(visit),
         }
     }
 
@@ -98,6 +117,7 @@ impl Encoder {
         match self {
             Self::Bert(encoder) => encoder.linears(),
             Self::Decoder(encoder) => encoder.linears(),
+            Self::ModernBert(encoder) => encoder.linears(),
         }
     }
 
@@ -106,6 +126,7 @@ impl Encoder {
         match self {
             Self::Bert(encoder) => encoder.width(),
             Self::Decoder(encoder) => encoder.width(),
+            Self::ModernBert(encoder) => encoder.width(),
         }
     }
 
@@ -114,6 +135,7 @@ impl Encoder {
         match self {
             Self::Bert(encoder) => encoder.positions(),
             Self::Decoder(encoder) => encoder.positions(),
+            Self::ModernBert(encoder) => encoder.positions(),
         }
     }
 
@@ -122,6 +144,7 @@ impl Encoder {
         match self {
             Self::Bert(encoder) => encoder.vocabulary(),
             Self::Decoder(encoder) => encoder.vocabulary(),
+            Self::ModernBert(encoder) => encoder.vocabulary(),
         }
     }
 
@@ -130,6 +153,7 @@ impl Encoder {
         match self {
             Self::Bert(encoder) => encoder.tape_bytes_per_token(keep),
             Self::Decoder(encoder) => encoder.tape_bytes_per_token(keep),
+            Self::ModernBert(encoder) => encoder.tape_bytes_per_token(keep),
         }
     }
 }

@@ -42,6 +42,8 @@ pub struct Folder {
     pub pooling: Option<Pooling>,
     /// Whether embeddings are scaled to length one. None: the folder has no `modules.json`.
     pub normalize: Option<bool>,
+    /// The dense layers between pooling and scaling, in their order.
+    pub dense: Vec<Dense>,
     /// Whether the tokens of the prompt count in mean pooling.
     pub include_prompt: bool,
     /// Longest text in tokens, special tokens included. The model's positions may be fewer still.
@@ -52,6 +54,53 @@ pub struct Folder {
     pub prompts: BTreeMap<String, String>,
     /// The name of the prompt for texts that are neither query nor document.
     pub default_prompt: Option<String>,
+}
+
+/// A `Dense` module of sentence-transformers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dense {
+    /// Its folder's name.
+    pub name: String,
+    /// Its folder, with `config.json` and the weights.
+    pub path: PathBuf,
+    /// I.
+    pub inputs: usize,
+    /// O.
+    pub outputs: usize,
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// What follows the product.
+    pub function: Function,
+}
+
+/// What a dense layer does to its product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Function {
+    /// Nothing.
+    Identity,
+    /// The hyperbolic tangent.
+    Tanh,
+    /// GELU by the error function.
+    Gelu,
+    /// max(x, 0).
+    Relu,
+    /// x·σ(x).
+    Silu,
+}
+
+impl Function {
+    const NAMES: [(Self, &str); 5] = [
+        (Self::Identity, "torch.nn.modules.linear.Identity"),
+        (Self::Tanh, "torch.nn.modules.activation.Tanh"),
+        (Self::Gelu, "torch.nn.modules.activation.GELU"),
+        (Self::Relu, "torch.nn.modules.activation.ReLU"),
+        (Self::Silu, "torch.nn.modules.activation.SiLU"),
+    ];
+
+    /// Its path in torch.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(function, _)| *function == self).map_or("", |(_, name)| name)
+    }
 }
 
 impl Folder {
@@ -103,6 +152,7 @@ impl Folder {
             adapter,
             pooling: stack.as_ref().map(|stack| stack.pooling),
             normalize: stack.as_ref().map(|stack| stack.normalize),
+            dense: stack.as_ref().map(|stack| stack.dense.clone()).unwrap_or_default(),
             include_prompt: stack.as_ref().is_none_or(|stack| stack.include_prompt),
             max_length: encoder.max_seq_length.or_else(|| tokenizer.max_length()),
             lower_case: encoder.do_lower_case,
@@ -139,10 +189,11 @@ struct Module {
     kind: String,
 }
 
-/// The modules that are understood: a transformer, its pooling, and maybe the scaling to length one.
+/// The modules that are understood: a transformer, its pooling, and maybe dense layers and the scaling to length one.
 struct Stack {
     transformer: PathBuf,
     pooling: Pooling,
+    dense: Vec<Dense>,
     include_prompt: bool,
     normalize: bool,
 }
@@ -159,16 +210,23 @@ impl Stack {
                 _ => module.kind.as_str(),
             })
             .collect();
-        let expected = "expected Transformer, Pooling and, if need be, Normalize, in this order";
-        if let Some(other) = names.iter().find(|name| !["Transformer", "Pooling", "Normalize"].contains(name))
-        {
+        let expected = "expected Transformer, Pooling and, if need be, Dense and Normalize, in this order";
+        let known = ["Transformer", "Pooling", "Dense", "Normalize"];
+        if let Some(other) = names.iter().find(|name| !known.contains(name)) {
             return Err(Error::file(place, format!("module {other} is not supported, {expected}")));
         }
-        let (transformer, pooling, normalize) = match names.as_slice() {
-            ["Transformer", "Pooling"] => (&modules[0], &modules[1], None),
-            ["Transformer", "Pooling", "Normalize"] => (&modules[0], &modules[1], Some(&modules[2])),
-            _ => return Err(Error::file(place, format!("found {}, {expected}", names.join(", ")))),
+        let (["Transformer", "Pooling", rest @ ..], [transformer, pooling, others @ ..]) =
+            (names.as_slice(), modules)
+        else {
+            return Err(Error::file(place, format!("found {}, {expected}", names.join(", "))));
         };
+        let (normalize, dense) = match (rest, others) {
+            ([.., "Normalize"], [dense @ .., normalize]) => (Some(normalize), dense),
+            _ => (None, others),
+        };
+        if rest[..dense.len()].iter().any(|name| *name != "Dense") {
+            return Err(Error::file(place, format!("found {}, {expected}", names.join(", "))));
+        }
         if let Some(module) = normalize {
             let place = folder.join(&module.path).join("config.json");
             let config: NormalizeConfig = read(&place)?.unwrap_or_default();
@@ -184,10 +242,53 @@ impl Stack {
         let config: PoolingConfig = read(&place)?.ok_or_else(|| Error::file(&place, "no such file"))?;
         Ok(Self {
             transformer: folder.join(&transformer.path),
+            dense: dense.iter().map(|module| Dense::open(folder, &module.path)).collect::<Result<_>>()?,
             pooling: config.pooling(&place)?,
             include_prompt: config.include_prompt,
             normalize: normalize.is_some(),
         })
+    }
+}
+
+/// `2_Dense/config.json`.
+#[derive(Deserialize)]
+struct DenseConfig {
+    in_features: usize,
+    out_features: usize,
+    #[serde(default = "yes")]
+    bias: bool,
+    activation_function: Option<String>,
+    module_input_name: Option<String>,
+    module_output_name: Option<String>,
+}
+
+impl Dense {
+    fn open(folder: &Path, name: &str) -> Result<Self> {
+        let path = folder.join(name);
+        let place = path.join("config.json");
+        let config: DenseConfig = read(&place)?.ok_or_else(|| Error::file(&place, "no such file"))?;
+        for name in [config.module_input_name, config.module_output_name].into_iter().flatten() {
+            if name != "sentence_embedding" {
+                let message = format!("Dense of {name} is not supported, expected sentence_embedding");
+                return Err(Error::file(place, message));
+            }
+        }
+        // torch's own default of the module.
+        let function = config.activation_function.unwrap_or_else(|| Function::Tanh.name().to_owned());
+        let found = Function::NAMES.iter().find(|(_, name)| *name == function);
+        let Some((function, _)) = found else {
+            let known: Vec<_> = Function::NAMES.iter().map(|(_, name)| *name).collect();
+            let message =
+                format!("activation_function {function} is not supported, expected {}", known.join(", "));
+            return Err(Error::file(place, message));
+        };
+        let (inputs, outputs) = (config.in_features, config.out_features);
+        if inputs == 0 || outputs == 0 {
+            let message = format!("{inputs} in_features and {outputs} out_features, expected both above 0");
+            return Err(Error::file(place, message));
+        }
+        let name = name.trim_end_matches('/').to_owned();
+        Ok(Self { name, path, inputs, outputs, bias: config.bias, function: *function })
     }
 }
 
@@ -295,7 +396,6 @@ struct Named {
     truncate_dim: Option<usize>,
 }
 
-/// The JSON file at `path`; None where there is no such file.
 /// The configuration of an adapter's base model. transformers takes a folder with a `config.json` for a whole model, so
 /// those that hold an adapter alone have none.
 fn base_config(folder: &Path, adapter: &Value) -> Result<Value> {
@@ -309,6 +409,7 @@ fn base_config(folder: &Path, adapter: &Value) -> Result<Value> {
     read(&base.join("config.json"))?.ok_or_else(|| Error::file(base, "has no config.json"))
 }
 
+/// The JSON file at `path`; None where there is no such file.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
@@ -414,11 +515,26 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_named() {
-        let dense = LEGACY.replace("models.Normalize", "models.Dense");
+        let lstm = LEGACY.replace("models.Normalize", "models.LSTM");
+        let dense = LEGACY.replace("models.Normalize", "models.Dense").replace("2_Normalize", "2_Dense");
+        let late =
+            LEGACY.replace("models.Pooling", "models.Dense").replace("models.Normalize", "models.Pooling");
         let own = LEGACY.replace("sentence_transformers.models.Pooling", "own_code.Pooling");
         let alone = r#"[{"path": "", "type": "sentence_transformers.models.Transformer"}]"#;
         let cases: &[(&[(&str, &str)], &str)] = &[
-            (&[("modules.json", &dense)], "module Dense is not supported"),
+            (&[("modules.json", &lstm)], "module LSTM is not supported"),
+            (&[("modules.json", &late)], "found Transformer, Dense, Pooling, expected"),
+            (
+                &[
+                    ("modules.json", &dense),
+                    ("1_Pooling/config.json", "{}"),
+                    (
+                        "2_Dense/config.json",
+                        r#"{"in_features": 8, "out_features": 4, "activation_function": "own.Cube"}"#,
+                    ),
+                ],
+                "activation_function own.Cube is not supported",
+            ),
             (&[("modules.json", &own)], "module own_code.Pooling is not supported"),
             (&[("modules.json", alone)], "found Transformer, expected"),
             (

@@ -1,22 +1,12 @@
 //! Models by their id on the Hugging Face hub.
 //!
-//! Files land where huggingface_hub looks for them: `HF_HOME/hub/models--ORG--NAME/snapshots/COMMIT/FILE`, and `refs/main`
-//! names the commit. They lie there as plain files, as huggingface_hub lays them where it has no symbolic links. Only what
-//! is read here is fetched: configurations, the tokenizer, safetensors. The small files come first, so that a model that
-//! cannot be used is refused before its weights are on their way.
-//!
-//! Of the environment, `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` and `HF_HUB_OFFLINE` are
-//! honoured.
+//! Only what is read here is fetched: configurations, the tokenizer, safetensors. The small files come first, so that a model
+//! that cannot be used is refused before its weights are on their way.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-use serde::Deserialize;
-use ureq::config::RedirectAuthHeaders;
 
 use crate::config::Init;
+use crate::hub::{Found, Hub, Repository, is_id};
 use crate::model::Folder;
 use crate::{Error, Result};
 
@@ -43,277 +33,44 @@ pub fn resolve_for(id_or_path: &str, init: Init) -> Result<PathBuf> {
         let message = "no such model folder, and no id of the hub either, which is ORG/NAME";
         return Err(Error::file(path, message));
     }
-    let hub = Hub::from_env(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))?;
-    hub.fetch(id_or_path, init == Init::Pretrained)
+    fetch(&Hub::new()?, id_or_path, init == Init::Pretrained)
 }
 
-/// `ORG/NAME` of letters, digits, `-`, `_` and `.`.
-fn is_id(text: &str) -> bool {
-    let valid = |part: &str| {
-        part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+/// As [`resolve`], of an adapter of PEFT.
+///
+/// # Errors
+/// As [`resolve`], and a folder without `adapter_config.json`.
+pub fn resolve_adapter(id_or_path: &str) -> Result<PathBuf> {
+    let path = resolve(id_or_path)?;
+    if path.join("adapter_config.json").is_file() {
+        return Ok(path);
+    }
+    let message = "has no adapter_config.json: expected a LoRA adapter as PEFT writes it";
+    Err(Error::file(path, message))
+}
+
+/// The folder of model `id`, with its weights or without.
+fn fetch(hub: &Hub, id: &str, weights: bool) -> Result<PathBuf> {
+    let repository = Repository::model(id);
+    let snapshot = match hub.snapshot(&repository, |path| is_whole(path, weights))? {
+        Found::Cached(path) => return Ok(path),
+        Found::Listed(snapshot) => snapshot,
     };
-    text.split_once('/').is_some_and(|(org, name)| valid(org) && valid(name))
+    let names: Vec<_> = snapshot.names.iter().map(String::as_str).collect();
+    let wanted = Wanted::choose(id, &names, weights)?;
+    hub.fetch(&repository, &snapshot, &wanted.small)?;
+    Folder::open(&snapshot.path)?;
+    hub.fetch(&repository, &snapshot, &wanted.weights)?;
+    hub.note(&repository, &snapshot)?;
+    Ok(snapshot.path)
 }
 
-/// Attempts at one file; each goes on where the last one stopped.
-const ATTEMPTS: u32 = 4;
-
-/// Where models come from and where they are kept.
-struct Hub {
-    endpoint: String,
-    cache: PathBuf,
-    token: Option<String>,
-    offline: bool,
-    agent: ureq::Agent,
-    /// Between two attempts.
-    pause: Duration,
-}
-
-/// What the hub says of a model.
-#[derive(Deserialize)]
-struct Info {
-    sha: String,
-    siblings: Vec<Sibling>,
-}
-
-#[derive(Deserialize)]
-struct Sibling {
-    rfilename: String,
-}
-
-impl Hub {
-    fn from_env(env: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        let home = match env("HF_HOME") {
-            Some(home) => PathBuf::from(home),
-            None => match env("XDG_CACHE_HOME") {
-                Some(cache) => PathBuf::from(cache).join("huggingface"),
-                None => match env("HOME") {
-                    Some(home) => PathBuf::from(home).join(".cache/huggingface"),
-                    None => {
-                        return Err(Error::Usage(
-                            "neither HF_HOME nor HOME is set: no place for models".into(),
-                        ));
-                    }
-                },
-            },
-        };
-        let token = env("HF_TOKEN").or_else(|| {
-            let path = env("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
-            std::fs::read_to_string(path).ok()
-        });
-        let endpoint = env("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        let offline = env("HF_HUB_OFFLINE")
-            .is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()));
-        Ok(Self {
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
-            cache: env("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
-            token: token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()),
-            offline,
-            agent: ureq::Agent::config_builder()
-                .user_agent(concat!("lodestone/", env!("CARGO_PKG_VERSION")))
-                // The hub redirects within itself before it hands over to its storage, which must not see the token.
-                .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-                .timeout_connect(Some(Duration::from_secs(20)))
-                .timeout_recv_response(Some(Duration::from_secs(60)))
-                .build()
-                .into(),
-            pause: Duration::from_secs(1),
-        })
-    }
-
-    /// The folder of model `id`, with its weights or without.
-    fn fetch(&self, id: &str, weights: bool) -> Result<PathBuf> {
-        let home = self.cache.join(format!("models--{}", id.replace('/', "--")));
-        if self.offline {
-            return cached(&home, weights).ok_or_else(|| {
-                let message = format!(
-                    "not a folder, and not whole in the cache {}, and HF_HUB_OFFLINE is set\nhint: give a folder, or fetch \
-                     the model once without HF_HUB_OFFLINE",
-                    home.display()
-                );
-                Error::file(id, message)
-            });
-        }
-        let url = format!("{}/api/models/{id}/revision/main", self.endpoint);
-        let info: Info = match self.get(&url, 0) {
-            Ok(mut response) => serde_json::from_reader(response.body_mut().as_reader())
-                .map_err(|error| Error::file(id, format!("{url}: unexpected answer: {error}")))?,
-            Err(error) => {
-                return match cached(&home, weights) {
-                    Some(snapshot) if !is_status(&error) => {
-                        tracing::warn!("{}: {error}; going on with {}", self.endpoint, snapshot.display());
-                        Ok(snapshot)
-                    }
-                    _ => Err(self.refusal(id, &url, &error)),
-                };
-            }
-        };
-        if info.sha.is_empty() || !info.sha.chars().all(|c| c.is_ascii_alphanumeric()) {
-            return Err(Error::file(id, format!("{url}: unexpected answer: commit {:?}", info.sha)));
-        }
-        let names: Vec<_> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
-        let wanted = Wanted::choose(id, &names, weights)?;
-
-        let snapshot = home.join("snapshots").join(&info.sha);
-        if wanted.small.iter().chain(&wanted.weights).all(|name| snapshot.join(name).exists()) {
-            return Ok(snapshot);
-        }
-        create_dir_all(&snapshot)?;
-        // Ranks of one node ask for the same model at once: the first fetches, the others find the files.
-        let lock = home.join(".lock");
-        let lock = File::create(&lock)
-            .and_then(|file| file.lock().map(|()| file))
-            .map_err(Error::io("lock", lock))?;
-        for name in &wanted.small {
-            self.file(id, &info.sha, name, &snapshot)?;
-        }
-        Folder::open(&snapshot)?;
-        for name in &wanted.weights {
-            self.file(id, &info.sha, name, &snapshot)?;
-        }
-        let refs = home.join("refs");
-        create_dir_all(&refs)?;
-        std::fs::write(refs.join("main"), &info.sha).map_err(Error::io("write", refs.join("main")))?;
-        drop(lock);
-        Ok(snapshot)
-    }
-
-    /// Fetches one file into the snapshot, unless it is there.
-    fn file(&self, id: &str, sha: &str, name: &str, snapshot: &Path) -> Result<()> {
-        let target = snapshot.join(name);
-        if target.exists() {
-            return Ok(());
-        }
-        let url = format!("{}/{id}/resolve/{sha}/{name}", self.endpoint);
-        let partial = snapshot.join(format!("{name}.incomplete"));
-        if let Some(parent) = target.parent() {
-            create_dir_all(parent)?;
-        }
-        for attempt in 1.. {
-            match self.transfer(id, &url, name, &partial) {
-                Ok(()) => break,
-                Err(Transfer::Final(error)) => return Err(error),
-                Err(Transfer::Network(error)) if attempt == ATTEMPTS => {
-                    return Err(self.refusal(id, &url, &error));
-                }
-                Err(Transfer::Network(error)) => {
-                    tracing::warn!("{name}: {error}; trying again");
-                    std::thread::sleep(self.pause * attempt);
-                }
-            }
-        }
-        std::fs::rename(&partial, &target).map_err(Error::io("rename", partial))
-    }
-
-    /// One attempt: appends to `partial` what it lacks.
-    fn transfer(&self, id: &str, url: &str, name: &str, partial: &Path) -> std::result::Result<(), Transfer> {
-        let mut file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(partial)
-            .map_err(|error| Transfer::Final(Error::io("open", partial)(error)))?;
-        let have = file.metadata().map_or(0, |metadata| metadata.len());
-        let restart = |file: &File| {
-            file.set_len(0).map_err(|error| Transfer::Final(Error::io("truncate", partial)(error)))
-        };
-        let mut response = match self.get(url, have) {
-            Ok(response) => response,
-            Err(ureq::Error::StatusCode(416)) if have > 0 => {
-                restart(&file)?;
-                self.get(url, 0).map_err(Transfer::Network)?
-            }
-            // Too many requests, or trouble at the other end: it may pass.
-            Err(error @ ureq::Error::StatusCode(429 | 500..)) => return Err(Transfer::Network(error)),
-            Err(error @ ureq::Error::StatusCode(_)) => {
-                return Err(Transfer::Final(self.refusal(id, url, &error)));
-            }
-            Err(error) => return Err(Transfer::Network(error)),
-        };
-        let partly = response.status() == 206;
-        if have > 0 && !partly {
-            restart(&file)?;
-        }
-        let mut done = if partly { have } else { 0 };
-        let total = response.body().content_length().map(|length| done + length);
-
-        tracing::info!(
-            "fetching {id}/{name}{}",
-            total.map_or_else(String::new, |total| format!(", {}", size(total)))
-        );
-        let mut reader = response.body_mut().as_reader();
-        let mut buffer = vec![0; 1 << 20];
-        let mut told = Instant::now();
-        loop {
-            let count =
-                reader.read(&mut buffer).map_err(|error| Transfer::Network(ureq::Error::Io(error)))?;
-            if count == 0 {
-                break;
-            }
-            file.write_all(&buffer[..count])
-                .map_err(|error| Transfer::Final(Error::io("write", partial)(error)))?;
-            done += count as u64;
-            if told.elapsed() > Duration::from_secs(10) {
-                told = Instant::now();
-                tracing::info!("{name}: {} of {}", size(done), total.map_or_else(|| "?".into(), size));
-            }
-        }
-        if total.is_some_and(|total| total != done) {
-            let cut = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the answer was cut short");
-            return Err(Transfer::Network(ureq::Error::Io(cut)));
-        }
-        file.sync_all().map_err(|error| Transfer::Final(Error::io("write", partial)(error)))
-    }
-
-    /// GET from byte `start` on.
-    fn get(
-        &self,
-        url: &str,
-        start: u64,
-    ) -> std::result::Result<ureq::http::Response<ureq::Body>, ureq::Error> {
-        let mut request = self.agent.get(url);
-        if start > 0 {
-            request = request.header("Range", format!("bytes={start}-"));
-        }
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
-        }
-        request.call()
-    }
-
-    /// What to tell the user of a failed request.
-    fn refusal(&self, id: &str, url: &str, error: &ureq::Error) -> Error {
-        let host = &self.endpoint;
-        let message = match error {
-            // To somebody without a name the hub answers 401 also for what does not exist.
-            ureq::Error::StatusCode(401 | 403) => {
-                let known =
-                    if self.token.is_some() { "it does not accept HF_TOKEN" } else { "HF_TOKEN is not set" };
-                format!(
-                    "no such folder, and {host} does not give it out ({error}; {known})\nhint: check the spelling; a private \
-                     or gated model needs the token of an account that may read it, in HF_TOKEN"
-                )
-            }
-            ureq::Error::StatusCode(404) => {
-                format!(
-                    "no such folder, and no such model or file on {host}: {url}\nhint: check the spelling"
-                )
-            }
-            ureq::Error::StatusCode(_) => format!("{url}: {error}\nhint: try again later"),
-            _ => format!(
-                "no such folder, and {host} cannot be reached: {error}\nhint: give the path of a folder, or check the network, \
-                 HF_ENDPOINT and HTTPS_PROXY"
-            ),
-        };
-        Error::file(id, message)
-    }
-}
-
-/// Why an attempt failed.
-enum Transfer {
-    /// Another attempt may succeed.
-    Network(ureq::Error),
-    Final(Error),
+/// Whether a snapshot is a model that can be opened: with its weights, where they are needed.
+fn is_whole(snapshot: &Path, weights: bool) -> bool {
+    let whole = !weights
+        || ["model.safetensors", "adapter_model.safetensors"].iter().any(|name| snapshot.join(name).exists())
+        || shards(snapshot).is_some_and(|names| names.iter().all(|name| snapshot.join(name).exists()));
+    whole && Folder::open(snapshot).is_ok()
 }
 
 /// The files of a model that are read here.
@@ -378,22 +135,14 @@ fn is_small(name: &str) -> bool {
     }
 }
 
-/// `model.safetensors`, a shard `model-00001-of-00002.safetensors`, or an adapter.
+/// `model.safetensors`, a shard `model-00001-of-00002.safetensors`, an adapter, or those of a module like `2_Dense`.
 fn is_weights(name: &str) -> bool {
     let shard = || name.strip_prefix("model-")?.strip_suffix(".safetensors")?.split_once("-of-");
     let digits = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit());
+    let module = |name: &str| name.starts_with(|c: char| c.is_ascii_digit()) && !name.contains('/');
     ["model.safetensors", "adapter_model.safetensors"].contains(&name)
+        || name.strip_suffix("/model.safetensors").is_some_and(module)
         || shard().is_some_and(|(number, count)| digits(number) && digits(count))
-}
-
-/// The snapshot that `refs/main` names, if it is whole: with its weights, where they are needed.
-fn cached(home: &Path, weights: bool) -> Option<PathBuf> {
-    let sha = std::fs::read_to_string(home.join("refs/main")).ok()?;
-    let snapshot = home.join("snapshots").join(sha.trim());
-    let whole = !weights
-        || ["model.safetensors", "adapter_model.safetensors"].iter().any(|name| snapshot.join(name).exists())
-        || shards(&snapshot).is_some_and(|names| names.iter().all(|name| snapshot.join(name).exists()));
-    (whole && Folder::open(&snapshot).is_ok()).then_some(snapshot)
 }
 
 /// The files that an index of shards names.
@@ -403,135 +152,10 @@ fn shards(snapshot: &Path) -> Option<Vec<String>> {
     index.get("weight_map")?.as_object()?.values().map(|name| name.as_str().map(String::from)).collect()
 }
 
-fn is_status(error: &ureq::Error) -> bool {
-    matches!(error, ureq::Error::StatusCode(_))
-}
-
-fn create_dir_all(path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path).map_err(Error::io("create", path))
-}
-
-/// `90.9 MB`.
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::io::{BufRead, BufReader};
-    use std::net::TcpListener;
-    use std::sync::{Arc, Mutex};
-
     use super::*;
-
-    /// How the server answers one path.
-    #[derive(Clone)]
-    enum Answer {
-        Body(Vec<u8>),
-        Redirect(String),
-        Status(u16),
-        /// Says the whole length, sends this many bytes and hangs up; the next time, answers as it should.
-        CutOnce(usize, Vec<u8>),
-    }
-
-    /// A hub on a local port: routes by path, and the requests as they came (path, Range, Authorization).
-    struct Server {
-        endpoint: String,
-        seen: Arc<Mutex<Vec<(String, String, String)>>>,
-    }
-
-    impl Server {
-        fn start(routes: &[(&str, Answer)]) -> Self {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let endpoint = format!("http://{}", listener.local_addr().unwrap());
-            let mut routes: BTreeMap<_, _> =
-                routes.iter().map(|(path, answer)| ((*path).to_string(), answer.clone())).collect();
-            let seen = Arc::new(Mutex::new(Vec::new()));
-            let log = seen.clone();
-            std::thread::spawn(move || {
-                for stream in listener.incoming() {
-                    let mut stream = stream.unwrap();
-                    let (mut path, mut range, mut token) = (String::new(), String::new(), String::new());
-                    for line in BufReader::new(stream.try_clone().unwrap()).lines() {
-                        let line = line.unwrap();
-                        if line.is_empty() {
-                            break;
-                        }
-                        if let Some(rest) = line.strip_prefix("GET ") {
-                            path = rest.split(' ').next().unwrap().into();
-                        } else if let Some((name, value)) = line.split_once(": ") {
-                            match name.to_lowercase().as_str() {
-                                "range" => range = value.into(),
-                                "authorization" => token = value.into(),
-                                _ => (),
-                            }
-                        }
-                    }
-                    log.lock().unwrap().push((path.clone(), range.clone(), token));
-                    let start: usize = range
-                        .strip_prefix("bytes=")
-                        .map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
-                    let answer = routes.get(&path).cloned().unwrap_or(Answer::Status(404));
-                    let (head, body) = match answer {
-                        Answer::Body(body) if start > 0 => (
-                            format!(
-                                "206 Partial Content\r\nContent-Range: bytes {start}-{}/{}",
-                                body.len() - 1,
-                                body.len()
-                            ),
-                            body[start..].to_vec(),
-                        ),
-                        Answer::Body(body) => ("200 OK".into(), body),
-                        Answer::Redirect(to) => (format!("302 Found\r\nLocation: {to}"), vec![]),
-                        Answer::Status(status) => (format!("{status} Refused"), b"no".to_vec()),
-                        Answer::CutOnce(count, body) => {
-                            let head = format!(
-                                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
-                                body.len()
-                            );
-                            stream.write_all(head.as_bytes()).unwrap();
-                            stream.write_all(&body[..count]).unwrap();
-                            routes.insert(path, Answer::Body(body));
-                            continue;
-                        }
-                    };
-                    let length = body.len();
-                    let head =
-                        format!("HTTP/1.1 {head}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
-                    stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body)).ok();
-                }
-            });
-            Self { endpoint, seen }
-        }
-
-        fn paths(&self) -> Vec<String> {
-            self.seen.lock().unwrap().iter().map(|(path, ..)| path.clone()).collect()
-        }
-    }
-
-    fn hub(endpoint: &str, home: &Path, more: &[(&str, &str)]) -> Hub {
-        let more: BTreeMap<_, _> = more.iter().copied().collect();
-        let hub = Hub::from_env(|name| match name {
-            "HF_HOME" => Some(home.display().to_string()),
-            "HF_ENDPOINT" => Some(endpoint.into()),
-            _ => more.get(name).map(|value| (*value).to_string()),
-        });
-        Hub { pause: Duration::ZERO, ..hub.unwrap() }
-    }
-
-    fn body(text: &str) -> Answer {
-        Answer::Body(text.into())
-    }
-
-    fn listing(names: &[&str]) -> Answer {
-        let siblings: Vec<_> = names.iter().map(|name| serde_json::json!({"rfilename": name})).collect();
-        body(&serde_json::json!({"id": "org/name", "sha": "abc123", "siblings": siblings}).to_string())
-    }
+    use crate::hub::testing::{Answer, Server, body, hub, listing};
 
     const API: &str = "/api/models/org/name/revision/main";
 
@@ -574,7 +198,7 @@ mod tests {
         let server = Server::start(&model());
         let home = tempfile::tempdir().unwrap();
         let online = hub(&server.endpoint, home.path(), &[("HF_TOKEN", "secret")]);
-        let snapshot = online.fetch("org/name", true).unwrap();
+        let snapshot = fetch(&online, "org/name", true).unwrap();
         assert_eq!(snapshot, home.path().join("hub/models--org--name/snapshots/abc123"));
         assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), b"weights");
         assert!(snapshot.join("1_Pooling/config.json").exists());
@@ -585,18 +209,18 @@ mod tests {
         assert_eq!(seen.last().unwrap().0, "/org/name/resolve/abc123/model.safetensors");
 
         // A second time only the listing is asked for.
-        assert_eq!(online.fetch("org/name", true).unwrap(), snapshot);
+        assert_eq!(fetch(&online, "org/name", true).unwrap(), snapshot);
         assert_eq!(server.paths().len(), seen.len() + 1);
 
         let offline = hub("http://127.0.0.1:1", home.path(), &[("HF_HUB_OFFLINE", "1")]);
-        assert_eq!(offline.fetch("org/name", true).unwrap(), snapshot);
-        let error = offline.fetch("org/other", true).unwrap_err().to_string();
+        assert_eq!(fetch(&offline, "org/name", true).unwrap(), snapshot);
+        let error = fetch(&offline, "org/other", true).unwrap_err().to_string();
         assert!(error.contains("org/other: not a folder") && error.contains("HF_HUB_OFFLINE"), "{error}");
 
         // Without a network the cache serves too.
         let unreachable = hub("http://127.0.0.1:1", home.path(), &[]);
-        assert_eq!(unreachable.fetch("org/name", true).unwrap(), snapshot);
-        let error = unreachable.fetch("org/other", true).unwrap_err().to_string();
+        assert_eq!(fetch(&unreachable, "org/name", true).unwrap(), snapshot);
+        let error = fetch(&unreachable, "org/other", true).unwrap_err().to_string();
         assert!(error.contains("cannot be reached") && error.contains("hint"), "{error}");
     }
 
@@ -604,11 +228,11 @@ mod tests {
     fn weights_that_are_drawn_are_not_fetched() {
         let server = Server::start(&model());
         let home = tempfile::tempdir().unwrap();
-        let snapshot = hub(&server.endpoint, home.path(), &[]).fetch("org/name", false).unwrap();
+        let snapshot = fetch(&hub(&server.endpoint, home.path(), &[]), "org/name", false).unwrap();
         assert!(snapshot.join("config.json").exists() && !snapshot.join("model.safetensors").exists());
         let offline = hub("http://127.0.0.1:1", home.path(), &[("HF_HUB_OFFLINE", "true")]);
-        assert_eq!(offline.fetch("org/name", false).unwrap(), snapshot);
-        assert!(offline.fetch("org/name", true).is_err());
+        assert_eq!(fetch(&offline, "org/name", false).unwrap(), snapshot);
+        assert!(fetch(&offline, "org/name", true).is_err());
     }
 
     #[test]
@@ -619,7 +243,7 @@ mod tests {
         routes.push(("/org/name/resolve/abc123/model.safetensors", Answer::CutOnce(70_000, weights.clone())));
         let server = Server::start(&routes);
         let home = tempfile::tempdir().unwrap();
-        let snapshot = hub(&server.endpoint, home.path(), &[]).fetch("org/name", true).unwrap();
+        let snapshot = fetch(&hub(&server.endpoint, home.path(), &[]), "org/name", true).unwrap();
         assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), weights);
         let seen = server.seen.lock().unwrap().clone();
         let (.., range, _) = seen.last().unwrap();
@@ -628,9 +252,25 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_changed_meanwhile_begins_anew() {
+        let (first, second) = (vec![1u8; 5000], vec![2u8; 4000]);
+        let mut routes = model();
+        routes.pop();
+        let answer = Answer::CutThenChanged(3000, first, second.clone());
+        routes.push(("/org/name/resolve/abc123/model.safetensors", answer));
+        let server = Server::start(&routes);
+        let home = tempfile::tempdir().unwrap();
+        let snapshot = fetch(&hub(&server.endpoint, home.path(), &[]), "org/name", true).unwrap();
+        assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), second);
+        assert_eq!(server.seen.lock().unwrap().last().unwrap().1, "bytes=3000-");
+        let left: Vec<_> = std::fs::read_dir(&snapshot).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(!left.iter().any(|path| path.to_str().unwrap().contains("incomplete")), "{left:?}");
+    }
+
+    #[test]
     fn refusals_say_what_to_do() {
         let cases: &[(Answer, &str, &str)] = &[
-            (Answer::Status(404), "", "no such model or file"),
+            (Answer::Status(404), "", "no such repository or file"),
             (Answer::Status(401), "", "HF_TOKEN is not set"),
             (Answer::Status(403), "secret", "does not accept HF_TOKEN"),
             (Answer::Status(503), "", "try again later"),
@@ -641,8 +281,7 @@ mod tests {
         for (answer, token, expected) in cases {
             let server = Server::start(&[(API, answer.clone())]);
             let home = tempfile::tempdir().unwrap();
-            let error = hub(&server.endpoint, home.path(), &[("HF_TOKEN", token)])
-                .fetch("org/name", true)
+            let error = fetch(&hub(&server.endpoint, home.path(), &[("HF_TOKEN", token)]), "org/name", true)
                 .unwrap_err();
             let error = error.to_string();
             assert!(
@@ -657,12 +296,13 @@ mod tests {
         let mut routes = model();
         routes.push((
             "/org/name/resolve/abc123/modules.json",
-            body(r#"[{"path": "", "type": "sentence_transformers.models.Dense"}]"#),
+            body(r#"[{"path": "", "type": "sentence_transformers.models.LSTM"}]"#),
         ));
         let server = Server::start(&routes);
         let home = tempfile::tempdir().unwrap();
-        let error = hub(&server.endpoint, home.path(), &[]).fetch("org/name", true).unwrap_err().to_string();
-        assert!(error.contains("module Dense is not supported"), "{error}");
+        let error =
+            fetch(&hub(&server.endpoint, home.path(), &[]), "org/name", true).unwrap_err().to_string();
+        assert!(error.contains("module LSTM is not supported"), "{error}");
         assert!(!server.paths().iter().any(|path| path.ends_with(".safetensors")));
     }
 

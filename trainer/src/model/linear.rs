@@ -1,6 +1,8 @@
 //! A linear layer, frozen or trained, with or without a LoRA adapter: `y = x Wᵀ + b + (α/r)·drop(x) Aᵀ Bᵀ`
 //! (Hu et al. 2021; names and initialisation as in PEFT).
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use kernels::{linear, lora};
 
@@ -46,6 +48,21 @@ impl Linear {
         Ok(self.weight.value().dims2()?)
     }
 
+    /// Some of its outputs, as a layer of their own: query, key and value of a checkpoint that has one weight for them. Its
+    /// adapter shares A, and with it the dropout, with the other parts'.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        let adapter = |adapter: &Adapter| {
+            let b = adapter.b.rows(rows.clone())?;
+            Ok::<_, crate::Error>(Adapter { b, ..adapter.clone() })
+        };
+        Ok(Self {
+            weight: self.weight.rows(rows.clone())?,
+            bias: self.bias.as_ref().map(|bias| bias.rows(rows.clone())).transpose()?,
+            adapter: self.adapter.as_ref().map(adapter).transpose()?,
+            site: self.site,
+        })
+    }
+
     /// Puts an adapter beside the weight, which stays frozen.
     pub fn attach(&mut self, adapter: Adapter) {
         self.adapter = Some(adapter);
@@ -58,12 +75,13 @@ impl Linear {
 
     /// x (T, I) → y (T, O).
     pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, Tape)> {
-        let y = linear::forward(x, self.weight.value(), self.bias.as_ref().map(Parameter::value))?;
+        let bias = self.bias.as_ref().map(|bias| pass.value(bias)).transpose()?;
+        let y = linear::forward(x, &pass.value(&self.weight)?, bias.as_ref())?;
         let reduced = match &self.adapter {
             Some(adapter) => Some(lora::forward(x, &y, &self.low_rank(adapter, pass), pass.packing)?),
             None => None,
         };
-        Ok((y, Tape(reduced)))
+        Ok((pass.round(y)?, Tape(reduced)))
     }
 
     /// dy (T, O) → dx (T, I), added to `into` where other layers share the input, and the gradients of what is trained.
@@ -76,20 +94,21 @@ impl Linear {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
+        let weight = pass.value(&self.weight)?;
         let input = || match into {
-            None => linear::backward_input(dy, self.weight.value()),
-            Some(dx) => linear::add_backward_input(dy, self.weight.value(), &dx).map(|()| dx),
+            None => linear::backward_input(dy, &weight),
+            Some(dx) => linear::add_backward_input(dy, &weight, &dx).map(|()| dx),
         };
         if self.adapter.is_some() {
             let dx = input()?;
             self.backward_parameters(x, tape, dy, Some(&dx), pass, gradients)?;
-            return Ok(dx);
+            return pass.round(dx);
         }
         // Two products that do not wait for one another leave fewer threads without work than two in turn.
         let parameters = || self.backward_parameters(x, tape, dy, None, pass, gradients);
         let (dx, done) = rayon::join(input, parameters);
         done?;
-        Ok(dx?)
+        pass.round(dx?)
     }
 
     /// The gradients of what is trained here. The adapter's share of dx is added to `dx`; none where nothing below is

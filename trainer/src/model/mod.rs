@@ -5,6 +5,7 @@
 
 pub mod chunk;
 pub mod folder;
+pub mod head;
 pub mod hub;
 pub mod params;
 pub mod pass;
@@ -14,17 +15,23 @@ pub mod bert;
 pub mod decoder;
 pub mod encoder;
 pub mod linear;
+pub mod mapped;
+pub mod modernbert;
+pub mod norms;
+pub mod relative;
+pub mod rotary;
 pub mod settings;
 pub mod weights;
 
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use kernels::pool;
+use kernels::precision::Precision;
 
 use self::chunk::{Chunk, Limit};
 use self::encoder::Encoder;
 pub use self::folder::{Folder, Pooling};
+use self::head::Head;
 use self::params::{Flat, Gradients, Parameter};
 use self::pass::{Keep, Noise, Pass};
 use self::settings::Settings;
@@ -37,9 +44,11 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Model {
     encoder: Encoder,
+    head: Head,
     folder: Folder,
     pooling: Pooling,
     normalize: bool,
+    precision: Precision,
     parameters: Vec<(String, Parameter)>,
     flat: Flat,
     carried: Vec<(String, Tensor)>,
@@ -50,8 +59,7 @@ pub struct Model {
 #[derive(Debug)]
 pub struct Tape {
     encoder: encoder::Tape,
-    embeddings: Tensor, // (N, D)
-    norms: Tensor,      // (N)
+    head: head::Tape,
 }
 
 /// How a model is opened.
@@ -73,42 +81,66 @@ impl Model {
     /// Opens the model folder that `folder` describes.
     pub fn open(folder: Folder, options: &Options) -> Result<Self> {
         let settings = Settings::new(&folder.path, folder.config.clone());
-        let init = |anchors: &[&str]| {
+        let init = |place: &Path, part: &str, anchors: &[&str]| {
             let weights = match options.model.init {
-                config::Init::Pretrained => Weights::open(&adapter::base(&folder)?, anchors)?,
+                config::Init::Pretrained => Weights::open(place, anchors)?,
                 config::Init::Random => {
-                    Weights::random(options.seed, settings.number("initializer_range", 0.02)?)
+                    let deviation = settings.number("initializer_range", 0.02)?;
+                    Weights::random(options.seed, deviation, part)
                 }
             };
             Ok(if options.dry { weights.dry() } else { weights })
         };
         let longest = longest(&folder, &options.model, &settings)?;
         let dropout = options.model.dropout.map(|p| p as f32);
-        let (mut encoder, carried) = Encoder::new(&settings, init, dropout, longest)?;
-        let known = match &folder.adapter {
-            Some(known) => Some(adapter::load(&mut encoder, &folder, known)?),
-            None => None,
-        };
-        if let (true, Some(lora)) = (options.trained && known.is_none(), options.lora) {
-            adapter::attach(&mut encoder, lora, options.seed)?;
+        let open = |anchors: &[&str]| init(&adapter::base(&folder)?, "", anchors);
+        let (mut encoder, carried) = Encoder::new(&settings, open, dropout, longest)?;
+        let mut width = encoder.width();
+        for dense in &folder.dense {
+            if dense.inputs != width {
+                let message = format!("in_features is {}, but what comes before has {width}", dense.inputs);
+                return Err(Error::file(dense.path.join("config.json"), message));
+            }
+            width = dense.outputs;
         }
-        let lora = known.or_else(|| options.lora.cloned());
+        let normalize = options.model.normalize.or(folder.normalize).unwrap_or(true);
+        let mut head = Head::new(&folder.dense, normalize, |module| {
+            init(&module.path, &module.name, &["linear.weight"])
+        })?;
+        let lora = match (adapter::Source::find(&folder, options.lora)?, options.lora) {
+            (Some(source), section) => Some(source.load(&mut encoder, section)?),
+            (None, Some(lora)) if options.trained => {
+                adapter::attach(&mut encoder, lora, options.seed)?;
+                Some(lora.clone())
+            }
+            (None, section) => section.cloned(),
+        };
         let adapters_only = lora.is_some();
         let flat = Flat::adopt(
-            |visit| encoder.visit(visit),
+            |visit| encoder.visit(visit).and_then(|()| head.visit(visit)),
             |name| options.trained && (!adapters_only || name.contains(".lora_")),
         )?;
+        let precision = options.model.dtype.precision();
+        let mut round = |_: &str, parameter: &mut Parameter| parameter.round(precision);
+        if precision != Precision::F32 && !options.dry {
+            encoder.visit(&mut round)?;
+            head.visit(&mut round)?;
+        }
         let mut parameters = Vec::new();
-        encoder.visit(&mut |name: &str, parameter: &mut Parameter| {
+        let mut note = |name: &str, parameter: &mut Parameter| {
             parameters.push((name.to_owned(), parameter.clone()));
             Ok(())
-        })?;
+        };
+        encoder.visit(&mut note)?;
+        head.visit(&mut note)?;
         let decoder = matches!(encoder, Encoder::Decoder(_));
         let by_family = if decoder { Pooling::LastToken } else { Pooling::Mean };
         Ok(Self {
             pooling: options.model.pooling.or(folder.pooling).unwrap_or(by_family),
-            normalize: options.model.normalize.or(folder.normalize).unwrap_or(true),
+            normalize,
+            precision,
             encoder,
+            head,
             folder,
             parameters,
             flat,
@@ -119,11 +151,16 @@ impl Model {
 
     /// A chunk → its embeddings (N, D), and the tape if it is to be kept. Without `noise` nothing is dropped.
     pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
-        let pass = Pass { packing: &chunk.packing, noise };
+        let pass = self.pass(chunk, noise);
         let (x, tape) = self.encoder.forward(&chunk.ids, &pass, keep)?; // (T, D)
-        let (embeddings, norms) = pool::forward(&x, &chunk.spans, self.normalize)?;
-        let tape = tape.map(|encoder| Tape { encoder, embeddings: embeddings.clone(), norms });
-        Ok((embeddings, tape))
+        let (embeddings, head) = self.head.forward(&x, &chunk.spans, &pass)?;
+        Ok((embeddings, tape.map(|encoder| Tape { encoder, head })))
+    }
+
+    /// A chunk → the encoder's last hidden states (T, D), without dropout.
+    pub fn hidden_states(&self, chunk: &Chunk) -> Result<Tensor> {
+        let pass = self.pass(chunk, None);
+        Ok(self.encoder.forward(&chunk.ids, &pass, Keep::Nothing)?.0)
     }
 
     /// The tape of a chunk whose embeddings are known already.
@@ -143,10 +180,10 @@ impl Model {
         noise: Option<Noise>,
         gradients: &Gradients,
     ) -> Result<()> {
-        let pass = Pass { packing: &chunk.packing, noise };
-        let Tape { encoder, embeddings, norms } = tape;
+        let pass = self.pass(chunk, noise);
+        let Tape { encoder, head } = tape;
         let tokens = chunk.packing.tokens();
-        let dx = pool::backward(&embeddings, &norms, &chunk.spans, d, tokens, self.normalize)?; // (T, D)
+        let dx = self.head.backward(head, d, &chunk.spans, tokens, &pass, gradients)?; // (T, D)
         self.encoder.backward(&chunk.ids, encoder, dx, &pass, gradients)
     }
 
@@ -170,6 +207,15 @@ impl Model {
         &self.flat
     }
 
+    /// What activations and weights are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    fn pass<'a>(&self, chunk: &'a Chunk, noise: Option<Noise>) -> Pass<'a> {
+        Pass { packing: &chunk.packing, noise, precision: self.precision }
+    }
+
     /// What the folder said.
     pub fn folder(&self) -> &Folder {
         &self.folder
@@ -190,8 +236,13 @@ impl Model {
         self.lora.as_ref()
     }
 
-    /// D.
+    /// D of an embedding.
     pub fn width(&self) -> usize {
+        self.folder.dense.last().map_or(self.encoder.width(), |dense| dense.outputs)
+    }
+
+    /// D of a hidden state.
+    pub fn hidden_width(&self) -> usize {
         self.encoder.width()
     }
 
@@ -219,6 +270,18 @@ impl Model {
     pub fn adapters(&self) -> Vec<(String, Tensor)> {
         let adapters = self.parameters.iter().filter(|(name, _)| name.contains(".lora_"));
         adapters.map(|(name, parameter)| (name.clone(), parameter.value().clone())).collect()
+    }
+
+    /// The tensors of the dense layers after pooling, by their folders' names.
+    pub fn dense(&self) -> Vec<(String, Tensor)> {
+        let of_dense = |name: &str| {
+            self.folder
+                .dense
+                .iter()
+                .any(|dense| name.strip_prefix(&dense.name).is_some_and(|rest| rest.starts_with('.')))
+        };
+        let dense = self.parameters.iter().filter(|(name, _)| of_dense(name));
+        dense.map(|(name, parameter)| (name.clone(), parameter.value().clone())).collect()
     }
 
     /// Every tensor of the whole model by its name in the checkpoint, adapters merged into their weights.

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use kernels::adamw;
+use kernels::precision::{self, Precision};
 
 use crate::{Error, Result};
 
@@ -24,9 +25,25 @@ impl Parameter {
         Self { value, slot: None }
     }
 
+    /// Rounds a parameter that is not trained, whose values nobody changes.
+    pub fn round(&mut self, precision: Precision) -> Result<()> {
+        if self.slot.is_none() {
+            self.value = precision::round(self.value.clone(), precision)?;
+        }
+        Ok(())
+    }
+
     /// Its elements; of a trained parameter, a view of [`Flat::values`].
     pub fn value(&self) -> &Tensor {
         &self.value
+    }
+
+    /// Some of its rows, as a parameter of their own: the same memory.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        let width = self.value.elem_count() / self.value.dim(0)?.max(1);
+        let slot =
+            self.slot.as_ref().map(|slot| slot.start + rows.start * width..slot.start + rows.end * width);
+        Ok(Self { value: self.value.narrow(0, rows.start, rows.len())?, slot })
     }
 
     /// Its place in the flat buffer, if it is trained.
@@ -194,6 +211,11 @@ impl Gradients {
     /// Forgets the last step's.
     pub fn clear(&self) -> Result<()> {
         Ok(adamw::clear(&self.flat)?)
+    }
+
+    /// Multiplies all by `factor`.
+    pub fn scale(&self, factor: f32) -> Result<()> {
+        Ok(self.flat.slice_set(&(&self.flat * f64::from(factor))?, 0, 0)?)
     }
 
     /// The place for one parameter's gradient, in its shape; none if it is frozen.

@@ -1,7 +1,12 @@
 //! What every layer of one pass through the encoder must know.
 
+use candle_core::Tensor;
 use kernels::Packing;
-use kernels::dropout::Dropout;
+use kernels::dropout::{self, Dropout};
+use kernels::precision::{self, Precision};
+
+use super::params::Parameter;
+use crate::Result;
 
 /// One pass over one chunk, forward or backward.
 #[derive(Clone, Copy, Debug)]
@@ -10,6 +15,8 @@ pub struct Pass<'a> {
     pub packing: &'a Packing,
     /// Dropout's source; none outside training.
     pub noise: Option<Noise>,
+    /// What goes from one op to the next is rounded to.
+    pub precision: Precision,
 }
 
 /// Where a step's dropout masks come from. Nothing else decides them, so a pass can be repeated.
@@ -29,6 +36,27 @@ impl Pass<'_> {
     pub fn dropout(&self, p: f32, site: u32) -> Option<Dropout> {
         let Noise { seed, step } = self.noise.filter(|_| p > 0.0)?;
         Some(Dropout { p, seed, step, site })
+    }
+
+    /// An activation, or a gradient of one, in the precision of this pass.
+    pub fn round(&self, x: Tensor) -> Result<Tensor> {
+        Ok(precision::round(x, self.precision)?)
+    }
+
+    /// A parameter's value in the precision of this pass. Those that are not trained have it already.
+    pub fn value(&self, parameter: &Parameter) -> Result<Tensor> {
+        match parameter.slot() {
+            Some(_) => self.round(parameter.value().clone()),
+            None => Ok(parameter.value().clone()),
+        }
+    }
+
+    /// Dropout, forward on x and backward on dx: the same mask.
+    pub fn drop(&self, x: Tensor, p: f32, site: u32) -> Result<Tensor> {
+        match self.dropout(p, site) {
+            Some(mask) => self.round(dropout::apply(&x, self.packing, &mask)?),
+            None => Ok(x),
+        }
     }
 }
 

@@ -25,6 +25,11 @@ impl Settings {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
+    /// Whether a field is there and null, which to transformers is not the same as absent.
+    pub fn is_null(&self, name: &str) -> bool {
+        self.fields.get(name).is_some_and(Value::is_null)
+    }
+
     /// An error about this file.
     pub fn wrong(&self, message: impl Into<String>) -> Error {
         Error::file(&self.path, message)
@@ -44,6 +49,41 @@ impl Settings {
     /// A whole number, or none where the field is null or absent.
     pub fn optional_size(&self, name: &str) -> Result<Option<usize>> {
         self.get(name).map(|value| self.whole(name, value)).transpose()
+    }
+
+    /// A whole number that may be zero, with a default.
+    pub fn count(&self, name: &str, default: usize) -> Result<usize> {
+        match self.get(name) {
+            Some(Value::Number(number)) if number.as_u64() == Some(0) => Ok(0),
+            _ => self.size_or(name, default),
+        }
+    }
+
+    /// True or false, with a default.
+    pub fn flag(&self, name: &str, default: bool) -> Result<bool> {
+        match self.get(name) {
+            None => Ok(default),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(other) => Err(self.wrong(format!("`{name}` is {other}, expected true or false"))),
+        }
+    }
+
+    /// Whether layer `l` of `layers` has a window: by `layer_types`, or where that is absent by `default`.
+    pub fn windowed(&self, l: usize, layers: usize, default: impl Fn(usize) -> bool) -> Result<bool> {
+        let Some(types) = self.get("layer_types") else { return Ok(default(l)) };
+        let types = types.as_array().map_or(&[][..], Vec::as_slice);
+        if types.len() != layers {
+            let found = types.len();
+            return Err(self.wrong(format!("`layer_types` has {found} entries for {layers} layers")));
+        }
+        match types[l].as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => Err(self.wrong(format!(
+                "`layer_types` has {}, supported are full_attention, sliding_attention",
+                types[l]
+            ))),
+        }
     }
 
     /// A finite number.
@@ -71,7 +111,9 @@ impl Settings {
     pub fn activation(&self, name: &str, default: &str) -> Result<Activation> {
         match self.get(name).and_then(Value::as_str).unwrap_or(default) {
             "gelu" | "gelu_python" => Ok(Activation::Gelu),
-            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate" => {
+                Ok(Activation::GeluTanh)
+            }
             "silu" | "swish" => Ok(Activation::Silu),
             "relu" => Ok(Activation::Relu),
             other => {
@@ -83,8 +125,12 @@ impl Settings {
     /// Refuses a value other than the one that is supported.
     pub fn expect(&self, name: &str, supported: impl Into<Value>) -> Result<()> {
         let supported = supported.into();
+        let same = |value: &Value| match (value.as_f64(), supported.as_f64()) {
+            (Some(value), Some(supported)) => value == supported,
+            _ => *value == supported,
+        };
         match self.get(name) {
-            Some(value) if *value != supported => {
+            Some(value) if !same(value) => {
                 Err(self.wrong(format!("`{name}` is {value}, supported is {supported}")))
             }
             _ => Ok(()),

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
 use rand::SeedableRng;
 use rand::distr::Uniform;
@@ -12,6 +11,7 @@ use rand_distr::{Distribution, Normal};
 use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use super::mapped::Mapped;
 use crate::{Error, Result};
 
 /// Named tensors for a model that is being built.
@@ -24,7 +24,7 @@ pub struct Weights {
 }
 
 enum Source {
-    Files { folder: PathBuf, tensors: MmapedSafetensors, names: BTreeSet<String> },
+    Files { folder: PathBuf, tensors: Mapped },
     Random { seed: u64, deviation: f64 },
 }
 
@@ -43,33 +43,24 @@ impl Weights {
     /// Opens `model.safetensors` or the shards of its index. `anchors` are names of which one must be there; what stands
     /// before it is the prefix of all.
     pub fn open(folder: &Path, anchors: &[&str]) -> Result<Self> {
-        let files = files(folder)?;
-        for file in &files {
-            complete(file)?;
-        }
-        // SAFETY: a mapped file must not change underneath us. Model files are written once and renamed into place, by this
-        // program and by the hub's cache; whoever edits one in place during a run breaks every reader of it.
-        #[expect(unsafe_code, reason = "reading a 14 GB file through a map spares a second copy of it")]
-        let tensors = unsafe { MmapedSafetensors::multi(&files) }
-            .map_err(|error| Error::file(folder, format!("not a whole safetensors file: {error}")))?;
-        let names: BTreeSet<String> = tensors.tensors().into_iter().map(|(name, _)| name).collect();
-        let prefix = names
-            .iter()
+        let tensors = Mapped::open(&files(folder)?)?;
+        let prefix = tensors
+            .names()
             .find_map(|name| anchors.iter().find_map(|anchor| name.strip_suffix(anchor)))
             .ok_or_else(|| {
-                let first: Vec<_> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
+                let first: Vec<_> = tensors.names().take(3).map(|name| format!("`{name}`")).collect();
                 Error::file(
                     folder,
                     format!(
                         "the weights hold no tensor `{}`; the first of {} are {}\nhint: config.json and the weights must be of one model",
                         anchors[0],
-                        names.len(),
+                        tensors.names().count(),
                         first.join(", ")
                     ),
                 )
             })?
             .to_owned();
-        Ok(Self { source: Source::Files { folder: folder.to_owned(), tensors, names }, prefix, dry: false })
+        Ok(Self { source: Source::Files { folder: folder.to_owned(), tensors }, prefix, dry: false })
     }
 
     /// Checks names and shapes and gives zeros, which take no memory as long as nobody touches them.
@@ -77,32 +68,32 @@ impl Weights {
         Self { dry: true, ..self }
     }
 
-    /// Draws every tensor from the seed and its own name, so that order and threads do not matter.
-    pub fn random(seed: u64, deviation: f64) -> Self {
-        Self { source: Source::Random { seed, deviation }, prefix: String::new(), dry: false }
+    /// Draws every tensor of the model's part `part` from the seed and its own name, so that order and threads do not
+    /// matter.
+    pub fn random(seed: u64, deviation: f64, part: &str) -> Self {
+        Self { source: Source::Random { seed, deviation }, prefix: part.to_owned(), dry: false }
     }
 
     /// The tensor `name`, f32, checked against `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         match &self.source {
-            Source::Files { folder, tensors, .. } => {
+            Source::Files { folder, tensors } => {
                 let full = format!("{}{name}", self.prefix);
-                let tensor = tensors.get(&full).map_err(|_| {
-                    Error::file(folder, format!("the weights lack the tensor `{full}` of shape {shape:?}"))
-                })?;
-                if tensor.shape() != shape {
-                    return Err(Error::file(
-                        folder,
-                        format!(
-                            "`{full}` has the shape {:?}, config.json makes it {shape:?}",
-                            tensor.shape()
-                        ),
-                    ));
+                let older = legacy(&full).filter(|older| tensors.shape(older).is_some());
+                let full = older.unwrap_or(full);
+                let Some(found) = tensors.shape(&full) else {
+                    let message = format!("the weights lack the tensor `{full}` of shape {shape:?}");
+                    return Err(Error::file(folder, message));
+                };
+                if found != shape {
+                    let message = format!("`{full}` has the shape {found:?}, config.json makes it {shape:?}");
+                    return Err(Error::file(folder, message));
                 }
                 if self.dry {
-                    return Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?);
+                    Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+                } else {
+                    tensors.load(&full)
                 }
-                Ok(tensors.load(&full, &Device::Cpu)?.to_dtype(DType::F32)?)
             }
             Source::Random { seed, deviation } => match init {
                 _ if self.dry => Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?),
@@ -112,7 +103,7 @@ impl Weights {
                     let normal = Normal::new(0.0, *deviation as f32).map_err(|_| {
                         Error::Usage(format!("initializer_range {deviation} is not a deviation"))
                     })?;
-                    draw(*seed, name, shape, &normal)
+                    draw(*seed, &format!("{}{name}", self.prefix), shape, &normal)
                 }
             },
         }
@@ -125,16 +116,24 @@ impl Weights {
 
     /// Tensors of the files that the encoder does not compute with but another program may: they go through unchanged.
     pub fn carried(&self, wanted: &str) -> Result<Vec<(String, Tensor)>> {
-        let (Source::Files { tensors, names, .. }, false) = (&self.source, self.dry) else {
+        let (Source::Files { tensors, .. }, false) = (&self.source, self.dry) else {
             return Ok(Vec::new());
         };
         let start = format!("{}{wanted}", self.prefix);
-        names
-            .iter()
+        tensors
+            .names()
             .filter(|name| name.starts_with(&start))
-            .map(|name| Ok((name[self.prefix.len()..].to_owned(), tensors.load(name, &Device::Cpu)?)))
+            .map(|name| Ok((name[self.prefix.len()..].to_owned(), tensors.load(name)?)))
             .collect()
     }
+}
+
+/// What BERT's first checkpoints, converted from TensorFlow, call a layer norm's parameters.
+fn legacy(name: &str) -> Option<String> {
+    let norm = |ending: &str| name.strip_suffix(ending).filter(|start| start.ends_with("LayerNorm"));
+    norm(".weight")
+        .map(|start| format!("{start}.gamma"))
+        .or_else(|| norm(".bias").map(|start| format!("{start}.beta")))
 }
 
 /// A tensor of U(−limit, limit), a function of the seed and the name alone.
@@ -189,51 +188,15 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// Refuses a file that is shorter than its header says, which is what a broken download leaves.
-fn complete(path: &Path) -> Result<()> {
-    use std::io::Read;
-    let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
-    let size = file.metadata().map_err(Error::io("read", path))?.len();
-    let mut word = [0u8; 8];
-    let whole = |needed: u64| {
-        Err(Error::file(
-            path,
-            format!("is cut off: it has {size} bytes, its header asks for {needed}\nhint: download it again"),
-        ))
-    };
-    if file.read_exact(&mut word).is_err() {
-        return whole(8);
-    }
-    let header = u64::from_le_bytes(word);
-    if header > size.saturating_sub(8) {
-        return whole(header.saturating_add(8));
-    }
-    let mut json = vec![0u8; header as usize];
-    file.read_exact(&mut json).map_err(Error::io("read", path))?;
-    let json: serde_json::Value = serde_json::from_slice(&json)
-        .map_err(|error| Error::file(path, format!("is not a safetensors file: {error}")))?;
-    let end = json
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter_map(|(_, tensor)| tensor["data_offsets"][1].as_u64())
-        .max()
-        .unwrap_or(0);
-    if 8 + header + end > size {
-        return whole(8 + header + end);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn random_weights_depend_on_seed_and_name_alone() {
-        let weights = Weights::random(1, 0.02);
+        let weights = Weights::random(1, 0.02, "");
         let a = weights.matrix("a", 600, 700).unwrap();
-        let again = Weights::random(1, 0.02).matrix("a", 600, 700).unwrap();
+        let again = Weights::random(1, 0.02, "").matrix("a", 600, 700).unwrap();
         let other = weights.matrix("b", 600, 700).unwrap();
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(values(&a), values(&again));
@@ -251,6 +214,22 @@ mod tests {
         assert!(
             message.contains("has no model.safetensors") && message.contains("model.init: random"),
             "{message}"
+        );
+    }
+
+    #[test]
+    fn the_first_names_of_layer_norms_are_understood() {
+        let folder = tempfile::tempdir().unwrap();
+        let tensor = |value: f32| Tensor::full(value, 3, &Device::Cpu).unwrap();
+        let tensors =
+            [("bert.x.LayerNorm.gamma", 2.0), ("bert.x.LayerNorm.beta", 3.0), ("bert.w.weight", 4.0)];
+        let tensors = tensors.map(|(name, value)| (name.to_owned(), tensor(value))).into_iter().collect();
+        candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+        let weights = Weights::open(folder.path(), &["w.weight"]).unwrap();
+        let first = |name: &str| weights.tensor(name, &[3], Init::Ones).unwrap().to_vec1::<f32>().unwrap()[0];
+        assert_eq!(
+            (first("x.LayerNorm.weight"), first("x.LayerNorm.bias"), first("w.weight")),
+            (2.0, 3.0, 4.0)
         );
     }
 
