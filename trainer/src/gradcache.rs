@@ -5,7 +5,7 @@
 //! the first pass; only the others are encoded a second time. Dropout is a function of step and sequence, so the second
 //! time gives the first one's masks without anything being kept.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use kernels::precision::Precision;
 
 use crate::Result;
@@ -57,8 +57,9 @@ pub fn encode(
         chunks.push((chunk, tape));
     }
     let order: Vec<u32> = members.iter().map(|&member| place[member]).collect();
-    let order = Tensor::from_vec(order, members.len(), &Device::Cpu)?;
-    let embeddings = Tensor::cat(&embeddings, 0)?.index_select(&order, 0)?;
+    let embeddings = Tensor::cat(&embeddings, 0)?;
+    let order = Tensor::from_vec(order, members.len(), embeddings.device())?;
+    let embeddings = embeddings.index_select(&order, 0)?;
     Ok((embeddings, Encoded { chunks, order, noise }))
 }
 

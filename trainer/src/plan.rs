@@ -82,9 +82,6 @@ pub struct Cost {
     pub available: u64,
 }
 
-/// Chunks of this many tokens keep a layer's activations in the caches of a CPU and its matrix products efficient.
-const CPU_CHUNK: usize = 2048;
-
 impl Plan {
     /// Resolves and checks a configuration.
     pub fn new(config: Config) -> Result<Self> {
@@ -129,7 +126,7 @@ impl Plan {
             .collect::<Result<Vec<_>>>()?;
         let tokens = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
         let (budget, cost) = share_memory(&config.training, &model, tokens);
-        let embed_tokens = CPU_CHUNK.max(lengths.query).max(lengths.document);
+        let embed_tokens = memory::usual_chunk().max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
         Ok(Self {
             config,
@@ -245,18 +242,18 @@ fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -
 fn share_memory(training: &config::Training, model: &Model, tokens: f64) -> (Budget, Cost) {
     let available = memory::available();
     let (elements, trained) = (model.elements(), model.flat().len());
-    // f32 each; gradients and two moments for what is trained
-    let state = 4 * (elements as u64 + 3 * trained as u64);
+    // What is trained is f32, as are its gradients and two moments.
+    let state = (model.element_bytes() * (elements - trained) + 16 * trained) as u64;
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
         (Some(tokens), _) => Limit::Tokens(tokens),
         (None, Some(sequences)) => Limit::Sequences(sequences),
         // A chunk that runs backward needs its tape and, for a while, a layer's gradients.
-        (None, None) => Limit::Tokens(CPU_CHUNK.min((free / (2 * tape).max(1)) as usize).max(64)),
+        (None, None) => Limit::Tokens(memory::usual_chunk().min((free / (2 * tape).max(1)) as usize).max(64)),
     };
     let of_chunk = match chunk {
-        Limit::Tokens(limit) => tape * (limit as f64).min(tokens) as u64,
+        Limit::Tokens(limit) => memory::of_chunk(model, (limit as f64).min(tokens) as usize),
         Limit::Sequences(_) => 0,
     };
     let kept = training.tape_memory.map_or(free.saturating_sub(2 * of_chunk), |bytes| bytes.0);

@@ -6,7 +6,7 @@
 //!
 //! over j in all documents of the batch, less those known to be positives of the row.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use kernels::infonce::{self, Candidates};
 
 use crate::Result;
@@ -29,8 +29,8 @@ impl InfoNce {
     /// embeddings (N, D) → the loss of each row (B) and d(mean loss)/d(embeddings) (N, D). `rows` is the global B, over which
     /// the mean is taken.
     pub fn evaluate(&self, embeddings: &Tensor, table: &Table, rows: usize) -> Result<(Vec<f32>, Tensor)> {
-        let queries = index(&table.queries)?;
-        let candidates = index(&table.candidates)?;
+        let queries = index(&table.queries, embeddings)?;
+        let candidates = index(&table.candidates, embeddings)?;
         let q = embeddings.index_select(&queries, 0)?; // (B, D)
         let c = embeddings.index_select(&candidates, 0)?; // (M, D)
         let lists = if self.in_batch_negatives { &table.excluded } else { &table.own };
@@ -54,7 +54,7 @@ impl InfoNce {
 
         if self.symmetric {
             let positives: Vec<u32> = table.positives.iter().map(|&p| table.candidates[p as usize]).collect();
-            let positives = index(&positives)?;
+            let positives = index(&positives, embeddings)?;
             let p = embeddings.index_select(&positives, 0)?; // (B, D)
             let diagonal: Vec<u32> = (0..table.queries.len() as u32).collect();
             let excluded = transposed(table);
@@ -100,6 +100,7 @@ fn transposed(table: &Table) -> Lists {
     lists
 }
 
-fn index(indices: &[u32]) -> Result<Tensor> {
-    Ok(Tensor::from_slice(indices, indices.len(), &Device::Cpu)?)
+/// Rows of `of`, where they are.
+fn index(indices: &[u32], of: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from_slice(indices, indices.len(), of.device())?)
 }
