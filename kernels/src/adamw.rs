@@ -12,6 +12,9 @@ use crate::tensor::{expect_shape, read, write};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
+
 /// What stays the same for all parameters in one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -58,6 +61,10 @@ pub fn step(
         bail!("`params`, `grads`, `m` and `v` must not be views of one storage");
     }
     let factors = Factors::new(adamw, step, grad_scale);
+    #[cfg(feature = "cuda")]
+    if params.device().is_cuda() {
+        return gpu::step(params, grads, m, v, decayed, &factors);
+    }
     let grads = read::<f32>(grads)?;
     let mut result = Ok(());
     let all = |params: &mut [f32], m: &mut [f32], v: &mut [f32]| {
@@ -85,6 +92,10 @@ pub fn step(
 
 /// ‖grads‖₂ of (P) gradients. NaN and ∞ come through.
 pub fn norm(grads: &Tensor) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if grads.device().is_cuda() {
+        return gpu::norm_of(grads);
+    }
     let grads = read::<f32>(grads)?;
     // Blocks of a fixed size, added in their order: the same bits for any number of threads.
     let squares: Vec<f64> = grads.par_chunks(GRAIN).map(|block| vectorised(|| squares(block))).collect();

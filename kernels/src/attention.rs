@@ -11,6 +11,8 @@
 //! A bias by the distance from query to key (T5, MPNet) is added to the scores where one is given; its gradient is the sum
 //! of ds over all pairs at that distance, per text first and then over the texts in their order.
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod gpu;
 mod head;
 
 use crate::rows::add;
@@ -60,6 +62,10 @@ pub fn forward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return gpu::forward(q, k, v, None, packing, attention);
+    }
     forward_in(TILES, q, k, v, None, packing, attention)
 }
 
@@ -73,6 +79,10 @@ pub fn forward_biased(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return gpu::forward(q, k, v, Some(bias), packing, attention);
+    }
     forward_in(TILES, q, k, v, Some(bias), packing, attention)
 }
 
@@ -88,6 +98,11 @@ pub fn backward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        let (dq, dk, dv, _) = gpu::backward([q, k, v, o, lse, d_o], None, packing, attention)?;
+        return Ok((dq, dk, dv));
+    }
     let (dq, dk, dv, _) = backward_in(TILES, [q, k, v, o, lse, d_o], None, packing, attention)?;
     Ok((dq, dk, dv))
 }
@@ -105,6 +120,13 @@ pub fn backward_biased(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return match gpu::backward([q, k, v, o, lse, d_o], Some(bias), packing, attention)? {
+            (dq, dk, dv, Some(dbias)) => Ok((dq, dk, dv, dbias)),
+            _ => bail!("attention with a bias has the bias's gradient"),
+        };
+    }
     backward_in(TILES, [q, k, v, o, lse, d_o], Some(bias), packing, attention)
 }
 

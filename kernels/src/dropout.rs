@@ -11,6 +11,9 @@ use crate::tensor::{packed, read, tensor};
 use candle_core::{Result, Tensor, bail};
 use std::ops::Range;
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod gpu;
+
 /// One dropout: where it stands and when. Two of different `seed`, `step` or `site` are independent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
@@ -29,6 +32,10 @@ pub struct Dropout {
 /// # Errors
 /// If `p` is not a probability below 1, `x` has not the packing's tokens, or is not contiguous f32.
 pub fn apply(x: &Tensor, packing: &Packing, d: &Dropout) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::apply(x, packing, d);
+    }
     let (tokens, width) = packed("x", x, packing)?;
     d.check()?;
     let xs = read::<f32>(x)?;
@@ -53,6 +60,11 @@ impl Dropout {
             bail!("the dropout is {}, expected at least 0 and below 1", self.p);
         }
         Ok(())
+    }
+
+    /// A random word below it drops its element.
+    pub(crate) fn threshold(&self) -> u32 {
+        (f64::from(self.p) * 4_294_967_296.0) as u32
     }
 
     /// Multiplies row `t` of a packed tensor by its factors. Call it inside `vectorised`.
@@ -84,7 +96,7 @@ impl Dropout {
         mut f: impl FnMut(Range<usize>, &[f32]),
     ) {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
-        let threshold = (f64::from(self.p) * 4_294_967_296.0) as u32;
+        let threshold = self.threshold();
         let kept = 1.0 / (1.0 - self.p);
         let mut skip = (first % 4) as usize;
         let mut counter = (first / 4) as u32;

@@ -11,6 +11,9 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::iter::zip;
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
+
 /// What is looked up and added.
 #[derive(Clone, Copy, Debug)]
 pub struct Tables<'a> {
@@ -29,6 +32,10 @@ pub struct Tables<'a> {
 /// # Errors
 /// If an id or a position lies outside its table, a shape is not as said, or a tensor is not contiguous.
 pub fn forward(ids: &Tensor, packing: &Packing, tables: &Tables) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if tables.word.device().is_cuda() {
+        return gpu::forward(ids, packing, tables);
+    }
     let tokens = packing.tokens();
     let (words, width) = matrix("word", tables.word)?;
     let (ids, word) = (read::<u32>(ids)?, read::<f32>(tables.word)?);
@@ -76,6 +83,10 @@ pub fn backward(
     dposition: Option<&Tensor>,
     dkind: Option<&Tensor>,
 ) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if dx.device().is_cuda() {
+        return gpu::backward(dx, ids, packing, position_offset, dword, dposition, dkind);
+    }
     let (tokens, width) = packed("dx", dx, packing)?;
     let dxs = read::<f32>(dx)?;
     let dxs = &*dxs;
@@ -191,15 +202,15 @@ mod tests {
     use candle_core::Device;
 
     /// 11 words, of which some come often and some never.
-    fn ids(tokens: usize) -> Vec<u32> {
+    pub(super) fn ids(tokens: usize) -> Vec<u32> {
         (0..tokens).map(|t| (t * t % 11) as u32).collect()
     }
 
-    fn id_tensor(ids: &[u32]) -> Tensor {
+    pub(super) fn id_tensor(ids: &[u32]) -> Tensor {
         Tensor::new(ids, &Device::Cpu).unwrap()
     }
 
-    fn reference(
+    pub(super) fn reference(
         ids: &[u32],
         packing: &Packing,
         width: usize,

@@ -18,6 +18,9 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
+
 /// For each of B rows a list of columns: those of row i are `columns[offsets[i]..offsets[i + 1]]`, in any order.
 #[derive(Clone, Copy, Debug)]
 pub struct Lists<'a> {
@@ -62,6 +65,10 @@ pub struct Tape {
 
 /// The loss of each row of q (B, D) among the candidates c (M, D).
 pub fn forward(q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return gpu::forward(q, c, infonce);
+    }
     forward_in(TILE, q, c, infonce)
 }
 
@@ -73,6 +80,10 @@ pub fn backward(
     tape: &Tape,
     weight: f32,
 ) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return gpu::backward(q, c, infonce, tape, weight);
+    }
     backward_in(TILE, q, c, infonce, tape, weight)
 }
 
@@ -386,7 +397,7 @@ mod tests {
     /// Similarities of up to 384 terms in f32, times a scale of 20: their error is that of the logarithms.
     const TOLERANCE: f64 = 1e-5;
 
-    fn unit(seed: u64, rows: usize, width: usize) -> Tensor {
+    pub(super) fn unit(seed: u64, rows: usize, width: usize) -> Tensor {
         let x = random(seed, (rows, width));
         let norm = x.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap();
         x.broadcast_div(&norm).unwrap()
@@ -407,7 +418,7 @@ mod tests {
     }
 
     /// The loss of each row, and its gradient for every similarity.
-    fn reference(q: &[f64], c: &[f64], width: usize, infonce: &InfoNce) -> (Vec<f64>, Vec<f64>) {
+    pub(super) fn reference(q: &[f64], c: &[f64], width: usize, infonce: &InfoNce) -> (Vec<f64>, Vec<f64>) {
         let scale = f64::from(infonce.scale);
         let (mut losses, mut gradient) = (Vec::new(), Vec::new());
         for (i, q) in q.chunks(width).enumerate() {
@@ -429,7 +440,7 @@ mod tests {
     }
 
     /// dq and dc of weight · Σ loss.
-    fn reference_backward(
+    pub(super) fn reference_backward(
         q: &[f64],
         c: &[f64],
         width: usize,

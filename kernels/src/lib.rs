@@ -25,6 +25,8 @@ pub mod pool;
 pub mod precision;
 pub mod rope;
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
 mod matmul;
 mod rows;
 mod simd;
@@ -33,4 +35,6 @@ mod tensor;
 mod testing;
 mod tile;
 
+#[cfg(feature = "cuda")]
+pub use gpu::cuda::{forget_peak, free, memory, open};
 pub use packing::Packing;

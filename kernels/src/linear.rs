@@ -8,11 +8,18 @@ use crate::rows::{add, new_rows, new_rows_and_sums};
 use crate::tensor::{expect_shape, matrix, read, tensor, write};
 use candle_core::{Result, Tensor};
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod gpu;
+
 /// y `(T, O)` of x `(T, I)`, W `(O, I)` and the bias `(O)`.
 ///
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward(x, w, bias);
+    }
     let (tokens, inputs) = matrix("x", x)?;
     let (outputs, _) = matrix("w", w)?;
     expect_shape("w", w, &[outputs, inputs])?;
@@ -38,6 +45,10 @@ pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn backward_input(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return gpu::backward_input(dy, w);
+    }
     let (tokens, _) = matrix("dy", dy)?;
     let (outputs, inputs) = matrix("w", w)?;
     expect_shape("dy", dy, &[tokens, outputs])?;
@@ -51,6 +62,10 @@ pub fn backward_input(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn add_backward_input(dy: &Tensor, w: &Tensor, dx: &Tensor) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return gpu::add_backward_input(dy, w, dx);
+    }
     let (tokens, _) = matrix("dy", dy)?;
     let (outputs, inputs) = matrix("w", w)?;
     expect_shape("dy", dy, &[tokens, outputs])?;
@@ -65,6 +80,10 @@ pub fn add_backward_input(dy: &Tensor, w: &Tensor, dx: &Tensor) -> Result<()> {
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn backward_weight(x: &Tensor, dy: &Tensor, dw: &Tensor) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::backward_weight(x, dy, dw);
+    }
     let (tokens, inputs) = matrix("x", x)?;
     let (_, outputs) = matrix("dy", dy)?;
     expect_shape("dy", dy, &[tokens, outputs])?;
@@ -79,6 +98,10 @@ pub fn backward_weight(x: &Tensor, dy: &Tensor, dw: &Tensor) -> Result<()> {
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn backward_bias(dy: &Tensor, db: &Tensor) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return gpu::backward_bias(dy, db);
+    }
     let (tokens, outputs) = matrix("dy", dy)?;
     expect_shape("db", db, &[outputs])?;
     let dys = read::<f32>(dy)?;
@@ -102,7 +125,7 @@ mod tests {
     use crate::testing::{finite_difference, inner, numbers, random, relative_error};
 
     /// x·Wᵀ + bias in f64.
-    fn reference(x: &[f64], w: &[f64], bias: &[f64], inputs: usize) -> Vec<f64> {
+    pub(super) fn reference(x: &[f64], w: &[f64], bias: &[f64], inputs: usize) -> Vec<f64> {
         let tokens = x.len().checked_div(inputs).unwrap_or(0);
         let dot = |t: usize, o: usize| inner(&x[t * inputs..][..inputs], &w[o * inputs..][..inputs]);
         (0..tokens).flat_map(|t| (0..bias.len()).map(move |o| dot(t, o) + bias[o])).collect()

@@ -16,6 +16,9 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
+
 /// What is trained beside a frozen W `(O, I)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Adapter<'a> {
@@ -34,6 +37,10 @@ pub struct Adapter<'a> {
 /// # Errors
 /// If a shape is not as said or 0 but for T, or a tensor is not contiguous f32.
 pub fn forward(x: &Tensor, y: &Tensor, adapter: &Adapter, packing: &Packing) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward(x, y, adapter, packing);
+    }
     let shape = Shape::of(x, y, "y", adapter, packing)?;
     let Shape { tokens, inputs, outputs, rank } = shape;
     let (xs, a, b) = (read::<f32>(x)?, read::<f32>(adapter.a)?, read::<f32>(adapter.b)?);
@@ -81,6 +88,10 @@ pub fn backward(
     da: &Tensor,
     db: &Tensor,
 ) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::backward(x, xa, dy, adapter, packing, dx, da, db);
+    }
     let shape = Shape::of(x, dy, "dy", adapter, packing)?;
     let Shape { tokens, inputs, outputs, rank } = shape;
     expect_shape("xa", xa, &[tokens, rank])?;

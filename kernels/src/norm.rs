@@ -14,6 +14,9 @@ use crate::tensor::{expect_shape, matrix, read, tensor, write};
 use candle_core::{Result, Tensor, bail};
 use std::iter::zip;
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod gpu;
+
 /// What backward needs of a forward.
 #[derive(Clone, Debug)]
 pub struct Tape {
@@ -101,6 +104,10 @@ fn forward<const CENTRED: bool>(
     b: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, Tape)> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward::<CENTRED>(x, residual, w, b, eps);
+    }
     let (tokens, width) = matrix("x", x)?;
     expect_vectors(&[("w", Some(w)), ("b", b)], width)?;
     let (xs, w, b) = (read::<f32>(x)?, read::<f32>(w)?, b.map(read::<f32>).transpose()?);
@@ -144,6 +151,10 @@ fn forward<const CENTRED: bool>(
 }
 
 fn again<const CENTRED: bool>(tape: &Tape, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if tape.sum.device().is_cuda() {
+        return gpu::again::<CENTRED>(tape, w, b);
+    }
     let (tokens, width) = tape.shape::<CENTRED>()?;
     expect_vectors(&[("w", Some(w)), ("b", b)], width)?;
     let (w, b) = (read::<f32>(w)?, b.map(read::<f32>).transpose()?);
@@ -173,6 +184,10 @@ fn backward<const CENTRED: bool>(
     dw: Option<&Tensor>,
     db: Option<&Tensor>,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return gpu::backward::<CENTRED>(tape, w, dy, dsum, dw, db);
+    }
     let (tokens, width) = tape.shape::<CENTRED>()?;
     expect_vectors(&[("w", Some(w)), ("dw", dw), ("db", db)], width)?;
     expect_shape("dy", dy, &[tokens, width])?;
@@ -288,7 +303,7 @@ mod tests {
     use candle_core::{Device, IndexOp};
 
     /// y of layer norm (`centred`) or RMS norm in f64.
-    fn reference(sum: &[f64], w: &[f64], b: &[f64], eps: f64, centred: bool) -> Vec<f64> {
+    pub(super) fn reference(sum: &[f64], w: &[f64], b: &[f64], eps: f64, centred: bool) -> Vec<f64> {
         let width = w.len();
         let mut y = Vec::new();
         for row in sum.chunks(width.max(1)) {
@@ -392,7 +407,7 @@ mod tests {
     }
 
     /// The formula of the module's head in f64; itself checked against finite differences above through the kernel.
-    fn analytic(sum: &[f64], w: &[f64], dy: &[f64], centred: bool) -> Vec<f64> {
+    pub(super) fn analytic(sum: &[f64], w: &[f64], dy: &[f64], centred: bool) -> Vec<f64> {
         let width = w.len();
         let mut ds = Vec::new();
         for (row, dy) in zip(sum.chunks(width.max(1)), dy.chunks(width.max(1))) {

@@ -9,6 +9,8 @@ use std::ops::Range;
 pub struct Packing {
     offsets: Vec<usize>, // (N+1)
     numbers: Vec<u32>,   // (N)
+    #[cfg(feature = "cuda")]
+    copies: crate::gpu::Copies<4>,
 }
 
 impl Packing {
@@ -26,7 +28,18 @@ impl Packing {
             end += length;
             offsets.push(end);
         }
-        Self { offsets, numbers }
+        Self {
+            offsets,
+            numbers,
+            #[cfg(feature = "cuda")]
+            copies: crate::gpu::Copies::default(),
+        }
+    }
+
+    /// What kernels need of it, where they are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn copies(&self) -> &crate::gpu::Copies<4> {
+        &self.copies
     }
 
     /// T, the tokens of all sequences.

@@ -14,11 +14,18 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
+
 /// The shortest length that is divided by.
 const FLOOR: f32 = 1e-12;
 
 /// Embeddings (N, D) and the lengths of the means (N), from x (T, D) and the rows of each sequence (N).
 pub fn forward(x: &Tensor, spans: &[Range<usize>], normalize: bool) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu::forward(x, spans, normalize);
+    }
     let (tokens, width) = matrix("x", x)?;
     check(spans, tokens)?;
     let x = read::<f32>(x)?;
@@ -42,19 +49,16 @@ pub fn backward(
     tokens: usize,
     normalize: bool,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if e.device().is_cuda() {
+        return gpu::backward(e, norms, spans, de, tokens, normalize, e.dtype());
+    }
     let (_, width) = matrix("e", e)?;
     expect_shape("e", e, &[spans.len(), width])?;
     expect_shape("de", de, &[spans.len(), width])?;
     expect_shape("norms", norms, &[spans.len()])?;
     check(spans, tokens)?;
-    let mut owners = vec![None; tokens];
-    for (n, span) in spans.iter().enumerate() {
-        for owner in &mut owners[span.clone()] {
-            if let Some(other) = owner.replace(n) {
-                bail!("spans {other} and {n} share rows: a row is pooled into one sequence");
-            }
-        }
-    }
+    let owners = owners(spans, tokens)?;
     let (e, norms, de) = (read::<f32>(e)?, read::<f32>(norms)?, read::<f32>(de)?);
     // What each row of a span receives: the same for all of them.
     let [shares] = new_rows(
@@ -102,6 +106,19 @@ fn pool(x: &[f32], width: usize, span: &Range<usize>, normalize: bool, e: &mut [
     norm
 }
 
+/// The span that holds each row, if any.
+fn owners(spans: &[Range<usize>], tokens: usize) -> Result<Vec<Option<usize>>> {
+    let mut owners = vec![None; tokens];
+    for (n, span) in spans.iter().enumerate() {
+        for owner in &mut owners[span.clone()] {
+            if let Some(other) = owner.replace(n) {
+                bail!("spans {other} and {n} share rows: a row is pooled into one sequence");
+            }
+        }
+    }
+    Ok(owners)
+}
+
 fn check(spans: &[Range<usize>], tokens: usize) -> Result<()> {
     for (n, span) in spans.iter().enumerate() {
         if span.is_empty() {
@@ -124,7 +141,7 @@ mod tests {
     /// Means of up to 1023 rows in f32.
     const TOLERANCE: f64 = 1e-6;
 
-    fn reference(x: &[f64], width: usize, spans: &[Range<usize>], normalize: bool) -> Vec<f64> {
+    pub(super) fn reference(x: &[f64], width: usize, spans: &[Range<usize>], normalize: bool) -> Vec<f64> {
         let mut e = Vec::new();
         for span in spans {
             let mean: Vec<f64> = (0..width)

@@ -1,4 +1,4 @@
-//! Rounding to half precision, of tensors that stay f32.
+//! Rounding to half precision: on a CPU of tensors that stay f32, on a GPU to tensors of the half type.
 //!
 //! A CPU computes in f32 either way: bf16 and f16 there mean that what goes from one op to the next has the values that a
 //! half could hold, so that a run on a CPU sees what a GPU's sees. Sums inside an op stay f32.
@@ -25,6 +25,15 @@ pub enum Precision {
 /// # Errors
 /// If `x` is not a contiguous f32 tensor.
 pub fn round(x: Tensor, precision: Precision) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let dtype = match precision {
+            Precision::F32 => candle_core::DType::F32,
+            Precision::Bf16 => candle_core::DType::BF16,
+            Precision::F16 => candle_core::DType::F16,
+        };
+        return crate::linear::gpu::converted(&x, dtype);
+    }
     match precision {
         Precision::F32 => Ok(x),
         Precision::Bf16 => each(&x, bf16),

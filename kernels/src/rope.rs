@@ -8,6 +8,9 @@ use crate::rows::new_rows;
 use crate::tensor::{packed, read, tensor};
 use candle_core::{Result, Tensor, bail};
 
+#[cfg(any(test, feature = "cuda"))]
+mod gpu;
+
 /// Cosines and sines of every position's angles.
 #[derive(Clone, Debug)]
 pub struct Table {
@@ -15,6 +18,8 @@ pub struct Table {
     head_width: usize,
     cos: Vec<f32>, // (P, K/2)
     sin: Vec<f32>, // (P, K/2)
+    #[cfg(feature = "cuda")]
+    copies: crate::gpu::Copies<2>,
 }
 
 impl Table {
@@ -33,7 +38,20 @@ impl Table {
             head_width: 2 * frequencies.len(),
             cos: angles.iter().map(|angle| angle.cos() as f32).collect(),
             sin: angles.iter().map(|angle| angle.sin() as f32).collect(),
+            #[cfg(feature = "cuda")]
+            copies: crate::gpu::Copies::default(),
         }
+    }
+
+    /// Cosines and sines where the kernels are.
+    #[cfg(any(test, feature = "cuda"))]
+    fn on(&self, device: &candle_core::Device) -> Result<[Tensor; 2]> {
+        let make =
+            || Ok([Tensor::new(self.cos.as_slice(), device)?, Tensor::new(self.sin.as_slice(), device)?]);
+        #[cfg(feature = "cuda")]
+        return self.copies.on(device, make);
+        #[cfg(not(feature = "cuda"))]
+        make()
     }
 }
 
@@ -54,9 +72,10 @@ pub fn backward(dy: &Tensor, packing: &Packing, table: &Table) -> Result<Tensor>
     turn(dy, packing, table, -1.0)
 }
 
-fn turn(x: &Tensor, packing: &Packing, table: &Table, direction: f32) -> Result<Tensor> {
+/// (T, width) of what the table can turn.
+fn check(x: &Tensor, packing: &Packing, table: &Table) -> Result<(usize, usize)> {
     let (tokens, width) = packed("x", x, packing)?;
-    let Table { positions, head_width, ref cos, ref sin } = *table;
+    let Table { positions, head_width, .. } = *table;
     if head_width == 0 || !head_width.is_multiple_of(2) || !width.is_multiple_of(head_width) {
         bail!("rows of {width} are no heads of an even width of {head_width}");
     }
@@ -66,6 +85,46 @@ fn turn(x: &Tensor, packing: &Packing, table: &Table, direction: f32) -> Result<
             packing.longest()
         );
     }
+    Ok((tokens, width))
+}
+
+/// [`forward`] of queries `(T, H·K)` and keys `(T, G·K)`, which on a GPU is one launch.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_both(q: &Tensor, k: &Tensor, packing: &Packing, table: &Table) -> Result<(Tensor, Tensor)> {
+    turn_both(q, k, packing, table, 1.0)
+}
+
+/// [`backward`] of both.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward_both(dq: &Tensor, dk: &Tensor, packing: &Packing, table: &Table) -> Result<(Tensor, Tensor)> {
+    turn_both(dq, dk, packing, table, -1.0)
+}
+
+fn turn_both(
+    q: &Tensor,
+    k: &Tensor,
+    packing: &Packing,
+    table: &Table,
+    direction: f32,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return gpu::turn([q, k], packing, table, direction).map(|[q, k]| (q, k));
+    }
+    Ok((turn(q, packing, table, direction)?, turn(k, packing, table, direction)?))
+}
+
+fn turn(x: &Tensor, packing: &Packing, table: &Table, direction: f32) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return Ok(gpu::turn([x], packing, table, direction)?[0].clone());
+    }
+    let (tokens, width) = check(x, packing, table)?;
+    let Table { head_width, ref cos, ref sin, .. } = *table;
     let half = head_width / 2;
     let xs = read::<f32>(x)?;
     let xs = &*xs;
@@ -97,7 +156,13 @@ mod tests {
     use super::*;
     use crate::testing::{finite_difference, inner, numbers, random, relative_error};
 
-    fn reference(x: &[f64], packing: &Packing, width: usize, head_width: usize, base: f64) -> Vec<f64> {
+    pub(super) fn reference(
+        x: &[f64],
+        packing: &Packing,
+        width: usize,
+        head_width: usize,
+        base: f64,
+    ) -> Vec<f64> {
         let (half, mut y) = (head_width / 2, x.to_vec());
         for (t, row) in y.chunks_mut(width.max(1)).enumerate() {
             let position = packing.locate(t).1 as f64;

@@ -1,6 +1,6 @@
 //! What the tests of the ops share: random tensors, the measure of error, finite differences.
 
-use candle_core::{Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
 /// About standard normal elements, the same for the same seed.
 pub(crate) fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
@@ -20,8 +20,50 @@ pub(crate) fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_vec(elements, shape, &Device::Cpu).unwrap()
 }
 
-/// The elements of an f32 tensor, row by row.
+/// The element types of a GPU's kernels, and the relative error of what a few roundings leave: f32 by some 6e-8 each, bf16 by
+/// half of 2⁻⁸ in the result, f16 by half of 2⁻¹¹.
+pub(crate) const TYPES: [(DType, f64); 3] = [(DType::F32, 2e-6), (DType::BF16, 4e-3), (DType::F16, 5e-4)];
+
+/// Where the tests of kernels run: on a GPU if `LODESTONE_GPU` is set, which needs the feature `cuda`; else on the emulator,
+/// whose memory is the CPU's.
+pub(crate) fn place() -> &'static Device {
+    static PLACE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    PLACE.get_or_init(|| match std::env::var_os("LODESTONE_GPU") {
+        #[cfg(feature = "cuda")]
+        Some(_) => crate::open(0).expect("LODESTONE_GPU asks for a GPU"),
+        #[cfg(not(feature = "cuda"))]
+        Some(_) => panic!("LODESTONE_GPU asks for a GPU, which needs the feature `cuda`"),
+        None => Device::Cpu,
+    })
+}
+
+/// [`random`] elements where the tests of kernels run.
+pub(crate) fn placed(seed: u64, shape: impl Into<Shape>) -> Tensor {
+    moved(&random(seed, shape))
+}
+
+/// `tensor` where the tests of kernels run.
+pub(crate) fn moved(tensor: &Tensor) -> Tensor {
+    match tensor.elem_count() {
+        0 => crate::gpu::zeros(tensor.shape(), tensor.dtype(), place()).unwrap(),
+        _ => tensor.to_device(place()).unwrap(),
+    }
+}
+
+/// `tensor`, rounded to `dtype`.
+pub(crate) fn each_type(tensor: &Tensor, dtype: DType) -> Tensor {
+    match tensor.elem_count() {
+        0 => crate::gpu::zeros(tensor.shape(), dtype, tensor.device()).unwrap(),
+        _ => tensor.to_dtype(dtype).unwrap(),
+    }
+}
+
+/// The elements of a tensor, row by row.
 pub(crate) fn numbers(tensor: &Tensor) -> Vec<f64> {
+    if tensor.elem_count() == 0 {
+        return Vec::new();
+    }
+    let tensor = tensor.to_dtype(DType::F32).unwrap();
     tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect()
 }
 

@@ -5,7 +5,7 @@
 //! the first pass; only the others are encoded a second time. Dropout is a function of step and sequence, so the second
 //! time gives the first one's masks without anything being kept.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use kernels::precision::Precision;
 
 use crate::data::batch::Sequence;
@@ -13,7 +13,7 @@ use crate::model::chunk::{self, Chunk, Limit};
 use crate::model::params::Gradients;
 use crate::model::pass::{Keep, Noise};
 use crate::model::{Model, Tape};
-use crate::{Result, pulse};
+use crate::{Result, device, pulse};
 
 /// How a batch is cut and how much of it is kept.
 #[derive(Clone, Copy, Debug)]
@@ -58,13 +58,16 @@ pub fn encode(
         chunks.push((chunk, tape));
     }
     let order: Vec<u32> = members.iter().map(|&member| place[member]).collect();
-    let order = Tensor::from_vec(order, members.len(), &Device::Cpu)?;
     if members.is_empty() {
         // A rank without a sequence: there are more ranks than texts.
-        let nothing = Tensor::zeros((0, model.width()), DType::F32, &Device::Cpu)?;
+        let device = device::current()?;
+        let order = Tensor::from_vec(order, 0, &device)?;
+        let nothing = Tensor::zeros((0, model.width()), DType::F32, &device)?;
         return Ok((nothing, Encoded { chunks, order, noise }));
     }
-    let embeddings = Tensor::cat(&embeddings, 0)?.index_select(&order, 0)?;
+    let embeddings = Tensor::cat(&embeddings, 0)?;
+    let order = Tensor::from_vec(order, members.len(), embeddings.device())?;
+    let embeddings = embeddings.index_select(&order, 0)?;
     Ok((embeddings, Encoded { chunks, order, noise }))
 }
 

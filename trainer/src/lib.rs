@@ -2,6 +2,8 @@
 
 // What went wrong, for the person at the terminal.
 pub mod error;
+// A GPU, or the CPU.
+pub mod device;
 // What the user wrote.
 pub mod config;
 // Files of the Hugging Face hub.

@@ -2,8 +2,18 @@
 
 use std::fs;
 
-/// Bytes this process may still use: the system's available memory, or what its control group leaves.
+use crate::model::Model;
+use crate::model::pass::Keep;
+
+/// Bytes this process may still use: of its GPU, where it has one; else the system's available memory, or what its control
+/// group leaves.
 pub fn available() -> u64 {
+    #[cfg(feature = "cuda")]
+    if let Ok(device) = crate::device::current()
+        && let Ok(free) = kernels::free(&device)
+    {
+        return free;
+    }
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let system = meminfo
         .lines()
@@ -20,6 +30,30 @@ pub fn available() -> u64 {
         u64::MAX => 4 << 30,
         known => known,
     }
+}
+
+/// Tokens of a chunk, unless the configuration says: on a CPU as many as keep a layer's activations in the caches, on a GPU as
+/// many as keep it busy.
+pub fn usual_chunk() -> usize {
+    if on_gpu() { 16_384 } else { 1024 }
+}
+
+/// Bytes of tapes that are kept, unless the configuration says, where parameters, gradients and moments take `lasting` bytes. A GPU's
+/// memory is the run's. On a CPU it is half as much again as those take, or half a GiB: beyond that a tenth more speed costs
+/// as much memory as all the rest.
+pub fn usual_tapes(lasting: u64) -> u64 {
+    if on_gpu() { u64::MAX } else { (512 << 20).max(lasting / 2 * 3) }
+}
+
+fn on_gpu() -> bool {
+    crate::device::current().is_ok_and(|device| device.is_cuda())
+}
+
+/// Bytes of activations when a chunk of `tokens` runs backward: its tape, and what the backward of one layer holds beside it,
+/// which is about twice that layer's tape: gradients as wide as what is kept, and what is computed again.
+pub fn of_chunk(model: &Model, tokens: usize) -> u64 {
+    let tape = model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64;
+    tape + 2 * tape / model.layers().max(1) as u64
 }
 
 /// `1.5 GiB`.

@@ -85,13 +85,6 @@ pub struct Cost {
     pub available: u64,
 }
 
-/// Chunks of this many tokens keep a layer's activations in the caches of a CPU and its matrix products efficient.
-const CPU_CHUNK: usize = 1024;
-
-/// Bytes of tapes that a run keeps where nothing else is said, or half as much again as parameters and moments take: beyond that
-/// a tenth more speed costs as much memory as all the rest.
-const CPU_TAPES: u64 = 512 << 20;
-
 impl Plan {
     /// Resolves and checks a configuration.
     pub fn new(config: Config) -> Result<Self> {
@@ -138,7 +131,7 @@ impl Plan {
         let load = Load { lengths: of_batch, width: model.width(), trained: model.flat().len() };
         let local_ranks = comm::place()?.map_or(1, |place| place.local_size);
         let (budget, cost) = share_memory(&config.training, &model, tokens, local_ranks);
-        let embed_tokens = CPU_CHUNK.max(lengths.query).max(lengths.document);
+        let embed_tokens = memory::usual_chunk().max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
         Ok(Self {
             config,
@@ -263,22 +256,23 @@ fn share_memory(
 ) -> (Budget, Cost) {
     let available = memory::available() / local_ranks as u64;
     let (elements, trained) = (model.elements(), model.flat().len());
-    // f32 each; gradients, two moments, and a checkpoint's snapshot for what is trained
-    let lasting = 4 * (elements as u64 + 3 * trained as u64);
-    let state = lasting + 4 * 3 * trained as u64;
+    // What is trained is f32, as are its gradients and two moments.
+    let lasting = (model.element_bytes() * (elements - trained) + 16 * trained) as u64;
+    // A checkpoint's snapshot of what is trained and of the moments.
+    let state = lasting + 12 * trained as u64;
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
         (Some(tokens), _) => Limit::Tokens(tokens),
         (None, Some(sequences)) => Limit::Sequences(sequences),
         // A chunk that runs backward needs its tape and, for a while, a layer's gradients.
-        (None, None) => Limit::Tokens(CPU_CHUNK.min((free / (2 * tape).max(1)) as usize).max(64)),
+        (None, None) => Limit::Tokens(memory::usual_chunk().min((free / (2 * tape).max(1)) as usize).max(64)),
     };
     let of_chunk = match chunk {
-        Limit::Tokens(limit) => tape * (limit as f64).min(tokens) as u64,
+        Limit::Tokens(limit) => memory::of_chunk(model, (limit as f64).min(tokens) as usize),
         Limit::Sequences(_) => 0,
     };
-    let most = CPU_TAPES.max(lasting / 2 * 3);
+    let most = memory::usual_tapes(lasting);
     let kept = training.tape_memory.map_or(free.saturating_sub(2 * of_chunk).min(most), |bytes| bytes.0);
     let all = (tokens * tape as f64) as u64;
     let activations = of_chunk + kept.min(all);

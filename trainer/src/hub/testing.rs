@@ -1,6 +1,5 @@
 //! A hub on a local port, for tests.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};

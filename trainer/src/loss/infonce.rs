@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use kernels::infonce::{self, Candidates};
 
 use crate::Result;
@@ -39,8 +39,8 @@ impl InfoNce {
         if rows.is_empty() {
             return Ok((Vec::new(), embeddings.zeros_like()?));
         }
-        let queries = index(&table.queries[rows.clone()])?;
-        let candidates = index(&table.candidates)?;
+        let queries = index(&table.queries[rows.clone()], embeddings)?;
+        let candidates = index(&table.candidates, embeddings)?;
         let q = embeddings.index_select(&queries, 0)?; // (B, D)
         let c = embeddings.index_select(&candidates, 0)?; // (M, D)
         let lists = if self.in_batch_negatives { &table.excluded } else { &table.own }.of(rows.clone());
@@ -63,11 +63,11 @@ impl InfoNce {
         let mut d = embeddings.zeros_like()?.index_add(&queries, &dq, 0)?.index_add(&candidates, &dc, 0)?;
 
         if self.symmetric {
-            let queries = index(&table.queries)?;
+            let queries = index(&table.queries, embeddings)?;
             let q = embeddings.index_select(&queries, 0)?; // (all B, D)
             let positives: Vec<u32> =
                 table.positives[rows.clone()].iter().map(|&p| table.candidates[p as usize]).collect();
-            let positives = index(&positives)?;
+            let positives = index(&positives, embeddings)?;
             let p = embeddings.index_select(&positives, 0)?; // (B, D)
             let diagonal: Vec<u32> = rows.clone().map(|row| row as u32).collect();
             let excluded = transposed(table).of(rows);
@@ -113,6 +113,7 @@ fn transposed(table: &Table) -> Lists {
     lists
 }
 
-fn index(indices: &[u32]) -> Result<Tensor> {
-    Ok(Tensor::from_slice(indices, indices.len(), &Device::Cpu)?)
+/// Rows of `of`, where they are.
+fn index(indices: &[u32], of: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from_slice(indices, indices.len(), of.device())?)
 }

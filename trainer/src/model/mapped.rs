@@ -48,11 +48,11 @@ impl Mapped {
             let (header, metadata) = SafeTensors::read_metadata(&map)
                 .map_err(|error| Error::file(path, format!("is not a safetensors file: {error}")))?;
             let start = 8 + header;
-            for (name, info) in metadata.tensors() {
+            places.extend(metadata.tensors().into_iter().map(|(name, info)| {
                 let (from, to) = info.data_offsets;
                 let (dtype, shape) = (info.dtype, info.shape.clone());
-                places.insert(name, Place { file: number, dtype, shape, bytes: start + from..start + to });
-            }
+                (name, Place { file: number, dtype, shape, bytes: start + from..start + to })
+            }));
             files.push((path.clone(), map));
         }
         Ok(Self { files, places })

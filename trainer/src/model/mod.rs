@@ -38,7 +38,7 @@ use self::settings::Settings;
 use self::weights::Weights;
 use crate::config;
 use crate::data::batch::Sequence;
-use crate::{Error, Result};
+use crate::{Error, Result, device};
 
 /// An encoder, how its hidden states become one embedding, and which of its parameters are trained.
 #[derive(Debug)]
@@ -80,6 +80,8 @@ pub struct Options<'a> {
 impl Model {
     /// Opens the model folder that `folder` describes.
     pub fn open(folder: Folder, options: &Options) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        candle_core::cuda::set_gemm_reduced_precision_f32(options.model.tf32);
         let settings = Settings::new(&folder.path, folder.config.clone());
         let init = |place: &Path, part: &str, anchors: &[&str]| {
             let weights = match options.model.init {
@@ -152,7 +154,7 @@ impl Model {
     /// A chunk → its embeddings (N, D), and the tape if it is to be kept. Without `noise` nothing is dropped.
     pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
         let pass = self.pass(chunk, noise);
-        let (x, tape) = self.encoder.forward(&chunk.ids, &pass, keep)?; // (T, D)
+        let (x, tape) = self.encoder.forward(&self.placed(&chunk.ids)?, &pass, keep)?; // (T, D)
         let (embeddings, head) = self.head.forward(&x, &chunk.spans, &pass)?;
         Ok((embeddings, tape.map(|encoder| Tape { encoder, head })))
     }
@@ -160,7 +162,7 @@ impl Model {
     /// A chunk → the encoder's last hidden states (T, D), without dropout.
     pub fn hidden_states(&self, chunk: &Chunk) -> Result<Tensor> {
         let pass = self.pass(chunk, None);
-        Ok(self.encoder.forward(&chunk.ids, &pass, Keep::Nothing)?.0)
+        Ok(self.encoder.forward(&self.placed(&chunk.ids)?, &pass, Keep::Nothing)?.0)
     }
 
     /// The tape of a chunk whose embeddings are known already.
@@ -183,8 +185,16 @@ impl Model {
         let pass = self.pass(chunk, noise);
         let Tape { encoder, head } = tape;
         let tokens = chunk.packing.tokens();
-        let dx = self.head.backward(head, d, &chunk.spans, tokens, &pass, gradients)?; // (T, D)
-        self.encoder.backward(&chunk.ids, encoder, dx, &pass, gradients)
+        let dx = pass.round(self.head.backward(head, d, &chunk.spans, tokens, &pass, gradients)?)?; // (T, D)
+        self.encoder.backward(&self.placed(&chunk.ids)?, encoder, dx, &pass, gradients)
+    }
+
+    /// A tensor of a chunk where the parameters are.
+    fn placed(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(match self.parameters.first() {
+            Some((_, parameter)) => tensor.to_device(parameter.value().device())?,
+            None => tensor.clone(),
+        })
     }
 
     /// Sequences → their embeddings (N, D) in the order given; no tape, no dropout.
@@ -261,9 +271,24 @@ impl Model {
         self.parameters.iter().map(|(_, parameter)| parameter.value().elem_count()).sum()
     }
 
+    /// L, as the names of the parameters count.
+    pub fn layers(&self) -> usize {
+        let number = |name: &str| {
+            let mut parts = name.split('.').skip_while(|part| !matches!(*part, "layer" | "layers"));
+            parts.nth(1)?.parse::<usize>().ok()
+        };
+        self.parameters.iter().filter_map(|(name, _)| number(name)).max().map_or(0, |last| last + 1)
+    }
+
     /// Bytes of tape that one token leaves.
     pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
-        self.encoder.tape_bytes_per_token(keep)
+        self.encoder.tape_bytes_per_token(keep) / 4 * self.element_bytes()
+    }
+
+    /// Bytes of an activation, and of a parameter that is not trained: on a CPU halves are kept in f32.
+    pub fn element_bytes(&self) -> usize {
+        let on_gpu = device::current().is_ok_and(|device| device.is_cuda());
+        if on_gpu && self.precision != Precision::F32 { 2 } else { 4 }
     }
 
     /// The adapters' tensors by name, as PEFT names them after `base_model.model.`.

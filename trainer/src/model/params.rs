@@ -93,7 +93,11 @@ impl Flat {
         trained: impl Fn(&str) -> bool,
     ) -> Result<Self> {
         let (mut matrices, mut vectors) = (Vec::new(), Vec::new());
+        let mut device = None;
         walk(&mut |name: &str, parameter: &mut Parameter| {
+            // Adapters come after weights, from the CPU.
+            let device = device.get_or_insert_with(|| parameter.value.device().clone());
+            parameter.value = parameter.value.to_device(device)?;
             if trained(name) {
                 let shape = parameter.value.dims().to_vec();
                 if shape.len() > 1 { &mut matrices } else { &mut vectors }.push((name.to_owned(), shape));
@@ -112,7 +116,8 @@ impl Flat {
             })
             .collect();
         let decayed = entries[..decayed].last().map_or(0, |entry| entry.slot.end);
-        let values = Tensor::zeros(end, DType::F32, &Device::Cpu)?;
+        let device = device.filter(|_| end > 0).unwrap_or(Device::Cpu);
+        let values = Tensor::zeros(end, DType::F32, &device)?;
         walk(&mut |name: &str, parameter: &mut Parameter| {
             if let Some(entry) = entries.iter().find(|entry| entry.name == name) {
                 let view = view(&values, &entry.slot)?;
@@ -179,7 +184,11 @@ impl Flat {
                     format!("`{name}` has the shape {:?}, the model's is {:?}", tensor.dims(), entry.shape),
                 ));
             }
-            view(buffer, &entry.slot)?.slice_set(&tensor.to_dtype(DType::F32)?.flatten_all()?, 0, 0)?;
+            view(buffer, &entry.slot)?.slice_set(
+                &tensor.to_dtype(DType::F32)?.flatten_all()?.to_device(buffer.device())?,
+                0,
+                0,
+            )?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! MPNet's attention bias by the distance from query to key, in buckets that widen with the distance (Raffel et al. 2020,
 //! section 2.1): one table for all layers.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::params::{Gradients, Parameter, Visit};
 use super::pass::Pass;
@@ -27,13 +27,13 @@ impl Relative {
 
     /// The bias of every distance, (H, 2·128 + 1).
     pub fn bias(&self, pass: &Pass) -> Result<Tensor> {
-        let table = pass.value(&self.weight)?.to_vec2::<f32>()?;
+        let table = pass.value(&self.weight)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let heads = self.weight.value().dim(1)?;
         let bias: Vec<f32> = (0..heads)
             .flat_map(|h| (-REACH..=REACH).map(move |distance| (h, bucket(distance))))
             .map(|(h, bucket)| table[bucket][h])
             .collect();
-        Ok(Tensor::from_vec(bias, (heads, 2 * REACH as usize + 1), &Device::Cpu)?)
+        Ok(Tensor::from_vec(bias, (heads, 2 * REACH as usize + 1), self.weight.value().device())?)
     }
 
     /// Adds the gradient of the bias to the table's.
@@ -45,7 +45,7 @@ impl Relative {
                 table[bucket(distance)][h] += d;
             }
         }
-        Ok(dweight.slice_set(&Tensor::new(table, &Device::Cpu)?, 0, 0)?)
+        Ok(dweight.slice_set(&Tensor::new(table, dweight.device())?, 0, 0)?)
     }
 
     /// Whether it is trained.

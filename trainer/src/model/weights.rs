@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::mapped::Mapped;
-use crate::{Error, Result};
+use crate::{Error, Result, device};
 
 /// Named tensors for a model that is being built.
 pub struct Weights {
@@ -74,8 +74,13 @@ impl Weights {
         Self { source: Source::Random { seed, deviation }, prefix: part.to_owned(), dry: false }
     }
 
-    /// The tensor `name`, f32, checked against `shape`.
+    /// The tensor `name`, f32, checked against `shape`, where this process computes.
     pub fn tensor(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        let tensor = self.on_cpu(name, shape, init)?;
+        if self.dry { Ok(tensor) } else { Ok(tensor.to_device(&device::current()?)?) }
+    }
+
+    fn on_cpu(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         match &self.source {
             Source::Files { folder, tensors } => {
                 let full = format!("{}{name}", self.prefix);

@@ -1,0 +1,235 @@
+//! Each kernel at the shapes of Mistral-7B against its roofline: bytes over what a copy reaches on this GPU, or FLOPs over
+//! what a large matrix product reaches. Needs nothing but the GPU.
+//!
+//! Correctness is the tests' matter, which run on the GPU with `LODESTONE_GPU=1`; `scripts/gpu.sh` does both.
+
+#![expect(clippy::print_stdout, reason = "a benchmark reports")]
+
+use candle_core::{DType, Device, Result, Tensor};
+use kernels::activation::{self, Activation};
+use kernels::adamw::{self, AdamW};
+use kernels::attention::{self, Attention};
+use kernels::dropout::{self, Dropout};
+use kernels::embedding::{self, Tables};
+use kernels::infonce::{self, Candidates, InfoNce};
+use kernels::lora::{self, Adapter};
+use kernels::{Packing, linear, norm, pool, rope};
+use std::time::Instant;
+
+/// Of a chunk.
+const TOKENS: usize = 16_384;
+const WIDTH: usize = 4096;
+const INNER: usize = 14_336;
+const HEADS: usize = 32;
+const KV_HEADS: usize = 8;
+const HEAD_WIDTH: usize = 128;
+const RANK: usize = 8;
+
+fn main() -> Result<()> {
+    let device = kernels::open(0)?;
+    let bench = Bench { copied: 0.0, multiplied: 0.0, device };
+    bench.run()
+}
+
+struct Bench {
+    device: Device,
+    /// Bytes a second.
+    copied: f64,
+    /// FLOP a second.
+    multiplied: f64,
+}
+
+impl Bench {
+    fn run(mut self) -> Result<()> {
+        let big = self.random((1 << 15, 1 << 13), DType::BF16)?;
+        let seconds = self.seconds(|| big.copy().map(drop))?;
+        self.copied = 2.0 * bytes(&[&big]) / seconds;
+        drop(big);
+        let (x, w) = (self.random((TOKENS, WIDTH), DType::BF16)?, self.random((INNER, WIDTH), DType::BF16)?);
+        let flops = 2.0 * (TOKENS * WIDTH * INNER) as f64;
+        self.multiplied = flops / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
+        println!(
+            "copy {:.0} GB/s, product {:.0} TFLOP/s in bf16; {TOKENS} tokens\n",
+            self.copied / 1e9,
+            self.multiplied / 1e12
+        );
+        println!("{:<34}{:>10}{:>12}{:>12}", "kernel", "µs", "of copy", "of product");
+        for dtype in [DType::BF16, DType::F16] {
+            self.layer(dtype)?;
+        }
+        self.head()
+    }
+
+    fn layer(&self, dtype: DType) -> Result<()> {
+        let packing = packing();
+        let name = |what: &str| format!("{what}, {dtype:?}").to_lowercase();
+        let [x, residual, dy] = [(); 3].map(|()| self.random((TOKENS, WIDTH), dtype));
+        let (x, residual, dy) = (x?, residual?, dy?);
+        let w = self.random(WIDTH, DType::F32)?;
+        let stream = bytes(&[&x]);
+        self.moves(&name("rms norm + residual"), 4.0 * stream, || {
+            norm::rms_norm(&x, Some(&residual), &w, 1e-5).map(drop)
+        })?;
+        let (_, tape) = norm::rms_norm(&x, Some(&residual), &w, 1e-5)?;
+        self.moves(&name("rms norm, backward"), 4.0 * stream, || {
+            norm::rms_norm_backward(&tape, &w, &dy, Some(&residual), None).map(drop)
+        })?;
+        let dw = self.random(WIDTH, DType::F32)?;
+        // Any mean will do for the time that it takes.
+        let tape = norm::Tape { mean: Some(tape.rstd.clone()), ..tape };
+        self.moves(&name("layer norm, backward with dw"), 3.0 * stream, || {
+            norm::layer_norm_backward(&tape, &w, &dy, None, Some(&dw), Some(&w)).map(drop)
+        })?;
+
+        let (q, k, v) = (
+            self.random((TOKENS, HEADS * HEAD_WIDTH), dtype)?,
+            self.random((TOKENS, KV_HEADS * HEAD_WIDTH), dtype)?,
+            self.random((TOKENS, KV_HEADS * HEAD_WIDTH), dtype)?,
+        );
+        let table = rope::Table::new(512, HEAD_WIDTH, 10_000.0);
+        self.moves(&name("rope, q and k"), 2.0 * bytes(&[&q, &k]), || {
+            rope::forward_both(&q, &k, &packing, &table).map(drop)
+        })?;
+
+        let attention = Attention {
+            heads: HEADS,
+            kv_heads: KV_HEADS,
+            head_width: HEAD_WIDTH,
+            scale: 1.0 / (HEAD_WIDTH as f32).sqrt(),
+            left: None,
+            right: Some(0),
+            dropout: None,
+        };
+        let pairs: f64 = packing.ranges().map(|r| (r.len() * (r.len() + 1) / 2) as f64).sum();
+        let product = 2.0 * pairs * (HEADS * HEAD_WIDTH) as f64;
+        self.computes(&name("attention, causal"), 2.0 * product, || {
+            attention::forward(&q, &k, &v, &packing, &attention).map(drop)
+        })?;
+        let (o, lse) = attention::forward(&q, &k, &v, &packing, &attention)?;
+        self.computes(&name("attention, causal, backward"), 5.0 * product, || {
+            attention::backward(&q, &k, &v, &o, &lse, &o, &packing, &attention).map(drop)
+        })?;
+
+        let (gate, up) = (self.random((TOKENS, INNER), dtype)?, self.random((TOKENS, INNER), dtype)?);
+        let inner = bytes(&[&gate]);
+        self.moves(&name("swiglu"), 3.0 * inner, || {
+            activation::gated(&gate, &up, Activation::Silu).map(drop)
+        })?;
+        self.moves(&name("swiglu, backward"), 5.0 * inner, || {
+            activation::gated_backward(&gate, &up, &up, Activation::Silu).map(drop)
+        })?;
+        self.moves(&name("gelu"), 2.0 * inner, || activation::forward(&gate, Activation::Gelu).map(drop))?;
+
+        let d = Dropout { p: 0.1, seed: 1, step: 1, site: 1 };
+        self.moves(&name("dropout"), 2.0 * stream, || dropout::apply(&x, &packing, &d).map(drop))?;
+
+        let word = self.random((32_000, WIDTH), dtype)?;
+        let ids: Vec<u32> = (0..TOKENS as u32).map(|t| t * 7919 % 32_000).collect();
+        let ids = Tensor::new(ids, &self.device)?;
+        let tables = Tables { word: &word, position: None, position_offset: 0, kind: None };
+        self.moves(&name("embedding"), 2.0 * stream, || {
+            embedding::forward(&ids, &packing, &tables).map(drop)
+        })?;
+        let dword = Tensor::zeros((32_000, WIDTH), DType::F32, &self.device)?;
+        self.moves(&name("embedding, backward"), 5.0 * stream, || {
+            embedding::backward(&x, &ids, &packing, 0, Some(&dword), None, None)
+        })?;
+
+        let frozen = self.random((INNER, WIDTH), dtype)?;
+        let flops = 2.0 * (TOKENS * WIDTH * INNER) as f64;
+        self.computes(&name("linear"), flops, || linear::forward(&x, &frozen, None).map(drop))?;
+        self.computes(&name("linear, dx only"), flops, || linear::backward_input(&gate, &frozen).map(drop))?;
+        let (a, b) = (self.random((RANK, WIDTH), DType::F32)?, self.random((INNER, RANK), DType::F32)?);
+        let adapter = Adapter { a: &a, b: &b, scale: 4.0, dropout: None };
+        self.moves(&name("lora"), stream + 2.0 * inner, || {
+            lora::forward(&x, &up, &adapter, &packing).map(drop)
+        })?;
+        let xa = lora::forward(&x, &up, &adapter, &packing)?;
+        let (da, db) = (a.zeros_like()?, b.zeros_like()?);
+        self.moves(&name("lora, backward"), 3.0 * stream + 2.0 * inner, || {
+            lora::backward(&x, &xa, &gate, &adapter, &packing, Some(&residual), &da, &db)
+        })?;
+
+        let spans: Vec<_> = packing.ranges().collect();
+        self.moves(&name("masked mean"), stream, || pool::forward(&x, &spans, true).map(drop))
+    }
+
+    fn head(&self) -> Result<()> {
+        let (rows, candidates) = (1024, 6144);
+        let unit = |x: Tensor| x.broadcast_div(&x.sqr()?.sum_keepdim(1)?.sqrt()?);
+        let q = unit(self.random((rows, WIDTH), DType::F32)?)?;
+        let c = unit(self.random((candidates, WIDTH), DType::F32)?)?;
+        let positives: Vec<u32> = (0..rows as u32).collect();
+        let infonce =
+            InfoNce { positives: &positives, candidates: Candidates::All, scale: 50.0, margin: None };
+        let product = 2.0 * (rows * candidates * WIDTH) as f64;
+        self.computes("infonce 1024 × 6144", product, || infonce::forward(&q, &c, &infonce).map(drop))?;
+        let tape = infonce::forward(&q, &c, &infonce)?;
+        self.computes("infonce 1024 × 6144, backward", 3.0 * product, || {
+            infonce::backward(&q, &c, &infonce, &tape, 1.0).map(drop)
+        })?;
+
+        let count = 21 << 20;
+        let [p, g, m, v] = [(); 4].map(|()| self.random(count, DType::F32));
+        let (p, g, m, v) = (p?, g?, m?, v?.abs()?);
+        let adamw =
+            AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+        self.moves("adamw", 7.0 * bytes(&[&p]), || adamw::step(&p, &g, &m, &v, count, 1, 1.0, &adamw))?;
+        self.moves("norm of gradients, to the host", bytes(&[&g]), || adamw::norm(&g).map(drop))
+    }
+
+    fn moves(&self, name: &str, bytes: f64, f: impl FnMut() -> Result<()>) -> Result<()> {
+        let seconds = self.seconds(f)?;
+        let share = 100.0 * bytes / seconds / self.copied;
+        println!("{name:<34}{:>10.1}{share:>10.0} %", seconds * 1e6);
+        Ok(())
+    }
+
+    fn computes(&self, name: &str, flops: f64, f: impl FnMut() -> Result<()>) -> Result<()> {
+        let seconds = self.seconds(f)?;
+        let share = 100.0 * flops / seconds / self.multiplied;
+        println!("{name:<34}{:>10.1}{:>12}{share:>10.0} %", seconds * 1e6, "");
+        Ok(())
+    }
+
+    /// Of one call: the median of five batches of ten, all queued before the end is waited for.
+    fn seconds(&self, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+        let mut batch = |calls: usize| -> Result<f64> {
+            let start = Instant::now();
+            for _ in 0..calls {
+                f()?;
+            }
+            self.device.synchronize()?;
+            Ok(start.elapsed().as_secs_f64() / calls as f64)
+        };
+        batch(3)?;
+        let mut all = [batch(10)?, batch(10)?, batch(10)?, batch(10)?, batch(10)?];
+        all.sort_by(f64::total_cmp);
+        Ok(all[2])
+    }
+
+    fn random(&self, shape: impl Into<candle_core::Shape>, dtype: DType) -> Result<Tensor> {
+        Tensor::randn(0f32, 1f32, shape.into(), &self.device)?.to_dtype(dtype)
+    }
+}
+
+fn bytes(tensors: &[&Tensor]) -> f64 {
+    tensors.iter().map(|x| (x.elem_count() * x.dtype().size_in_bytes()) as f64).sum()
+}
+
+/// A chunk of documents of the zeta recipe.
+fn packing() -> Packing {
+    let text = include_str!("lengths.json");
+    let documents = text.split("\"documents\":").nth(1).unwrap_or_default();
+    let mut lengths = Vec::new();
+    let mut left = TOKENS;
+    for number in documents.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse::<usize>().ok()) {
+        if left == 0 {
+            break;
+        }
+        lengths.push(number.min(left));
+        left -= number.min(left);
+    }
+    let numbers = (0..lengths.len() as u32).collect();
+    Packing::new(&lengths, numbers)
+}

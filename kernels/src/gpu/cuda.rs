@@ -1,0 +1,350 @@
+//! A GPU's memory, stream and products.
+
+use candle_core::cuda::cudarc::cublaslt::{result as lt, sys};
+use candle_core::cuda::cudarc::driver::{DevicePtr, DeviceRepr, result as driver, sys as driver_sys};
+use candle_core::cuda::{CudaDType, CudaStorageSlice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
+use half::{bf16, f16};
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::{Mutex, PoisonError};
+
+use super::product::Matrix;
+
+/// GPU `ordinal`, ready for training: memory that is freed stays in its pool, and no events are recorded, because one stream
+/// does all the work.
+///
+/// # Errors
+/// If there is no such GPU, or no driver.
+pub fn open(ordinal: usize) -> Result<Device> {
+    let device = CudaDevice::new_with_stream(ordinal)?;
+    // SAFETY: one stream, so no use of a tensor can overtake another.
+    unsafe { device.disable_event_tracking() };
+    let keep = u64::MAX;
+    pool(&device, |pool| {
+        let attribute = driver_sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the attribute is a u64.
+        unsafe { driver::mem_pool::set_attribute(pool, attribute, (&raw const keep).cast_mut().cast()) }
+    })?;
+    Ok(Device::Cuda(device))
+}
+
+/// Bytes in use on a GPU, now and at most since [`forget_peak`].
+///
+/// # Errors
+/// If `device` is no GPU.
+pub fn memory(device: &Device) -> Result<(u64, u64)> {
+    let device = device.as_cuda_device()?;
+    let read = |attribute| {
+        let mut bytes = 0u64;
+        pool(device, |pool| {
+            // SAFETY: the attribute is a u64.
+            unsafe { driver::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }
+        })?;
+        Ok::<_, candle_core::Error>(bytes)
+    };
+    use driver_sys::CUmemPool_attribute as Attribute;
+    Ok((read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?, read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
+}
+
+/// Bytes that are free on a GPU.
+///
+/// # Errors
+/// If `device` is no GPU.
+pub fn free(device: &Device) -> Result<u64> {
+    let context = device.as_cuda_device()?.cuda_stream().context().clone();
+    context.bind_to_thread().map_err(candle_core::Error::wrap)?;
+    Ok(driver::mem_get_info().map_err(candle_core::Error::wrap)?.0 as u64)
+}
+
+/// From now on [`memory`] reports a new peak.
+///
+/// # Errors
+/// If `device` is no GPU.
+pub fn forget_peak(device: &Device) -> Result<()> {
+    let zero = 0u64;
+    pool(device.as_cuda_device()?, |pool| {
+        let attribute = driver_sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        // SAFETY: the attribute is a u64, of which 0 alone can be set.
+        unsafe { driver::mem_pool::set_attribute(pool, attribute, (&raw const zero).cast_mut().cast()) }
+    })
+}
+
+fn pool(
+    device: &CudaDevice,
+    f: impl FnOnce(driver_sys::CUmemoryPool) -> std::result::Result<(), driver::DriverError>,
+) -> Result<()> {
+    let context = device.cuda_stream().context().clone();
+    context.bind_to_thread().map_err(candle_core::Error::wrap)?;
+    // SAFETY: the device of a living context.
+    let pool = unsafe { driver::device::get_default_mem_pool(context.cu_device()) }
+        .map_err(candle_core::Error::wrap)?;
+    f(pool).map_err(candle_core::Error::wrap)
+}
+
+unsafe extern "C" {
+    fn cudaGetErrorString(error: i32) -> *const c_char;
+}
+
+/// What a launch has returned, as a result.
+pub(crate) fn check(status: i32) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: a static string for every number.
+    bail!(
+        "a kernel could not be launched: {}",
+        unsafe { CStr::from_ptr(cudaGetErrorString(status)) }.to_string_lossy()
+    )
+}
+
+/// The one stream of a device.
+pub(crate) fn stream(device: &CudaDevice) -> *mut c_void {
+    device.cuda_stream().cu_stream().cast()
+}
+
+/// A tensor's memory.
+pub(super) struct Memory {
+    tensor: Tensor,
+    pointer: u64,
+}
+
+impl Memory {
+    pub(super) fn of(tensor: &Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let range = super::contiguous(layout)?;
+        let Storage::Cuda(cuda) = &*storage else { bail!("expected a tensor on a GPU") };
+        let stream = cuda.device.cuda_stream();
+        let start = match &cuda.slice {
+            CudaStorageSlice::F32(slice) => slice.device_ptr(&stream).0,
+            CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
+            CudaStorageSlice::F16(slice) => slice.device_ptr(&stream).0,
+            CudaStorageSlice::F64(slice) => slice.device_ptr(&stream).0,
+            CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
+            _ => bail!("kernels know no {:?}", tensor.dtype()),
+        };
+        let pointer = start + (range.start * tensor.dtype().size_in_bytes()) as u64;
+        Ok(Self { tensor: tensor.clone(), pointer })
+    }
+
+    pub(super) fn new(device: &CudaDevice, dtype: DType, count: usize) -> Result<Self> {
+        let storage = match dtype {
+            DType::F32 => allocate::<f32>(device, count)?,
+            DType::BF16 => allocate::<bf16>(device, count)?,
+            DType::F16 => allocate::<f16>(device, count)?,
+            DType::F64 => allocate::<f64>(device, count)?,
+            DType::U32 => allocate::<u32>(device, count)?,
+            other => bail!("kernels know no {other:?}"),
+        };
+        Self::of(&Tensor::from_storage(Storage::Cuda(storage), count, BackpropOp::none(), false))
+    }
+
+    pub(super) fn tensor(self, shape: Shape) -> Result<Tensor> {
+        self.tensor.reshape(shape)
+    }
+
+    pub(super) fn pointer(&self) -> *mut c_void {
+        self.pointer as *mut c_void
+    }
+}
+
+fn allocate<T: DeviceRepr + CudaDType>(device: &CudaDevice, count: usize) -> Result<CudaStorage> {
+    // The driver allocates no nothing.
+    // SAFETY: a kernel writes every element before another reads it; plain numbers may hold any bits until then.
+    let slice = unsafe { device.alloc::<T>(count.max(1))? };
+    Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
+}
+
+/// What cuBLASLt chose for a product, which asking for would take longer than some products do.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Kind {
+    ordinal: usize,
+    shape: [usize; 3],
+    transposed: [bool; 2],
+    types: [i32; 2],
+    alignment: [u32; 3],
+    adds: bool,
+    reduced: bool,
+}
+
+struct Handle {
+    handle: sys::cublasLtHandle_t,
+    workspace: Memory,
+}
+
+// SAFETY: the handle may be used from any thread, the workspace is used under the lock, in the order of one stream.
+unsafe impl Send for Handle {}
+
+struct Cache {
+    handles: BTreeMap<usize, Handle>,
+    choices: BTreeMap<Kind, sys::cublasLtMatmulAlgo_t>,
+}
+
+static CACHE: Mutex<Cache> = Mutex::new(Cache { handles: BTreeMap::new(), choices: BTreeMap::new() });
+
+/// What NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// [`super::product::multiply`]. cuBLASLt counts columns first: c's transpose is the product of b's and a's.
+pub(super) fn multiply(
+    device: &CudaDevice,
+    c: Matrix,
+    keep: f32,
+    scale: f32,
+    a: Matrix,
+    b: Matrix,
+) -> Result<()> {
+    let wrap = |error: lt::CublasError| candle_core::Error::wrap(error);
+    let ordinal = device.cuda_stream().context().ordinal();
+    let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !cache.handles.contains_key(&ordinal) {
+        let workspace = Memory::new(device, DType::F32, WORKSPACE / 4)?;
+        cache.handles.insert(ordinal, Handle { handle: lt::create_handle().map_err(wrap)?, workspace });
+    }
+    let (m, k) = a.shape();
+    let (_, n) = b.shape();
+    let reduced = candle_core::cuda::gemm_reduced_precision_f32();
+    let kind = Kind {
+        ordinal,
+        shape: [m, n, k],
+        transposed: [a.transposed, b.transposed],
+        types: [super::number_of(a.dtype)?, super::number_of(c.dtype)?],
+        alignment: [&a, &b, &c].map(alignment),
+        adds: keep != 0.0,
+        reduced,
+    };
+    if k == 0 {
+        bail!("a product of no terms");
+    }
+    let compute = match (a.dtype, reduced) {
+        (DType::F32, true) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+    };
+    // SAFETY: descriptors live until the end of this function, and callers check that matrices lie in their memory.
+    unsafe {
+        let description = Description::new(compute, [&b, &a, &c])?;
+        let Description { matmul, layouts: [of_b, of_a, of_c], preference } = &description;
+        let Handle { handle, workspace } = &cache.handles[&ordinal];
+        let choice = match cache.choices.get(&kind) {
+            Some(choice) => *choice,
+            None => {
+                lt::get_matmul_algo_heuristic(*handle, *matmul, *of_b, *of_a, *of_c, *of_c, *preference)
+                    .map_err(wrap)?
+                    .algo
+            }
+        };
+        lt::matmul(
+            *handle,
+            *matmul,
+            (&raw const scale).cast(),
+            (&raw const keep).cast(),
+            address(&b),
+            *of_b,
+            address(&a),
+            *of_a,
+            address(&c),
+            *of_c,
+            address(&c),
+            *of_c,
+            &choice,
+            workspace.pointer(),
+            WORKSPACE,
+            stream(device).cast(),
+        )
+        .map_err(wrap)?;
+        cache.choices.insert(kind, choice);
+    }
+    Ok(())
+}
+
+/// The first element of a matrix.
+fn address(x: &Matrix) -> *mut c_void {
+    x.memory.pointer::<u8>().wrapping_add(x.offset * x.dtype.size_in_bytes()).cast()
+}
+
+/// The power of two that divides a matrix's address, up to 256: vectors of memory are read only from their multiples.
+fn alignment(x: &Matrix) -> u32 {
+    1 << (address(x).addr().trailing_zeros()).min(8)
+}
+
+/// A product's descriptors, freed when this goes.
+struct Description {
+    matmul: sys::cublasLtMatmulDesc_t,
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    preference: sys::cublasLtMatmulPreference_t,
+}
+
+impl Description {
+    /// Of left factor, right factor and result, as cuBLASLt sees them.
+    ///
+    /// # Safety
+    /// None of its own: the descriptors are used by the caller.
+    unsafe fn new(compute: sys::cublasComputeType_t, all: [&Matrix; 3]) -> Result<Self> {
+        let wrap = |error: lt::CublasError| candle_core::Error::wrap(error);
+        let matmul = lt::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(wrap)?;
+        let layout = |x: &Matrix| {
+            let kind = match x.dtype {
+                DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
+                DType::F16 => sys::cudaDataType::CUDA_R_16F,
+                _ => sys::cudaDataType::CUDA_R_32F,
+            };
+            lt::create_matrix_layout(kind, x.columns as u64, x.rows as u64, x.columns as i64).map_err(wrap)
+        };
+        let layouts = [layout(all[0])?, layout(all[1])?, layout(all[2])?];
+        let preference = lt::create_matmul_pref().map_err(wrap)?;
+        let made = Self { matmul, layouts, preference };
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        for (attribute, x) in [
+            (Attribute::CUBLASLT_MATMUL_DESC_TRANSA, all[0]),
+            (Attribute::CUBLASLT_MATMUL_DESC_TRANSB, all[1]),
+        ] {
+            let operation = i32::from(x.transposed);
+            // SAFETY: the attribute is an i32: 0 as it is, 1 transposed.
+            unsafe {
+                lt::set_matmul_desc_attribute(matmul, attribute, (&raw const operation).cast(), 4)
+                    .map_err(wrap)?;
+            }
+        }
+        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        for (attribute, x) in [
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, all[0]),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, all[1]),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, all[2]),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, all[2]),
+        ] {
+            let bytes = alignment(x);
+            // SAFETY: the attribute is a u32.
+            unsafe {
+                lt::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), 4)
+                    .map_err(wrap)?;
+            }
+        }
+        let workspace = WORKSPACE;
+        let attribute = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        // SAFETY: the attribute is a size_t.
+        unsafe {
+            lt::set_matmul_pref_attribute(
+                preference,
+                attribute,
+                (&raw const workspace).cast(),
+                size_of::<usize>(),
+            )
+            .map_err(wrap)?;
+        }
+        Ok(made)
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: each was made by `new` and is freed once; nothing is left to do if that fails.
+        unsafe {
+            let _ = lt::destroy_matmul_desc(self.matmul);
+            for layout in self.layouts {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+            let _ = lt::destroy_matmul_pref(self.preference);
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Matrix products where the kernels are: cuBLASLt on a GPU, in tests the CPU's product.
+
+use super::Memory;
+#[cfg(any(test, feature = "cuda"))]
+use super::Place;
+use candle_core::{DType, Device, Result, bail};
+
+/// A matrix, rows end to end from element `offset` of its memory on.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    pub(super) memory: &'a Memory,
+    pub(super) offset: usize,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) dtype: DType,
+    pub(super) transposed: bool,
+}
+
+impl<'a> Matrix<'a> {
+    pub(crate) fn new(memory: &'a Memory, rows: usize, columns: usize, dtype: DType) -> Self {
+        Self { memory, offset: 0, rows, columns, dtype, transposed: false }
+    }
+
+    /// `rows` rows from row `first` on.
+    pub(crate) fn rows(self, first: usize, rows: usize) -> Self {
+        Self { offset: self.offset + first * self.columns, rows, ..self }
+    }
+
+    /// The same elements with rows and columns exchanged.
+    pub(crate) fn transposed(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+
+    /// Rows and columns as a factor.
+    pub(super) fn shape(&self) -> (usize, usize) {
+        if self.transposed { (self.columns, self.rows) } else { (self.rows, self.columns) }
+    }
+}
+
+/// `c = keep·c + scale·a·b`, summed in f32. With `keep` 0 c is not read. `a` and `b` are of one type, `c` is of it too or f32,
+/// and not transposed.
+pub(crate) fn multiply(
+    device: &Device,
+    c: Matrix,
+    keep: f32,
+    scale: f32,
+    a: Matrix,
+    b: Matrix,
+) -> Result<()> {
+    let ((m, k), (inner, n)) = (a.shape(), b.shape());
+    if k != inner || c.shape() != (m, n) || c.transposed {
+        bail!("a product of {m}×{k} and {inner}×{n} into {:?}", c.shape());
+    }
+    if a.dtype != b.dtype || (c.dtype != a.dtype && c.dtype != DType::F32) {
+        bail!("a product of {:?} and {:?} into {:?}", a.dtype, b.dtype, c.dtype);
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    match (device, &c.memory.at) {
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(device), Place::Device(_)) => super::cuda::multiply(device, c, keep, scale, a, b),
+        #[cfg(test)]
+        (Device::Cpu, Place::Emulated(_)) => super::emulated::multiply(c, keep, scale, a, b),
+        _ => bail!("no product runs on {:?}", device.location()),
+    }
+}

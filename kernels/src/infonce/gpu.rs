@@ -1,0 +1,397 @@
+//! Tiles of similarities by cuBLASLt, their softmax and its gradient by infonce.cu.
+
+use super::{Columns, InfoNce, Problem, Tape, Tile};
+use crate::gpu::product::{Matrix, multiply};
+use crate::gpu::{Memory, entries, zeros};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use std::ops::Range;
+use std::ptr::{null, null_mut};
+
+#[repr(C)]
+struct Scores {
+    scores: *mut f32,
+    offsets: *const u32,
+    positives: *const u32,
+    hidden_from: *const u32,
+    hidden: *const u32,
+    positive_scores: *const f32,
+    tops: *mut f32,
+    sums: *mut f64,
+    losses: *mut f32,
+    rows: i64,
+    first: i64,
+    columns: i32,
+    scale: f32,
+    margin: f32,
+    size: f32,
+}
+
+#[repr(C)]
+struct Listed {
+    q: *const f32,
+    c: *const f32,
+    rows: *const u32,
+    columns: *const u32,
+    values: *mut f32,
+    count: i64,
+    width: i32,
+}
+
+#[repr(C)]
+struct Gather {
+    from: *const f32,
+    values: *const f32,
+    offsets: *const u32,
+    rows: *const u32,
+    entries: *const u32,
+    to: *mut f32,
+    count: i64,
+    width: i32,
+}
+
+entries! {
+    infonce_sums(Scores);
+    infonce_losses(Scores);
+    infonce_gradients(Scores);
+    listed_scores(Listed);
+    listed_sums(Gather);
+}
+
+/// 32 MiB of similarities: they stay in the second cache of a large GPU.
+const TILE: Tile = Tile { rows: 1024, columns: 8192 };
+
+/// As [`super::forward`].
+pub(super) fn forward(q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
+    forward_in(TILE, q, c, infonce)
+}
+
+/// As [`super::backward`].
+pub(super) fn backward(
+    q: &Tensor,
+    c: &Tensor,
+    infonce: &InfoNce,
+    tape: &Tape,
+    weight: f32,
+) -> Result<(Tensor, Tensor)> {
+    backward_in(TILE, q, c, infonce, tape, weight)
+}
+
+fn forward_in(tile: Tile, q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
+    let job = Job::new(tile, q, c, infonce)?;
+    let rows = job.problem.rows;
+    if rows == 0 {
+        return Ok(Tape { losses: Vec::new(), positive_scores: Vec::new() });
+    }
+    let device = &job.device;
+    let every: Vec<u32> = (0..rows as u32).collect();
+    let positive_scores = job.listed(&every, infonce.positives)?.tensor(rows)?;
+    let losses = Memory::new(device, DType::F32, rows)?;
+    let (tops, sums) = (Tensor::zeros(rows, DType::F32, device)?, Tensor::zeros(rows, DType::F64, device)?);
+    let (tops, sums) = (Memory::mutable(&tops)?, Memory::mutable(&sums)?);
+    let state = State { positive_scores: Memory::of(&positive_scores)?, losses, tops, sums };
+    job.for_each(&state, 0.0, |scores, _| {
+        // SAFETY: the job's sizes.
+        unsafe { infonce_sums(device, scores) }
+    })?;
+    let arguments = job.arguments(&state, 0, rows, 0.0);
+    // SAFETY: the job's sizes.
+    unsafe { infonce_losses(device, &arguments)? };
+    Ok(Tape { losses: state.losses.tensor(rows)?.to_vec1()?, positive_scores: positive_scores.to_vec1()? })
+}
+
+fn backward_in(
+    tile: Tile,
+    q: &Tensor,
+    c: &Tensor,
+    infonce: &InfoNce,
+    tape: &Tape,
+    weight: f32,
+) -> Result<(Tensor, Tensor)> {
+    let job = Job::new(tile, q, c, infonce)?;
+    let (rows, candidates, width) = (job.problem.rows, job.problem.candidates, job.problem.width);
+    if tape.losses.len() != rows || tape.positive_scores.len() != rows {
+        bail!("the tape is of {} rows, expected {rows}", tape.losses.len());
+    }
+    let device = &job.device;
+    let dq = zeros((rows, width), DType::F32, device)?;
+    let dc = zeros((candidates, width), DType::F32, device)?;
+    if rows == 0 {
+        return Ok((dq, dc));
+    }
+    {
+        let state = State {
+            positive_scores: Memory::of(&Tensor::new(tape.positive_scores.as_slice(), device)?)?,
+            losses: Memory::of(&Tensor::new(tape.losses.as_slice(), device)?)?,
+            tops: Memory::new(device, DType::F32, 0)?,
+            sums: Memory::new(device, DType::F64, 0)?,
+        };
+        let (to_q, to_c) = (Memory::mutable(&dq)?, Memory::mutable(&dc)?);
+        let f32s = |memory, rows| Matrix::new(memory, rows, width, DType::F32);
+        job.for_each(&state, weight * infonce.scale, |scores, part| {
+            // SAFETY: the job's sizes.
+            unsafe { infonce_gradients(device, scores)? };
+            match part {
+                Part::Tile { band, panel, scores } => {
+                    let g = Matrix::new(scores, band.len(), panel.len(), DType::F32);
+                    let c = f32s(&job.c, candidates).rows(panel.start, panel.len());
+                    multiply(device, f32s(&to_q, rows).rows(band.start, band.len()), 1.0, 1.0, g, c)?;
+                    let q = f32s(&job.q, rows).rows(band.start, band.len());
+                    let to = f32s(&to_c, candidates).rows(panel.start, panel.len());
+                    multiply(device, to, 1.0, 1.0, g.transposed(), q)
+                }
+                Part::Lists { lists, scores } => {
+                    job.sum_lists(scores, &lists.offsets, &lists.columns, None, &job.c, &to_q)?;
+                    // The lists by column, whose entries come in the order of the rows.
+                    let mut by_column: Vec<Vec<(u32, u32)>> = vec![Vec::new(); candidates];
+                    for i in 0..rows {
+                        for (&j, entry) in lists.of(i).iter().zip(lists.offsets[i]..) {
+                            by_column[j as usize].push((i as u32, entry as u32));
+                        }
+                    }
+                    let mut offsets = vec![0];
+                    let (mut from, mut entries) = (Vec::new(), Vec::new());
+                    for column in by_column {
+                        for (i, entry) in column {
+                            from.push(i);
+                            entries.push(entry);
+                        }
+                        offsets.push(from.len());
+                    }
+                    job.sum_lists(scores, &offsets, &from, Some(&entries), &job.q, &to_c)
+                }
+            }
+        })?;
+    }
+    Ok((dq, dc))
+}
+
+/// The checked problem, where the kernels are.
+struct Job<'a> {
+    problem: Problem<'a>,
+    device: Device,
+    q: Memory,
+    c: Memory,
+    positives: Memory,
+    hidden: Option<(Memory, Memory)>,
+}
+
+/// What is known of each row.
+struct State {
+    positive_scores: Memory,
+    losses: Memory,
+    tops: Memory,
+    sums: Memory,
+}
+
+/// The similarities of some rows.
+enum Part<'a> {
+    Tile { band: Range<usize>, panel: Range<usize>, scores: &'a Memory },
+    Lists { lists: &'a Columns, scores: &'a Memory },
+}
+
+impl<'a> Job<'a> {
+    fn new(tile: Tile, q: &Tensor, c: &Tensor, infonce: &'a InfoNce<'a>) -> Result<Self> {
+        let problem = Problem::new(tile, q, c, infonce)?;
+        if q.dtype() != DType::F32 || c.dtype() != DType::F32 {
+            bail!("the loss compares f32 embeddings, not {:?} and {:?}", q.dtype(), c.dtype());
+        }
+        let device = q.device().clone();
+        let positives: Vec<u32> = match &problem.only {
+            // Of a list: where in it.
+            Some(lists) => (0..problem.rows)
+                .map(|i| problem.positive_in(lists, i).map_or(u32::MAX, |at| at as u32))
+                .collect(),
+            None => infonce.positives.to_vec(),
+        };
+        let hidden = match &problem.excluded {
+            Some(hidden) => {
+                Some((upload(&device, &hidden.offsets)?, Memory::upload(&device, &hidden.columns)?))
+            }
+            None => None,
+        };
+        let positives = Memory::upload(&device, &positives)?;
+        Ok(Self { q: Memory::of(q)?, c: Memory::of(c)?, problem, device, positives, hidden })
+    }
+
+    /// The scores of pairs (row, column).
+    fn listed(&self, rows: &[u32], columns: &[u32]) -> Result<Memory> {
+        let values = Memory::new(&self.device, DType::F32, rows.len())?;
+        if rows.is_empty() {
+            return Ok(values);
+        }
+        let (rows_memory, columns) =
+            (Memory::upload(&self.device, rows)?, Memory::upload(&self.device, columns)?);
+        let arguments = Listed {
+            q: self.q.pointer(),
+            c: self.c.pointer(),
+            rows: rows_memory.pointer(),
+            columns: columns.pointer(),
+            values: values.pointer(),
+            count: rows.len() as i64,
+            width: self.problem.width as i32,
+        };
+        // SAFETY: rows and columns have been checked.
+        unsafe { listed_scores(&self.device, &arguments)? };
+        Ok(values)
+    }
+
+    /// `to` = Σ value · row of `from`, over the entries of each of its rows.
+    fn sum_lists(
+        &self,
+        values: &Memory,
+        offsets: &[usize],
+        rows: &[u32],
+        entries: Option<&[u32]>,
+        from: &Memory,
+        to: &Memory,
+    ) -> Result<()> {
+        let (offsets_memory, rows) = (upload(&self.device, offsets)?, Memory::upload(&self.device, rows)?);
+        let entries = entries.map(|entries| Memory::upload(&self.device, entries)).transpose()?;
+        let arguments = Gather {
+            from: from.pointer(),
+            values: values.pointer(),
+            offsets: offsets_memory.pointer(),
+            rows: rows.pointer(),
+            entries: crate::gpu::pointer(entries.as_ref()),
+            to: to.pointer(),
+            count: offsets.len() as i64 - 1,
+            width: self.problem.width as i32,
+        };
+        // SAFETY: rows and columns have been checked.
+        unsafe { listed_sums(&self.device, &arguments) }
+    }
+
+    fn arguments(&self, state: &State, first: usize, rows: usize, size: f32) -> Scores {
+        let infonce = self.problem.infonce;
+        let (hidden_from, hidden) = match &self.hidden {
+            Some((from, columns)) => {
+                (from.pointer::<u32>().wrapping_add(first).cast_const(), columns.pointer())
+            }
+            None => (null(), null_mut::<u32>()),
+        };
+        Scores {
+            scores: null_mut(),
+            offsets: null(),
+            positives: self.positives.pointer::<u32>().wrapping_add(first),
+            hidden_from,
+            hidden,
+            positive_scores: state.positive_scores.pointer::<f32>().wrapping_add(first),
+            tops: state.tops.pointer::<f32>().wrapping_add(first),
+            sums: state.sums.pointer::<f64>().wrapping_add(first),
+            losses: state.losses.pointer::<f32>().wrapping_add(first),
+            rows: rows as i64,
+            first: 0,
+            columns: 0,
+            scale: infonce.scale,
+            margin: infonce.margin.unwrap_or(f32::INFINITY),
+            size,
+        }
+    }
+
+    /// Hands all similarities to `f`, some rows and columns at a time, as a kernel's arguments.
+    fn for_each(
+        &self,
+        state: &State,
+        size: f32,
+        mut f: impl FnMut(&Scores, Part) -> Result<()>,
+    ) -> Result<()> {
+        let Problem { tile, rows, candidates, width, .. } = self.problem;
+        if let Some(lists) = &self.problem.only {
+            let of_row = |i: usize| std::iter::repeat_n(i as u32, lists.of(i).len());
+            let entry_rows: Vec<u32> = (0..rows).flat_map(of_row).collect();
+            let scores = self.listed(&entry_rows, &lists.columns)?;
+            let offsets = upload(&self.device, &lists.offsets)?;
+            let mut arguments = self.arguments(state, 0, rows, size);
+            (arguments.scores, arguments.offsets) = (scores.pointer(), offsets.pointer());
+            return f(&arguments, Part::Lists { lists, scores: &scores });
+        }
+        let room = tile.rows.min(rows) * tile.columns.min(candidates);
+        let scores = Memory::new(&self.device, DType::F32, room)?;
+        for top in (0..rows).step_by(tile.rows) {
+            let band = top..rows.min(top + tile.rows);
+            for left in (0..candidates).step_by(tile.columns) {
+                let panel = left..candidates.min(left + tile.columns);
+                let to = Matrix::new(&scores, band.len(), panel.len(), DType::F32);
+                let q = Matrix::new(&self.q, rows, width, DType::F32).rows(top, band.len());
+                let c = Matrix::new(&self.c, candidates, width, DType::F32).rows(left, panel.len());
+                multiply(&self.device, to, 0.0, 1.0, q, c.transposed())?;
+                let mut arguments = self.arguments(state, top, band.len(), size);
+                arguments.scores = scores.pointer();
+                (arguments.first, arguments.columns) = (left as i64, panel.len() as i32);
+                f(&arguments, Part::Tile { band: band.clone(), panel, scores: &scores })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn upload(device: &Device, offsets: &[usize]) -> Result<Memory> {
+    let offsets: Vec<u32> = offsets.iter().map(|&offset| offset as u32).collect();
+    Memory::upload(device, &offsets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{reference, reference_backward};
+    use super::super::{Candidates, Lists};
+    use super::*;
+    use crate::testing::{moved, numbers, place, relative_error, relative_error_f64};
+
+    fn unit(seed: u64, rows: usize, width: usize) -> Tensor {
+        moved(&super::super::tests::unit(seed, rows, width))
+    }
+
+    #[test]
+    fn losses_and_gradients_equal_the_reference_for_all_candidates() {
+        let small = Tile { rows: 2, columns: 3 };
+        for (rows, candidates, width) in [(1, 1, 1), (3, 7, 5), (5, 11, 33), (9, 300, 4)] {
+            let (q, c) = (unit(1, rows, width), unit(2, candidates, width));
+            let positives: Vec<u32> = (0..rows).map(|i| (i * 7 % candidates) as u32).collect();
+            // Row 0 names its own positive and a column; row 1 none; the others two, one of them twice.
+            let offsets: Vec<u32> =
+                (0..=rows as u32).map(|i| if i < 2 { 2 * i.min(1) } else { 3 * i - 4 }).collect();
+            let named = *offsets.last().unwrap();
+            let columns: Vec<u32> = (0..named).map(|e| e * 5 % candidates as u32).collect();
+            let lists = Lists { offsets: &offsets, columns: &columns };
+            for list in [Candidates::All, Candidates::AllBut(lists), Candidates::Only(lists)] {
+                for margin in [None, Some(0.1)] {
+                    let infonce = InfoNce { positives: &positives, candidates: list, scale: 20.0, margin };
+                    let name = format!("{rows} {candidates} {width} {list:?} {margin:?}");
+                    let (qs, cs) = (numbers(&q), numbers(&c));
+                    let (want, _) = reference(&qs, &cs, width, &infonce);
+                    let want_both = reference_backward(&qs, &cs, width, &infonce, 0.5);
+                    for tile in [small, TILE] {
+                        let tape = forward_in(tile, &q, &c, &infonce).unwrap();
+                        let losses: Vec<f64> = tape.losses.iter().map(|&loss| loss.into()).collect();
+                        // Scores of f32, times a scale of 20.
+                        assert!(relative_error_f64(&losses, &want) < 1e-5, "{name}: {losses:?} {want:?}");
+                        let (dq, dc) = backward_in(tile, &q, &c, &infonce, &tape, 0.5).unwrap();
+                        for (got, want) in [dq, dc].iter().zip(&want_both) {
+                            assert!(relative_error(got, want) < 2e-5, "{name}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_rows_are_no_work() {
+        let (empty, c) = (zeros((0, 4), DType::F32, place()).unwrap(), unit(2, 3, 4));
+        let infonce = InfoNce { positives: &[], candidates: Candidates::All, scale: 20.0, margin: None };
+        let tape = forward(&empty, &c, &infonce).unwrap();
+        let (dq, dc) = backward(&empty, &c, &infonce, &tape, 1.0).unwrap();
+        assert_eq!((dq.dims(), numbers(&dc)), (&[0, 4][..], vec![0.0; 12]));
+    }
+
+    #[test]
+    fn a_nan_reaches_its_row() {
+        let mut rows = unit(1, 3, 4).to_vec2::<f32>().unwrap();
+        rows[1][0] = f32::NAN;
+        let (q, c) = (Tensor::new(rows, place()).unwrap(), unit(2, 3, 4));
+        let infonce =
+            InfoNce { positives: &[0, 1, 2], candidates: Candidates::All, scale: 20.0, margin: None };
+        let tape = forward(&q, &c, &infonce).unwrap();
+        assert!(tape.losses[0].is_finite() && tape.losses[1].is_nan() && tape.losses[2].is_finite());
+    }
+}

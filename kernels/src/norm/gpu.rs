@@ -1,0 +1,299 @@
+//! Calls norm.cu.
+
+use super::Tape;
+use crate::gpu::{Any, AnyMut, Memory, entries, optional, optional_mutable, pointer, type_of};
+use crate::linear::gpu::converted;
+use crate::tensor::{expect_shape, matrix};
+use candle_core::{DType, Result, Tensor, bail};
+
+#[repr(C)]
+struct NormForward {
+    x: Any,
+    residual: Any,
+    w: *const f32,
+    b: *const f32,
+    y: AnyMut,
+    sum: AnyMut,
+    mean: *mut f32,
+    rstd: *mut f32,
+    rows: i64,
+    width: i32,
+    dtype: i32,
+    centred: i32,
+    eps: f32,
+}
+
+#[repr(C)]
+struct NormBackward {
+    sum: Any,
+    mean: *const f32,
+    rstd: *const f32,
+    w: *const f32,
+    dy: Any,
+    dsum: Any,
+    dx: AnyMut,
+    dw: *mut f32,
+    db: *mut f32,
+    partials: *mut f32,
+    rows: i64,
+    width: i32,
+    dtype: i32,
+    centred: i32,
+}
+
+entries! {
+    norm_forward(NormForward);
+    norm_again(NormForward);
+    norm_backward(NormBackward);
+}
+
+/// Rows that blocks share their gradients of w and b over: `PARTIALS` of partials.cuh.
+const PARTIALS: usize = 512;
+
+/// Columns that a block can keep in its registers.
+const WIDEST: usize = 4096;
+
+pub(super) fn forward<const CENTRED: bool>(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    w: &Tensor,
+    b: Option<&Tensor>,
+    eps: f64,
+) -> Result<(Tensor, Tape)> {
+    let (rows, width) = matrix("x", x)?;
+    expect_width(width, x.dtype())?;
+    if let Some(residual) = residual {
+        expect_like("residual", residual, x)?;
+    }
+    super::expect_vectors(&[("w", Some(w)), ("b", b)], width)?;
+    let (w, b) = (&wide(w)?, b.map(wide).transpose()?);
+    let device = x.device();
+    let y = Memory::new(device, x.dtype(), rows * width)?;
+    let sum = residual.map(|_| Memory::new(device, x.dtype(), rows * width)).transpose()?;
+    let mean = if CENTRED { Some(Memory::new(device, DType::F32, rows)?) } else { None };
+    let rstd = Memory::new(device, DType::F32, rows)?;
+    if rows * width > 0 {
+        let (xs, residual, w, b) =
+            (Memory::of(x)?, optional(residual)?, Memory::of(w)?, optional(b.as_ref())?);
+        let arguments = NormForward {
+            x: xs.pointer(),
+            residual: pointer::<u8>(residual.as_ref()).cast(),
+            w: w.pointer(),
+            b: pointer(b.as_ref()),
+            y: y.pointer(),
+            sum: pointer::<u8>(sum.as_ref()).cast(),
+            mean: pointer(mean.as_ref()),
+            rstd: rstd.pointer(),
+            rows: rows as i64,
+            width: width as i32,
+            dtype: type_of(x)?,
+            centred: i32::from(CENTRED),
+            eps: eps as f32,
+        };
+        // SAFETY: all shapes have been checked.
+        unsafe { norm_forward(device, &arguments)? };
+    }
+    let sum = sum.map_or_else(|| Ok(x.clone()), |sum| sum.tensor((rows, width)))?;
+    let mean = mean.map(|mean| mean.tensor(rows)).transpose()?;
+    Ok((y.tensor((rows, width))?, Tape { sum, mean, rstd: rstd.tensor(rows)? }))
+}
+
+pub(super) fn again<const CENTRED: bool>(tape: &Tape, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, width) = tape.shape::<CENTRED>()?;
+    expect_width(width, tape.sum.dtype())?;
+    super::expect_vectors(&[("w", Some(w)), ("b", b)], width)?;
+    let (w, b) = (&wide(w)?, b.map(wide).transpose()?);
+    let device = tape.sum.device();
+    let y = Memory::new(device, tape.sum.dtype(), rows * width)?;
+    if rows * width > 0 {
+        let (sum, mean, rstd) =
+            (Memory::of(&tape.sum)?, optional(tape.mean.as_ref())?, Memory::of(&tape.rstd)?);
+        let (w, b) = (Memory::of(w)?, optional(b.as_ref())?);
+        let arguments = NormForward {
+            x: sum.pointer(),
+            residual: std::ptr::null(),
+            w: w.pointer(),
+            b: pointer(b.as_ref()),
+            y: y.pointer(),
+            sum: std::ptr::null_mut(),
+            mean: pointer(mean.as_ref()),
+            rstd: rstd.pointer(),
+            rows: rows as i64,
+            width: width as i32,
+            dtype: type_of(&tape.sum)?,
+            centred: i32::from(CENTRED),
+            eps: 0.0,
+        };
+        // SAFETY: all shapes have been checked.
+        unsafe { norm_again(device, &arguments)? };
+    }
+    y.tensor((rows, width))
+}
+
+pub(super) fn backward<const CENTRED: bool>(
+    tape: &Tape,
+    w: &Tensor,
+    dy: &Tensor,
+    dsum: Option<&Tensor>,
+    dw: Option<&Tensor>,
+    db: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (rows, width) = tape.shape::<CENTRED>()?;
+    expect_width(width, dy.dtype())?;
+    expect_like("dy", dy, &tape.sum)?;
+    if let Some(dsum) = dsum {
+        expect_like("dsum", dsum, dy)?;
+    }
+    super::expect_vectors(&[("w", Some(w)), ("dw", dw), ("db", db)], width)?;
+    for (name, gradient) in [("dw", dw), ("db", db)] {
+        if let Some(gradient) = gradient.filter(|gradient| gradient.dtype() != DType::F32) {
+            bail!("`{name}` is of {:?}, expected F32", gradient.dtype());
+        }
+    }
+    let w = &wide(w)?;
+    let device = dy.device();
+    let dx = Memory::new(device, dy.dtype(), rows * width)?;
+    if rows * width > 0 {
+        let (sum, mean, rstd) =
+            (Memory::of(&tape.sum)?, optional(tape.mean.as_ref())?, Memory::of(&tape.rstd)?);
+        let (w, dys, dsum) = (Memory::of(w)?, Memory::of(dy)?, optional(dsum)?);
+        let partials = if dw.is_some() || db.is_some() { rows.min(PARTIALS) * 2 * width } else { 0 };
+        let partials = Memory::new(device, DType::F32, partials)?;
+        let (dw, db) = (optional_mutable(dw)?, optional_mutable(db)?);
+        let arguments = NormBackward {
+            sum: sum.pointer(),
+            mean: pointer(mean.as_ref()),
+            rstd: rstd.pointer(),
+            w: w.pointer(),
+            dy: dys.pointer(),
+            dsum: pointer::<u8>(dsum.as_ref()).cast(),
+            dx: dx.pointer(),
+            dw: pointer(dw.as_ref()),
+            db: pointer(db.as_ref()),
+            partials: partials.pointer(),
+            rows: rows as i64,
+            width: width as i32,
+            dtype: type_of(dy)?,
+            centred: i32::from(CENTRED),
+        };
+        // SAFETY: all shapes have been checked.
+        unsafe { norm_backward(device, &arguments)? };
+    }
+    dx.tensor((rows, width))
+}
+
+fn expect_width(width: usize, dtype: DType) -> Result<()> {
+    // Rows of whole vectors have more room.
+    let vector = 16 / dtype.size_in_bytes();
+    let widest = if width.is_multiple_of(vector) { WIDEST * vector } else { WIDEST };
+    if width > widest {
+        bail!("a norm of rows of {width} {dtype:?}; a block of a GPU takes at most {widest}");
+    }
+    Ok(())
+}
+
+/// Fails unless the tensor called `name` has the shape and the element type of another.
+fn expect_like(name: &str, tensor: &Tensor, like: &Tensor) -> Result<()> {
+    expect_shape(name, tensor, like.dims())?;
+    if tensor.dtype() != like.dtype() {
+        bail!("`{name}` is of {:?}, expected {:?}", tensor.dtype(), like.dtype());
+    }
+    Ok(())
+}
+
+/// Weights are few, and f32 in a kernel.
+fn wide(vector: &Tensor) -> Result<Tensor> {
+    converted(vector, DType::F32)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::super::tests::{analytic, reference};
+    use super::*;
+    use crate::testing::{TYPES, each_type, numbers, placed, relative_error};
+
+    const EPS: f64 = 1e-5;
+    const SHAPES: [(usize, usize); 8] =
+        [(0, 8), (3, 0), (1, 3), (3, 7), (2, 1023), (65, 384), (3, 136), (514, 16)];
+
+    /// Hands the arguments of a norm_forward of x `(T, D)` to `f`.
+    pub(crate) fn with_arguments(x: &Tensor, w: &Tensor, f: impl FnOnce(*const std::ffi::c_void)) {
+        let (rows, width) = x.dims2().unwrap();
+        let new = |count| Memory::new(x.device(), DType::F32, count).unwrap();
+        let (xs, ws, y, mean, rstd) =
+            (Memory::of(x).unwrap(), Memory::of(w).unwrap(), new(rows * width), new(rows), new(rows));
+        let arguments = NormForward {
+            x: xs.pointer(),
+            residual: std::ptr::null(),
+            w: ws.pointer(),
+            b: std::ptr::null(),
+            y: y.pointer(),
+            sum: std::ptr::null_mut(),
+            mean: mean.pointer(),
+            rstd: rstd.pointer(),
+            rows: rows as i64,
+            width: width as i32,
+            dtype: 0,
+            centred: 1,
+            eps: 1e-5,
+        };
+        f((&raw const arguments).cast());
+    }
+
+    fn plus(a: &[f64], b: Vec<f64>) -> Vec<f64> {
+        a.iter().zip(b).map(|(a, b)| a + b).collect()
+    }
+
+    #[test]
+    fn kernels_equal_the_reference_for_odd_and_empty_shapes() {
+        for (dtype, rounding) in TYPES {
+            for (tokens, width) in SHAPES {
+                let [x, residual, dy, dsum] =
+                    [1, 2, 5, 6].map(|seed| each_type(&placed(seed, (tokens, width)), dtype));
+                let [w, b] = [3, 4].map(|seed| placed(seed, width));
+                let (dw, db) = (placed(7, width), placed(8, width));
+                let (ws, bs, dws, dbs) = (numbers(&w), numbers(&b), numbers(&dw), numbers(&db));
+                let zero = vec![0.0; width];
+                let name = format!("{dtype:?} {tokens} {width}");
+
+                let (y, tape) = forward::<true>(&x, Some(&residual), &w, Some(&b), EPS).unwrap();
+                let sum = plus(&numbers(&x), numbers(&residual));
+                assert!(relative_error(&tape.sum, &sum) < rounding, "{name}");
+                // The tape's sum is rounded, and what is normalised.
+                let sum = numbers(&tape.sum);
+                assert!(relative_error(&y, &reference(&sum, &ws, &bs, EPS, true)) < rounding, "{name}");
+                assert_eq!(numbers(&again::<true>(&tape, &w, Some(&b)).unwrap()), numbers(&y), "{name}");
+                let dx = backward::<true>(&tape, &w, &dy, Some(&dsum), Some(&dw), Some(&db)).unwrap();
+                let want = plus(&numbers(&dsum), analytic(&sum, &ws, &numbers(&dy), true));
+                assert!(relative_error(&dx, &want) < rounding, "dx {name}");
+                let (mut want_w, mut want_b) = (dws, dbs);
+                let n = reference(&sum, &vec![1.0; width], &zero, EPS, true);
+                for (at, (dy, n)) in numbers(&dy).iter().zip(n).enumerate() {
+                    want_w[at % width] += dy * n;
+                    want_b[at % width] += dy;
+                }
+                // Sums in f32, whatever the type.
+                assert!(relative_error(&dw, &want_w) < 2e-6, "dw {name}");
+                assert!(relative_error(&db, &want_b) < 2e-6, "db {name}");
+
+                let (y, tape) = forward::<false>(&x, None, &w, None, EPS).unwrap();
+                let xs = numbers(&x);
+                assert!(relative_error(&y, &reference(&xs, &ws, &zero, EPS, false)) < rounding, "{name}");
+                assert_eq!(numbers(&again::<false>(&tape, &w, None).unwrap()), numbers(&y), "{name}");
+                let dx = backward::<false>(&tape, &w, &dy, None, None, None).unwrap();
+                let want = analytic(&xs, &ws, &numbers(&dy), false);
+                assert!(relative_error(&dx, &want) < rounding, "dx {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let (x, w) = (placed(1, (2, 8)), placed(2, 8));
+        assert!(forward::<true>(&x, None, &placed(2, 7), None, EPS).is_err());
+        assert!(forward::<true>(&x, Some(&each_type(&x, DType::BF16)), &w, None, EPS).is_err());
+        let wide = placed(1, (1, WIDEST + 1));
+        let error = forward::<true>(&wide, None, &placed(2, WIDEST + 1), None, EPS).unwrap_err().to_string();
+        assert!(error.contains("4097"), "{error}");
+    }
+}

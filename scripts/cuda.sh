@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Runs a command with a CUDA toolkit: this machine's, if it has nvcc, otherwise one put together from PyPI in target/cuda
+# (1.5 GB; no GPU and no driver are needed to build). A binary that is built so runs where a driver for CUDA 13 is.
+#
+#   scripts/cuda.sh cargo build --release --features cuda
+#   scripts/cuda.sh nvcc --version
+#
+# CUDA_COMPUTE_CAP   what candle's own kernels are compiled for; default: 80
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-80}
+
+if command -v nvcc >/dev/null 2>&1; then
+    exec "$@"
+fi
+
+say() { echo "cuda.sh: $*" >&2; }
+kit=$root/target/cuda
+home=$kit/nvidia/cu13
+
+if [ ! -e "$kit/DONE" ]; then
+    python3 -m pip --version >/dev/null 2>&1 || { say "needs nvcc, or python3 with pip to fetch it"; exit 1; }
+    say "fetching the toolkit into $kit"
+    rm -rf "$kit"
+    mkdir -p "$kit"
+    version='==13.0.*'
+    python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$kit" \
+        "nvidia-cuda-nvcc$version" "nvidia-cuda-runtime$version" "nvidia-cuda-nvrtc$version" "nvidia-cuda-cccl$version" \
+        "nvidia-cuda-crt$version" "nvidia-nvvm$version" "nvidia-cublas$version" nvidia-curand nvidia-nccl-cu13
+    # The layout of an installed toolkit: lib64, and libraries without their version.
+    ln -sfn lib "$home/lib64"
+    find "$kit/nvidia" -name 'lib*.so.*' | while read -r library; do
+        ln -sf "$(basename "$library")" "${library%%.so.*}.so"
+        [ "$(dirname "$library")" = "$home/lib" ] || ln -sf "$library" "$home/lib/"
+    done
+    find "$kit/nvidia" -mindepth 3 -path '*/lib/lib*.so' -not -path "$home/*" -exec ln -sf {} "$home/lib/" \;
+    touch "$kit/DONE"
+fi
+
+# The driver's library comes with a driver, not with the toolkit. To link, its names are enough: those of cudarc's bindings.
+if [ ! -e "$kit/stubs/libcuda.so" ]; then
+    bindings=$(cargo metadata --manifest-path "$root/Cargo.toml" --format-version 1 --features kernels/cuda |
+        python3 -c 'import json, sys; print(*(p["manifest_path"] for p in json.load(sys.stdin)["packages"] if p["name"] == "cudarc"))')
+    if [ -n "$bindings" ]; then
+        mkdir -p "$kit/stubs"
+        grep -rhoE '\bfn cu[A-Z][A-Za-z0-9_]*' "$(dirname "$bindings")/src/driver/sys" | sed 's/^fn //' | sort -u |
+            sed 's/.*/void &(void) {}/' > "$kit/stubs/cuda.c"
+        cc -shared -Wl,-soname,libcuda.so.1 -o "$kit/stubs/libcuda.so" "$kit/stubs/cuda.c"
+    fi
+fi
+
+export CUDA_HOME=$home CUDA_PATH=$home CUDA_ROOT=$home CUDA_TOOLKIT_ROOT_DIR=$home
+export PATH=$home/bin:$PATH
+# Also for the linker only: at run time a stub in the path would stand before the driver.
+export LIBRARY_PATH=$kit/stubs:$home/lib${LIBRARY_PATH:+:$LIBRARY_PATH}
+export LD_LIBRARY_PATH=$home/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+exec "$@"

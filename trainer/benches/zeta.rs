@@ -1,0 +1,153 @@
+//! One optimizer step of the zeta recipe's shape on a GPU: Mistral-7B with LoRA of rank 8 on all linear layers, 1024 queries
+//! and 6144 documents of the recipe's lengths, random weights. Through the trainer's own `step.rs`.
+//!
+//! ```text
+//! zeta [layers] [rows] [chunk tokens] [dtype]     default: 32 1024 16384 bf16
+//! ```
+//!
+//! Prints seconds, tokens a second, useful FLOP a second (6 for each parameter of a matrix and each real token) and the
+//! peak of memory, beside what the plan predicts.
+
+#![expect(clippy::print_stdout, reason = "a benchmark reports")]
+
+use std::error::Error;
+use std::time::Instant;
+
+use kernels::adamw::AdamW;
+use trainer::comm::World;
+use trainer::config::{self, Dtype, Init};
+use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
+use trainer::gradcache::Budget;
+use trainer::loss::InfoNce;
+use trainer::memory;
+use trainer::model::chunk::Limit;
+use trainer::model::params::Gradients;
+use trainer::model::{Folder, Model, Options};
+use trainer::optimizer::Optimizer;
+use trainer::schedule::Schedule;
+use trainer::step::Stepper;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Documents of a row: a positive and five negatives.
+const DOCUMENTS: usize = 6;
+
+fn main() -> Result<()> {
+    // `cargo bench` adds a flag of its own.
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let number = |at: usize, default: usize| words.get(at).map_or(Ok(default), |word| word.parse::<usize>());
+    let (layers, rows, chunk) = (number(0, 32)?, number(1, 1024)?, number(2, 16_384)?);
+    let dtype = match words.get(3).map(String::as_str) {
+        None | Some("bf16") => Dtype::Bf16,
+        Some("f16") => Dtype::F16,
+        Some("f32") => Dtype::F32,
+        Some(other) => return Err(format!("`{other}` is no dtype, expected f32, bf16 or f16").into()),
+    };
+    let device = trainer::device::current()?;
+    if !device.is_cuda() {
+        return Err("this benchmark measures a GPU, and there is none".into());
+    }
+
+    let place = tempfile::tempdir()?;
+    let settings = serde_json::json!({
+        "architectures": ["MistralModel"], "model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": layers, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "max_position_embeddings": 4096, "sliding_window": 4096, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "vocab_size": 32000, "initializer_range": 0.02,
+    });
+    std::fs::write(place.path().join("config.json"), settings.to_string())?;
+    let lora = config::Lora { alpha: 32.0, ..config::Lora::default() };
+    let options = Options {
+        model: config::Model {
+            init: Init::Random,
+            dtype,
+            max_query_length: Some(192),
+            max_document_length: Some(512),
+            ..config::Model::default()
+        },
+        lora: Some(&lora),
+        trained: true,
+        seed: 42,
+        dry: false,
+    };
+    let start = Instant::now();
+    let model = Model::open(Folder::open(place.path())?, &options)?;
+    device.synchronize()?;
+    let (weights, _) = kernels::memory(&device)?;
+    println!(
+        "Mistral-7B's shape, {layers} layers: {:.2} G parameters, {} on the GPU, drawn in {:.0} s",
+        model.elements() as f64 / 1e9,
+        memory::readable(weights),
+        start.elapsed().as_secs_f64()
+    );
+
+    let batch = batch(rows)?;
+    let budget = Budget { chunk: Limit::Tokens(chunk), tapes: 0 };
+    // Gradients and moments; activations; the embeddings of the batch, as the chunks', the batch's, the loss's, and their gradients.
+    let embeddings = 4 * (batch.sequences.len() * model.width()) as u64;
+    let predicted =
+        weights + 12 * model.flat().len() as u64 + memory::of_chunk(&model, chunk) + 6 * embeddings;
+    let rule = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+    let mut stepper = Stepper {
+        model: &model,
+        gradients: Gradients::zeros(model.flat())?,
+        optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0))?,
+        loss: InfoNce {
+            temperature: 0.02,
+            in_batch_negatives: true,
+            symmetric: false,
+            false_negative_margin: None,
+        },
+        schedule: Schedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
+        budget,
+        seed: 42,
+        world: World::Solo,
+    };
+    kernels::forget_peak(&device)?;
+    let start = Instant::now();
+    let outcome = stepper.step(&batch, 1)?;
+    device.synchronize()?;
+    let seconds = start.elapsed().as_secs_f64();
+    let (_, peak) = kernels::memory(&device)?;
+
+    let tokens = batch.tokens() as f64;
+    // Query, key, value, output; gate, up, down.
+    let per_layer = 4096.0 * (4096.0 * 2.0 + 1024.0 * 2.0) + 3.0 * 4096.0 * 14336.0;
+    let useful = 6.0 * per_layer * layers as f64 * tokens;
+    println!("step       {seconds:.2} s, {rows} rows, {tokens} tokens in chunks of {chunk}");
+    println!("rate       {:.0} tokens/s, {:.0} useful TFLOP/s", tokens / seconds, useful / seconds / 1e12);
+    println!("memory     {} at most, {} predicted", memory::readable(peak), memory::readable(predicted));
+    println!("loss       {:.4}, norm of the gradient {:.4}", outcome.loss, outcome.grad_norm);
+    println!("epoch      {:.1} h for one million rows at this rate", seconds * 1e6 / rows as f64 / 3600.0);
+    Ok(())
+}
+
+/// The first so many rows of a batch of the recipe: random tokens of the lengths that its texts have.
+fn batch(rows: usize) -> Result<Batch> {
+    let lengths: serde_json::Value =
+        serde_json::from_str(include_str!("../../kernels/benches/lengths.json"))?;
+    let of = |name: &str, count: usize| -> Result<Vec<usize>> {
+        let all = lengths[name].as_array().ok_or("lengths.json lacks a list")?;
+        let some = all.iter().cycle().take(count).filter_map(serde_json::Value::as_u64);
+        Ok(some.map(|length| length as usize).collect())
+    };
+    let lengths = [of("queries", rows)?, of("documents", DOCUMENTS * rows)?].concat();
+    let mut state = 1u32;
+    let mut token = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) % 32_000
+    };
+    let sequences: Vec<Sequence> =
+        lengths.iter().map(|&n| Sequence { ids: (0..n).map(|_| token()).collect(), skip: 0 }).collect();
+    let numbers = |range: std::ops::Range<usize>| range.map(|n| n as u32).collect::<Vec<u32>>();
+    let none = Lists { offsets: vec![0; rows + 1], columns: Vec::new() };
+    let table = Table {
+        queries: numbers(0..rows),
+        candidates: numbers(rows..sequences.len()),
+        positives: numbers(0..rows),
+        excluded: none.clone(),
+        own: none,
+    };
+    let rows = (0..rows as u64).map(|row| RowId { dataset: 0, row }).collect();
+    Ok(Batch { sequences, table, rows, cursor: Cursor::default(), epoch: 0.0 })
+}
