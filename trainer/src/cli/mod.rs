@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::comm::{self, World};
-use crate::{Error, progress, pulse};
+use crate::{Error, memory, progress, pulse};
 
 /// Trains text-embedding models, and uses them.
 #[derive(Debug, Parser)]
@@ -89,6 +89,7 @@ impl From<Error> for Failure {
 
 /// Runs the command in `args`, the program's name first, and returns its exit status.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    memory::keep_pages();
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {

@@ -193,33 +193,72 @@ pub fn appending(folder: &Path) -> Result<Option<String>> {
     if !path.is_file() {
         return Ok(None);
     }
+    let settings = settings(&folder.join("tokenizer_config.json"))?;
+    if settings["add_eos_token"] != Value::Bool(true) {
+        return Ok(None);
+    }
     let wrong = |e: tokenizers::Error| Error::file(&path, format!("this is not a tokenizer: {e}"));
     let tokenizer = tokenizers::Tokenizer::from_file(&path).map_err(wrong)?;
-    let settings = settings(&folder.join("tokenizer_config.json"))?;
     let Some(id) = end(&tokenizer, &settings).map_err(wrong)? else { return Ok(None) };
     let token = tokenizer.id_to_token(id).unwrap_or_default();
-    let special = |token_type: u32| json!({"SpecialToken": {"id": token, "type_id": token_type}});
-    let text = |name: &str, token_type: u32| json!({"Sequence": {"id": name, "type_id": token_type}});
-    let last = json!({
-        "type": "TemplateProcessing",
-        "single": [text("A", 0), special(0)],
-        "pair": [text("A", 0), special(0), text("B", 1), special(1)],
-        "special_tokens": {&token: {"id": token, "ids": [id], "tokens": [token]}},
-    });
     let source = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     // All but this field stays as it is, to the byte: a vocabulary's scores must not be rounded.
     let malformed = |e: serde_json::Error| Error::file(&path, format!("this is not JSON: {e}"));
     let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&source).map_err(malformed)?;
-    let processors = match fields.get("post_processor").map(|own| own.get()) {
-        None | Some("null") => last,
-        Some(own) => {
-            let own: Value = serde_json::from_str(own).map_err(malformed)?;
-            json!({"type": "Sequence", "processors": [own, last]})
-        }
+    let own = match fields.get("post_processor") {
+        None => Value::Null,
+        Some(own) => serde_json::from_str(own.get()).map_err(malformed)?,
     };
+    let processors = ending(own, &token, id);
     let raw = RawValue::from_string(processors.to_string()).map_err(malformed)?;
     fields.insert("post_processor".to_owned(), raw);
     serde_json::to_string(&fields).map(Some).map_err(malformed)
+}
+
+/// A post-processor that does what `own` does and then appends `token`. A template that is there is extended: a second one would take
+/// the special tokens of the first for a text of their own.
+fn ending(mut own: Value, token: &str, id: u32) -> Value {
+    let text = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
+    let special = |kind: &Value| json!({"SpecialToken": {"id": token, "type_id": kind}});
+    match own["type"].as_str() {
+        Some("TemplateProcessing") => {
+            if let Some(Value::Array(single)) = own.get_mut("single") {
+                single.push(special(&json!(0)));
+            }
+            if let Some(Value::Array(pair)) = own.get_mut("pair") {
+                *pair = pair
+                    .drain(..)
+                    .flat_map(|piece| {
+                        let end = piece.get("Sequence").map(|text| special(&text["type_id"]));
+                        [Some(piece), end]
+                    })
+                    .flatten()
+                    .collect();
+            }
+            own["special_tokens"][token] = json!({"id": token, "ids": [id], "tokens": [token]});
+            own
+        }
+        Some("Sequence") => {
+            if let Some(Value::Array(processors)) = own.get_mut("processors") {
+                let template = |one: &Value| one["type"] == "TemplateProcessing";
+                match processors.iter_mut().find(|one| template(one)) {
+                    Some(one) => *one = ending(one.take(), token, id),
+                    None => processors.push(ending(Value::Null, token, id)),
+                }
+            }
+            own
+        }
+        None => {
+            let template = json!({
+                "type": "TemplateProcessing",
+                "single": [text("A", 0)],
+                "pair": [text("A", 0), text("B", 1)],
+                "special_tokens": {},
+            });
+            ending(template, token, id)
+        }
+        Some(_) => json!({"type": "Sequence", "processors": [own, ending(Value::Null, token, id)]}),
+    }
 }
 
 fn missing(folder: &Path) -> Error {

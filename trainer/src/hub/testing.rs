@@ -1,6 +1,5 @@
 //! A hub on a local port, for tests.
 
-
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
