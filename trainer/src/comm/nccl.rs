@@ -6,6 +6,7 @@
 
 use std::mem::MaybeUninit;
 use std::os::raw::c_void;
+use std::panic::catch_unwind;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,17 +52,18 @@ impl Drop for Group {
 impl Nccl {
     /// Makes the communicator of the ranks that the sockets connect.
     pub(super) fn start(control: Mesh, place: &Place) -> Result<Self> {
-        // SAFETY: both only look for a library.
-        let (driver, library) =
-            unsafe { (cudarc::driver::sys::is_culib_present(), cudarc::nccl::sys::is_culib_present()) };
-        for (found, name) in [(driver, "libcuda.so, of the NVIDIA driver"), (library, "libnccl.so.2")] {
-            if !found {
-                return Err(Error::Usage(format!("ranks with GPUs need {name}, and it is not to be found")));
-            }
-        }
+        // Where a library is looked for only now, it panics if there is none.
+        let found = catch_unwind(|| (CudaContext::device_count(), result::get_nccl_version().is_ok()));
+        let Ok((count, true)) = found else {
+            return Err(Error::Usage(
+                "ranks with GPUs need libcuda.so, of the NVIDIA driver, and libnccl.so.2\n\
+                 hint: LD_LIBRARY_PATH says where they are"
+                    .to_owned(),
+            ));
+        };
         let rank = control.rank;
         let refused = |error: DriverError| failed(rank, &error.to_string());
-        let count = CudaContext::device_count().map_err(refused)?.max(1) as usize;
+        let count = count.map_err(refused)?.max(1) as usize;
         // `launch` shows each rank its own; torchrun shows all to all.
         let context = CudaContext::new(place.local_rank % count).map_err(refused)?;
         let stream = context.new_stream().map_err(refused)?;
@@ -185,7 +187,7 @@ impl Transport for Nccl {
     fn exchange(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         // A length, and the message if it is short.
         let note = |message: &&[u8]| {
-            let short = if message.len() > SHORT { &[][..] } else { message };
+            let short: &[u8] = if message.len() > SHORT { &[] } else { message };
             [&(message.len() as u64).to_le_bytes(), short].concat()
         };
         let notes: Vec<Vec<u8>> = messages.iter().map(note).collect();
