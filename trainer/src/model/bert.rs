@@ -1,6 +1,6 @@
 //! Encoders with norms after each block and a table of positions: BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019) and
 //! XLM-RoBERTa (Conneau et al. 2019), MPNet (Song et al. 2020), DistilBERT (Sanh et al. 2019). Wiring only; what a family has
-//! of its own is in [`Shape`] and in its [`Names`].
+//! of its own is in [`Shape`] and in its `Names`.
 
 mod shape;
 
