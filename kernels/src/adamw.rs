@@ -161,6 +161,9 @@ fn is_zero(block: &[f32]) -> bool {
 
 /// Sets (P) gradients to 0. What is 0 already is only read, so that it takes no memory where it never was written.
 pub fn clear(grads: &Tensor) -> Result<()> {
+    if !grads.device().is_cpu() {
+        return grads.zero_set();
+    }
     write(grads, |grads| {
         grads.par_chunks_mut(GRAIN).for_each(|piece| {
             vectorised(

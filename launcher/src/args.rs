@@ -16,7 +16,7 @@ use clap::Parser;
   launch --resume configs/quickstart.yaml                      go on from the newest checkpoint
   launch --cpus 2 --restarts 3 configs/quickstart.yaml         on two ranks, started anew when one fails
   launch -- evaluate --model runs/quickstart/model --set data/quickstart/test
-  LODESTONE_TOKEN=… launch --gpus 8 --nodes 2 --node 0 --rendezvous n1:29400 configs/zeta.yaml    on each of two nodes
+  LODESTONE_TOKEN=… launch --gpus 8 --nodes 2 --node 0 --rendezvous n1:29400 configs/minilm.yaml    on each of two nodes
 
 Exit status: that of the run. 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong;
 128+S after a checkpoint, because signal S (TERM, INT or USR1) asked for a stop."

@@ -51,8 +51,8 @@ pub fn usual_chunk() -> usize {
 }
 
 /// Bytes of tapes that are kept, unless the configuration says, where parameters, gradients and moments take `lasting` bytes. A GPU's
-/// memory is the run's. On a CPU it is half as much again as those take, or half a GiB: beyond that a tenth more speed costs
-/// as much memory as all the rest.
+/// memory is the run's. On a CPU it is half as much again as those take, or half a GiB: beyond that twice the
+/// memory buys a few per cent of speed (benches/RESULTS.md).
 pub fn usual_tapes(lasting: u64) -> u64 {
     if on_gpu() { u64::MAX } else { (512 << 20).max(lasting / 2 * 3) }
 }

@@ -11,7 +11,7 @@ use crate::scaling::{Rates, Table};
 /// Check everything and say what the run will do: rows, steps, tokens, memory
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer plan configs/quickstart.yaml training.batch_size=128\n  \
-    trainer plan configs/zeta.yaml --ranks 4,64,1024 --tokens-per-second 14000 --link-rate 25")]
+    trainer plan configs/minilm.yaml --ranks 4,64,1024 --tokens-per-second 14000 --link-rate 25")]
 pub(super) struct Args {
     /// The configuration, a YAML file
     config: PathBuf,
