@@ -20,6 +20,8 @@ mod gradcache;
 mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
+// Rows divided, negatives mined.
+mod prepare;
 // A run that was stopped goes on as if it had not been.
 mod resume;
 // Ranks change how long a run takes, never what it computes.

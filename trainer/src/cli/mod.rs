@@ -6,7 +6,9 @@ mod encode;
 mod evaluate;
 mod export;
 mod logging;
+mod mine;
 mod plan;
+mod split;
 mod train;
 
 use std::env;
@@ -44,6 +46,10 @@ enum Command {
     Encode(encode::Args),
     /// Measure a model on evaluation sets
     Evaluate(evaluate::Args),
+    /// Divide rows into a part to train on and parts to measure with, none of whose texts is trained on
+    Split(split::Args),
+    /// Find hard negatives: documents near a query that do not answer it
+    Mine(mine::Args),
     /// Write the model of a run as a folder for other programs
     Export(export::Args),
 }
@@ -131,7 +137,9 @@ fn start(command: &Command) -> Result<World, Failure> {
         told.map_err(|error| Failure::during(Error::io("write signs of life to", path)(error)))?;
     }
     let Some(place) = place else { return Ok(World::solo()) };
-    if !matches!(command, Command::Train(_) | Command::Encode(_) | Command::Evaluate(_)) {
+    let shared =
+        matches!(command, Command::Train(_) | Command::Encode(_) | Command::Evaluate(_) | Command::Mine(_));
+    if !shared {
         let message = format!("this command does not share its work, and {} ranks were started", place.size);
         return Err(Failure::before(Error::Usage(format!("{message}\nhint: start it alone"))));
     }
@@ -151,6 +159,8 @@ fn run(command: Command, world: &World) -> Result<(), Failure> {
         Command::Plan(args) => plan::run(&args),
         Command::Encode(args) => encode::run(&args, world).map_err(Failure::from),
         Command::Evaluate(args) => evaluate::run(&args, world).map_err(Failure::from),
+        Command::Split(args) => split::run(&args).map_err(Failure::from),
+        Command::Mine(args) => mine::run(&args, world).map_err(Failure::from),
         Command::Export(args) => export::run(&args).map_err(Failure::from),
     }
 }

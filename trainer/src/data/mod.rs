@@ -9,7 +9,7 @@ pub mod builder;
 mod fixtures;
 pub mod loader;
 pub mod mixture;
-mod permutation;
+pub(crate) mod permutation;
 pub mod reader;
 pub mod row;
 pub mod share;

@@ -2,7 +2,7 @@
 //!
 //! Metrics, their names and the CSV files are those of sentence-transformers 6.
 
-mod open;
+pub(crate) mod open;
 mod pairwise;
 mod retrieval;
 

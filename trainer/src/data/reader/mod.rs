@@ -15,7 +15,7 @@ use super::row::{Row, Schema};
 use crate::config::DataSet;
 use crate::{Error, Result};
 use file::Format;
-pub(crate) use stream::{lines, objects};
+pub(crate) use stream::{lines, objects, raw};
 
 /// An open data set.
 pub struct Source(Inner);
