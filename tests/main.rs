@@ -20,7 +20,7 @@ mod gradcache;
 mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
-// Rows divided, negatives mined.
+// Rows divided, negatives mined, small sets made.
 mod prepare;
 // A run that was stopped goes on as if it had not been.
 mod resume;

@@ -1,4 +1,4 @@
-//! Data are prepared by `trainer split` and `mine`, as their users meet them.
+//! Data are prepared by `trainer split`, `mine` and `nano`, as their users meet them.
 
 use std::fs;
 use std::path::Path;
@@ -138,10 +138,59 @@ fn rows_that_were_mined_and_split_train() {
     assert!(stderr(&again).contains("parts: is already there"), "{}", stderr(&again));
 }
 
+/// A BEIR folder of the golden's rows, every passage and every negative a document.
+fn beir(folder: &Path) {
+    fs::create_dir_all(folder.join("qrels")).unwrap();
+    let rows = lines(&golden("bert").join("rows.jsonl"));
+    let (mut corpus, mut queries, mut qrels) = (String::new(), String::new(), String::new());
+    for (i, row) in rows.iter().enumerate() {
+        corpus.push_str(&format!(
+            "{}\n",
+            json!({"_id": format!("p{i}"), "title": "", "text": row["positive"]})
+        ));
+        corpus.push_str(&format!("{}\n", json!({"_id": format!("n{i}"), "text": row["negatives"][0]})));
+        queries.push_str(&format!("{}\n", json!({"_id": format!("q{i}"), "text": row["query"]})));
+        qrels.push_str(&format!("q{i}\tp{i}\t1\n"));
+    }
+    for (name, text) in [("corpus.jsonl", corpus), ("queries.jsonl", queries), ("qrels/test.tsv", qrels)] {
+        fs::write(folder.join(name), text).unwrap();
+    }
+}
+
+#[test]
+fn a_nano_set_is_opened_by_evaluate() {
+    let place = tempfile::tempdir().unwrap();
+    beir(&place.path().join("large"));
+    let nano = |name: &str, model: bool| {
+        let mut command = program("trainer");
+        command.args(["nano", "--queries", "8", "--negatives", "3", "--set", "large", "--output", name]);
+        if model {
+            command.arg("--model").arg(golden("bert"));
+        }
+        stdout(&run(command.current_dir(place.path())))
+    };
+    let (words, both) = (nano("NanoWords", false), nano("NanoBoth", true));
+    assert_eq!((&words["queries"], &words["dense"]), (&json!(8), &json!(0)));
+    assert!(both["dense"].as_u64().unwrap() >= 8 && both["bm25"].as_u64().unwrap() >= 8, "{both}");
+    let mut evaluate = program("trainer");
+    evaluate.arg("evaluate").arg("--model").arg(golden("bert")).args(["--set", "NanoWords", "NanoBoth"]);
+    let scores = stdout(&run(evaluate.current_dir(place.path())));
+    for name in ["NanoWords", "NanoBoth"] {
+        let score = scores[format!("{name}_cosine_ndcg@10")].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&score), "{scores}");
+    }
+}
+
 #[test]
 fn bad_input_is_named_and_nothing_is_written() {
     let place = tempfile::tempdir().unwrap();
+    beir(&place.path().join("large"));
+    beir(&place.path().join("one"));
+    beir(&place.path().join("unknown"));
     let write = |name: &str, text: &str| fs::write(place.path().join(name), text).unwrap();
+    write("one/corpus.jsonl", "{\"_id\": \"p0\", \"text\": \"a\"}\n");
+    write("one/qrels/test.tsv", "q0\tp0\t1\n");
+    write("unknown/qrels/test.tsv", "q0\tp0\t1\nq1\tnowhere\t1\n");
     write("good.jsonl", "{\"query\": \"a\", \"positive\": \"x\"}\n{\"query\": \"b\", \"positive\": \"y\"}\n");
     write("bad.jsonl", "{\"query\": \"a\", \"positive\": \"x\"}\n{\"query\": \"b\", \"positive\": 7}\n");
     write(
@@ -151,6 +200,7 @@ fn bad_input_is_named_and_nothing_is_written() {
     let model = golden("bert");
     let mine = ["mine", "--model", model.to_str().unwrap(), "--output", "out", "--pairs"];
     let split = ["split", "--output", "out", "--input"];
+    let nano = ["nano", "--output", "out", "--set"];
     for (command, rest, words) in [
         (&mine[..], &["bad.jsonl"][..], &["bad.jsonl:2", "`positive`", "expected"][..]),
         (&mine, &["none.jsonl"], &["none.jsonl", "cannot open"]),
@@ -164,7 +214,11 @@ fn bad_input_is_named_and_nothing_is_written() {
         (&mine, &["good.jsonl", "--negatives", "0"], &["--negatives", "above 0"]),
         (&split, &["bad.jsonl", "--fractions", "0.5,0.6"], &["--fractions: 0.5,0.6 do not add up to 1"]),
         (&split, &["good.jsonl"], &["no row is left for"]),
-        (&split, &["."], &["."]),
+        (&split, &["large"], &["large"]),
+        (&nano, &["one"], &["corpus.jsonl", "1 documents"]),
+        (&nano, &["unknown"], &["test.tsv:2", "`nowhere` is not in corpus.jsonl"]),
+        (&nano, &["large", "--query-prompt", "q: "], &["--model"]),
+        (&nano, &["none"], &["none", "BEIR folder"]),
     ] {
         let output = program("trainer").args(command).args(rest).current_dir(place.path()).output().unwrap();
         let message = stderr(&output);

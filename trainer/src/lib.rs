@@ -38,6 +38,8 @@ pub mod npy;
 pub mod eval;
 // Documents that lie near a query and do not answer it.
 pub mod mine;
+// A small set that is nearly as hard as a large one.
+pub mod nano;
 // Everything a run needs to go on.
 pub mod checkpoint;
 // Model folders that other programs open.

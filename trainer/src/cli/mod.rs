@@ -7,6 +7,7 @@ mod evaluate;
 mod export;
 mod logging;
 mod mine;
+mod nano;
 mod plan;
 mod split;
 mod train;
@@ -50,6 +51,8 @@ enum Command {
     Split(split::Args),
     /// Find hard negatives: documents near a query that do not answer it
     Mine(mine::Args),
+    /// Make a small set that is nearly as hard as a BEIR set
+    Nano(nano::Args),
     /// Write the model of a run as a folder for other programs
     Export(export::Args),
 }
@@ -161,6 +164,7 @@ fn run(command: Command, world: &World) -> Result<(), Failure> {
         Command::Evaluate(args) => evaluate::run(&args, world).map_err(Failure::from),
         Command::Split(args) => split::run(&args).map_err(Failure::from),
         Command::Mine(args) => mine::run(&args, world).map_err(Failure::from),
+        Command::Nano(args) => nano::run(&args).map_err(Failure::from),
         Command::Export(args) => export::run(&args).map_err(Failure::from),
     }
 }
