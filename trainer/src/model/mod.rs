@@ -186,7 +186,8 @@ impl Model {
         let Tape { encoder, head } = tape;
         let tokens = chunk.packing.tokens();
         let dx = pass.round(self.head.backward(head, d, &chunk.spans, tokens, &pass, gradients)?)?; // (T, D)
-        self.encoder.backward(&self.placed(&chunk.ids)?, encoder, dx, &pass, gradients)
+        self.encoder.backward(&self.placed(&chunk.ids)?, encoder, dx, &pass, gradients)?;
+        gradients.settle()
     }
 
     /// A tensor of a chunk where the parameters are.
