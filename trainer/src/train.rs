@@ -196,7 +196,8 @@ impl Run {
             }
             let early = config.evaluation.patience.is_some_and(|patience| state.stale >= patience);
             if due || early {
-                save(&stepper, state, &mut writer, best)?;
+                let ends = early || stop.is_some() || step == plan.steps;
+                save(&stepper, state, &mut writer, best, ends)?;
             }
             if let Some(signal) = stop {
                 writer.finish()?;
@@ -227,15 +228,15 @@ impl Run {
     }
 }
 
-/// Begins to write a checkpoint, if all ranks hold the same bits.
-fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool) -> Result<()> {
+/// Begins to write a checkpoint, if all ranks hold the same bits. `ends`: no step follows.
+fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, ends: bool) -> Result<()> {
     let started = Instant::now();
     let (flat, optimizer) = (stepper.model.flat(), &stepper.optimizer);
     let digest = checkpoint::digest(&[flat.values(), &optimizer.first, &optimizer.second])?;
     stepper.world.same("parameters or moments", digest)?;
     state.digest = Some(checkpoint::readable_digest(digest));
     if stepper.world.first() {
-        writer.save(Snapshot::take(state, flat, optimizer)?, best)?;
+        writer.save(Snapshot::take(state, flat, optimizer, ends)?, best)?;
     }
     tracing::debug!("a checkpoint held up the training for {:.3} s", started.elapsed().as_secs_f64());
     Ok(())
