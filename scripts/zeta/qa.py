@@ -40,7 +40,6 @@ def main():
     cli = parser(__doc__)
     cli.add_argument("set", choices=READ)
     cli.add_argument("--source", nargs="+", required=True)
-    cli.add_argument("--corpus", help="write every passage here too, a text a line, to mine negatives from")
     cli.add_argument("--negatives", type=int, default=20, help="of a question, at most")
     args = cli.parse_args()
 
@@ -55,19 +54,13 @@ def main():
             for texts, found in zip(known, (positives, negatives)):
                 texts.update((squeezed(text), None) for text in found)
 
-    pairs, passages = Writer(args.output, args.without), {}
+    pairs = Writer(args.output, args.without)
     for query, (positives, negatives) in questions.items():
-        negatives = [text for text in negatives if text not in positives][: args.negatives]
-        own = list(positives)
-        passages.update(dict.fromkeys(own + negatives))
-        row = {"query": query, "positive": own[0] if len(own) == 1 else own}
-        pairs.row(**row | ({"negatives": negatives} if negatives else {}))
+        row = {"query": query, "positive": list(positives)}
+        if negatives := [text for text in negatives if text not in positives][: args.negatives]:
+            row["negatives"] = negatives
+        pairs.row(**row)
     pairs.done()
-    if args.corpus:
-        texts = Writer(args.corpus)
-        for text in passages:
-            texts.row(text=text)
-        texts.done()
 
 
 if __name__ == "__main__":
