@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A mixture of ten public sets (questions, entailment, classes, similarity) with two hard negatives a row, for two trainers alike.
+"""A mixture of ten public sets (questions, entailment, classes, similarity) with a hard negative a row, for two trainers alike.
 
     ten.py pairs --data FOLDER --output OUT      OUT/pairs/NAME.jsonl and OUT/corpus: what negatives are mined for
-    DATA=OUT NEGATIVES=10 MODEL=… scripts/zeta/mine.sh
+    DATA=OUT MODEL=… scripts/zeta/mine.sh
     ten.py rows --data FOLDER --output OUT       OUT/train.jsonl: query, positive, negatives, source; OUT/xquad-{en,de}: BEIR folders
 
-Mined are the questions' and the alike sentences' negatives. Entailments have a contradicting and a neutral sentence; a text with a
-class has another of its class as its positive and two of other classes. Batches are of one source, and no text stands in one twice:
+Mined are the questions' and the alike sentences' negatives. Entailments have a contradicting sentence; a text with a class has
+another of its class as its positive and one of another class. Batches are of one source, and no text stands in one twice:
 a trainer that cannot mask it would take another row's copy of a positive for a negative. Of SciFact only the claims of its train
 split are used, of SQuAD nothing that XQuAD asks.
 """
@@ -18,22 +18,22 @@ from pathlib import Path
 
 from mixture import detokenize, lines, pairs, scifact, write, write_retrieval
 
-NEGATIVES = 2
+NEGATIVES = 1
 # Rows a source, whole batches.
 ROWS = {
-    "scifact": 576,
-    "medquad": 256,
-    "covidqa": 256,
-    "covidqa-faq": 192,
+    "scifact": 448,
+    "medquad": 128,
+    "covidqa": 128,
+    "covidqa-faq": 128,
     "squad-sent": 256,
-    "mssql-de": 320,
-    "snli": 128,
-    "banking77": 128,
+    "mssql-de": 192,
+    "snli": 64,
+    "banking77": 64,
     "sts-b-en": 64,
     "sts-b-de": 64,
 }
 # So many times the rows are mined: not every pair has negatives left, and not every row fits into a batch without a text twice.
-SPARE = {"sts-b-en": 12, "sts-b-de": 12}
+SPARE = 3
 
 
 def questions(data):
@@ -54,7 +54,7 @@ def write_pairs(data, output, pick):
     for name, found in questions(data).items():
         found = list(dict.fromkeys(found))
         pick.shuffle(found)
-        rows = [{"query": query, "positive": positive} for query, positive in found[: ROWS[name] * SPARE.get(name, 3)]]
+        rows = [{"query": query, "positive": positive} for query, positive in found[: ROWS[name] * SPARE]]
         write(output / "pairs" / f"{name}.jsonl", rows)
     texts = [{"text": f"{row['title']} {row['text']}"} for row in lines(data / "ir-scifact" / "corpus.jsonl")]
     write(output / "corpus" / "scifact.jsonl", texts)
@@ -66,11 +66,9 @@ def mined(output, name):
 
 
 def entailed(data):
-    """Premises with a sentence that follows, one that contradicts and one that does neither."""
-    found = {}
-    for row in lines(data / "nli-snli" / "triplets.jsonl"):
-        found.setdefault((row["query"], row["positive"]), {})[row["kind"]] = row["negative"]
-    return [(*pair, [others["ent-con"], others["ent-neu"]]) for pair, others in found.items() if len(others) == 2]
+    """Premises with a sentence that follows and one that contradicts."""
+    rows = lines(data / "nli-snli" / "triplets.jsonl")
+    return [(row["query"], row["positive"], [row["negative"]]) for row in rows if row["kind"] == "ent-con"]
 
 
 def classes(path, pick):
