@@ -16,6 +16,8 @@ mod export;
 mod faults;
 // How a batch is cut, ordered and kept changes nothing.
 mod gradcache;
+// Rows of every kind, each with its loss.
+mod kinds;
 // The same under mpirun.
 mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.

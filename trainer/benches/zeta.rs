@@ -18,7 +18,7 @@ use trainer::comm::World;
 use trainer::config::{self, Dtype, Init};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::gradcache::Budget;
-use trainer::loss::InfoNce;
+use trainer::loss::{InfoNce, Losses};
 use trainer::memory;
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
@@ -92,11 +92,14 @@ fn main() -> Result<()> {
         model: &model,
         gradients: Gradients::zeros(model.flat())?,
         optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0))?,
-        loss: InfoNce {
-            temperature: 0.02,
-            in_batch_negatives: true,
-            symmetric: false,
-            false_negative_margin: None,
+        losses: Losses {
+            info_nce: InfoNce {
+                temperature: 0.02,
+                in_batch_negatives: true,
+                symmetric: false,
+                false_negative_margin: None,
+            },
+            ..Losses::default()
         },
         schedule: Schedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
         budget,
@@ -142,12 +145,14 @@ fn batch(rows: usize) -> Result<Batch> {
     let numbers = |range: std::ops::Range<usize>| range.map(|n| n as u32).collect::<Vec<u32>>();
     let none = Lists { offsets: vec![0; rows + 1], columns: Vec::new() };
     let table = Table {
+        rows: numbers(0..rows),
         queries: numbers(0..rows),
         candidates: numbers(rows..sequences.len()),
         positives: numbers(0..rows),
         excluded: none.clone(),
         own: none,
+        ..Table::default()
     };
     let rows = (0..rows as u64).map(|row| RowId { dataset: 0, row }).collect();
-    Ok(Batch { sequences, table, rows, cursor: Cursor::default(), epoch: 0.0 })
+    Ok(Batch { sequences, tables: vec![table], rows, cursor: Cursor::default(), epoch: 0.0 })
 }

@@ -107,6 +107,12 @@ impl Plan {
             ));
         }
         let lengths = lengths(&config, &folder, &model)?;
+        for (i, &dim) in config.loss.matryoshka.iter().flat_map(|matryoshka| &matryoshka.dims).enumerate() {
+            if dim > model.width() {
+                let message = format!("{dim}, but the model's embeddings have {} numbers", model.width());
+                return Err(config.error(&format!("loss.matryoshka.dims.{i}"), message));
+            }
+        }
         let mixture = Mixture::open(&config)?;
         let all = mixture.batches() * config.training.epochs;
         let steps = config.training.max_steps.map_or(all, |max| max.min(all));
@@ -302,7 +308,15 @@ impl fmt::Display for Plan {
             config.lora.as_ref().map_or_else(String::new, |lora| format!(" (LoRA, rank {})", lora.rank))
         )?;
         for set in self.mixture.sets() {
-            writeln!(f, "data       {}: {} rows an epoch, of {}", set.name, set.rows, set.path.display())?;
+            writeln!(
+                f,
+                "data       {}: {} rows an epoch ({}, {}), of {}",
+                set.name,
+                set.rows,
+                set.kind,
+                set.loss,
+                set.path.display()
+            )?;
         }
         writeln!(
             f,

@@ -14,6 +14,7 @@ use crate::config::Every;
 use crate::data::batch::Batch;
 use crate::embed::Embedder;
 use crate::export::{self, Trained};
+use crate::loss::Losses;
 use crate::metrics::{self, Metrics};
 use crate::model::Model;
 use crate::model::params::Gradients;
@@ -22,7 +23,7 @@ use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::signals::Signals;
 use crate::step::{Outcome, Stepper};
-use crate::{Error, Result, checkpoint, loss};
+use crate::{Error, Result, checkpoint};
 
 /// A run that is ready for its next step.
 pub struct Run {
@@ -128,12 +129,7 @@ impl Run {
             model,
             gradients: Gradients::zeros(model.flat())?,
             optimizer: Optimizer::new(model.flat(), rule, training.decay_all, clip)?,
-            loss: loss::InfoNce {
-                temperature: config.loss.temperature,
-                in_batch_negatives: config.loss.in_batch_negatives,
-                symmetric: config.loss.symmetric,
-                false_negative_margin: config.loss.false_negative_margin,
-            },
+            losses: Losses::new(&config.loss),
             schedule: plan.schedule,
             budget: plan.budget,
             seed: config.seed,

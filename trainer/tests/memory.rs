@@ -11,7 +11,7 @@ use trainer::comm::World;
 use trainer::config::{self, Init};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::gradcache::Budget;
-use trainer::loss::InfoNce;
+use trainer::loss::Losses;
 use trainer::memory;
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
@@ -88,13 +88,15 @@ fn batch(rows: usize) -> Batch {
     let rows = rows as u32;
     Batch {
         sequences,
-        table: Table {
+        tables: vec![Table {
+            rows: numbers(0..rows),
             queries: numbers(0..rows),
             candidates: numbers(rows..2 * rows),
             positives: numbers(0..rows),
             excluded: none.clone(),
             own: none,
-        },
+            ..Table::default()
+        }],
         rows: (0..rows.into()).map(|row| RowId { dataset: 0, row }).collect(),
         cursor: Cursor::default(),
         epoch: 0.0,
@@ -113,12 +115,7 @@ fn a_step_takes_what_the_plan_says_within_a_tenth() {
             model: &model,
             gradients: Gradients::zeros(model.flat()).unwrap(),
             optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0)).unwrap(),
-            loss: InfoNce {
-                temperature: 0.05,
-                in_batch_negatives: true,
-                symmetric: false,
-                false_negative_margin: None,
-            },
+            losses: Losses::default(),
             schedule: Schedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
             budget: Budget { chunk: Limit::Tokens(chunk), tapes: 0 },
             seed: 1,

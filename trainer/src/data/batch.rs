@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use crate::config::LossKind;
+
 /// One text as the encoder sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Sequence {
@@ -35,10 +37,14 @@ impl Lists {
     }
 }
 
-/// Which embeddings the loss compares. Indices point into [`Batch::sequences`] (queries, candidates) or into
-/// `candidates` (everything called a column).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Which embeddings a loss compares: the rows of a batch that have this loss. Indices point into [`Batch::sequences`] (queries,
+/// candidates) or into `candidates` (everything called a column).
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
+    /// How they are judged.
+    pub loss: LossKind,
+    /// (B) their numbers in the batch, ascending.
+    pub rows: Vec<u32>,
     /// (B) the sequence of each row's query.
     pub queries: Vec<u32>,
     /// (M) the sequence of each column: the positives of all rows, then their first negatives, their second, …
@@ -48,9 +54,11 @@ pub struct Table {
     /// Columns that row i must not count as negatives: its own positive's text, or another known positive of its query.
     /// Empty lists where `mask_known_positives` is off.
     pub excluded: Lists,
-    /// Row i's own columns, its positive and its negatives, less the excluded. The candidates without in-batch
+    /// Row i's own columns, its positive first and then its negatives, less the excluded. The candidates without in-batch
     /// negatives.
     pub own: Lists,
+    /// What the data say of each column of `own`: a pair's score, or a teacher's. Empty where the loss does not ask.
+    pub scores: Vec<f32>,
 }
 
 /// Where a row came from, for messages.
@@ -78,8 +86,8 @@ pub struct Cursor {
 pub struct Batch {
     /// Unique texts. A sequence's index here is its number in the global batch.
     pub sequences: Vec<Sequence>,
-    /// What the loss compares.
-    pub table: Table,
+    /// What the losses compare: one table for each loss that the batch has rows of.
+    pub tables: Vec<Table>,
     /// (B) where each row came from.
     pub rows: Vec<RowId>,
     /// Where to go on after this batch.
