@@ -1,5 +1,7 @@
 //! What a run will do: the configuration resolved against model, data and memory, checked once, before anything is started.
 
+mod outline;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -21,6 +23,7 @@ use crate::model::{Folder, Model, Options, hub};
 use crate::scaling::Load;
 use crate::schedule::Schedule;
 use crate::{Error, Result, comm};
+pub use outline::{Outline, inputs};
 
 /// A run, ready to be started or only to be looked at.
 pub struct Plan {
@@ -88,6 +91,7 @@ pub struct Cost {
 impl Plan {
     /// Resolves and checks a configuration.
     pub fn new(config: Config) -> Result<Self> {
+        inputs(&config)?;
         let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
         let tokenizer = Tokenizer::open(&folder.path)?;
         // Only shapes are looked at here: the weights are read once, when the run starts.
@@ -253,6 +257,12 @@ fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -
     Ok((tokens as f64 / batches as f64, first.unwrap_or_default()))
 }
 
+/// Bytes of parameters, gradients and moments: what is trained is f32, as are its gradients and two moments.
+fn lasting(model: &Model) -> u64 {
+    let trained = model.flat().len();
+    (model.element_bytes() * (model.elements() - trained) + 16 * trained) as u64
+}
+
 /// Parameters and moments first, then a chunk, then as many tapes as fit.
 fn share_memory(
     training: &config::Training,
@@ -262,8 +272,7 @@ fn share_memory(
 ) -> (Budget, Cost) {
     let available = memory::available() / local_ranks as u64;
     let (elements, trained) = (model.elements(), model.flat().len());
-    // What is trained is f32, as are its gradients and two moments.
-    let lasting = (model.element_bytes() * (elements - trained) + 16 * trained) as u64;
+    let lasting = lasting(model);
     // A checkpoint's snapshot of what is trained and of the moments.
     let state = lasting + 12 * trained as u64;
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64;

@@ -117,4 +117,6 @@ impl Config {
 }
 
 #[cfg(test)]
+mod recipes;
+#[cfg(test)]
 mod tests;

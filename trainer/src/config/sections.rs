@@ -343,7 +343,7 @@ impl Default for Evaluation {
 pub struct EvaluationSet {
     /// The first part of its metrics' names. Default: the name of the folder.
     pub name: String,
-    /// A BEIR folder, or a file of triplets or scored pairs. Required.
+    /// A BEIR folder, or a file of pairs, triplets or scored pairs, also hf://datasets/ORG/NAME/FILE. Required.
     pub path: PathBuf,
     /// What is measured. Default: retrieval.
     pub kind: SetKind,

@@ -19,7 +19,7 @@ use self::pairwise::{Similarity, Triplets};
 use self::retrieval::Retrieval;
 use crate::config::{EvaluationSet, SetKind};
 use crate::embed::Embedder;
-use crate::{Error, Result};
+use crate::{Error, Result, hub};
 
 /// Texts that a model is measured on.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl EvalSet {
     /// # Errors
     /// Nothing there, a malformed row, an id in the qrels that has no text.
     pub fn open(set: &EvaluationSet) -> Result<Self> {
-        let path = &set.path;
+        let path = &hub::data_file(&set.path)?;
         if !path.exists() {
             return Err(Error::file(path, "no such evaluation set"));
         }
