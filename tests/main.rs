@@ -20,6 +20,8 @@ mod gradcache;
 mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
+// The page of a run, in a browser; models compared.
+mod report;
 // A run that was stopped goes on as if it had not been.
 mod resume;
 // Ranks change how long a run takes, never what it computes.

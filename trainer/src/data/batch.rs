@@ -53,6 +53,20 @@ pub struct Table {
     pub own: Lists,
 }
 
+impl Table {
+    /// Share of the candidates beyond each row's own positive that are masked: known to answer its query. Candidates are all
+    /// columns if `in_batch`, else a row's own.
+    pub fn masked(&self, in_batch: bool) -> f64 {
+        let (rows, columns) = (self.queries.len(), self.candidates.len());
+        let (masked, others) = match in_batch {
+            true => (self.excluded.columns.len(), rows * columns.saturating_sub(1)),
+            // Every column is one row's own, and `own` lacks those that are masked.
+            false => (columns - self.own.columns.len(), columns - rows),
+        };
+        if others == 0 { 0.0 } else { masked as f64 / others as f64 }
+    }
+}
+
 /// Where a row came from, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowId {
@@ -105,5 +119,20 @@ mod tests {
         assert_eq!(lists.of(0..3), lists);
         assert_eq!(lists.of(1..3), Lists { offsets: vec![0, 0, 3], columns: vec![0, 2, 3] });
         assert_eq!(lists.of(2..2), Lists { offsets: vec![0], columns: vec![] });
+    }
+
+    #[test]
+    fn what_is_masked_is_counted_beyond_the_own_positive() {
+        // Three rows, a negative each; row 0 masks row 2's positive and its own negative.
+        let table = Table {
+            queries: vec![0, 1, 2],
+            candidates: vec![3, 4, 5, 6, 7, 8],
+            positives: vec![0, 1, 2],
+            excluded: Lists { offsets: vec![0, 2, 2, 2], columns: vec![2, 3] },
+            own: Lists { offsets: vec![0, 1, 3, 5], columns: vec![0, 1, 4, 2, 5] },
+        };
+        assert_eq!(table.masked(true), 2.0 / 15.0);
+        assert_eq!(table.masked(false), 1.0 / 3.0);
+        assert_eq!(Table::default().masked(true), 0.0);
     }
 }
