@@ -24,5 +24,7 @@ mod parity;
 mod report;
 // A run that was stopped goes on as if it had not been.
 mod resume;
+// Evaluation while a run trains, and its end.
+mod stopping;
 // Ranks change how long a run takes, never what it computes.
 mod world;
