@@ -6,6 +6,7 @@
 #
 # LODESTONE_SHARED   a folder with data/ and peers/ for the tests on real text; default: ../shared, where it exists
 # LODESTONE_CUDA     1: also build everything for GPUs and lint it, with a toolkit that is fetched if there is none (10 minutes)
+# LODESTONE_BROWSER  a Chromium for the test that opens a report; default: chromium or google-chrome, where there is one
 # LODESTONE_MINILM   the folder of all-MiniLM-L6-v2; default: fetched by scripts/minilm.sh, where pip is to be had
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -53,6 +54,17 @@ if [ -n "${LODESTONE_MINILM:-}" ]; then
 else
     echo "skipped: tests with all-MiniLM-L6-v2 (pip cannot fetch it; LODESTONE_MINILM names a folder)"
 fi
+
+browser() {
+    local name
+    for name in "${LODESTONE_BROWSER:-chromium}" chromium chromium-browser google-chrome google-chrome-stable; do
+        "$name" --version >/dev/null 2>&1 && return
+    done
+    return 1
+}
+# Half a minute, and not everywhere to be had.
+[ "${CI:-}" != true ] || browser || (install chromium) || true
+browser || echo "skipped: the report in a browser (no chromium)"
 
 say "format"
 cargo fmt --all --check

@@ -22,7 +22,11 @@ mod kinds;
 mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
+// The page of a run, in a browser; models compared.
+mod report;
 // A run that was stopped goes on as if it had not been.
 mod resume;
+// Evaluation while a run trains, and its end.
+mod stopping;
 // Ranks change how long a run takes, never what it computes.
 mod world;

@@ -95,7 +95,7 @@ pub(crate) struct Job {
 }
 
 /// Commands that share their work among ranks.
-const SHARED: [&str; 3] = ["train", "encode", "evaluate"];
+const SHARED: [&str; 4] = ["train", "encode", "evaluate", "compare"];
 
 impl Arguments {
     /// What is asked for. An error is for the person at the terminal: nothing was started.

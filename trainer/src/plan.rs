@@ -22,7 +22,7 @@ use crate::model::pass::Keep;
 use crate::model::{Folder, Model, Options, hub};
 use crate::scaling::Load;
 use crate::schedule::Schedule;
-use crate::{Error, Result, comm};
+use crate::{Error, Result, comm, metrics};
 pub use outline::{Outline, inputs};
 
 /// A run, ready to be started or only to be looked at.
@@ -192,21 +192,18 @@ impl Plan {
         if scores.is_empty() {
             return Ok(None);
         }
-        let ending = format!("_{}", self.config.evaluation.metric);
-        let values: Vec<f64> = scores
-            .iter()
-            .filter(|(name, _)| name.ends_with(&ending))
-            .filter_map(|(_, value)| value.as_f64())
-            .collect();
-        if values.is_empty() {
+        let metric = &self.config.evaluation.metric;
+        let value = metrics::deciding(scores, metric);
+        if value.is_none()
+            && !scores.keys().any(|name| name == metric || name.ends_with(&format!("_{metric}")))
+        {
             let names: Vec<&str> = scores.keys().map(String::as_str).collect();
             return Err(Error::Usage(format!(
-                "evaluation.metric: no set has `{}`; there are {}",
-                self.config.evaluation.metric,
+                "evaluation.metric: no set has `{metric}`; there are {}",
                 names.join(", ")
             )));
         }
-        Ok(Some(values.iter().sum::<f64>() / values.len() as f64))
+        Ok(value)
     }
 }
 

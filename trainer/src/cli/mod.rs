@@ -2,11 +2,14 @@
 //!
 //! Results go to standard output, everything else to standard error.
 
+mod compare;
 mod encode;
 mod evaluate;
 mod export;
 mod logging;
 mod plan;
+mod report;
+mod sets;
 mod train;
 
 use std::env;
@@ -44,8 +47,12 @@ enum Command {
     Encode(encode::Args),
     /// Measure a model on evaluation sets
     Evaluate(evaluate::Args),
+    /// Measure two models on the same sets
+    Compare(compare::Args),
     /// Write the model of a run as a folder for other programs
     Export(export::Args),
+    /// Write a page to look at runs
+    Report(report::Args),
 }
 
 /// Why a command ended early, and what it returns to the shell.
@@ -131,7 +138,8 @@ fn start(command: &Command) -> Result<World, Failure> {
         told.map_err(|error| Failure::during(Error::io("write signs of life to", path)(error)))?;
     }
     let Some(place) = place else { return Ok(World::solo()) };
-    if !matches!(command, Command::Train(_) | Command::Encode(_) | Command::Evaluate(_)) {
+    if !matches!(command, Command::Train(_) | Command::Encode(_) | Command::Evaluate(_) | Command::Compare(_))
+    {
         let message = format!("this command does not share its work, and {} ranks were started", place.size);
         return Err(Failure::before(Error::Usage(format!("{message}\nhint: start it alone"))));
     }
@@ -151,7 +159,9 @@ fn run(command: Command, world: &World) -> Result<(), Failure> {
         Command::Plan(args) => plan::run(&args),
         Command::Encode(args) => encode::run(&args, world).map_err(Failure::from),
         Command::Evaluate(args) => evaluate::run(&args, world).map_err(Failure::from),
+        Command::Compare(args) => compare::run(&args, world).map_err(Failure::from),
         Command::Export(args) => export::run(&args).map_err(Failure::from),
+        Command::Report(args) => report::run(&args).map_err(Failure::from),
     }
 }
 
