@@ -14,6 +14,8 @@ mod evaluate;
 mod export;
 // Bad input, full disks, losses that are not finite.
 mod faults;
+// A GPU that is not there.
+mod gpu;
 // How a batch is cut, ordered and kept changes nothing.
 mod gradcache;
 // Rows of every kind, each with its loss.

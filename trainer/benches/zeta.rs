@@ -83,10 +83,9 @@ fn main() -> Result<()> {
 
     let batch = batch(rows)?;
     let budget = Budget { chunk: Limit::Tokens(chunk), tapes: 0 };
-    // Gradients and moments; activations; the embeddings of the batch, as the chunks', the batch's, the loss's, and their gradients.
-    let embeddings = 4 * (batch.sequences.len() * model.width()) as u64;
-    let predicted =
-        weights + 12 * model.flat().len() as u64 + memory::of_chunk(&model, chunk) + 6 * embeddings;
+    let activations = memory::of_step(&model, batch.tokens(), batch.sequences.len(), chunk, budget.tapes);
+    // Gradients and moments come to the weights.
+    let predicted = weights + 12 * model.flat().len() as u64 + activations;
     let rule = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let mut stepper = Stepper {
         model: &model,
@@ -104,7 +103,7 @@ fn main() -> Result<()> {
         schedule: Schedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
         budget,
         seed: 42,
-        world: World::Solo,
+        world: World::solo(),
     };
     kernels::forget_peak(&device)?;
     let start = Instant::now();

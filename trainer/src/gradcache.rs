@@ -107,7 +107,7 @@ fn in_lanes<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + Sync) -> 
         numbers.map(|n| Ok((n, pass(n)?))).collect()
     };
     let mut done = Vec::with_capacity(count);
-    if device::current()?.is_cpu() && rayon::current_num_threads() > 1 {
+    if !kernels::on_gpu(&device::current()?) && rayon::current_num_threads() > 1 {
         let (one, other) = rayon::join(lane, lane);
         done.extend(one?);
         done.extend(other?);

@@ -288,7 +288,7 @@ impl Model {
 
     /// Bytes of an activation, and of a parameter that is not trained: on a CPU halves are kept in f32.
     pub fn element_bytes(&self) -> usize {
-        let on_gpu = device::current().is_ok_and(|device| device.is_cuda());
+        let on_gpu = device::current().is_ok_and(|device| kernels::on_gpu(&device));
         if on_gpu && self.precision != Precision::F32 { 2 } else { 4 }
     }
 

@@ -50,7 +50,7 @@ pub struct ModernBert {
     norm: LayerNorm,
     layers: Vec<Layer>,
     last_norm: LayerNorm,
-    ropes: [rope::Table; 2],
+    ropes: Vec<rope::Table>,
 }
 
 #[derive(Debug)]
@@ -192,7 +192,7 @@ impl ModernBert {
             norm: norm("embeddings.norm")?,
             layers: shape.reaches.iter().enumerate().map(layer).collect::<Result<_>>()?,
             last_norm: norm("final_norm")?,
-            ropes: shape.rotaries.each_ref().map(|rotary| rotary.table(positions, d / shape.heads)),
+            ropes: shape.rotaries.iter().map(|rotary| rotary.table(positions, d / shape.heads)).collect(),
             shape,
         })
     }

@@ -246,7 +246,7 @@ impl Gradients {
     /// it from all others meanwhile.
     pub fn aside(&self, parameter: &Parameter) -> Result<Option<Tensor>> {
         let Some(place) = self.of(parameter)? else { return Ok(None) };
-        if !place.device().is_cpu() {
+        if kernels::on_gpu(place.device()) {
             return Ok(Some(place));
         }
         let values = place.zeros_like()?;
@@ -258,7 +258,7 @@ impl Gradients {
     /// Runs `task`, which adds to some of these places, at the latest in [`Self::settle`]; what it reads must not change until
     /// then. A GPU has a queue of its own.
     pub fn later(&self, task: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
-        if !self.flat.device().is_cpu() {
+        if kernels::on_gpu(self.flat.device()) {
             return task();
         }
         self.tasks().push(Box::new(task));
