@@ -21,12 +21,12 @@ from mixture import detokenize, lines, pairs, scifact, write, write_retrieval
 NEGATIVES = 1
 # Rows a source, whole batches.
 ROWS = {
-    "scifact": 448,
+    "scifact": 320,
     "medquad": 128,
-    "covidqa": 128,
-    "covidqa-faq": 128,
-    "squad-sent": 256,
-    "mssql-de": 192,
+    "covidqa": 64,
+    "covidqa-faq": 64,
+    "squad-sent": 128,
+    "mssql-de": 128,
     "snli": 64,
     "banking77": 64,
     "sts-b-en": 64,
