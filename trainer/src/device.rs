@@ -30,7 +30,7 @@ pub fn current() -> Result<Device> {
     let device = match std::env::var(VARIABLE).ok().as_deref() {
         Some("cpu") => Device::Cpu,
         Some("cuda") => gpu().map_err(|error| {
-            Error::Usage(format!("{VARIABLE} is `cuda`, but no GPU can be used: {error}"))
+            Error::Usage(format!("{VARIABLE} is `cuda`, but no GPU can be used: {}", plain(&error)))
         })?,
         #[cfg(feature = "emulator")]
         Some("emulator") => {
@@ -39,7 +39,7 @@ pub fn current() -> Result<Device> {
         }
         None | Some("") if cuda().is_none() => Device::Cpu,
         None | Some("") => gpu().unwrap_or_else(|error| {
-            tracing::warn!("no GPU can be used, so the CPU computes: {error}");
+            tracing::warn!("no GPU can be used, so the CPU computes: {}", plain(&error));
             Device::Cpu
         }),
         Some(other) => {
@@ -47,6 +47,14 @@ pub fn current() -> Result<Device> {
         }
     };
     Ok(DEVICE.get_or_init(|| device).clone())
+}
+
+/// What candle says without its backtrace: that is the machine's fault, and no bug.
+pub(crate) fn plain(error: &candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => plain(inner),
+        other => other.to_string(),
+    }
 }
 
 #[cfg(feature = "cuda")]

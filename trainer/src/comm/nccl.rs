@@ -63,8 +63,9 @@ impl Drop for Nccl {
 impl Nccl {
     /// Makes the communicator of the ranks that the sockets connect.
     pub(super) fn start(control: Mesh, place: &Place) -> Result<Self> {
-        let unusable =
-            |error: candle_core::Error| Error::Usage(format!("ranks with GPUs talk over NCCL: {error}"));
+        let unusable = |error: candle_core::Error| {
+            Error::Usage(format!("ranks with GPUs talk over NCCL: {}", device::plain(&error)))
+        };
         kernels::open_nccl().map_err(unusable)?;
         let ordinal = device::ordinal().map_err(unusable)?;
         let rank = control.rank;
