@@ -26,7 +26,7 @@ pub use table::Dropped;
 pub struct Source(Inner);
 
 enum Inner {
-    Table(table::Table),
+    Table(Box<table::Table>),
     Beir(beir::Beir),
 }
 
@@ -56,7 +56,7 @@ impl Source {
                 format!("expected a {} file, each also .gz or .zst, or a BEIR folder", Format::NAMES),
             )
         })?;
-        Ok(Self(Inner::Table(table::Table::open(path, format, Schema::new(set))?)))
+        Ok(Self(Inner::Table(Box::new(table::Table::open(path, format, Schema::new(set))?))))
     }
 
     /// What the rows are.
