@@ -24,6 +24,8 @@ mod kinds;
 mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
+// Rows divided, negatives mined.
+mod prepare;
 // The page of a run, in a browser; models compared.
 mod report;
 // A run that was stopped goes on as if it had not been.

@@ -24,6 +24,7 @@ pub mod packing;
 pub mod pool;
 pub mod precision;
 pub mod rope;
+pub mod topk;
 
 #[cfg(any(test, gpu))]
 mod gpu;

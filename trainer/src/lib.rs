@@ -4,12 +4,16 @@
 pub mod error;
 // A GPU, or the CPU.
 pub mod device;
+// Folders that are there whole or not at all.
+mod draft;
 // What the user wrote.
 pub mod config;
 // Files of the Hugging Face hub.
 pub mod hub;
 // Rows, tokens, batches.
 pub mod data;
+// A file of rows, divided so that no text is in two parts.
+pub mod split;
 // Encoders with a written backward.
 pub mod model;
 // Embeddings in, loss and gradient out.
@@ -28,8 +32,12 @@ pub mod optimizer;
 pub mod step;
 // Texts to embeddings, with a model as it is.
 pub mod embed;
+// Arrays of float32 rows on disk.
+pub mod npy;
 // How good a model is.
 pub mod eval;
+// Documents that lie near a query and do not answer it.
+pub mod mine;
 // Everything a run needs to go on.
 pub mod checkpoint;
 // Model folders that other programs open.

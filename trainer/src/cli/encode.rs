@@ -1,7 +1,5 @@
 //! `trainer encode`.
 
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -11,6 +9,7 @@ use crate::comm::World;
 use crate::data::reader;
 use crate::embed::{CHUNK_TOKENS, Opened, Role};
 use crate::model::Options;
+use crate::npy::Writer;
 use crate::{Error, Result, config};
 
 /// Turn texts into embeddings
@@ -97,7 +96,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     };
 
     let mut npy = match world.first() {
-        true => Some(Npy::create(&args.output, count, opened.model.width())?),
+        true => Some(Writer::create(&args.output, count, opened.model.width())?),
         false => None,
     };
     let mut progress = embedder.progress(role, count);
@@ -159,71 +158,9 @@ fn texts(input: &Path, mut each: impl FnMut(String) -> Result<()>) -> Result<()>
     })
 }
 
-/// A NumPy file, version 1.0, of float32 rows: written beside its place and renamed when whole.
-struct Npy {
-    target: PathBuf,
-    draft: PathBuf,
-    file: BufWriter<File>,
-    rows: usize,
-    width: usize,
-}
-
-impl Npy {
-    fn create(target: &Path, rows: usize, width: usize) -> Result<Self> {
-        let Some(name) = target.file_name() else {
-            return Err(Error::Usage(format!("--output: {} is no name for a file", target.display())));
-        };
-        let draft = target.with_file_name(format!(".{}.tmp", name.display()));
-        let mut file = BufWriter::new(File::create(&draft).map_err(Error::io("create", &draft))?);
-        file.write_all(&header(rows, width)).map_err(Error::io("write", &draft))?;
-        Ok(Self { target: target.to_owned(), draft, file, rows, width })
-    }
-
-    fn write(&mut self, embeddings: &candle_core::Tensor) -> Result<()> {
-        let (rows, width) = embeddings.dims2()?;
-        let Some(left) = self.rows.checked_sub(rows).filter(|_| width == self.width) else {
-            return Err(Error::Usage(format!("{}: the input has changed meanwhile", self.target.display())));
-        };
-        self.rows = left;
-        for row in embeddings.to_vec2::<f32>()? {
-            let bytes: Vec<u8> = row.iter().flat_map(|x| x.to_le_bytes()).collect();
-            self.file.write_all(&bytes).map_err(Error::io("write", &self.draft))?;
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<()> {
-        if self.rows > 0 {
-            return Err(Error::Usage(format!("{}: the input has changed meanwhile", self.target.display())));
-        }
-        self.file
-            .flush()
-            .and_then(|()| self.file.get_ref().sync_all())
-            .map_err(Error::io("write", &self.draft))?;
-        fs::rename(&self.draft, &self.target).map_err(Error::io("rename", &self.draft))
-    }
-}
-
-impl Drop for Npy {
-    fn drop(&mut self) {
-        // Nothing half written stays; after `finish` there is nothing.
-        let _ = fs::remove_file(&self.draft);
-    }
-}
-
-/// Magic, version, the header's length, and a Python dictionary padded so that the numbers begin at a multiple of 64.
-fn header(rows: usize, width: usize) -> Vec<u8> {
-    let text = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}");
-    let length = (10 + text.len() + 1).next_multiple_of(64) - 10;
-    let mut header = b"\x93NUMPY\x01\x00".to_vec();
-    header.extend_from_slice(&(length as u16).to_le_bytes());
-    header.extend_from_slice(format!("{text:<0$}\n", length - 1).as_bytes());
-    header
-}
-
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
+    use std::fs;
 
     use super::*;
 
@@ -254,37 +191,6 @@ mod tests {
         ] {
             let error = all(name, text).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
-        }
-    }
-
-    #[test]
-    fn the_array_is_whole_or_not_there() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.npy");
-        let mut npy = Npy::create(&path, 3, 2).unwrap();
-        npy.write(&Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap()).unwrap();
-        assert!(!path.exists());
-        npy.write(&Tensor::new(&[[5f32, -6.5]], &Device::Cpu).unwrap()).unwrap();
-        npy.finish().unwrap();
-        let bytes = fs::read(&path).unwrap();
-        assert_eq!(&bytes[..10], b"\x93NUMPY\x01\x00\x76\x00");
-        assert!(bytes[10..].starts_with(b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2), }  "));
-        assert_eq!(bytes[127], b'\n');
-        let numbers: Vec<f32> =
-            bytes[128..].chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
-        assert_eq!(numbers, [1.0, 2.0, 3.0, 4.0, 5.0, -6.5]);
-
-        let short = Npy::create(&folder.path().join("y.npy"), 1, 2).unwrap();
-        assert!(short.finish().is_err());
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn headers_of_any_length_are_aligned() {
-        for (rows, width) in [(0, 1), (7, 384), (usize::MAX, usize::MAX)] {
-            let header = header(rows, width);
-            assert_eq!(header.len() % 64, 0);
-            assert_eq!(u16::from_le_bytes([header[8], header[9]]) as usize, header.len() - 10);
         }
     }
 }

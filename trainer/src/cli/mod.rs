@@ -7,9 +7,11 @@ mod encode;
 mod evaluate;
 mod export;
 mod logging;
+mod mine;
 mod plan;
 mod report;
 mod sets;
+mod split;
 mod train;
 
 use std::env;
@@ -49,6 +51,10 @@ enum Command {
     Evaluate(evaluate::Args),
     /// Measure two models on the same sets
     Compare(compare::Args),
+    /// Divide rows into a part to train on and parts to measure with, none of whose texts is trained on
+    Split(split::Args),
+    /// Find hard negatives: documents near a query that do not answer it
+    Mine(mine::Args),
     /// Write the model of a run as a folder for other programs
     Export(export::Args),
     /// Write a page to look at runs
@@ -138,8 +144,8 @@ fn start(command: &Command) -> Result<World, Failure> {
         told.map_err(|error| Failure::during(Error::io("write signs of life to", path)(error)))?;
     }
     let Some(place) = place else { return Ok(World::solo()) };
-    if !matches!(command, Command::Train(_) | Command::Encode(_) | Command::Evaluate(_) | Command::Compare(_))
-    {
+    use Command::{Compare, Encode, Evaluate, Mine, Train};
+    if !matches!(command, Train(_) | Encode(_) | Evaluate(_) | Compare(_) | Mine(_)) {
         let message = format!("this command does not share its work, and {} ranks were started", place.size);
         return Err(Failure::before(Error::Usage(format!("{message}\nhint: start it alone"))));
     }
@@ -160,6 +166,8 @@ fn run(command: Command, world: &World) -> Result<(), Failure> {
         Command::Encode(args) => encode::run(&args, world).map_err(Failure::from),
         Command::Evaluate(args) => evaluate::run(&args, world).map_err(Failure::from),
         Command::Compare(args) => compare::run(&args, world).map_err(Failure::from),
+        Command::Split(args) => split::run(&args).map_err(Failure::from),
+        Command::Mine(args) => mine::run(&args, world).map_err(Failure::from),
         Command::Export(args) => export::run(&args).map_err(Failure::from),
         Command::Report(args) => report::run(&args).map_err(Failure::from),
     }

@@ -10,7 +10,7 @@ mod fixtures;
 pub mod labels;
 pub mod loader;
 pub mod mixture;
-mod permutation;
+pub(crate) mod permutation;
 pub mod reader;
 pub mod row;
 pub mod set;

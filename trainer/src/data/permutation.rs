@@ -6,7 +6,7 @@
 
 /// An order of `0..size`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Permutation {
+pub(crate) struct Permutation {
     size: u64,
     half: u32,
     key: u64,
@@ -17,14 +17,14 @@ const ROUNDS: u64 = 8;
 
 impl Permutation {
     /// The order that follows from `seed` and `purpose`, numbers that tell one use from another.
-    pub(super) fn new(size: u64, seed: u64, purpose: &[u64]) -> Self {
+    pub(crate) fn new(size: u64, seed: u64, purpose: &[u64]) -> Self {
         let bits = u64::BITS - size.saturating_sub(1).leading_zeros();
         let key = purpose.iter().fold(mix(seed), |key, number| mix(key ^ mix(*number)));
         Self { size, half: bits.div_ceil(2).max(1), key }
     }
 
     /// What stands at `place`, which is below the size.
-    pub(super) fn at(&self, place: u64) -> u64 {
+    pub(crate) fn at(&self, place: u64) -> u64 {
         debug_assert!(place < self.size);
         let mut number = place;
         loop {

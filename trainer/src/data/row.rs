@@ -188,6 +188,17 @@ impl Schema {
     }
 }
 
+/// The columns that hold a row's texts, whatever its kind: what a model may see of it.
+pub(crate) fn text_columns(names: &[&str]) -> Result<Vec<usize>, String> {
+    let pair = Schema { kind: Some(Kind::Pairs), ..Schema::default() }.roles(names);
+    pair.map(|roles| [vec![roles.query], roles.positives, roles.negatives].concat()).or_else(|wrong| {
+        let alone = ["text", "s1", "s2"];
+        let places = (0..names.len()).filter(|&i| alone.iter().any(|alias| is(names[i], alias)));
+        let places: Vec<usize> = places.collect();
+        if places.is_empty() { Err(wrong) } else { Ok(places) }
+    })
+}
+
 /// Whether a file's `name` is the usual `alias`, in any case and spelling of its words' gaps.
 fn is(name: &str, alias: &str) -> bool {
     name.trim()
@@ -429,6 +440,20 @@ mod tests {
         ] {
             assert_eq!(roles(names), Ok(expected), "{names:?}");
         }
+    }
+
+    #[test]
+    fn texts_are_what_a_model_may_see() {
+        for (names, expected) in [
+            (&["id", "query", "positive", "answer"][..], &[1, 2][..]),
+            (&["premise", "hypothesis", "label"], &[0, 1]),
+            (&["negative_1", "query", "positive"], &[1, 2, 0]),
+            (&["label", "text"], &[1]),
+            (&["s1", "s2", "score"], &[0, 1]),
+        ] {
+            assert_eq!(text_columns(names), Ok(expected.to_vec()), "{names:?}");
+        }
+        assert!(text_columns(&["a", "b"]).unwrap_err().contains("found a, b"));
     }
 
     #[test]

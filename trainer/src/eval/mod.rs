@@ -5,7 +5,7 @@
 mod bootstrap;
 mod items;
 pub mod nano;
-mod open;
+pub(crate) mod open;
 mod pairwise;
 pub mod rankings;
 mod retrieval;

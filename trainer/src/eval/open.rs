@@ -17,18 +17,8 @@ pub(super) fn beir(folder: &Path, split: Option<&str>) -> Result<Retrieval> {
     let (queries, query_numbers) = texts(&find(folder, "queries.jsonl")?, false)?;
     let (documents, document_numbers) = texts(&find(folder, "corpus.jsonl")?, true)?;
     let mut relevant = vec![Vec::new(); queries.len()];
-    let mut first = true;
-    reader::lines(&qrels, |line, text| {
+    judgements(&qrels, |line, query, document, score, _| {
         let wrong = |message: String| Error::Row { path: qrels.clone(), line, message };
-        let fields: Vec<&str> = text.split('\t').map(str::trim).collect();
-        // TREC's form has a column more, always 0.
-        let ([query, document, score] | [query, _, document, score]) = fields[..] else {
-            return Err(wrong("expected query-id, corpus-id and score, with tabs between".into()));
-        };
-        let header = std::mem::take(&mut first);
-        let Ok(score) = score.parse::<f64>() else {
-            return if header { Ok(()) } else { Err(wrong(format!("the score `{score}` is no number"))) };
-        };
         let number = |numbers: &HashMap<String, u32>, id: &str, file: &str| {
             numbers.get(id).copied().ok_or_else(|| wrong(format!("`{id}` is not in {file}")))
         };
@@ -46,6 +36,28 @@ pub(super) fn beir(folder: &Path, split: Option<&str>) -> Result<Retrieval> {
         return Err(Error::file(qrels, "has no relevant document, expected scores above 0"));
     }
     Ok(set)
+}
+
+/// Calls `each` with line, query, document, score and the score's text of the lines of `qrels/SPLIT.tsv`.
+pub(crate) fn judgements(
+    qrels: &Path,
+    mut each: impl FnMut(u64, &str, &str, f64, &str) -> Result<()>,
+) -> Result<()> {
+    let mut first = true;
+    reader::lines(qrels, |line, text| {
+        let wrong = |message: String| Error::Row { path: qrels.to_owned(), line, message };
+        let fields: Vec<&str> = text.split('\t').map(str::trim).collect();
+        // TREC's form has a column more, always 0.
+        let ([query, document, score] | [query, _, document, score]) = fields[..] else {
+            return Err(wrong("expected query-id, corpus-id and score, with tabs between".into()));
+        };
+        let header = std::mem::take(&mut first);
+        match score.parse::<f64>() {
+            Ok(number) => each(line, query, document, number, score),
+            Err(_) if header => Ok(()),
+            Err(_) => Err(wrong(format!("the score `{score}` is no number"))),
+        }
+    })
 }
 
 #[expect(
@@ -161,17 +173,7 @@ fn texts(path: &Path, titled: bool) -> Result<(Vec<String>, HashMap<String, u32>
     let (mut texts, mut numbers) = (Vec::new(), HashMap::new());
     reader::objects(path, |line, row| {
         let wrong = |message: String| Error::Row { path: path.to_owned(), line, message };
-        let id = match row.get("_id") {
-            Some(Value::String(id)) => id.clone(),
-            Some(Value::Number(id)) => id.to_string(),
-            _ => return Err(wrong("has no `_id`".into())),
-        };
-        let part = |name: &str| row.get(name).and_then(Value::as_str);
-        let Some(text) = part("text") else { return Err(wrong("has no `text`".into())) };
-        let text = match part("title").filter(|title| titled && !title.is_empty()) {
-            Some(title) => format!("{title} {text}").trim().to_owned(),
-            None => text.to_owned(),
-        };
+        let (id, text) = self::text(&row, titled).map_err(&wrong)?;
         if let Some(first) = numbers.insert(id, texts.len() as u32) {
             return Err(wrong(format!("has the `_id` of text {}", first + 1)));
         }
@@ -184,8 +186,23 @@ fn texts(path: &Path, titled: bool) -> Result<(Vec<String>, HashMap<String, u32>
     Ok((texts, numbers))
 }
 
+/// The identifier of a row of `queries.jsonl` or `corpus.jsonl`, and its text after its title.
+pub(crate) fn text(row: &Map<String, Value>, titled: bool) -> std::result::Result<(String, String), String> {
+    let id = match row.get("_id") {
+        Some(Value::String(id)) => id.clone(),
+        Some(Value::Number(id)) => id.to_string(),
+        _ => return Err("has no `_id`".into()),
+    };
+    let part = |name: &str| row.get(name).and_then(Value::as_str);
+    let Some(text) = part("text") else { return Err("has no `text`".into()) };
+    Ok(match part("title").filter(|title| titled && !title.is_empty()) {
+        Some(title) => (id, format!("{title} {text}").trim().to_owned()),
+        None => (id, text.to_owned()),
+    })
+}
+
 /// `qrels/SPLIT.tsv`; where no split is named, test's, else dev's, else the only one.
-fn qrels(folder: &Path, split: Option<&str>) -> Result<PathBuf> {
+pub(crate) fn qrels(folder: &Path, split: Option<&str>) -> Result<PathBuf> {
     let place = folder.join("qrels");
     if let Some(split) = split {
         let path = place.join(format!("{split}.tsv"));
@@ -222,7 +239,7 @@ fn qrels(folder: &Path, split: Option<&str>) -> Result<PathBuf> {
 }
 
 /// A file of the folder, packed or not.
-fn find(folder: &Path, name: &str) -> Result<PathBuf> {
+pub(crate) fn find(folder: &Path, name: &str) -> Result<PathBuf> {
     ["", ".gz", ".zst"]
         .iter()
         .map(|ending| folder.join(format!("{name}{ending}")))

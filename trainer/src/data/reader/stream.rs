@@ -24,6 +24,14 @@ pub(crate) fn objects(
     path: &Path,
     mut each: impl FnMut(u64, Map<String, Value>) -> Result<()>,
 ) -> Result<()> {
+    raw(path, |line, _, row| row.map_or(Ok(()), |row| each(line, row)))
+}
+
+/// As [`objects`], with the bytes of each row as they stand in the file. The header of a table comes first, as no row.
+pub(crate) fn raw(
+    path: &Path,
+    mut each: impl FnMut(u64, &[u8], Option<Map<String, Value>>) -> Result<()>,
+) -> Result<()> {
     let format = Format::of(path).ok_or_else(|| {
         Error::file(path, format!("expected a {} file, each also .gz or .zst", Format::NAMES))
     })?;
@@ -31,7 +39,7 @@ pub(crate) fn objects(
     let done = match format {
         Format::Jsonl => records::lines(file.stream(), |record| {
             let row = object(record.bytes).map_err(|message| wrong(path, &record, message))?;
-            each(record.line, row)
+            each(record.line, record.bytes, Some(row))
         }),
         Format::Csv(delimiter) => {
             let mut names: Option<Vec<String>> = None;
@@ -40,13 +48,14 @@ pub(crate) fn objects(
                     fields(record.bytes, delimiter).map_err(|message| wrong(path, &record, message))?;
                 let Some(names) = &names else {
                     names = Some(cells.iter().map(|name| name.trim().to_owned()).collect());
-                    return Ok(());
+                    return each(record.line, record.bytes, None);
                 };
                 if cells.len() != names.len() {
                     let message = format!("has {} fields where the header has {}", cells.len(), names.len());
                     return Err(wrong(path, &record, message));
                 }
-                each(record.line, names.iter().cloned().zip(cells.iter().map(Value::from)).collect())
+                let row = names.iter().cloned().zip(cells.iter().map(Value::from)).collect();
+                each(record.line, record.bytes, Some(row))
             })
         }
     };

@@ -1,0 +1,188 @@
+//! Data are prepared by `trainer split` and `mine`, as their users meet them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tests::{golden, golden_json, program, stderr};
+
+fn run(command: &mut Command) -> Output {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    output
+}
+
+fn stdout(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// `mine` on rows of the golden model, with the golden's settings.
+fn mine(program: &mut Command, pairs: &Path, output: &Path, settings: &Value) {
+    let number = |name: &str| settings[name].as_f64();
+    program
+        .arg("mine")
+        .arg("--model")
+        .arg(golden("bert"))
+        .arg("--pairs")
+        .arg(pairs)
+        .arg("--output")
+        .arg(output);
+    program.arg("--negatives").arg(settings["num_negatives"].to_string());
+    let relative = number("relative_margin").map_or("none".to_owned(), |margin| margin.to_string());
+    program.arg("--relative-margin").arg(relative);
+    for (flag, name) in
+        [("--absolute-margin", "absolute_margin"), ("--max-score", "max_score"), ("--min-score", "min_score")]
+    {
+        number(name).map(|value| program.arg(flag).arg(value.to_string()));
+    }
+    let last = settings["range_max"].as_u64().map_or(String::new(), |last| last.to_string());
+    program.arg("--range").arg(format!("{}..{last}", settings["range_min"].as_u64().unwrap_or(0)));
+}
+
+#[test]
+fn negatives_are_those_of_sentence_transformers_on_one_rank_and_on_two() {
+    let place = tempfile::tempdir().unwrap();
+    let golden_rows = golden_json("", "mining.json")["folder"].take();
+    let texts = golden_rows["corpus"].as_array().unwrap().iter();
+    let corpus = place.path().join("corpus.jsonl");
+    fs::write(&corpus, texts.map(|text| format!("{}\n", json!({"text": text}))).collect::<String>()).unwrap();
+    let pairs = place.path().join("pairs.jsonl");
+    let row = |pair: &Value| format!("{}\n", json!({"query": pair[0], "positive": pair[1]}));
+    fs::write(&pairs, golden_rows["pairs"].as_array().unwrap().iter().map(row).collect::<String>()).unwrap();
+    for (number, case) in golden_rows["cases"].as_array().unwrap().iter().enumerate() {
+        for ranks in [1, 2] {
+            let output = place.path().join(format!("{number}-{ranks}.jsonl"));
+            let mut command = program(if ranks == 1 { "trainer" } else { "launch" });
+            if ranks == 2 {
+                command.args(["--cpus", "2", "--"]);
+            }
+            mine(&mut command, &pairs, &output, &case["settings"]);
+            let counts = stdout(&run(command.arg("--corpus").arg(&corpus).current_dir(place.path())));
+            let rows = lines(&output);
+            let found: Vec<Value> =
+                rows.iter().map(|row| json!([row["query"], row["positive"], row["negatives"]])).collect();
+            assert_eq!(&found, case["rows"].as_array().unwrap(), "{} on {ranks} ranks", case["settings"]);
+            assert_eq!(counts["rows"], found.len());
+            assert!(counts["dropped"]["positive"].as_u64().unwrap() > 0, "{counts}");
+        }
+    }
+}
+
+#[test]
+fn mining_that_was_killed_goes_on() {
+    let place = tempfile::tempdir().unwrap();
+    let pairs = place.path().join("pairs.jsonl");
+    let row = |i| {
+        format!("{}\n", json!({"query": format!("{i}: who found radon?"), "positive": format!("radon: {i}")}))
+    };
+    fs::write(&pairs, (0..24_000).map(row).collect::<String>()).unwrap();
+    let (whole, output) = (place.path().join("whole.jsonl"), place.path().join("mined.jsonl"));
+    let command = |output: &Path| {
+        let mut command = program("trainer");
+        mine(&mut command, &pairs, output, &json!({"num_negatives": 2, "range_min": 1}));
+        command
+    };
+    run(&mut command(&whole));
+
+    // The first of two files of queries is there, the second and all of the documents are not.
+    let mut child = command(&output).spawn().unwrap();
+    let work = place.path().join(".mined.jsonl.work");
+    let began = Instant::now();
+    let first = || {
+        let folder = fs::read_dir(&work).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+        folder.map(|path| path.join("queries-00000.npy")).find(|path| path.is_file())
+    };
+    while first().is_none() {
+        assert!(began.elapsed() < Duration::from_secs(240), "nothing was embedded");
+        sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!output.exists());
+
+    let resumed = run(&mut command(&output));
+    assert!(stderr(&resumed).contains("16384 of 24000 queries are embedded already"), "{}", stderr(&resumed));
+    assert_eq!(fs::read(&output).unwrap(), fs::read(&whole).unwrap());
+    assert!(!work.exists(), "nothing stays but the rows");
+    assert_eq!(lines(&output).len(), 24_000);
+}
+
+#[test]
+fn rows_that_were_mined_and_split_train() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name);
+    let mut split = program("trainer");
+    split.arg("split").arg("--input").arg(golden("bert").join("rows.jsonl")).arg("--output").arg(at("parts"));
+    let counts = stdout(&run(split.args(["--fractions", "0.75,0.25"])));
+    assert_eq!(counts["train"].as_u64().unwrap() + counts["test"].as_u64().unwrap(), 40);
+    let (train, test) = (lines(&at("parts/train.jsonl")), lines(&at("parts/test.jsonl")));
+    assert_eq!((json!(train.len()), json!(test.len())), (counts["train"].clone(), counts["test"].clone()));
+
+    let mut command = program("trainer");
+    mine(&mut command, &at("parts/train.jsonl"), &at("mined.jsonl"), &json!({"num_negatives": 2}));
+    run(&mut command);
+    let mut config = tests::config(&golden("bert"), &at("mined.jsonl"), &at("out"));
+    config["data"]["negatives"] = json!(2);
+    let config = tests::write_config(place.path(), &config);
+    run(program("trainer").arg("train").arg(config));
+    assert!(at("out/model/model.safetensors").is_file());
+    let again = split.output().unwrap();
+    assert_eq!(again.status.code(), Some(2));
+    assert!(stderr(&again).contains("parts: is already there"), "{}", stderr(&again));
+}
+
+#[test]
+fn bad_input_is_named_and_nothing_is_written() {
+    let place = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(place.path().join(name), text).unwrap();
+    write("good.jsonl", "{\"query\": \"a\", \"positive\": \"x\"}\n{\"query\": \"b\", \"positive\": \"y\"}\n");
+    write("bad.jsonl", "{\"query\": \"a\", \"positive\": \"x\"}\n{\"query\": \"b\", \"positive\": 7}\n");
+    write(
+        "single.jsonl",
+        "{\"query\": \"a\", \"positive\": \"x\"}\n{\"query\": \"b\", \"positive\": \"x\"}\n",
+    );
+    let model = golden("bert");
+    let mine = ["mine", "--model", model.to_str().unwrap(), "--output", "out", "--pairs"];
+    let split = ["split", "--output", "out", "--input"];
+    for (command, rest, words) in [
+        (&mine[..], &["bad.jsonl"][..], &["bad.jsonl:2", "`positive`", "expected"][..]),
+        (&mine, &["none.jsonl"], &["none.jsonl", "cannot open"]),
+        (&mine, &["single.jsonl"], &["single.jsonl", "one document", "--corpus"]),
+        (&mine, &["good.jsonl", "--corpus", "bad.jsonl"], &["bad.jsonl:1", "has no `text`"]),
+        (&mine, &["good.jsonl", "--range", "5..5"], &["--range 5..5 is empty"]),
+        (&mine, &["good.jsonl", "--range", "0..3"], &["holds 3 candidates", "--negatives asks for 5"]),
+        (&mine, &["good.jsonl", "--range", "3"], &["--range", "expected A..B"]),
+        (&mine, &["good.jsonl", "--min-score", "x"], &["--min-score", "expected a number"]),
+        (&mine, &["good.jsonl", "--relative-margin", "nan"], &["--relative-margin", "expected a number"]),
+        (&mine, &["good.jsonl", "--negatives", "0"], &["--negatives", "above 0"]),
+        (&split, &["bad.jsonl", "--fractions", "0.5,0.6"], &["--fractions: 0.5,0.6 do not add up to 1"]),
+        (&split, &["good.jsonl"], &["no row is left for"]),
+        (&split, &["."], &["."]),
+    ] {
+        let output = program("trainer").args(command).args(rest).current_dir(place.path()).output().unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{command:?} {rest:?}: {message}");
+        for word in words {
+            assert!(message.contains(word), "`{word}` is not in: {message}");
+        }
+        assert!(!place.path().join("out").exists() && output.stdout.is_empty(), "{message}");
+    }
+    for (model, output, words) in [
+        (model.to_str().unwrap(), "good.jsonl", "--output: good.jsonl is an input"),
+        ("no/such/place/model", "out", "no/such/place/model"),
+    ] {
+        let mut command = program("trainer");
+        command.args(["mine", "--pairs", "good.jsonl", "--model", model, "--output", output]);
+        let output = command.current_dir(place.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        assert!(stderr(&output).contains(words), "{}", stderr(&output));
+    }
+    assert_eq!(lines(&place.path().join("good.jsonl")).len(), 2);
+}

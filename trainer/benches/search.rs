@@ -1,0 +1,56 @@
+//! The exact search of `trainer mine`, alone: for each query the k best documents, all of them on disk. `scripts/faiss.py` does the
+//! same with FAISS on the same files, which it also makes.
+//!
+//! ```text
+//! search QUERIES.npy DOCUMENTS.npy [k] [FOUND.bin]     default: k 60; FOUND.bin gets the documents' numbers, u32, row by row
+//! ```
+//!
+//! Prints seconds, GFLOP/s and the peak of memory.
+
+#![expect(clippy::print_stdout, reason = "a benchmark reports")]
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::time::Instant;
+
+use trainer::mine::{Embeddings, search};
+
+/// Queries of a block, as in `mine`.
+const BLOCK: usize = 8192;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // `cargo bench` adds a flag of its own.
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let [queries, documents, rest @ ..] = words.as_slice() else {
+        println!("search QUERIES.npy DOCUMENTS.npy [k] [FOUND.bin]");
+        return Ok(());
+    };
+    let (queries, documents) = (Embeddings::open([queries])?, Embeddings::open([documents])?);
+    let k = rest.first().map_or(Ok(60), |word| word.parse())?;
+    let mut found = rest.get(1).map(File::create).transpose()?.map(BufWriter::new);
+
+    let start = Instant::now();
+    let mut block = Vec::new();
+    for first in (0..queries.rows()).step_by(BLOCK) {
+        queries.read(first..queries.rows().min(first + BLOCK), &mut block)?;
+        for hits in search(&block, &documents, k)? {
+            if let Some(found) = &mut found {
+                let numbers = hits.iter().flat_map(|hit| hit.document.to_le_bytes());
+                found.write_all(&numbers.collect::<Vec<u8>>())?;
+            }
+        }
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let flop = 2.0 * queries.rows() as f64 * documents.rows() as f64 * queries.width() as f64;
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default().trim();
+    println!(
+        "{} × {} × {}, k {k}: {seconds:.1} s, {:.0} GFLOP/s, peak {peak}",
+        queries.rows(),
+        documents.rows(),
+        queries.width(),
+        flop / seconds / 1e9
+    );
+    Ok(())
+}

@@ -1,0 +1,254 @@
+//! What is asked, and what is searched: distinct texts, numbered in the order in which they came.
+//!
+//! The texts lie in a file without a name, gone when the program is; in memory are 8 bytes a text, and while they are read a hash.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use crate::config::{DataSet, Kind};
+use crate::data::reader::{self, Source};
+use crate::{Error, Result};
+
+/// Distinct texts.
+pub(super) struct Texts {
+    folder: PathBuf,
+    file: File,
+    ends: Vec<u64>,
+    digest: u64,
+}
+
+impl Texts {
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub(super) fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    pub(super) fn get(&self, number: u32) -> Result<String> {
+        let number = number as usize;
+        let start = if number == 0 { 0 } else { self.ends[number - 1] };
+        let mut bytes = vec![0; (self.ends[number] - start) as usize];
+        self.file.read_exact_at(&mut bytes, start).map_err(Error::io("read", &self.folder))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    pub(super) fn range(&self, range: Range<usize>) -> Result<Vec<String>> {
+        range.map(|number| self.get(number as u32)).collect()
+    }
+}
+
+struct Collector {
+    folder: PathBuf,
+    file: BufWriter<File>,
+    ends: Vec<u64>,
+    numbers: HashMap<u128, u32>,
+    digest: Xxh3,
+}
+
+impl Collector {
+    fn new(folder: &Path) -> Result<Self> {
+        let file = tempfile::tempfile_in(folder).map_err(Error::io("create a file in", folder))?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            file: BufWriter::with_capacity(1 << 20, file),
+            ends: Vec::new(),
+            numbers: HashMap::new(),
+            digest: Xxh3::new(),
+        })
+    }
+
+    fn number(&mut self, text: &str) -> Result<u32> {
+        let next = self.ends.len() as u32;
+        let hash = xxh3_128(text.as_bytes());
+        let number = *self.numbers.entry(hash).or_insert(next);
+        if number == next {
+            self.file.write_all(text.as_bytes()).map_err(Error::io("write to", &self.folder))?;
+            self.ends.push(self.ends.last().unwrap_or(&0) + text.len() as u64);
+            self.digest.update(&hash.to_le_bytes());
+        }
+        Ok(number)
+    }
+
+    fn finish(self) -> Result<Texts> {
+        let Self { folder, file, ends, digest, .. } = self;
+        let file = file.into_inner().map_err(|error| Error::io("write to", &folder)(error.into_error()))?;
+        Ok(Texts { folder, file, ends, digest: digest.digest() })
+    }
+}
+
+/// The rows that negatives are sought for, and the documents among which.
+pub struct Inputs {
+    pub(super) queries: Texts,
+    pub(super) documents: Texts,
+    /// Each query's documents, each once, in the order in which they came.
+    pub(super) positives: Vec<Vec<u32>>,
+    /// Positives of the query that has most, those that are named twice counted twice.
+    pub(super) most: usize,
+    /// Texts of the corpus that are blank.
+    pub(super) blank: u64,
+    /// Of which document answers which query.
+    pub(super) digest: u64,
+}
+
+impl Inputs {
+    /// Reads `pairs`, rows as for training or a BEIR folder, and the texts of `corpus`; the positives are documents too. A
+    /// BEIR folder brings its own corpus. What lies on disk meanwhile is in `folder`.
+    ///
+    /// # Errors
+    /// A file cannot be read, or a row of it is malformed; there is one document only.
+    pub fn read(pairs: &Path, corpus: Option<&Path>, folder: &Path) -> Result<Self> {
+        let source =
+            Source::open(&DataSet { path: pairs.to_owned(), kind: Some(Kind::Pairs), ..DataSet::default() })?;
+        let (mut queries, mut documents) = (Collector::new(folder)?, Collector::new(folder)?);
+        let mut blank = 0;
+        let own = ["", ".gz", ".zst"].map(|packed| pairs.join(format!("corpus.jsonl{packed}")));
+        if let Some(corpus) = corpus.or_else(|| own.iter().map(PathBuf::as_path).find(|path| path.is_file()))
+        {
+            corpus_texts(corpus, |text| {
+                if text.trim().is_empty() {
+                    blank += 1;
+                    return Ok(());
+                }
+                documents.number(text).map(drop)
+            })?;
+        }
+        let (mut positives, mut named) = (Vec::<Vec<u32>>::new(), Vec::<usize>::new());
+        for index in 0..source.len() {
+            let row = source.row(index)?;
+            let query = queries.number(&row.query)? as usize;
+            if query == positives.len() {
+                positives.push(Vec::new());
+                named.push(0);
+            }
+            named[query] += row.positives.len();
+            for text in &row.positives {
+                let document = documents.number(text)?;
+                if !positives[query].contains(&document) {
+                    positives[query].push(document);
+                }
+            }
+        }
+        let mut digest = Xxh3::new();
+        for of_query in &positives {
+            digest.update(&(of_query.len() as u64).to_le_bytes());
+            of_query.iter().for_each(|document| digest.update(&document.to_le_bytes()));
+        }
+        let inputs = Self {
+            queries: queries.finish()?,
+            documents: documents.finish()?,
+            most: named.into_iter().max().unwrap_or(0),
+            positives,
+            blank,
+            digest: digest.digest(),
+        };
+        if inputs.documents.len() < 2 {
+            let message = "there is one document only, and it is the positive: no negative can be found\n\
+                           hint: --corpus FILE names texts to search";
+            return Err(Error::file(pairs, message));
+        }
+        Ok(inputs)
+    }
+}
+
+/// Calls `each` with the texts of a file: rows with "text", a title before it as in BEIR, or one text a line.
+fn corpus_texts(path: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    let name = path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    let bare = name.trim_end_matches(".gz").trim_end_matches(".zst");
+    let table = [".jsonl", ".ndjson", ".csv", ".tsv"].iter().any(|ending| bare.ends_with(ending));
+    if !table {
+        return reader::lines(path, |_, text| each(text));
+    }
+    reader::objects(path, |line, row| {
+        let wrong = |message: &str| Error::Row { path: path.to_owned(), line, message: message.into() };
+        let text = match row.get("text") {
+            Some(Value::String(text)) => text,
+            Some(_) => return Err(wrong("`text` is no text")),
+            None => return Err(wrong("has no `text`")),
+        };
+        match row.get("title").and_then(Value::as_str).filter(|title| !title.is_empty()) {
+            Some(title) => each(format!("{title} {text}").trim()),
+            None => each(text),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(
+        files: &[(&str, &str)],
+        pairs: &str,
+        corpus: Option<&str>,
+    ) -> Result<(Inputs, tempfile::TempDir)> {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        let corpus = corpus.map(|name| folder.path().join(name));
+        let inputs = Inputs::read(&folder.path().join(pairs), corpus.as_deref(), folder.path())?;
+        Ok((inputs, folder))
+    }
+
+    const PAIRS: &str = r#"{"query": "a", "positive": "x"}
+{"query": "b", "positive": ["y", "ü", "x"]}
+{"query": "a", "positive": "x"}
+{"query": "a", "positive": "z", "negatives": ["not read"]}
+"#;
+
+    #[test]
+    fn texts_are_numbered_once_the_corpus_first() {
+        let (inputs, _folder) =
+            read(&[("p.jsonl", PAIRS), ("c.txt", "w\nü\n\nw\n")], "p.jsonl", Some("c.txt")).unwrap();
+        assert_eq!(inputs.queries.range(0..2).unwrap(), ["a", "b"]);
+        assert_eq!(inputs.documents.range(0..inputs.documents.len()).unwrap(), ["w", "ü", "x", "y", "z"]);
+        assert_eq!(inputs.positives, [vec![2, 4], vec![3, 1, 2]]);
+        assert_eq!((inputs.most, inputs.blank), (3, 0));
+        let (alone, _folder) = read(&[("p.jsonl", PAIRS)], "p.jsonl", None).unwrap();
+        assert_eq!(alone.documents.range(0..4).unwrap(), ["x", "y", "ü", "z"]);
+        assert!(alone.documents.digest() != inputs.documents.digest());
+        assert_eq!(alone.queries.digest(), inputs.queries.digest());
+    }
+
+    #[test]
+    fn a_beir_folder_brings_its_corpus() {
+        let corpus = "{\"_id\": \"1\", \"title\": \"T\", \"text\": \"one\"}\n{\"_id\": \"2\", \"text\": \"two\"}\n{\"_id\": \"3\", \"text\": \" \"}\n";
+        let files = [
+            ("corpus.jsonl", corpus),
+            ("queries.jsonl", "{\"_id\": \"q\", \"text\": \"ask\"}\n"),
+            ("qrels/train.tsv", "q\t1\t1\n"),
+        ];
+        let (inputs, _folder) = read(&files, "", None).unwrap();
+        assert_eq!(inputs.documents.range(0..2).unwrap(), ["T one", "two"]);
+        assert_eq!((inputs.positives, inputs.blank), (vec![vec![0]], 1));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let one = "{\"query\": \"a\", \"positive\": \"x\"}\n";
+        for (files, expected) in [
+            (vec![("p.jsonl", one)], "p.jsonl: there is one document only"),
+            (vec![("p.jsonl", "{\"query\": \"a\"}\n")], "p.jsonl:1: has no column for the positive"),
+            (
+                vec![("p.jsonl", one), ("c.jsonl", "{\"text\": \"y\"}\n{\"txt\": \"z\"}")],
+                "c.jsonl:2: has no `text`",
+            ),
+            (vec![("p.jsonl", one), ("c.jsonl", "{\"text\": 3}")], "c.jsonl:1: `text` is no text"),
+        ] {
+            let corpus = files.get(1).map(|(name, _)| *name);
+            let error = read(&files, "p.jsonl", corpus).err().unwrap().to_string();
+            assert!(error.contains(expected), "expected {expected:?} in {error:?}");
+        }
+    }
+}
