@@ -140,14 +140,17 @@ impl Split {
     }
 }
 
-/// `jsonl` of `data/x.jsonl.gz`.
+/// `jsonl` of `data/x.jsonl.gz`, and of Parquet, whose rows are read as lines of JSON.
 fn ending(input: &Path) -> Result<String> {
     let name = input.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let lower = name.to_ascii_lowercase();
     let bare = [".gz", ".zst"].iter().find_map(|packed| lower.strip_suffix(packed)).unwrap_or(&lower);
     match Path::new(bare).extension().and_then(|ending| ending.to_str()) {
+        Some("parquet") => Ok("jsonl".to_owned()),
         Some(ending) => Ok(ending.to_owned()),
-        None => Err(Error::file(input, "expected a .jsonl, .csv or .tsv file, each also .gz or .zst")),
+        None => {
+            Err(Error::file(input, "expected a .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst"))
+        }
     }
 }
 
