@@ -32,6 +32,10 @@ def rows(path):
         return [json.loads(line) for line in f]
 
 
+def length(args):
+    return ["--max-length", str(args.max_length)] if args.max_length else []
+
+
 class Embedded:
     """Stands in for a model: texts that were embedded before, in the same call."""
 
@@ -46,7 +50,7 @@ class Embedded:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "texts.jsonl"), Path(folder, "texts.npy")
             source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-            command = [self.args.trainer, "encode", "--quiet", "--model", self.args.model,
+            command = [self.args.trainer, "encode", "--quiet", *length(self.args), "--model", self.args.model,
                        "--input", source, "--output", target]
             subprocess.run([*command, *(["--role", role] if role else [])], check=True)
             self.known.update({(role, text): row for text, row in zip(texts, np.load(target))})
@@ -99,8 +103,8 @@ def check(kind, path, make, args):
     evaluator = make(path, model)
     with tempfile.TemporaryDirectory() as folder:
         theirs = evaluator(model, output_path=str(Path(folder, "theirs")), epoch=-1, steps=-1)
-        command = [args.trainer, "evaluate", "--quiet", "--model", args.model, "--set", path, "--kind", kind,
-                   "--output", Path(folder, "ours")]
+        command = [args.trainer, "evaluate", "--quiet", *length(args), "--model", args.model, "--set", path,
+                   "--kind", kind, "--output", Path(folder, "ours")]
         ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         tables = [Path(folder, side, evaluator.csv_file).read_text().splitlines() for side in ("ours", "theirs")]
     same_names = list(ours) == list(theirs)
@@ -110,7 +114,7 @@ def check(kind, path, make, args):
     primary = evaluator.primary_metric
     print(f"{kind:10} {primary} {ours[primary]:.6f} here, {float(theirs[primary]):.6f} there; {len(theirs)} metrics differ by "
           f"{worst:.1e} at most, the CSV by {in_csv:.1e}; names {'equal' if same_names else 'DIFFER'}, "
-          f"headings {'equal' if same_headings else 'DIFFER'}")
+          f"headings {'equal' if same_headings else 'DIFFER'}", flush=True)
     return same_names and same_headings and worst <= args.within and in_csv <= args.within
 
 
@@ -121,6 +125,7 @@ def main():
     p.add_argument("--retrieval", type=Path, nargs="*", default=[])
     p.add_argument("--triplet", type=Path, nargs="*", default=[])
     p.add_argument("--similarity", type=Path, nargs="*", default=[])
+    p.add_argument("--max-length", type=int, help="tokens of a text at most, on both sides; default: what the model says")
     p.add_argument("--within", type=float, default=1e-6)
     args = p.parse_args()
     jobs = [("retrieval", retrieval, args.retrieval), ("triplet", triplet, args.triplet),
