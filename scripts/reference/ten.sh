@@ -4,7 +4,7 @@
 #
 #   DATA=FOLDER PEER=PATH/st_train.py PYTHON=… scripts/reference/ten.sh
 #
-# MODEL, OUTPUT and BIN as for scripts/seeds. PYTHON has sentence-transformers. About 15 minutes on two cores.
+# MODEL, OUTPUT and BIN as for scripts/seeds. PYTHON has sentence-transformers. What is there already is not made again.
 source "$(dirname "$0")/../seeds/common.sh"
 peer=${PEER:?must name st_train.py}
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # configs/mpnet-nli.yaml at small scale: triplets of SNLI, a small model, the accuracies of TripletEvaluator before and after, once
-# with the in-batch loss and once with the triplet loss. About three minutes on two cores; variables: scripts/seeds/common.sh.
+# with the in-batch loss and once with the triplet loss. Variables: scripts/seeds/common.sh.
 #
 #   DATA=FOLDER scripts/seeds/nli.sh [KEY=VALUE …]
 source "$(dirname "$0")/common.sh"
@@ -10,7 +10,7 @@ prepared nli
 
 train() {
     step "$bin/launch" "$root/configs/mpnet-nli.yaml" model.path="$model" output="$output/$1" name="$1" \
-        data.train.0.path="$output/nli/train.jsonl" data.train.0.samples=4000 evaluation.sets.0.path="$output/nli/validation.jsonl" \
+        data.train.0.path="$output/nli/train.jsonl" data.train.0.samples=3000 evaluation.sets.0.path="$output/nli/validation.jsonl" \
         evaluation.every=100 training.epochs=1 "${@:2}"
     step "$bin/trainer" compare --base "$model" --tuned "$output/$1/model" --kind triplet --set "$output/nli/test.jsonl" \
         --output "$output/$1"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # configs/zeta.yaml at small scale: eight sets of its five kinds, hard negatives mined, Nano sets made, a small model with LoRA,
-# early stopping, base and tuned compared. About eight minutes on two cores; variables: scripts/seeds/common.sh.
+# early stopping, base and tuned compared. Variables: scripts/seeds/common.sh.
 #
 #   DATA=FOLDER scripts/seeds/zeta.sh [KEY=VALUE …]
 source "$(dirname "$0")/common.sh"
