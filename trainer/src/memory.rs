@@ -74,17 +74,27 @@ fn of_layer(model: &Model, tokens: usize) -> u64 {
     2 * model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64 / model.layers().max(1) as u64
 }
 
-/// Bytes of activations at the peak of a step: of a batch of `tokens` in `sequences`, in chunks of `chunk` tokens, with
-/// `tapes` bytes of tapes kept.
+/// Bytes of activations at the peak of a step: of a batch of `tokens` in `sequences`, in chunks of `chunk` tokens, with `tapes` bytes
+/// for tapes, which go to whole chunks as `gradcache` shares them out: inputs first.
 ///
 /// Kept tapes are gone when the first chunk is encoded again, because they run backward first. Embeddings are f32, and while a
 /// chunk runs backward there are those of the batch, their gradient, and the same in the order of the chunks.
 pub fn of_step(model: &Model, tokens: usize, sequences: usize, chunk: usize, tapes: u64) -> u64 {
-    let whole = model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64;
-    let chunk = chunk.min(tokens);
-    let kept = tapes.min(whole) + of_layer(model, chunk);
-    let again = if tapes < whole { of_chunk(model, chunk) } else { 0 };
-    kept.max(again) + (3 * size_of::<f32>() * sequences * model.width()) as u64
+    let chunk = chunk.clamp(1, tokens.max(1));
+    let of_chunks = |keep| (model.tape_bytes_per_token(keep) * chunk) as u64;
+    let (inputs, whole) = (of_chunks(Keep::Inputs), of_chunks(Keep::Whole));
+    let chunks = tokens.div_ceil(chunk) as u64;
+    let with_inputs = chunks.min(tapes / inputs.max(1));
+    let left = tapes - with_inputs * inputs;
+    let with_all = if with_inputs == chunks { chunks.min(left / (whole - inputs).max(1)) } else { 0 };
+    let kept = (with_inputs * inputs + with_all * (whole - inputs))
+        .min((model.tape_bytes_per_token(Keep::Whole) * tokens) as u64);
+    let again = if with_inputs < chunks { of_chunk(model, chunk) } else { 0 };
+    // Of inputs a layer's tape is made again before the layer runs backward.
+    let layer = of_layer(model, chunk);
+    let layer = if with_all == 0 { layer + layer / 2 } else { layer };
+    let embeddings = 3 * size_of::<f32>() * sequences * model.width();
+    (kept + layer).max(again) + embeddings as u64
 }
 
 /// `1.5 GiB`.
