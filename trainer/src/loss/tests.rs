@@ -11,6 +11,9 @@ use crate::data::batch::Lists;
 
 type Vectors = Vec<Vec<f64>>;
 
+/// The loss of a row with these own columns and scores.
+type OfRow<'a> = dyn Fn(usize, &[u32], &[f32]) -> f64 + 'a;
+
 fn tensor(e: &Vectors) -> Tensor {
     let values: Vec<f32> = e.iter().flatten().map(|&value| value as f32).collect();
     Tensor::from_vec(values, (e.len(), e[0].len()), &Device::Cpu).unwrap()
@@ -48,9 +51,7 @@ fn naive_sum(losses: &Losses, e: &Vectors, table: &Table) -> f64 {
         let range = table.own.offsets[row] as usize..table.own.offsets[row + 1] as usize;
         (&table.own.columns[range.clone()], &table.scores[range])
     };
-    let each = |of: &dyn Fn(usize, &[u32], &[f32]) -> f64| -> f64 {
-        (0..rows).map(|row| of(row, own(row).0, own(row).1)).sum()
-    };
+    let each = |of: &OfRow<'_>| -> f64 { (0..rows).map(|row| of(row, own(row).0, own(row).1)).sum() };
     match table.loss {
         LossKind::InfoNce => each(&|row, _, _| {
             let excluded = &table.excluded.columns
