@@ -11,6 +11,9 @@ use crate::data::batch::Lists;
 
 type Vectors = Vec<Vec<f64>>;
 
+/// The loss of a row with these own columns and scores.
+type OfRow<'a> = dyn Fn(usize, &[u32], &[f32]) -> f64 + 'a;
+
 fn tensor(e: &Vectors) -> Tensor {
     let values: Vec<f32> = e.iter().flatten().map(|&value| value as f32).collect();
     Tensor::from_vec(values, (e.len(), e[0].len()), &Device::Cpu).unwrap()
