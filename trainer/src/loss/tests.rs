@@ -51,8 +51,7 @@ fn naive_sum(losses: &Losses, e: &Vectors, table: &Table) -> f64 {
         let range = table.own.offsets[row] as usize..table.own.offsets[row + 1] as usize;
         (&table.own.columns[range.clone()], &table.scores[range])
     };
-    type OfRow<'a> = &'a dyn Fn(usize, &[u32], &[f32]) -> f64;
-    let each = |of: OfRow| -> f64 { (0..rows).map(|row| of(row, own(row).0, own(row).1)).sum() };
+    let each = |of: &OfRow| -> f64 { (0..rows).map(|row| of(row, own(row).0, own(row).1)).sum() };
     match table.loss {
         LossKind::InfoNce => each(&|row, _, _| {
             let excluded = &table.excluded.columns
