@@ -431,8 +431,8 @@ mod tests {
             ("x.jsonl", "{\"a\": \"b\"}\n", &[0.5, 0.5], "x.jsonl:1: has no column for the query"),
             ("x.jsonl", "{\"query\": \"b\", \"positive\": 1\n", &[0.5, 0.5], "x.jsonl:1: this is not JSON"),
             ("x.csv", "query,positive\na\n", &[0.5, 0.5], "x.csv:2: has 1 fields"),
-            ("x.txt", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv or .tsv file"),
-            ("x", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv or .tsv file"),
+            ("x.txt", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv, .tsv or .parquet file"),
+            ("x", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv, .tsv or .parquet file"),
         ] {
             let input = at(folder.path(), name, text);
             let error = split(fractions, 42).run(&input, &output).unwrap_err().to_string();
