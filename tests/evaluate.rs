@@ -19,7 +19,7 @@ fn scores_are_those_of_sentence_transformers() {
     for (kind, name) in [(SetKind::Retrieval, "retrieval"), (SetKind::Triplet, "triplet")] {
         let path = golden("bert").join("rows.jsonl");
         let set = EvalSet::open(&EvaluationSet { path, kind, ..EvaluationSet::default() }).unwrap();
-        let scores = set.evaluate(&opened.embedder()).unwrap();
+        let scores = set.evaluate(&opened.embedder()).unwrap().scores;
         let expected = expected["folder"][name].as_object().unwrap();
         assert_eq!(scores.iter().count(), expected.len());
         for (metric, score) in scores.iter() {

@@ -7,7 +7,7 @@ use trainer::comm::World;
 use trainer::config;
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::gradcache::Budget;
-use trainer::loss::InfoNce;
+use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
 use trainer::model::pass::Keep;
@@ -43,6 +43,7 @@ fn batch(turn: usize) -> Batch {
     let rotated: Vec<usize> = (0..3 * ROWS).map(|i| (i + turn) % (3 * ROWS)).collect();
     let place = |i: usize| rotated.iter().position(|&j| j == i).unwrap() as u32;
     let table = Table {
+        rows: (0..ROWS as u32).collect(),
         queries: (0..ROWS).map(place).collect(),
         candidates: (ROWS..3 * ROWS).map(place).collect(),
         positives: (0..ROWS as u32).collect(),
@@ -51,10 +52,11 @@ fn batch(turn: usize) -> Batch {
             offsets: (0..=ROWS as u32).map(|i| 2 * i).collect(),
             columns: (0..ROWS as u32).flat_map(|i| [i, i + ROWS as u32]).collect(),
         },
+        ..Table::default()
     };
     Batch {
         sequences: rotated.iter().map(|&i| sequence(i)).collect(),
-        table,
+        tables: vec![table],
         rows: (0..ROWS as u64).map(|row| RowId { dataset: 0, row }).collect(),
         cursor: Cursor::default(),
         epoch: 1.0,
@@ -68,7 +70,7 @@ fn step(model: &Model, batch: &Batch, chunk: Limit, tapes: u64, loss: &InfoNce) 
         model,
         gradients: Gradients::zeros(model.flat()).unwrap(),
         optimizer: Optimizer::new(model.flat(), rule, false, None).unwrap(),
-        loss: loss.clone(),
+        losses: Losses { info_nce: loss.clone(), ..Losses::default() },
         schedule: Schedule { shape: config::Schedule::Constant, peak: 0.0, warmup: 0, total: 1 },
         budget: Budget { chunk, tapes },
         seed: 3,
@@ -190,14 +192,17 @@ fn the_loss_without_in_batch_negatives_is_that_of_each_row_alone() {
     let row = ROWS as u32;
     for i in 0..ROWS {
         let all = |of: &[u32]| of[i];
+        let candidates = &batch.tables[0].candidates;
         let table = Table {
-            queries: vec![all(&batch.table.queries)],
-            candidates: vec![batch.table.candidates[i], batch.table.candidates[i + row as usize]],
+            rows: vec![0],
+            queries: vec![all(&batch.tables[0].queries)],
+            candidates: vec![candidates[i], candidates[i + row as usize]],
             positives: vec![0],
             excluded: Lists { offsets: vec![0, 0], columns: vec![] },
             own: Lists { offsets: vec![0, 2], columns: vec![0, 1] },
+            ..Table::default()
         };
-        let alone = Batch { table, rows: vec![batch.rows[i]], ..batch.clone() };
+        let alone = Batch { tables: vec![table], rows: vec![batch.rows[i]], ..batch.clone() };
         let (losses, _) = step(&model, &alone, Limit::Tokens(512), u64::MAX, &info_nce());
         assert!((losses[0] - together.0[i]).abs() < 1e-5, "row {i}: {} and {}", losses[0], together.0[i]);
     }
@@ -209,16 +214,12 @@ fn the_symmetric_loss_is_the_mean_of_both_directions() {
     let (_folder, model) = model("bert", false, 0.0);
     let mut forth = batch(0);
     // Positives only, so that both directions have the same shape.
-    forth.table.candidates.truncate(ROWS);
-    forth.table.own = Lists { offsets: (0..=ROWS as u32).collect(), columns: (0..ROWS as u32).collect() };
-    let back = Batch {
-        table: Table {
-            queries: forth.table.candidates.clone(),
-            candidates: forth.table.queries.clone(),
-            ..forth.table.clone()
-        },
-        ..forth.clone()
-    };
+    let table = &mut forth.tables[0];
+    table.candidates.truncate(ROWS);
+    table.own = Lists { offsets: (0..=ROWS as u32).collect(), columns: (0..ROWS as u32).collect() };
+    let turned =
+        Table { queries: table.candidates.clone(), candidates: table.queries.clone(), ..table.clone() };
+    let back = Batch { tables: vec![turned], ..forth.clone() };
     let run = |batch: &Batch, symmetric| {
         step(&model, batch, Limit::Tokens(512), u64::MAX, &InfoNce { symmetric, ..info_nce() })
     };

@@ -93,8 +93,13 @@ pub fn program(name: &str) -> Command {
         if folder.ends_with("release") {
             build.arg("--release");
         }
-        if cfg!(feature = "mpi") {
-            build.args(["--features", "trainer/mpi,launcher/mpi"]);
+        let features = [
+            (cfg!(feature = "cuda"), "trainer/cuda,launcher/cuda"),
+            (cfg!(feature = "emulator"), "trainer/emulator"),
+            (cfg!(feature = "mpi"), "trainer/mpi,launcher/mpi"),
+        ];
+        for (_, names) in features.iter().filter(|(built, _)| *built) {
+            build.args(["--features", names]);
         }
         assert!(build.status().unwrap().success(), "the programs do not build");
         folder

@@ -14,15 +14,23 @@ mod evaluate;
 mod export;
 // Bad input, full disks, losses that are not finite.
 mod faults;
+// A GPU that is not there.
+mod gpu;
 // How a batch is cut, ordered and kept changes nothing.
 mod gradcache;
+// Rows of every kind, each with its loss.
+mod kinds;
 // The same under mpirun.
 mod mpi;
 // The same numbers as transformers, PEFT and sentence-transformers.
 mod parity;
 // Rows divided, negatives mined, small sets made.
 mod prepare;
+// The page of a run, in a browser; models compared.
+mod report;
 // A run that was stopped goes on as if it had not been.
 mod resume;
+// Evaluation while a run trains, and its end.
+mod stopping;
 // Ranks change how long a run takes, never what it computes.
 mod world;

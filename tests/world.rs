@@ -11,10 +11,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tests::{golden, metrics, model_folder, program, relative_error, stderr, write_config};
 use trainer::comm::World;
-use trainer::config;
+use trainer::config::{self, Distance, LossKind};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::gradcache::Budget;
-use trainer::loss::InfoNce;
+use trainer::loss::{InfoNce, Kl, Losses, Matryoshka, Triplet};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
 use trainer::model::{Folder, Model, Options};
@@ -27,7 +27,7 @@ use trainer::step::Stepper;
 struct Setup {
     name: &'static str,
     adapted: bool,
-    loss: InfoNce,
+    losses: Losses,
     chunk: Limit,
     steps: u64,
 }
@@ -43,6 +43,11 @@ struct Left {
 /// Rows whose texts meet again as queries, positives and negatives of other rows, with negatives of any number, some of them
 /// excluded, in lengths from 1 to 60.
 fn batch(rows: usize, seed: u64) -> Batch {
+    batch_of(rows, seed, &[LossKind::InfoNce])
+}
+
+/// The same of rows with several losses.
+fn batch_of(rows: usize, seed: u64, losses: &[LossKind]) -> Batch {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let texts = rows + random.random_range(2..=2 * rows);
     let sequences: Vec<Sequence> = (0..texts)
@@ -51,17 +56,34 @@ fn batch(rows: usize, seed: u64) -> Batch {
             Sequence { ids: (0..length).map(|_| random.random_range(5..85)).collect(), skip: 0 }
         })
         .collect();
+    let of_row: Vec<usize> = (0..rows).map(|_| random.random_range(0..losses.len())).collect();
+    let tables = losses
+        .iter()
+        .enumerate()
+        .map(|(i, &loss)| {
+            let rows = (0..rows as u32).filter(|&row| of_row[row as usize] == i).collect();
+            table(rows, loss, texts, &mut random)
+        })
+        .collect();
+    let rows = (0..rows as u64).map(|row| RowId { dataset: 0, row }).collect();
+    Batch { sequences, tables, rows, cursor: Cursor::default(), epoch: 1.0 }
+}
+
+fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) -> Table {
+    let count = rows.len();
     let mut text = || random.random_range(0..texts) as u32;
-    let queries: Vec<u32> = (0..rows).map(|_| text()).collect();
-    let mut candidates: Vec<u32> = (0..rows).map(|_| text()).collect();
-    let mut own: Vec<Vec<u32>> = (0..rows as u32).map(|row| vec![row]).collect();
-    for own in &mut own {
-        for _ in 0..text() % 4 {
+    let queries: Vec<u32> = (0..count).map(|_| text()).collect();
+    let mut candidates: Vec<u32> = (0..count).map(|_| text()).collect();
+    let mut own: Vec<Vec<u32>> = (0..count as u32).map(|row| vec![row]).collect();
+    for own in own.iter_mut().filter(|_| loss != LossKind::CoSent) {
+        // Only InfoNCE learns from a row without negatives.
+        let least = u32::from(loss != LossKind::InfoNce);
+        for _ in 0..least + text() % 4 {
             own.push(candidates.len() as u32);
             candidates.push(text());
         }
     }
-    let excluded: Vec<Vec<u32>> = (0..rows as u32)
+    let excluded: Vec<Vec<u32>> = (0..count as u32)
         .map(|row| (0..candidates.len() as u32).filter(|&column| column != row && text() % 9 == 0).collect())
         .collect();
     let lists = |rows: Vec<Vec<u32>>| {
@@ -72,14 +94,11 @@ fn batch(rows: usize, seed: u64) -> Batch {
         }
         lists
     };
-    let positives = (0..rows as u32).collect();
-    Batch {
-        sequences,
-        table: Table { queries, candidates, positives, excluded: lists(excluded), own: lists(own) },
-        rows: (0..rows as u64).map(|row| RowId { dataset: 0, row }).collect(),
-        cursor: Cursor::default(),
-        epoch: 1.0,
-    }
+    let own = lists(own);
+    // Few different scores, so that some are equal.
+    let scores = own.columns.iter().map(|_| (text() % 5) as f32 / 4.0).collect();
+    let positives = (0..count as u32).collect();
+    Table { loss, rows, queries, candidates, positives, excluded: lists(excluded), own, scores }
 }
 
 /// One rank's part of a run, whose batches follow from their numbers.
@@ -97,7 +116,7 @@ fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Left {
         model: &model,
         gradients: Gradients::zeros(model.flat()).unwrap(),
         optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0)).unwrap(),
-        loss: setup.loss.clone(),
+        losses: setup.losses.clone(),
         schedule,
         budget: Budget { chunk: setup.chunk, tapes: u64::MAX },
         seed: 3,
@@ -147,14 +166,22 @@ fn compare(some: &Left, one: &Left, what: &str) {
     assert!(error < CLOSE, "{what}: gradients differ by {error:e}");
 }
 
-fn info_nce() -> InfoNce {
-    InfoNce { temperature: 0.05, in_batch_negatives: true, symmetric: false, false_negative_margin: None }
+fn info_nce() -> Losses {
+    Losses {
+        info_nce: InfoNce {
+            temperature: 0.05,
+            in_batch_negatives: true,
+            symmetric: false,
+            false_negative_margin: None,
+        },
+        ..Losses::default()
+    }
 }
 
 #[test]
 fn fifty_steps_have_the_losses_of_one_rank() {
     for (name, adapted) in [("bert", true), ("mistral", true), ("bert", false)] {
-        let setup = Setup { name, adapted, loss: info_nce(), chunk: Limit::Tokens(128), steps: 50 };
+        let setup = Setup { name, adapted, losses: info_nce(), chunk: Limit::Tokens(128), steps: 50 };
         let batches = |step| batch(8, step);
         let one = on(1, &setup, batches);
         for ranks in [2, 3, 4] {
@@ -184,7 +211,7 @@ fn random_batches_on_random_ranks_give_the_step_of_one() {
         let setup = Setup {
             name: if case % 4 == 0 { "mistral" } else { "bert" },
             adapted: case % 3 == 0,
-            loss: InfoNce { symmetric, ..loss },
+            losses: Losses { info_nce: InfoNce { symmetric, ..loss }, ..Losses::default() },
             chunk: [Limit::Tokens(1), Limit::Tokens(100), Limit::Sequences(3)][case % 3],
             steps: 1,
         };
@@ -198,14 +225,54 @@ fn random_batches_on_random_ranks_give_the_step_of_one() {
 }
 
 #[test]
+fn every_loss_has_the_step_of_one_rank() {
+    let mut random = ChaCha8Rng::seed_from_u64(12);
+    let distances = [Distance::Cosine, Distance::Euclidean, Distance::Manhattan];
+    for case in 0..24 {
+        let alone =
+            [LossKind::InfoNce, LossKind::Triplet, LossKind::CoSent, LossKind::MarginMse, LossKind::Kl];
+        // Each alone, then all in one batch.
+        let kinds = alone.get(case..=case).unwrap_or(&alone);
+        let rows = random.random_range(5..=16);
+        let ranks = random.random_range(2..=5);
+        let dims = vec![(16, 1.0), (8, 0.5), (3, 0.25)];
+        let losses = Losses {
+            triplet: Triplet { distance: distances[case % 3], margin: 0.5 },
+            kl: Kl { temperature: 0.2, teacher_temperature: 1.0 },
+            matryoshka: (case % 2 == 1).then_some(Matryoshka { dims }),
+            ..info_nce()
+        };
+        let setup =
+            Setup { name: "bert", adapted: case % 4 == 0, losses, chunk: Limit::Tokens(100), steps: 1 };
+        let batches = |_| batch_of(rows, 2000 + case as u64, kinds);
+        let one = on(1, &setup, batches);
+        assert!(one.norms[0] > 0.0, "case {case} trains nothing");
+        compare(
+            &on(ranks, &setup, batches),
+            &one,
+            &format!("case {case}: {ranks} ranks, {kinds:?}, {setup:?}"),
+        );
+    }
+}
+
+#[test]
 fn more_ranks_than_sequences_are_no_trouble() {
-    let setup = Setup { name: "bert", adapted: false, loss: info_nce(), chunk: Limit::Tokens(64), steps: 2 };
+    let setup =
+        Setup { name: "bert", adapted: false, losses: info_nce(), chunk: Limit::Tokens(64), steps: 2 };
     let tiny = |_| {
         let sequences = vec![Sequence { ids: vec![5, 6], skip: 0 }, Sequence { ids: vec![7], skip: 0 }];
         let lists = Lists { offsets: vec![0, 0], columns: vec![] };
         let own = Lists { offsets: vec![0, 1], columns: vec![0] };
-        let table = Table { queries: vec![0], candidates: vec![1], positives: vec![0], excluded: lists, own };
-        Batch { sequences, table, ..batch(1, 0) }
+        let mut tables = batch(1, 0).tables;
+        tables[0] = Table {
+            queries: vec![0],
+            candidates: vec![1],
+            positives: vec![0],
+            excluded: lists,
+            own,
+            ..tables[0].clone()
+        };
+        Batch { sequences, tables, ..batch(1, 0) }
     };
     let one = train(&setup, World::solo(), tiny);
     let some = on(5, &setup, tiny);
@@ -215,7 +282,7 @@ fn more_ranks_than_sequences_are_no_trouble() {
 
 #[test]
 fn one_rank_among_threads_is_one_alone() {
-    let setup = Setup { name: "bert", adapted: true, loss: info_nce(), chunk: Limit::Tokens(64), steps: 3 };
+    let setup = Setup { name: "bert", adapted: true, losses: info_nce(), chunk: Limit::Tokens(64), steps: 3 };
     let (alone, among) =
         (train(&setup, World::solo(), |step| batch(5, step)), on(1, &setup, |step| batch(5, step)));
     assert_eq!(alone.losses, among.losses);

@@ -13,7 +13,7 @@ use crate::tensor::{expect_shape, read, tensor};
 use candle_core::{Result, Tensor};
 use std::iter::zip;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 
 /// Which nonlinearity.
@@ -162,8 +162,8 @@ macro_rules! with_function {
 /// # Errors
 /// If `x` is not a contiguous f32 tensor.
 pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return Ok(gpu::activate(x, None, None, activation)?.0);
     }
     let (rows, width) = rows_of(x);
@@ -181,8 +181,8 @@ pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
 /// # Errors
 /// If the shapes differ, or one is not a contiguous f32 tensor.
 pub fn backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return Ok(gpu::activate(x, None, Some(dy), activation)?.0);
     }
     expect_shape("dy", dy, x.dims())?;
@@ -201,8 +201,8 @@ pub fn backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Result<Tenso
 /// # Errors
 /// If the shapes differ, or one is not a contiguous f32 tensor.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if gate.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(gate.device()) {
         return Ok(gpu::activate(gate, Some(up), None, activation)?.0);
     }
     expect_shape("up", up, gate.dims())?;
@@ -226,8 +226,8 @@ pub fn gated_backward(
     dy: &Tensor,
     activation: Activation,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if gate.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(gate.device()) {
         return match gpu::activate(gate, Some(up), Some(dy), activation)? {
             (dgate, Some(dup)) => Ok((dgate, dup)),
             (_, None) => candle_core::bail!("a gated activation has two gradients"),

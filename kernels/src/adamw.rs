@@ -12,7 +12,7 @@ use crate::tensor::{expect_shape, read, write};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 
 /// What stays the same for all parameters in one step.
@@ -61,8 +61,8 @@ pub fn step(
         bail!("`params`, `grads`, `m` and `v` must not be views of one storage");
     }
     let factors = Factors::new(adamw, step, grad_scale);
-    #[cfg(feature = "cuda")]
-    if params.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(params.device()) {
         return gpu::step(params, grads, m, v, decayed, &factors);
     }
     let grads = read::<f32>(grads)?;
@@ -92,8 +92,8 @@ pub fn step(
 
 /// ‖grads‖₂ of (P) gradients. NaN and ∞ come through.
 pub fn norm(grads: &Tensor) -> Result<f64> {
-    #[cfg(feature = "cuda")]
-    if grads.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(grads.device()) {
         return gpu::norm_of(grads);
     }
     let grads = read::<f32>(grads)?;

@@ -11,7 +11,7 @@
 //! A bias by the distance from query to key (T5, MPNet) is added to the scores where one is given; its gradient is the sum
 //! of ds over all pairs at that distance, per text first and then over the texts in their order.
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 pub(crate) mod gpu;
 mod head;
 
@@ -62,8 +62,8 @@ pub fn forward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
         return gpu::forward(q, k, v, None, packing, attention);
     }
     forward_in(TILES, q, k, v, None, packing, attention)
@@ -79,8 +79,8 @@ pub fn forward_biased(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
         return gpu::forward(q, k, v, Some(bias), packing, attention);
     }
     forward_in(TILES, q, k, v, Some(bias), packing, attention)
@@ -98,8 +98,8 @@ pub fn backward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
         let (dq, dk, dv, _) = gpu::backward([q, k, v, o, lse, d_o], None, packing, attention)?;
         return Ok((dq, dk, dv));
     }
@@ -120,8 +120,8 @@ pub fn backward_biased(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
         return match gpu::backward([q, k, v, o, lse, d_o], Some(bias), packing, attention)? {
             (dq, dk, dv, Some(dbias)) => Ok((dq, dk, dv, dbias)),
             _ => bail!("attention with a bias has the bias's gradient"),

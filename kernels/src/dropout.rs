@@ -11,7 +11,7 @@ use crate::tensor::{packed, read, tensor};
 use candle_core::{Result, Tensor, bail};
 use std::ops::Range;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 pub(crate) mod gpu;
 
 /// One dropout: where it stands and when. Two of different `seed`, `step` or `site` are independent.
@@ -32,8 +32,8 @@ pub struct Dropout {
 /// # Errors
 /// If `p` is not a probability below 1, `x` has not the packing's tokens, or is not contiguous f32.
 pub fn apply(x: &Tensor, packing: &Packing, d: &Dropout) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return gpu::apply(x, packing, d);
     }
     let (tokens, width) = packed("x", x, packing)?;

@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::iter::zip;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 
 /// What is looked up and added.
@@ -32,8 +32,8 @@ pub struct Tables<'a> {
 /// # Errors
 /// If an id or a position lies outside its table, a shape is not as said, or a tensor is not contiguous.
 pub fn forward(ids: &Tensor, packing: &Packing, tables: &Tables) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if tables.word.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(tables.word.device()) {
         return gpu::forward(ids, packing, tables);
     }
     let tokens = packing.tokens();
@@ -83,8 +83,8 @@ pub fn backward(
     dposition: Option<&Tensor>,
     dkind: Option<&Tensor>,
 ) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    if dx.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(dx.device()) {
         return gpu::backward(dx, ids, packing, position_offset, dword, dposition, dkind);
     }
     let (tokens, width) = packed("dx", dx, packing)?;

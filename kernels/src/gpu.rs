@@ -1,5 +1,5 @@
-//! Where the kernels of the .cu files run: on a GPU (feature `cuda`), or in tests on the emulator, of which CPU tensors are the
-//! memory. An op's `gpu` file calls them once for both.
+//! Where the kernels of the .cu files run: on a GPU (feature `cuda`), or on the emulator (tests, and feature `emulator`), of which
+//! CPU tensors are the memory. An op's `gpu` file calls them once for both.
 //!
 //! An entry takes a struct of pointers and sizes, which its .cu file declares once more, and a stream.
 
@@ -10,8 +10,10 @@ use crate::dropout;
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
-#[cfg(test)]
+#[cfg(any(test, feature = "emulator"))]
 pub(crate) mod emulated;
+#[cfg(feature = "cuda")]
+pub(crate) mod libraries;
 pub(crate) mod product;
 
 /// Declares entries: `name(Arguments)` becomes a function that runs the kernel where `at` says.
@@ -25,7 +27,7 @@ macro_rules! entries {
                 pub(super) fn $name(arguments: *const $arguments, stream: *mut std::ffi::c_void) -> i32;)*
             }
         }
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         mod on_emulator {
             use super::*;
             unsafe extern "C" {
@@ -40,10 +42,11 @@ macro_rules! entries {
             match at {
                 #[cfg(feature = "cuda")]
                 candle_core::Device::Cuda(device) => {
+                    let stream = $crate::gpu::cuda::stream(device)?;
                     // SAFETY: the caller vouches for the arguments.
-                    $crate::gpu::cuda::check(unsafe { on_device::$name(arguments, $crate::gpu::cuda::stream(device)) })
+                    $crate::gpu::cuda::check(unsafe { on_device::$name(arguments, stream) })
                 }
-                #[cfg(test)]
+                #[cfg(any(test, feature = "emulator"))]
                 candle_core::Device::Cpu => {
                     // SAFETY: the caller vouches for the arguments.
                     $crate::gpu::emulated::check(unsafe { on_emulator::$name(arguments, std::ptr::null_mut()) })
@@ -55,6 +58,25 @@ macro_rules! entries {
     };
 }
 pub(crate) use entries;
+
+/// Whether ops on tensors of `device` are kernels.
+#[cfg(gpu)]
+pub(crate) fn runs(device: &Device) -> bool {
+    #[cfg(feature = "emulator")]
+    if EMULATED.load(std::sync::atomic::Ordering::Relaxed) {
+        return true;
+    }
+    device.is_cuda()
+}
+
+#[cfg(feature = "emulator")]
+static EMULATED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+
+/// From now on every op of this process runs as the kernel that a GPU would run, on the emulator: for tests.
+#[cfg(feature = "emulator")]
+pub fn emulate() {
+    EMULATED.store(true, std::sync::atomic::Ordering::Relaxed);
+}
 
 /// An element type, as kernels number it.
 pub(crate) fn type_of(tensor: &Tensor) -> Result<i32> {
@@ -79,7 +101,7 @@ pub(crate) struct Memory {
 enum Place {
     #[cfg(feature = "cuda")]
     Device(cuda::Memory),
-    #[cfg(test)]
+    #[cfg(any(test, feature = "emulator"))]
     Emulated(emulated::Memory),
 }
 
@@ -89,7 +111,7 @@ impl Memory {
         let at = match tensor.device() {
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => Place::Device(cuda::Memory::of(tensor)?),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "emulator"))]
             Device::Cpu => Place::Emulated(emulated::Memory::of(tensor, false)?),
             other => bail!("no kernel runs on {:?}", other.location()),
         };
@@ -98,7 +120,7 @@ impl Memory {
 
     /// The elements of a contiguous tensor, to be changed; every view of the same storage sees that.
     pub(crate) fn mutable(tensor: &Tensor) -> Result<Self> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "emulator"))]
         if tensor.device().is_cpu() {
             return Ok(Self { at: Place::Emulated(emulated::Memory::of(tensor, true)?) });
         }
@@ -110,7 +132,7 @@ impl Memory {
         let at = match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Place::Device(cuda::Memory::new(device, dtype, count)?),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "emulator"))]
             Device::Cpu => Place::Emulated(emulated::Memory::new(dtype, count)),
             other => bail!("no kernel runs on {:?}", other.location()),
         };
@@ -130,7 +152,7 @@ impl Memory {
         match self.at {
             #[cfg(feature = "cuda")]
             Place::Device(memory) => memory.tensor(shape.into()),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "emulator"))]
             Place::Emulated(memory) => memory.tensor(&shape.into()),
         }
     }
@@ -140,7 +162,7 @@ impl Memory {
         match &self.at {
             #[cfg(feature = "cuda")]
             Place::Device(memory) => memory.pointer().cast(),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "emulator"))]
             Place::Emulated(memory) => memory.pointer().cast(),
         }
     }

@@ -18,7 +18,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 
 /// For each of B rows a list of columns: those of row i are `columns[offsets[i]..offsets[i + 1]]`, in any order.
@@ -65,8 +65,8 @@ pub struct Tape {
 
 /// The loss of each row of q (B, D) among the candidates c (M, D).
 pub fn forward(q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
         return gpu::forward(q, c, infonce);
     }
     forward_in(TILE, q, c, infonce)
@@ -80,8 +80,8 @@ pub fn backward(
     tape: &Tape,
     weight: f32,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
         return gpu::backward(q, c, infonce, tape, weight);
     }
     backward_in(TILE, q, c, infonce, tape, weight)

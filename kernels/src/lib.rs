@@ -26,7 +26,7 @@ pub mod precision;
 pub mod rope;
 pub mod topk;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 mod matmul;
 mod rows;
@@ -37,5 +37,17 @@ mod testing;
 mod tile;
 
 #[cfg(feature = "cuda")]
-pub use gpu::cuda::{forget_peak, free, memory, open};
+pub use gpu::cuda::{devices, forget_peak, free, memory, open};
+#[cfg(feature = "emulator")]
+pub use gpu::emulate;
+#[cfg(feature = "cuda")]
+pub use gpu::libraries::{open_nccl, toolkit};
 pub use packing::Packing;
+
+/// Whether ops on tensors of `device` run as kernels of a GPU, which take and give tensors of half precision.
+pub fn on_gpu(device: &candle_core::Device) -> bool {
+    #[cfg(gpu)]
+    return gpu::runs(device);
+    #[cfg(not(gpu))]
+    device.is_cuda()
+}

@@ -8,7 +8,7 @@ use crate::rows::{add, new_rows, new_rows_and_sums};
 use crate::tensor::{expect_shape, matrix, read, tensor, write};
 use candle_core::{Result, Tensor};
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 pub(crate) mod gpu;
 
 /// y `(T, O)` of x `(T, I)`, W `(O, I)` and the bias `(O)`.
@@ -16,8 +16,8 @@ pub(crate) mod gpu;
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return gpu::forward(x, w, bias);
     }
     let (tokens, inputs) = matrix("x", x)?;
@@ -45,8 +45,8 @@ pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn backward_input(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if dy.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(dy.device()) {
         return gpu::backward_input(dy, w);
     }
     let (tokens, _) = matrix("dy", dy)?;
@@ -62,8 +62,8 @@ pub fn backward_input(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn add_backward_input(dy: &Tensor, w: &Tensor, dx: &Tensor) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    if dy.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(dy.device()) {
         return gpu::add_backward_input(dy, w, dx);
     }
     let (tokens, _) = matrix("dy", dy)?;
@@ -80,8 +80,8 @@ pub fn add_backward_input(dy: &Tensor, w: &Tensor, dx: &Tensor) -> Result<()> {
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn backward_weight(x: &Tensor, dy: &Tensor, dw: &Tensor) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return gpu::backward_weight(x, dy, dw);
     }
     let (tokens, inputs) = matrix("x", x)?;
@@ -98,8 +98,8 @@ pub fn backward_weight(x: &Tensor, dy: &Tensor, dw: &Tensor) -> Result<()> {
 /// # Errors
 /// If a shape is not as said, or a tensor is not contiguous f32.
 pub fn backward_bias(dy: &Tensor, db: &Tensor) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    if dy.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(dy.device()) {
         return gpu::backward_bias(dy, db);
     }
     let (tokens, outputs) = matrix("dy", dy)?;

@@ -16,7 +16,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 
 /// What is trained beside a frozen W `(O, I)`.
@@ -37,8 +37,8 @@ pub struct Adapter<'a> {
 /// # Errors
 /// If a shape is not as said or 0 but for T, or a tensor is not contiguous f32.
 pub fn forward(x: &Tensor, y: &Tensor, adapter: &Adapter, packing: &Packing) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return gpu::forward(x, y, adapter, packing);
     }
     let shape = Shape::of(x, y, "y", adapter, packing)?;
@@ -88,8 +88,8 @@ pub fn backward(
     da: &Tensor,
     db: &Tensor,
 ) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return gpu::backward(x, xa, dy, adapter, packing, dx, da, db);
     }
     let shape = Shape::of(x, dy, "dy", adapter, packing)?;

@@ -14,7 +14,7 @@ use crate::tensor::{expect_shape, matrix, read, tensor, write};
 use candle_core::{Result, Tensor, bail};
 use std::iter::zip;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 pub(crate) mod gpu;
 
 /// What backward needs of a forward.
@@ -104,8 +104,8 @@ fn forward<const CENTRED: bool>(
     b: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, Tape)> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return gpu::forward::<CENTRED>(x, residual, w, b, eps);
     }
     let (tokens, width) = matrix("x", x)?;
@@ -151,8 +151,8 @@ fn forward<const CENTRED: bool>(
 }
 
 fn again<const CENTRED: bool>(tape: &Tape, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if tape.sum.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(tape.sum.device()) {
         return gpu::again::<CENTRED>(tape, w, b);
     }
     let (tokens, width) = tape.shape::<CENTRED>()?;
@@ -184,8 +184,8 @@ fn backward<const CENTRED: bool>(
     dw: Option<&Tensor>,
     db: Option<&Tensor>,
 ) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if dy.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(dy.device()) {
         return gpu::backward::<CENTRED>(tape, w, dy, dsum, dw, db);
     }
     let (tokens, width) = tape.shape::<CENTRED>()?;

@@ -14,7 +14,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 
 /// The shortest length that is divided by.
@@ -22,8 +22,8 @@ const FLOOR: f32 = 1e-12;
 
 /// Embeddings (N, D) and the lengths of the means (N), from x (T, D) and the rows of each sequence (N).
 pub fn forward(x: &Tensor, spans: &[Range<usize>], normalize: bool) -> Result<(Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return gpu::forward(x, spans, normalize);
     }
     let (tokens, width) = matrix("x", x)?;
@@ -49,8 +49,8 @@ pub fn backward(
     tokens: usize,
     normalize: bool,
 ) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if e.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(e.device()) {
         return gpu::backward(e, norms, spans, de, tokens, normalize, e.dtype());
     }
     let (_, width) = matrix("e", e)?;

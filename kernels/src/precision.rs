@@ -25,8 +25,8 @@ pub enum Precision {
 /// # Errors
 /// If `x` is not a contiguous f32 tensor.
 pub fn round(x: Tensor, precision: Precision) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         let dtype = match precision {
             Precision::F32 => candle_core::DType::F32,
             Precision::Bf16 => candle_core::DType::BF16,

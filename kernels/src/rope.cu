@@ -22,23 +22,27 @@ __global__ void rope(Rope a) {
     for (int64_t at = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
         const int i = int(at % vectors) * V;
         const int64_t t = at / vectors / heads;
-        int head = int(at / vectors % heads), which = 0;
-        if (head >= a.heads[0]) head -= a.heads[0], which = 1;
-        const int64_t from = (t * a.heads[which] + head) * a.head_width + i;
+        // Not by an index into the arguments, which would have them copied to local memory.
+        int head = int(at / vectors % heads);
+        const bool second = head >= a.heads[0];
+        if (second) head -= a.heads[0];
+        const T* x = static_cast<const T*>(second ? a.x[1] : a.x[0]);
+        T* y = static_cast<T*>(second ? a.y[1] : a.y[0]);
+        const int64_t from = (t * (second ? a.heads[1] : a.heads[0]) + head) * a.head_width + i;
         const int64_t angle = int64_t(a.positions[t]) * half + i;
         float low[V], high[V], cos[V], sin[V];
-        load<V>(static_cast<const T*>(a.x[which]) + from, low);
-        load<V>(static_cast<const T*>(a.x[which]) + from + half, high);
+        load<V>(x + from, low);
+        load<V>(x + from + half, high);
         load<V>(a.cos + angle, cos);
         load<V>(a.sin + angle, sin);
 #pragma unroll
         for (int k = 0; k < V; k++) {
-            const float x = low[k], y = high[k], s = a.direction * sin[k];
-            low[k] = x * cos[k] - y * s;
-            high[k] = y * cos[k] + x * s;
+            const float a0 = low[k], a1 = high[k], s = a.direction * sin[k];
+            low[k] = a0 * cos[k] - a1 * s;
+            high[k] = a1 * cos[k] + a0 * s;
         }
-        store<V>(static_cast<T*>(a.y[which]) + from, low);
-        store<V>(static_cast<T*>(a.y[which]) + from + half, high);
+        store<V>(y + from, low);
+        store<V>(y + from + half, high);
     }
 }
 

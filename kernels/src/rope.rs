@@ -8,7 +8,7 @@ use crate::rows::new_rows;
 use crate::tensor::{packed, read, tensor};
 use candle_core::{Result, Tensor, bail};
 
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 mod gpu;
 
 /// Cosines and sines of every position's angles.
@@ -44,7 +44,7 @@ impl Table {
     }
 
     /// Cosines and sines where the kernels are.
-    #[cfg(any(test, feature = "cuda"))]
+    #[cfg(any(test, gpu))]
     fn on(&self, device: &candle_core::Device) -> Result<[Tensor; 2]> {
         let make =
             || Ok([Tensor::new(self.cos.as_slice(), device)?, Tensor::new(self.sin.as_slice(), device)?]);
@@ -111,16 +111,16 @@ fn turn_both(
     table: &Table,
     direction: f32,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
         return gpu::turn([q, k], packing, table, direction).map(|[q, k]| (q, k));
     }
     Ok((turn(q, packing, table, direction)?, turn(k, packing, table, direction)?))
 }
 
 fn turn(x: &Tensor, packing: &Packing, table: &Table, direction: f32) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
         return Ok(gpu::turn([x], packing, table, direction)?[0].clone());
     }
     let (tokens, width) = check(x, packing, table)?;

@@ -95,7 +95,7 @@ pub(crate) struct Job {
 }
 
 /// Commands that share their work among ranks.
-const SHARED: [&str; 4] = ["train", "encode", "evaluate", "mine"];
+const SHARED: [&str; 5] = ["train", "encode", "evaluate", "compare", "mine"];
 
 impl Arguments {
     /// What is asked for. An error is for the person at the terminal: nothing was started.

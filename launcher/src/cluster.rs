@@ -4,6 +4,7 @@ use std::net::{TcpListener, ToSocketAddrs};
 
 use trainer::comm::rendezvous::{self, Token};
 use trainer::comm::{self, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN};
+use trainer::device;
 
 use crate::args::{Hardware, Job, Nodes};
 use crate::gpu::Machine;
@@ -15,6 +16,7 @@ pub(crate) struct Cluster {
     node: u32,
     /// One for each rank of this node: the GPU it gets, if any.
     devices: Vec<Option<String>>,
+    hardware: Hardware,
     host: String,
     port: u16,
     secret: String,
@@ -65,7 +67,7 @@ impl Cluster {
                 (host, port)
             }
         };
-        Ok(Self { nodes, node, devices, host, port, secret, timeout: job.timeout })
+        Ok(Self { nodes, node, devices, hardware: job.hardware, host, port, secret, timeout: job.timeout })
     }
 
     /// Ranks of this node.
@@ -92,9 +94,15 @@ impl Cluster {
             (VARIABLE_TOKEN, self.secret.clone()),
             (VARIABLE_TIMEOUT, self.timeout.to_string()),
         ];
-        if let Some(device) = &self.devices[local] {
-            variables.push(("CUDA_VISIBLE_DEVICES", device.clone()));
-            variables.push((VARIABLE_NCCL, "1".to_owned()));
+        match (&self.devices[local], self.hardware) {
+            (Some(device), _) => {
+                variables.push(("CUDA_VISIBLE_DEVICES", device.clone()));
+                variables.push((VARIABLE_NCCL, "1".to_owned()));
+                variables.push((device::VARIABLE, "cuda".to_owned()));
+            }
+            // Nobody asked for a GPU or against it: what is to be seen is the rank's to use.
+            (None, Hardware::Any) => {}
+            (None, _) => variables.push((device::VARIABLE, "cpu".to_owned())),
         }
         variables
     }
@@ -104,7 +112,7 @@ fn devices(hardware: Hardware, machine: &Machine) -> Result<Vec<Option<String>>,
     Ok(match hardware {
         Hardware::Cpus(ranks) => vec![None; ranks as usize],
         Hardware::Gpus(wanted) => machine.devices(wanted)?.into_iter().map(Some).collect(),
-        Hardware::Any if machine.built && !machine.list().is_empty() => {
+        Hardware::Any if machine.cuda.is_some() && !machine.list().is_empty() => {
             machine.devices(None)?.into_iter().map(Some).collect()
         }
         Hardware::Any => vec![None],
@@ -170,6 +178,7 @@ mod tests {
         assert_ne!(get(&cluster, 1, "MASTER_PORT"), "0");
         assert!(get(&cluster, 1, VARIABLE_TOKEN).len() >= 32 || std::env::var(VARIABLE_TOKEN).is_ok());
         assert_eq!(get(&cluster, 1, VARIABLE_TIMEOUT), "9");
+        assert_eq!(get(&cluster, 1, device::VARIABLE), "cpu");
     }
 
     #[test]

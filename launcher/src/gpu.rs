@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::Path;
 
-/// The oldest driver for CUDA 12 (NVIDIA, CUDA compatibility guide).
-const DRIVER: (u32, u32) = (525, 60);
+/// The oldest driver for each CUDA (NVIDIA, CUDA compatibility guide).
+const DRIVERS: [(u32, (u32, u32)); 2] = [(12, (525, 60)), (13, (580, 65))];
 
 /// Where the driver shows itself, and what `CUDA_VISIBLE_DEVICES` leaves of it.
 pub(crate) struct Machine<'a> {
     pub(crate) proc: &'a Path,
+    pub(crate) dev: &'a Path,
     pub(crate) visible: Option<String>,
-    /// Whether this build can use GPUs at all.
-    pub(crate) built: bool,
+    /// The CUDA of this build, if it can use GPUs at all.
+    pub(crate) cuda: Option<u32>,
 }
 
 impl Machine<'_> {
@@ -19,26 +20,28 @@ impl Machine<'_> {
     pub(crate) fn new() -> Self {
         Self {
             proc: Path::new("/proc/driver/nvidia"),
+            dev: Path::new("/dev"),
             visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
-            built: cfg!(feature = "nccl"),
+            cuda: trainer::device::cuda().map(|(major, _)| major),
         }
     }
 
     /// The GPUs for `wanted` ranks, or for as many as there are; each as `CUDA_VISIBLE_DEVICES` names it.
     pub(crate) fn devices(&self, wanted: Option<u32>) -> Result<Vec<String>, String> {
         let flag = wanted.map_or_else(|| "--gpus".to_owned(), |wanted| format!("--gpus {wanted}"));
-        if !self.built {
+        let Some(cuda) = self.cuda else {
             return Err(format!(
                 "{flag}: this build has no GPU support\n\
-                 hint: build with `--features nccl`, or leave it out to train on the processor"
+                 hint: build with `--features cuda`, or leave it out to train on the processor"
             ));
-        }
+        };
+        let least = DRIVERS.iter().find(|(major, _)| *major == cuda).map_or((0, 0), |(_, driver)| *driver);
         if let Some(driver) = self.driver()
-            && driver < DRIVER
+            && driver < least
         {
-            let ((found, minor), (needed, least)) = (driver, DRIVER);
+            let ((found, minor), (needed, least)) = (driver, least);
             return Err(format!(
-                "{flag}: the NVIDIA driver is {found}.{minor}, CUDA 12 needs {needed}.{least} or newer\n\
+                "{flag}: the NVIDIA driver is {found}.{minor}, CUDA {cuda} needs {needed}.{least} or newer\n\
                  hint: update the driver of this machine"
             ));
         }
@@ -61,7 +64,14 @@ impl Machine<'_> {
 
     /// All GPUs that ranks may use.
     pub(crate) fn list(&self) -> Vec<String> {
-        let count = fs::read_dir(self.proc.join("gpus")).map_or(0, Iterator::count);
+        let count = match fs::read_dir(self.proc.join("gpus")) {
+            Ok(gpus) => gpus.count(),
+            // In a container that hides the former: nvidia0, nvidia1, …
+            Err(_) => fs::read_dir(self.dev).map_or(0, |files| {
+                let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+                names.filter_map(|name| name.strip_prefix("nvidia")?.parse::<u32>().ok()).count()
+            }),
+        };
         match &self.visible {
             // As CUDA reads it: up to the first that does not exist.
             Some(visible) => visible
@@ -105,12 +115,13 @@ mod tests {
     }
 
     fn devices(folder: &Path, visible: Option<&str>, wanted: Option<u32>) -> Result<Vec<String>, String> {
-        Machine { proc: folder, visible: visible.map(str::to_owned), built: true }.devices(wanted)
+        let visible = visible.map(str::to_owned);
+        Machine { proc: folder, dev: &folder.join("dev"), visible, cuda: Some(13) }.devices(wanted)
     }
 
     #[test]
     fn each_rank_gets_a_gpu() {
-        let folder = machine(4, "535.104.05");
+        let folder = machine(4, "580.95.05");
         assert_eq!(devices(folder.path(), None, None).unwrap(), ["0", "1", "2", "3"]);
         assert_eq!(devices(folder.path(), None, Some(2)).unwrap(), ["0", "1"]);
         assert_eq!(devices(folder.path(), Some("3,1"), Some(2)).unwrap(), ["3", "1"]);
@@ -119,7 +130,7 @@ mod tests {
 
     #[test]
     fn fewer_gpus_than_wanted_are_said() {
-        let folder = machine(2, "535.104.05");
+        let folder = machine(2, "580.95.05");
         let message = devices(folder.path(), None, Some(4)).unwrap_err();
         assert!(
             message.contains("--gpus 4: there are 2 GPUs") && message.contains("--gpus 2, or fewer"),
@@ -130,6 +141,12 @@ mod tests {
             message.contains("there are 1 GPUs to be seen here (CUDA_VISIBLE_DEVICES=1,9,0)"),
             "{message}"
         );
+        // A container shows files in /dev, if anything.
+        let hidden = tempfile::tempdir().unwrap();
+        for name in ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"] {
+            fs::create_dir_all(hidden.path().join("dev").join(name)).unwrap();
+        }
+        assert_eq!(devices(hidden.path(), None, None).unwrap(), ["0", "1"]);
         let none = tempfile::tempdir().unwrap();
         let message = devices(none.path(), None, Some(1)).unwrap_err();
         assert!(
@@ -140,15 +157,17 @@ mod tests {
 
     #[test]
     fn a_driver_that_is_too_old_is_said() {
-        let folder = machine(4, "470.256.02");
+        let folder = machine(4, "535.104.05");
         let message = devices(folder.path(), None, Some(4)).unwrap_err();
-        assert!(message.contains("driver is 470.256, CUDA 12 needs 525.60"), "{message}");
+        assert!(message.contains("driver is 535.104, CUDA 13 needs 580.65"), "{message}");
+        let older = Machine { proc: folder.path(), dev: folder.path(), visible: None, cuda: Some(12) };
+        assert_eq!(older.devices(Some(4)).unwrap().len(), 4);
     }
 
     #[test]
     fn a_build_without_gpus_is_said() {
-        let folder = machine(4, "535.104.05");
-        let machine = Machine { proc: folder.path(), visible: None, built: false };
+        let folder = machine(4, "580.95.05");
+        let machine = Machine { proc: folder.path(), dev: folder.path(), visible: None, cuda: None };
         assert!(machine.devices(Some(4)).unwrap_err().contains("--gpus 4: this build has no GPU support"));
     }
 }

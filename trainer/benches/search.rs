@@ -1,4 +1,4 @@
-//! The exact search of `trainer mine`, alone: for each query the k best documents, all of them on disk. `scripts/faiss.py` does the
+//! The exact search of `trainer mine`, alone: for each query the k best documents, all of them on disk. `scripts/search_faiss.py` does the
 //! same with FAISS on the same files, which it also makes.
 //!
 //! ```text

@@ -18,7 +18,7 @@ use trainer::comm::World;
 use trainer::config::{self, Dtype, Init};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::gradcache::Budget;
-use trainer::loss::InfoNce;
+use trainer::loss::{InfoNce, Losses};
 use trainer::memory;
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
@@ -83,25 +83,27 @@ fn main() -> Result<()> {
 
     let batch = batch(rows)?;
     let budget = Budget { chunk: Limit::Tokens(chunk), tapes: 0 };
-    // Gradients and moments; activations; the embeddings of the batch, as the chunks', the batch's, the loss's, and their gradients.
-    let embeddings = 4 * (batch.sequences.len() * model.width()) as u64;
-    let predicted =
-        weights + 12 * model.flat().len() as u64 + memory::of_chunk(&model, chunk) + 6 * embeddings;
+    let activations = memory::of_step(&model, batch.tokens(), batch.sequences.len(), chunk, budget.tapes);
+    // Gradients and moments come to the weights.
+    let predicted = weights + 12 * model.flat().len() as u64 + activations;
     let rule = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let mut stepper = Stepper {
         model: &model,
         gradients: Gradients::zeros(model.flat())?,
         optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0))?,
-        loss: InfoNce {
-            temperature: 0.02,
-            in_batch_negatives: true,
-            symmetric: false,
-            false_negative_margin: None,
+        losses: Losses {
+            info_nce: InfoNce {
+                temperature: 0.02,
+                in_batch_negatives: true,
+                symmetric: false,
+                false_negative_margin: None,
+            },
+            ..Losses::default()
         },
         schedule: Schedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
         budget,
         seed: 42,
-        world: World::Solo,
+        world: World::solo(),
     };
     kernels::forget_peak(&device)?;
     let start = Instant::now();
@@ -142,12 +144,14 @@ fn batch(rows: usize) -> Result<Batch> {
     let numbers = |range: std::ops::Range<usize>| range.map(|n| n as u32).collect::<Vec<u32>>();
     let none = Lists { offsets: vec![0; rows + 1], columns: Vec::new() };
     let table = Table {
+        rows: numbers(0..rows),
         queries: numbers(0..rows),
         candidates: numbers(rows..sequences.len()),
         positives: numbers(0..rows),
         excluded: none.clone(),
         own: none,
+        ..Table::default()
     };
     let rows = (0..rows as u64).map(|row| RowId { dataset: 0, row }).collect();
-    Ok(Batch { sequences, table, rows, cursor: Cursor::default(), epoch: 0.0 })
+    Ok(Batch { sequences, tables: vec![table], rows, cursor: Cursor::default(), epoch: 0.0 })
 }

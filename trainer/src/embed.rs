@@ -117,10 +117,33 @@ impl Embedder<'_> {
     /// # Errors
     /// The tokenizer knows no token of a text, or memory runs out.
     pub fn encode(&self, texts: &[impl AsRef<str>], role: Role) -> Result<Tensor> {
-        let (what, prompt, max_length) = match role {
-            Role::Query => ("queries", self.query_prompt, self.max_query_length),
-            Role::Document => ("documents", self.document_prompt, self.max_document_length),
-            Role::Text => ("texts", self.model.folder().text_prompt(), self.max_document_length),
+        self.encode_some(texts, role, &mut self.progress(role, texts.len()))
+    }
+
+    /// What shows how far `count` texts have come, where they are many; on the first rank alone.
+    pub fn progress(&self, role: Role, count: usize) -> Option<Progress> {
+        let what = match role {
+            Role::Query => "queries",
+            Role::Document => "documents",
+            Role::Text => "texts",
+        };
+        (count >= MANY && self.world.first()).then(|| Progress::new(what, count as u64, 0))
+    }
+
+    /// As [`encode`](Self::encode), the texts being some of those that `progress` counts.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn encode_some(
+        &self,
+        texts: &[impl AsRef<str>],
+        role: Role,
+        progress: &mut Option<Progress>,
+    ) -> Result<Tensor> {
+        let (prompt, max_length) = match role {
+            Role::Query => (self.query_prompt, self.max_query_length),
+            Role::Document => (self.document_prompt, self.max_document_length),
+            Role::Text => (self.model.folder().text_prompt(), self.max_document_length),
         };
         let (unique, places) = distinct(texts);
         let include_prompt = self.model.folder().include_prompt;
@@ -136,16 +159,20 @@ impl Embedder<'_> {
         let chunks = chunk::cut(&sequences, &all, Limit::Tokens(self.chunk_tokens));
         let tokens = |chunk: &Vec<usize>| chunk.iter().map(|&index| sequences[index].ids.len()).sum();
         let share = Share::deal(&chunks.iter().map(tokens).collect::<Vec<usize>>(), self.world.size());
-        let many = unique.len() >= MANY && self.world.first();
-        let mut progress = many.then(|| Progress::new(what, unique.len() as u64, 0));
+        let done = progress.as_ref().map_or(0, Progress::position);
         let mut mine = Vec::new();
         for chunk in share.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {
             let taken: Vec<_> = chunk.iter().map(|&index| take(&mut sequences[index])).collect();
             mine.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
             pulse::beat();
-            if let Some(progress) = &mut progress {
-                progress.advance((chunk.len() * self.world.size()) as u64);
+            if let Some(progress) = progress {
+                // The other ranks have come about as far.
+                let chunk = (chunk.len() * self.world.size()) as u64;
+                progress.advance(chunk.min((done + unique.len() as u64).saturating_sub(progress.position())));
             }
+        }
+        if let Some(progress) = progress {
+            progress.advance((done + texts.len() as u64).saturating_sub(progress.position()));
         }
 
         let width = self.model.width();
@@ -156,9 +183,11 @@ impl Embedder<'_> {
                 embeddings[index * width..][..width].copy_from_slice(row);
             }
         }
-        let rows: Vec<f32> =
-            places.iter().flat_map(|&place| &embeddings[place * width..][..width]).copied().collect();
-        Ok(Tensor::from_vec(rows, (places.len(), width), &Device::Cpu)?)
+        if unique.len() < places.len() {
+            let row = |place: &usize| &embeddings[place * width..][..width];
+            embeddings = places.iter().flat_map(row).copied().collect();
+        }
+        Ok(Tensor::from_vec(embeddings, (places.len(), width), &Device::Cpu)?)
     }
 }
 

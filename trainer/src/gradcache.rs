@@ -5,6 +5,9 @@
 //! the first pass; only the others are encoded a second time. Dropout is a function of step and sequence, so the second
 //! time gives the first one's masks without anything being kept.
 
+use std::iter;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use candle_core::{DType, Tensor};
 use kernels::precision::Precision;
 
@@ -42,21 +45,17 @@ pub fn encode(
     let cuts = chunk::cut(sequences, members, budget.chunk);
     let [inputs, whole] = [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep));
     let keeps = share(&cuts, sequences, budget.tapes, inputs, whole);
-    let mut chunks = Vec::with_capacity(cuts.len());
-    let mut embeddings = Vec::with_capacity(cuts.len());
     let mut place = vec![0u32; sequences.len()];
-    let mut placed = 0;
-    for (cut, keep) in cuts.into_iter().zip(keeps) {
-        let chunk = Chunk::pack(sequences, cut, model.pooling())?;
-        for &member in &chunk.members {
-            place[member] = placed;
-            placed += 1;
-        }
-        let (e, tape) = model.forward(&chunk, noise, keep)?;
-        pulse::beat();
-        embeddings.push(e);
-        chunks.push((chunk, tape));
+    for (placed, &member) in cuts.iter().flatten().enumerate() {
+        place[member] = placed as u32;
     }
+    let passes = in_lanes(cuts.len(), |n| {
+        let chunk = Chunk::pack(sequences, cuts[n].clone(), model.pooling())?;
+        let (e, tape) = model.forward(&chunk, noise, keeps[n])?;
+        pulse::beat();
+        Ok((e, (chunk, tape)))
+    })?;
+    let (embeddings, chunks): (Vec<_>, Vec<_>) = passes.into_iter().unzip();
     let order: Vec<u32> = members.iter().map(|&member| place[member]).collect();
     if members.is_empty() {
         // A rank without a sequence: there are more ranks than texts.
@@ -98,6 +97,25 @@ impl Encoded {
         }
         Ok(())
     }
+}
+
+/// `pass(0)`, `pass(1)`, …: on a CPU two at a time, because threads that wait for one chunk's op find work in the other's.
+fn in_lanes<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<R>> {
+    let next = AtomicUsize::new(0);
+    let lane = || -> Result<Vec<(usize, R)>> {
+        let numbers = iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)).filter(|n| *n < count));
+        numbers.map(|n| Ok((n, pass(n)?))).collect()
+    };
+    let mut done = Vec::with_capacity(count);
+    if !kernels::on_gpu(&device::current()?) && rayon::current_num_threads() > 1 {
+        let (one, other) = rayon::join(lane, lane);
+        done.extend(one?);
+        done.extend(other?);
+    } else {
+        done.extend(lane()?);
+    }
+    done.sort_unstable_by_key(|(n, _)| *n);
+    Ok(done.into_iter().map(|(_, result)| result).collect())
 }
 
 /// What the gradient is multiplied by on its way through a model in f16, whose numbers end at 6e-8: the power of two that

@@ -103,6 +103,11 @@ pub(crate) fn is_id(text: &str) -> bool {
 /// What begins the path of a file in a data set on the hub.
 const DATA_SETS: &str = "hf://datasets/";
 
+/// Whether a path names a file of a data set on the hub.
+pub(crate) fn is_data_set(path: &Path) -> bool {
+    path.to_str().is_some_and(|path| path.starts_with(DATA_SETS))
+}
+
 /// The file that a path names: on this machine the path itself, and of `hf://datasets/ORG/NAME/FILE` (or
 /// `…/NAME@REVISION/FILE`) the file in the cache, fetched if need be.
 ///

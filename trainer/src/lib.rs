@@ -46,18 +46,24 @@ pub mod checkpoint;
 pub mod export;
 // What a run measured, line by line.
 pub mod metrics;
+// What a few queries find, before and after.
+pub mod samples;
 // The same numbers for TensorBoard.
 pub mod tensorboard;
 // Bars, or lines where there is no terminal.
 pub mod progress;
 // A polite request to stop.
 pub mod signals;
+// Two models on the same sets.
+pub mod compare;
 // What is free, and how it is shared out.
 pub mod memory;
 // What more ranks would make of a run.
 pub mod scaling;
 // What a run will do.
 pub mod plan;
+// A page to look at runs.
+pub mod report;
 // A run, around its steps.
 pub mod train;
 // The commands.

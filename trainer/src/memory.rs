@@ -5,9 +5,9 @@ use std::fs;
 use crate::model::Model;
 use crate::model::pass::Keep;
 
-/// Bytes this process may still use: of its GPU, where it has one; else the system's available memory, or what its control
-/// group leaves.
-pub fn available() -> u64 {
+/// Bytes this process may still use: of its GPU, where it has one; else its part of the system's available memory, or of what its
+/// control group leaves, where `ranks` share this host.
+pub fn available(ranks: usize) -> u64 {
     #[cfg(feature = "cuda")]
     if let Ok(device) = crate::device::current()
         && let Ok(free) = kernels::free(&device)
@@ -26,10 +26,11 @@ pub fn available() -> u64 {
     let group = number("memory.max")
         .map_or(u64::MAX, |max| max.saturating_sub(number("memory.current").unwrap_or(0)));
     // Nothing known: a laptop's worth.
-    match system.min(group) {
+    let known = match system.min(group) {
         u64::MAX => 4 << 30,
         known => known,
-    }
+    };
+    known / ranks.max(1) as u64
 }
 
 /// `mi_option_purge_delay` of mimalloc.h, which the bindings leave out.
@@ -57,15 +58,43 @@ pub fn usual_tapes(lasting: u64) -> u64 {
     if on_gpu() { u64::MAX } else { (512 << 20).max(lasting / 2 * 3) }
 }
 
-fn on_gpu() -> bool {
-    crate::device::current().is_ok_and(|device| device.is_cuda())
+/// Whether this process computes on a GPU.
+pub fn on_gpu() -> bool {
+    crate::device::current().is_ok_and(|device| kernels::on_gpu(&device))
 }
 
-/// Bytes of activations when a chunk of `tokens` runs backward: its tape, and what the backward of one layer holds beside it,
-/// which is about twice that layer's tape: gradients as wide as what is kept, and what is computed again.
+/// Bytes of activations when a chunk of `tokens` runs backward: its tape, and what the backward of one layer holds beside it.
 pub fn of_chunk(model: &Model, tokens: usize) -> u64 {
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64;
-    tape + 2 * tape / model.layers().max(1) as u64
+    tape + of_layer(model, tokens)
+}
+
+/// Twice a layer's tape: gradients as wide as what is kept, and what is computed again.
+fn of_layer(model: &Model, tokens: usize) -> u64 {
+    2 * model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64 / model.layers().max(1) as u64
+}
+
+/// Bytes of activations at the peak of a step: of a batch of `tokens` in `sequences`, in chunks of `chunk` tokens, with `tapes` bytes
+/// for tapes, which go to whole chunks as `gradcache` shares them out: inputs first.
+///
+/// Kept tapes are gone when the first chunk is encoded again, because they run backward first. Embeddings are f32, and while a
+/// chunk runs backward there are those of the batch, their gradient, and the same in the order of the chunks.
+pub fn of_step(model: &Model, tokens: usize, sequences: usize, chunk: usize, tapes: u64) -> u64 {
+    let chunk = chunk.clamp(1, tokens.max(1));
+    let of_chunks = |keep| (model.tape_bytes_per_token(keep) * chunk) as u64;
+    let (inputs, whole) = (of_chunks(Keep::Inputs), of_chunks(Keep::Whole));
+    let chunks = tokens.div_ceil(chunk) as u64;
+    let with_inputs = chunks.min(tapes / inputs.max(1));
+    let left = tapes - with_inputs * inputs;
+    let with_all = if with_inputs == chunks { chunks.min(left / (whole - inputs).max(1)) } else { 0 };
+    let kept = (with_inputs * inputs + with_all * (whole - inputs))
+        .min((model.tape_bytes_per_token(Keep::Whole) * tokens) as u64);
+    let again = if with_inputs < chunks { of_chunk(model, chunk) } else { 0 };
+    // Of inputs a layer's tape is made again before the layer runs backward.
+    let layer = of_layer(model, chunk);
+    let layer = if with_all == 0 { layer + layer / 2 } else { layer };
+    let embeddings = 3 * size_of::<f32>() * sequences * model.width();
+    (kept + layer).max(again) + embeddings as u64
 }
 
 /// `1.5 GiB`.
@@ -94,6 +123,7 @@ mod tests {
 
     #[test]
     fn some_memory_is_available() {
-        assert!(available() > 1 << 20);
+        assert!(available(1) > 1 << 20);
+        assert!(available(4) < available(1));
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::eval::nano;
 use crate::tensorboard::Events;
 use crate::{Error, Result};
 
@@ -31,6 +32,10 @@ pub struct Step {
     pub seconds: f64,
     /// tokens / seconds.
     pub tokens_per_second: f64,
+    /// Mean over the rows of each data set that has any in the batch, by its name.
+    pub losses: Map<String, Value>,
+    /// Share of the candidates that rows leave out of their negatives, because they are known to answer the query.
+    pub masked: f64,
 }
 
 /// The open file.
@@ -66,24 +71,29 @@ impl Metrics {
             ("train/learning_rate", step.learning_rate),
             ("train/epoch", step.epoch),
             ("train/tokens_per_second", step.tokens_per_second),
+            ("train/masked", step.masked),
         ];
-        events.scalars(step.step, scalars)
+        let losses = numbers("losses", &step.losses);
+        let losses = losses.iter().map(|(name, loss)| (name.as_str(), *loss));
+        events.scalars(step.step, scalars.into_iter().chain(losses))
     }
 
     /// Appends the scores of an evaluation after `step` steps.
     pub fn evaluation(&mut self, step: u64, scores: &Map<String, Value>) -> Result<()> {
         self.line(&json!({ "step": step, "eval": scores }).to_string())?;
         let Some(events) = &mut self.events else { return Ok(()) };
-        let named: Vec<(String, f64)> = scores
-            .iter()
-            .filter_map(|(name, value)| Some((format!("eval/{name}"), value.as_f64()?)))
-            .collect();
+        let named = numbers("eval", scores);
         events.scalars(step, named.iter().map(|(name, value)| (name.as_str(), *value)))
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
         writeln!(self.file, "{line}").and_then(|()| self.file.flush()).map_err(Error::io("write", &self.path))
     }
+}
+
+/// The numbers among `values`, their names below `place`.
+fn numbers(place: &str, values: &Map<String, Value>) -> Vec<(String, f64)> {
+    values.iter().filter_map(|(name, value)| Some((format!("{place}/{name}"), value.as_f64()?))).collect()
 }
 
 fn trim(path: &Path, done: u64) -> Result<()> {
@@ -103,6 +113,88 @@ fn trim(path: &Path, done: u64) -> Result<()> {
     fs::rename(&draft, path).map_err(Error::io("rename", &draft))
 }
 
+/// What metrics.jsonl tells of a run.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct History {
+    /// Its steps as they were written.
+    pub steps: Vec<Map<String, Value>>,
+    /// The scores of its evaluations, each after so many steps.
+    pub evaluations: Vec<(u64, Map<String, Value>)>,
+}
+
+impl History {
+    /// Reads metrics.jsonl; nothing where there is no such file. The last line may have been cut off by a kill.
+    ///
+    /// # Errors
+    /// Another line is no JSON, or tells of no step.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("read", path)(error)),
+        };
+        let mut history = Self::default();
+        for (number, line) in text.split_inclusive('\n').enumerate() {
+            let wrong =
+                |message: String| Error::Row { path: path.to_owned(), line: number as u64 + 1, message };
+            let mut line = match serde_json::from_str::<Map<String, Value>>(line) {
+                Ok(line) => line,
+                Err(_) if !line.ends_with('\n') || line.trim().is_empty() => continue,
+                Err(error) => return Err(wrong(format!("is not what a run writes: {error}"))),
+            };
+            let Some(step) = line.get("step").and_then(Value::as_u64) else {
+                return Err(wrong("has no `step`".into()));
+            };
+            match line.remove("eval") {
+                Some(Value::Object(scores)) => history.evaluations.push((step, scores)),
+                Some(_) => return Err(wrong("`eval` is no object".into())),
+                None => history.steps.push(line),
+            }
+        }
+        Ok(Some(history))
+    }
+
+    /// The scores after so many steps.
+    pub fn at(&self, step: u64) -> Option<&Map<String, Value>> {
+        self.evaluations.iter().rev().find(|(other, _)| *other == step).map(|(_, scores)| scores)
+    }
+
+    /// The step whose parameters a run ends with: that of the best evaluation if `patience` evaluations since were not better,
+    /// else the last.
+    pub fn chosen(&self, metric: &str, patience: Option<u64>) -> u64 {
+        let last = self.steps.last().and_then(|step| step["step"].as_u64()).unwrap_or(0);
+        let evaluated = self.evaluations.last().map_or(0, |(step, _)| *step);
+        let mut best: Option<(u64, f64)> = None;
+        let mut stale = 0;
+        for (step, value) in
+            self.evaluations.iter().filter_map(|(step, scores)| Some((*step, deciding(scores, metric)?)))
+        {
+            if best.is_some_and(|(_, most)| value <= most) {
+                stale += 1;
+            } else {
+                (best, stale) = (Some((step, value)), 0);
+            }
+        }
+        match best.filter(|(step, _)| *step > 0 && patience.is_some_and(|patience| stale >= patience)) {
+            Some((step, _)) => step,
+            None => last.max(evaluated),
+        }
+    }
+}
+
+/// The value that decides between evaluations: the metric's mean over the sets that have it, or the metric that is called so in
+/// full. Nothing where no set has it.
+pub fn deciding(scores: &Map<String, Value>, metric: &str) -> Option<f64> {
+    if let Some(value) = scores.get(metric) {
+        return value.as_f64();
+    }
+    let ending = format!("_{metric}");
+    let of_sets = |name: &str| name.ends_with(&ending) && !nano::is_mean(name);
+    let values: Vec<f64> =
+        scores.iter().filter(|(name, _)| of_sets(name)).filter_map(|(_, value)| value.as_f64()).collect();
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,5 +212,52 @@ mod tests {
             text,
             "{\"step\":0,\"eval\":{}}\n{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval\":{\"x\":0.5}}\n"
         );
+    }
+
+    #[test]
+    fn a_run_is_read_back_but_for_what_was_cut_off() {
+        let output = tempfile::tempdir().unwrap();
+        let path = output.path().join("metrics.jsonl");
+        assert_eq!(History::read(&path).unwrap(), None);
+        let lines = "{\"step\":0,\"eval\":{\"a\":0.5}}\n{\"step\":1,\"loss\":null}\n{\"step\":1,\"eval\":{\"a\":1}}\n";
+        fs::write(&path, format!("{lines}{{\"st")).unwrap();
+        let history = History::read(&path).unwrap().unwrap();
+        assert_eq!(history.steps.len(), 1);
+        assert_eq!(history.steps[0]["loss"], Value::Null);
+        assert_eq!(
+            history.evaluations.iter().map(|(step, scores)| (*step, &scores["a"])).collect::<Vec<_>>(),
+            [(0, &json!(0.5)), (1, &json!(1))]
+        );
+        assert_eq!(history.at(1).unwrap()["a"], 1);
+        assert!(history.at(2).is_none());
+        for (text, expected) in [
+            ("{\"st\n{\"step\":1}\n", "metrics.jsonl:1: is not what a run writes"),
+            ("{\"step\":1}\n{\"loss\":1}\n", "metrics.jsonl:2: has no `step`"),
+            ("{\"step\":1,\"eval\":2}\n", "metrics.jsonl:1: `eval` is no object"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = History::read(&path).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_run_ends_with_its_best_step_if_it_was_stopped_early() {
+        let scores = |value: f64| {
+            json!({"a_m": value, "b_m": value, "NanoBEIR_mean_m": 9.0}).as_object().unwrap().clone()
+        };
+        let evaluations = [0.1, 0.4, 0.3, 0.2].iter().zip([0, 10, 20, 30]);
+        let history = History {
+            steps: vec![json!({"step": 30}).as_object().unwrap().clone()],
+            evaluations: evaluations.map(|(value, step)| (step, scores(*value))).collect(),
+        };
+        assert_eq!(history.chosen("m", None), 30);
+        assert_eq!(history.chosen("m", Some(3)), 30);
+        assert_eq!(history.chosen("m", Some(2)), 10);
+        assert_eq!(history.chosen("other", Some(2)), 30);
+        assert_eq!(deciding(&scores(0.5), "m"), Some(0.5));
+        assert_eq!(deciding(&scores(0.5), "NanoBEIR_mean_m"), Some(9.0));
+        assert_eq!(deciding(&scores(0.5), "a_m"), Some(0.5));
+        assert_eq!(deciding(&scores(f64::NAN), "m"), None);
     }
 }

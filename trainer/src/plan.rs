@@ -1,5 +1,7 @@
 //! What a run will do: the configuration resolved against model, data and memory, checked once, before anything is started.
 
+mod outline;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -20,7 +22,8 @@ use crate::model::pass::Keep;
 use crate::model::{Folder, Model, Options, hub};
 use crate::scaling::Load;
 use crate::schedule::Schedule;
-use crate::{Error, Result, comm};
+use crate::{Error, Result, comm, device, metrics};
+pub use outline::{Outline, inputs};
 
 /// A run, ready to be started or only to be looked at.
 pub struct Plan {
@@ -79,15 +82,25 @@ pub struct Cost {
     pub tokens: f64,
     /// Bytes: parameters, gradients, moments.
     pub state: u64,
-    /// Bytes: activations of a chunk and tapes kept.
+    /// Bytes: activations of a step at most, of which tapes are kept as the budget says.
     pub activations: u64,
     /// Bytes that this process may use.
     pub available: u64,
 }
 
+impl Cost {
+    /// Bytes that a step takes at most, or the weights when they are read: f32 until they are rounded.
+    pub fn peak(&self) -> u64 {
+        (self.state + self.activations).max((size_of::<f32>() * self.elements) as u64)
+    }
+}
+
 impl Plan {
     /// Resolves and checks a configuration.
     pub fn new(config: Config) -> Result<Self> {
+        // A GPU that was asked for and is not there is said first.
+        device::current()?;
+        inputs(&config)?;
         let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
         let tokenizer = Tokenizer::open(&folder.path)?;
         // Only shapes are looked at here: the weights are read once, when the run starts.
@@ -103,6 +116,12 @@ impl Plan {
             ));
         }
         let lengths = lengths(&config, &folder, &model)?;
+        for (i, &dim) in config.loss.matryoshka.iter().flat_map(|matryoshka| &matryoshka.dims).enumerate() {
+            if dim > model.width() {
+                let message = format!("{dim}, but the model's embeddings have {} numbers", model.width());
+                return Err(config.error(&format!("loss.matryoshka.dims.{i}"), message));
+            }
+        }
         let mixture = Mixture::open(&config)?;
         let all = mixture.batches() * config.training.epochs;
         let steps = config.training.max_steps.map_or(all, |max| max.min(all));
@@ -129,8 +148,8 @@ impl Plan {
             .collect::<Result<Vec<_>>>()?;
         let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
         let load = Load { lengths: of_batch, width: model.width(), trained: model.flat().len() };
-        let local_ranks = comm::place()?.map_or(1, |place| place.local_size);
-        let (budget, cost) = share_memory(&config.training, &model, tokens, local_ranks);
+        let ranks = comm::place()?.map_or((1, 1), |place| (place.size, place.local_size));
+        let (budget, cost) = share_memory(&config.training, &model, tokens, &load.lengths, ranks);
         let embed_tokens = memory::usual_chunk().max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
         Ok(Self {
@@ -182,21 +201,18 @@ impl Plan {
         if scores.is_empty() {
             return Ok(None);
         }
-        let ending = format!("_{}", self.config.evaluation.metric);
-        let values: Vec<f64> = scores
-            .iter()
-            .filter(|(name, _)| name.ends_with(&ending))
-            .filter_map(|(_, value)| value.as_f64())
-            .collect();
-        if values.is_empty() {
+        let metric = &self.config.evaluation.metric;
+        let value = metrics::deciding(scores, metric);
+        if value.is_none()
+            && !scores.keys().any(|name| name == metric || name.ends_with(&format!("_{metric}")))
+        {
             let names: Vec<&str> = scores.keys().map(String::as_str).collect();
             return Err(Error::Usage(format!(
-                "evaluation.metric: no set has `{}`; there are {}",
-                self.config.evaluation.metric,
+                "evaluation.metric: no set has `{metric}`; there are {}",
                 names.join(", ")
             )));
         }
-        Ok(Some(values.iter().sum::<f64>() / values.len() as f64))
+        Ok(value)
     }
 }
 
@@ -247,19 +263,25 @@ fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -
     Ok((tokens as f64 / batches as f64, first.unwrap_or_default()))
 }
 
-/// Parameters and moments first, then a chunk, then as many tapes as fit.
+/// Bytes of parameters, gradients and moments: what is trained is f32, as are its gradients and two moments.
+fn lasting(model: &Model) -> u64 {
+    let trained = model.flat().len();
+    (model.element_bytes() * (model.elements() - trained) + 16 * trained) as u64
+}
+
+/// Parameters and moments first, then a chunk, then as many tapes as fit. `ranks` are all, and those on this host.
 fn share_memory(
     training: &config::Training,
     model: &Model,
     tokens: f64,
-    local_ranks: usize,
+    lengths: &[usize],
+    ranks: (usize, usize),
 ) -> (Budget, Cost) {
-    let available = memory::available() / local_ranks as u64;
+    let available = memory::available(ranks.1);
     let (elements, trained) = (model.elements(), model.flat().len());
-    // What is trained is f32, as are its gradients and two moments.
-    let lasting = (model.element_bytes() * (elements - trained) + 16 * trained) as u64;
-    // A checkpoint's snapshot of what is trained and of the moments.
-    let state = lasting + 12 * trained as u64;
+    let lasting = lasting(model);
+    // A checkpoint's snapshot of what is trained and of the moments, which is never on a GPU.
+    let state = lasting + if memory::on_gpu() { 0 } else { 12 * trained as u64 };
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
@@ -268,14 +290,16 @@ fn share_memory(
         // A chunk that runs backward needs its tape and, for a while, a layer's gradients.
         (None, None) => Limit::Tokens(memory::usual_chunk().min((free / (2 * tape).max(1)) as usize).max(64)),
     };
+    let mine = (tokens / ranks.0 as f64).ceil() as usize;
     let of_chunk = match chunk {
-        Limit::Tokens(limit) => memory::of_chunk(model, (limit as f64).min(tokens) as usize),
-        Limit::Sequences(_) => 0,
+        Limit::Tokens(limit) => limit.min(mine),
+        // The longest ones may come together.
+        Limit::Sequences(limit) => (limit * lengths.iter().max().copied().unwrap_or(0)).min(mine),
     };
     let most = memory::usual_tapes(lasting);
-    let kept = training.tape_memory.map_or(free.saturating_sub(2 * of_chunk).min(most), |bytes| bytes.0);
-    let all = (tokens * tape as f64) as u64;
-    let activations = of_chunk + kept.min(all);
+    let beside = 2 * memory::of_chunk(model, of_chunk);
+    let kept = training.tape_memory.map_or(free.saturating_sub(beside).min(most), |bytes| bytes.0);
+    let activations = memory::of_step(model, mine, lengths.len(), of_chunk, kept);
     (Budget { chunk, tapes: kept }, Cost { elements, trained, tokens, state, activations, available })
 }
 
@@ -293,7 +317,15 @@ impl fmt::Display for Plan {
             config.lora.as_ref().map_or_else(String::new, |lora| format!(" (LoRA, rank {})", lora.rank))
         )?;
         for set in self.mixture.sets() {
-            writeln!(f, "data       {}: {} rows an epoch, of {}", set.name, set.rows, set.path.display())?;
+            writeln!(
+                f,
+                "data       {}: {} rows an epoch ({}, {}), of {}",
+                set.name,
+                set.rows,
+                set.kind,
+                set.loss,
+                set.path.display()
+            )?;
         }
         writeln!(
             f,
@@ -317,7 +349,8 @@ impl fmt::Display for Plan {
         };
         writeln!(
             f,
-            "memory     {} for parameters and moments, {} for activations in chunks of {chunk}; {} are free",
+            "memory     {} at most: {} for parameters and moments, {} for activations in chunks of {chunk}; {} are free",
+            readable(self.cost.peak()),
             readable(state),
             readable(activations),
             readable(available)

@@ -71,7 +71,15 @@ impl Progress {
     /// Shows that `done` more pieces are done.
     pub fn advance(&mut self, done: u64) {
         self.bar.inc(done);
-        self.line("");
+        let rate = self.bar.per_sec();
+        let digits = if rate < 10.0 { 1 } else { 0 };
+        self.bar.set_message(format!("{rate:.digits$}/s ·"));
+        self.line(&format!("{rate:.digits$}/s"));
+    }
+
+    /// How many pieces are done.
+    pub fn position(&self) -> u64 {
+        self.bar.position()
     }
 
     fn line(&mut self, message: &str) {

@@ -140,14 +140,17 @@ impl Split {
     }
 }
 
-/// `jsonl` of `data/x.jsonl.gz`.
+/// `jsonl` of `data/x.jsonl.gz`, and of Parquet, whose rows are read as lines of JSON.
 fn ending(input: &Path) -> Result<String> {
     let name = input.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let lower = name.to_ascii_lowercase();
     let bare = [".gz", ".zst"].iter().find_map(|packed| lower.strip_suffix(packed)).unwrap_or(&lower);
     match Path::new(bare).extension().and_then(|ending| ending.to_str()) {
+        Some("parquet") => Ok("jsonl".to_owned()),
         Some(ending) => Ok(ending.to_owned()),
-        None => Err(Error::file(input, "expected a .jsonl, .csv or .tsv file, each also .gz or .zst")),
+        None => {
+            Err(Error::file(input, "expected a .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst"))
+        }
     }
 }
 
@@ -428,8 +431,8 @@ mod tests {
             ("x.jsonl", "{\"a\": \"b\"}\n", &[0.5, 0.5], "x.jsonl:1: has no column for the query"),
             ("x.jsonl", "{\"query\": \"b\", \"positive\": 1\n", &[0.5, 0.5], "x.jsonl:1: this is not JSON"),
             ("x.csv", "query,positive\na\n", &[0.5, 0.5], "x.csv:2: has 1 fields"),
-            ("x.txt", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv or .tsv file"),
-            ("x", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv or .tsv file"),
+            ("x.txt", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv, .tsv or .parquet file"),
+            ("x", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv, .tsv or .parquet file"),
         ] {
             let input = at(folder.path(), name, text);
             let error = split(fractions, 42).run(&input, &output).unwrap_err().to_string();

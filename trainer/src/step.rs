@@ -6,7 +6,7 @@ use crate::Result;
 use crate::comm::World;
 use crate::data::batch::Batch;
 use crate::gradcache::{self, Budget};
-use crate::loss::InfoNce;
+use crate::loss::Losses;
 use crate::model::Model;
 use crate::model::params::Gradients;
 use crate::model::pass::Noise;
@@ -22,7 +22,7 @@ pub struct Stepper<'a> {
     /// The moments.
     pub optimizer: Optimizer,
     /// What is minimised.
-    pub loss: InfoNce,
+    pub losses: Losses,
     /// The learning rate.
     pub schedule: Schedule,
     /// How a batch is cut into chunks.
@@ -51,7 +51,7 @@ pub struct Outcome {
 impl Stepper<'_> {
     /// Step `step`, counted from 1.
     pub fn step(&mut self, batch: &Batch, step: u64) -> Result<Outcome> {
-        let Self { model, gradients, optimizer, loss, schedule, budget, seed, world } = self;
+        let Self { model, gradients, optimizer, losses, schedule, budget, seed, world } = self;
         let noise = Some(Noise { seed: *seed, step: step as u32 });
         let rows = batch.rows.len();
 
@@ -59,7 +59,7 @@ impl Stepper<'_> {
         let mine = share.of(world.rank());
         let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, mine, *budget, noise)?;
         let embeddings = world.gather(embeddings, &share)?; // (N, D)
-        let (losses, d) = loss.evaluate(&embeddings, &batch.table, world.rows(rows))?; // (B of this rank), (N, D)
+        let (losses, d) = losses.evaluate(&embeddings, &batch.tables, world.rows(rows))?; // (B of this rank), (N, D)
         let losses = world.collect(losses)?; // (B)
         gradients.clear()?;
         encoded.backward(model, &world.scatter(d, &share)?, gradients)?;

@@ -13,16 +13,20 @@ use crate::comm::World;
 use crate::config::Every;
 use crate::data::batch::Batch;
 use crate::embed::Embedder;
+use crate::eval::nano;
+use crate::eval::rankings::Ranking;
 use crate::export::{self, Trained};
-use crate::metrics::{self, Metrics};
+use crate::loss::Losses;
+use crate::metrics::{self, History, Metrics};
 use crate::model::Model;
 use crate::model::params::Gradients;
 use crate::optimizer::Optimizer;
 use crate::plan::Plan;
 use crate::progress::Progress;
+use crate::samples::{self, Samples};
 use crate::signals::Signals;
 use crate::step::{Outcome, Stepper};
-use crate::{Error, Result, checkpoint, loss};
+use crate::{Error, Result, checkpoint, report};
 
 /// A run that is ready for its next step.
 pub struct Run {
@@ -100,6 +104,9 @@ impl Run {
         if !self.world.first() {
             return Ok(summary);
         }
+        let history = History::read(&output.join("metrics.jsonl"))?.unwrap_or_default();
+        summary.before = history.at(0).cloned().unwrap_or_default();
+        summary.after = history.at(summary.chosen).cloned().unwrap_or_default();
         if early.is_some() {
             // Early stopping says that what came after the best evaluation was not worth having.
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
@@ -108,6 +115,10 @@ impl Run {
         let trained = Trained { config, step, before: &summary.before, after: &summary.after };
         let options = export::Options { merge: false, replace: true };
         export::run(&mut self.model, &trained, options, &output.join("model"))?;
+        if let Err(error) = report::write(std::slice::from_ref(&output)) {
+            // The model is there, and the report can be written again.
+            tracing::warn!("no report: {error}\nhint: trainer report {}", output.display());
+        }
         Ok(summary)
     }
 
@@ -128,12 +139,7 @@ impl Run {
             model,
             gradients: Gradients::zeros(model.flat())?,
             optimizer: Optimizer::new(model.flat(), rule, training.decay_all, clip)?,
-            loss: loss::InfoNce {
-                temperature: config.loss.temperature,
-                in_batch_negatives: config.loss.in_batch_negatives,
-                symmetric: config.loss.symmetric,
-                false_negative_margin: config.loss.false_negative_margin,
-            },
+            losses: Losses::new(&config.loss),
             schedule: plan.schedule,
             budget: plan.budget,
             seed: config.seed,
@@ -147,17 +153,19 @@ impl Run {
         for buffer in [model.flat().values(), &stepper.optimizer.first, &stepper.optimizer.second] {
             world.spread(buffer)?;
         }
-        let mut metrics = match world.first() {
-            true => Some(Metrics::open(output, state.step, config.logging.tensorboard)?),
+        let mut told = match world.first() {
+            true => Some(Told {
+                metrics: Metrics::open(output, state.step, config.logging.tensorboard)?,
+                samples: Samples::open(output, state.step)?,
+            }),
             false => None,
         };
         let mut writer = Writer::new(checkpoints.clone());
         let mut summary = Summary::default();
         if state.step == 0 {
-            summary.before = evaluate(plan, model, world, &mut metrics, 0)?;
-            if let Some(value) = plan.deciding(&summary.before)? {
-                state.best = Some(Best { step: 0, value });
-            }
+            let found = evaluate(plan, model, world)?;
+            judge(state, plan.deciding(&found.scores)?);
+            tell(plan, &mut told, found, 0, true)?;
         }
 
         let mut progress = Progress::new("step", plan.steps, state.step);
@@ -177,12 +185,12 @@ impl Run {
             state.step = step;
             state.tokens += batch.tokens() as u64;
             state.cursor = batch.cursor.clone();
-            let line = line(&batch, &outcome, step, seconds);
+            let line = line(plan, &batch, &outcome, step, seconds);
             progress.step(&line);
-            if let Some(metrics) = &mut metrics
+            if let Some(told) = &mut told
                 && (step % config.logging.every.max(1) == 0 || step == plan.steps)
             {
-                metrics.step(&line)?;
+                told.metrics.step(&line)?;
             }
 
             writer.look()?;
@@ -190,13 +198,15 @@ impl Run {
             let mut due = stop.is_some() || step == plan.steps || checkpoint_due(plan, &batch, step);
             let mut best = false;
             if stop.is_none() && (step == plan.steps || every(config.evaluation.every, step)) {
-                summary.after = evaluate(plan, model, world, &mut metrics, step)?;
-                best = judge(state, plan.deciding(&summary.after)?);
+                let found = evaluate(plan, model, world)?;
+                best = judge(state, plan.deciding(&found.scores)?);
                 due |= best;
+                tell(plan, &mut told, found, step, best)?;
             }
             let early = config.evaluation.patience.is_some_and(|patience| state.stale >= patience);
             if due || early {
-                save(&stepper, state, &mut writer, best)?;
+                let ends = early || stop.is_some() || step == plan.steps;
+                save(&stepper, state, &mut writer, best, ends)?;
             }
             if let Some(signal) = stop {
                 writer.finish()?;
@@ -227,15 +237,15 @@ impl Run {
     }
 }
 
-/// Begins to write a checkpoint, if all ranks hold the same bits.
-fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool) -> Result<()> {
+/// Begins to write a checkpoint, if all ranks hold the same bits. `ends`: no step follows.
+fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, ends: bool) -> Result<()> {
     let started = Instant::now();
     let (flat, optimizer) = (stepper.model.flat(), &stepper.optimizer);
     let digest = checkpoint::digest(&[flat.values(), &optimizer.first, &optimizer.second])?;
     stepper.world.same("parameters or moments", digest)?;
     state.digest = Some(checkpoint::readable_digest(digest));
     if stepper.world.first() {
-        writer.save(Snapshot::take(state, flat, optimizer)?, best)?;
+        writer.save(Snapshot::take(state, flat, optimizer, ends)?, best)?;
     }
     tracing::debug!("a checkpoint held up the training for {:.3} s", started.elapsed().as_secs_f64());
     Ok(())
@@ -253,15 +263,21 @@ fn judge(state: &mut State, value: Option<f64>) -> bool {
     true
 }
 
+/// Where the first rank tells what it finds.
+struct Told {
+    metrics: Metrics,
+    samples: Samples,
+}
+
+/// What an evaluation found.
+struct Found {
+    scores: Map<String, Value>,
+    rankings: Vec<(String, Vec<Ranking>)>,
+}
+
 /// Measures the model on all sets, shared among the ranks; all get the first one's scores, and decide alike.
-fn evaluate(
-    plan: &Plan,
-    model: &Model,
-    world: &World,
-    metrics: &mut Option<Metrics>,
-    step: u64,
-) -> Result<Map<String, Value>> {
-    let (mut names, mut values) = (Vec::new(), Vec::new());
+fn evaluate(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
+    let (mut of_sets, mut rankings) = (Vec::new(), Vec::new());
     for (set, prompts) in &plan.sets {
         let embedder = Embedder {
             model,
@@ -273,25 +289,29 @@ fn evaluate(
             chunk_tokens: plan.embed_tokens,
             world: world.clone(),
         };
-        for (name, value) in set.evaluate(&embedder)? {
-            names.push(name);
-            values.push(value);
-        }
+        let measured = set.evaluate(&embedder)?;
+        of_sets.push(measured.scores);
+        rankings.push((set.name().to_owned(), measured.rankings));
     }
+    let means = nano::mean(plan.sets.iter().map(|(set, _)| set).zip(&of_sets));
+    let (names, values): (Vec<String>, Vec<f64>) = of_sets.into_iter().chain([means]).flatten().unzip();
     let values = world.all(&values)?.swap_remove(0);
-    let scores: Map<String, Value> = names.into_iter().zip(values.into_iter().map(Value::from)).collect();
-    if !scores.is_empty()
-        && let Some(metrics) = metrics
-    {
-        metrics.evaluation(step, &scores)?;
-        if let Some(value) = plan.deciding(&scores)? {
-            tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);
-        }
-    }
-    Ok(scores)
+    let scores = names.into_iter().zip(values.into_iter().map(Value::from)).collect();
+    Ok(Found { scores, rankings })
 }
 
-fn line(batch: &Batch, outcome: &Outcome, step: u64, seconds: f64) -> metrics::Step {
+/// Writes down an evaluation after `step` steps.
+fn tell(plan: &Plan, told: &mut Option<Told>, found: Found, step: u64, best: bool) -> Result<()> {
+    let (Some(Told { metrics, samples }), false) = (told, found.scores.is_empty()) else { return Ok(()) };
+    metrics.evaluation(step, &found.scores)?;
+    samples.record(samples::Evaluation { step, best, sets: found.rankings })?;
+    if let Some(value) = plan.deciding(&found.scores)? {
+        tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);
+    }
+    Ok(())
+}
+
+fn line(plan: &Plan, batch: &Batch, outcome: &Outcome, step: u64, seconds: f64) -> metrics::Step {
     let tokens = batch.tokens();
     metrics::Step {
         step,
@@ -303,7 +323,21 @@ fn line(batch: &Batch, outcome: &Outcome, step: u64, seconds: f64) -> metrics::S
         tokens,
         seconds,
         tokens_per_second: tokens as f64 / seconds,
+        losses: losses(plan, batch, outcome),
+        masked: batch.masked(plan.config.loss.in_batch_negatives),
     }
+}
+
+/// The mean loss of each data set's rows, in the order of the configuration.
+fn losses(plan: &Plan, batch: &Batch, outcome: &Outcome) -> Map<String, Value> {
+    let mut sums = vec![(0.0, 0.0); plan.mixture.sets().len()];
+    for (row, &loss) in batch.rows.iter().zip(&outcome.losses) {
+        let (sum, rows) = &mut sums[row.dataset as usize];
+        *sum += f64::from(loss);
+        *rows += 1.0;
+    }
+    let present = plan.mixture.sets().iter().zip(sums).filter(|(_, (_, rows))| *rows > 0.0);
+    present.map(|(set, (sum, rows))| (set.name.clone(), Value::from(sum / rows))).collect()
 }
 
 fn checkpoint_due(plan: &Plan, batch: &Batch, step: u64) -> bool {

@@ -1,16 +1,41 @@
 //! A GPU's memory, stream and products.
 
 use candle_core::cuda::cudarc::cublaslt::{result as lt, sys};
-use candle_core::cuda::cudarc::driver::{DevicePtr, DeviceRepr, result as driver, sys as driver_sys};
+use candle_core::cuda::cudarc::driver::{
+    CudaContext, DevicePtr, DeviceRepr, result as driver, sys as driver_sys,
+};
 use candle_core::cuda::{CudaDType, CudaStorageSlice};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::{Mutex, PoisonError};
 
+use super::libraries;
 use super::product::Matrix;
+
+/// How many GPUs CUDA shows to this process.
+///
+/// # Errors
+/// If there is no driver, or one for an older CUDA than this program was built with.
+pub fn devices() -> Result<usize> {
+    libraries::driver()?;
+    let mut version = 0i32;
+    // SAFETY: the place is for the version.
+    unsafe { driver_sys::cuDriverGetVersion(&raw mut version) }.result().map_err(candle_core::Error::wrap)?;
+    let (major, minor) = libraries::toolkit();
+    if version < (1000 * major + 10 * minor) as i32 {
+        bail!(
+            "the NVIDIA driver is for CUDA {}.{}, this program for CUDA {major}.{minor}\nhint: update the driver",
+            version / 1000,
+            version % 1000 / 10
+        );
+    }
+    let count = CudaContext::device_count().map_err(candle_core::Error::wrap)?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
 
 /// GPU `ordinal`, ready for training: memory that is freed stays in its pool, and no events are recorded, because one stream
 /// does all the work.
@@ -18,6 +43,11 @@ use super::product::Matrix;
 /// # Errors
 /// If there is no such GPU, or no driver.
 pub fn open(ordinal: usize) -> Result<Device> {
+    let count = devices()?;
+    if ordinal >= count {
+        bail!("there are {count} GPUs to be seen, numbered from 0");
+    }
+    libraries::device()?;
     let device = CudaDevice::new_with_stream(ordinal)?;
     // SAFETY: one stream, so no use of a tensor can overtake another.
     unsafe { device.disable_event_tracking() };
@@ -93,15 +123,15 @@ pub(crate) fn check(status: i32) -> Result<()> {
         return Ok(());
     }
     // SAFETY: a static string for every number.
-    bail!(
-        "a kernel could not be launched: {}",
-        unsafe { CStr::from_ptr(cudaGetErrorString(status)) }.to_string_lossy()
-    )
+    let words = unsafe { CStr::from_ptr(cudaGetErrorString(status)) };
+    bail!("a kernel could not be launched: {}", words.to_string_lossy())
 }
 
-/// The one stream of a device.
-pub(crate) fn stream(device: &CudaDevice) -> *mut c_void {
-    device.cuda_stream().cu_stream().cast()
+/// The one stream of a device, whose context becomes this thread's: launches look there.
+pub(crate) fn stream(device: &CudaDevice) -> Result<*mut c_void> {
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
+    Ok(stream.cu_stream().cast())
 }
 
 /// A tensor's memory.
@@ -189,6 +219,7 @@ const WORKSPACE: usize = 32 << 20;
 /// [`super::product::multiply`]. cuBLASLt counts columns first: c's transpose is the product of b's and a's.
 pub(super) fn multiply(
     device: &CudaDevice,
+    tf32: bool,
     c: Matrix,
     keep: f32,
     scale: f32,
@@ -197,14 +228,19 @@ pub(super) fn multiply(
 ) -> Result<()> {
     let wrap = |error: lt::CublasError| candle_core::Error::wrap(error);
     let ordinal = device.cuda_stream().context().ordinal();
+    let stream = stream(device)?;
     let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
-    if !cache.handles.contains_key(&ordinal) {
-        let workspace = Memory::new(device, DType::F32, WORKSPACE / 4)?;
-        cache.handles.insert(ordinal, Handle { handle: lt::create_handle().map_err(wrap)?, workspace });
-    }
+    let Cache { handles, choices } = &mut *cache;
+    let Handle { handle, workspace } = match handles.entry(ordinal) {
+        Entry::Occupied(made) => made.into_mut(),
+        Entry::Vacant(place) => {
+            let workspace = Memory::new(device, DType::F32, WORKSPACE / 4)?;
+            place.insert(Handle { handle: lt::create_handle().map_err(wrap)?, workspace })
+        }
+    };
     let (m, k) = a.shape();
     let (_, n) = b.shape();
-    let reduced = candle_core::cuda::gemm_reduced_precision_f32();
+    let reduced = tf32 && candle_core::cuda::gemm_reduced_precision_f32();
     let kind = Kind {
         ordinal,
         shape: [m, n, k],
@@ -225,8 +261,7 @@ pub(super) fn multiply(
     unsafe {
         let description = Description::new(compute, [&b, &a, &c])?;
         let Description { matmul, layouts: [of_b, of_a, of_c], preference } = &description;
-        let Handle { handle, workspace } = &cache.handles[&ordinal];
-        let choice = match cache.choices.get(&kind) {
+        let choice = match choices.get(&kind) {
             Some(choice) => *choice,
             None => {
                 lt::get_matmul_algo_heuristic(*handle, *matmul, *of_b, *of_a, *of_c, *of_c, *preference)
@@ -250,10 +285,10 @@ pub(super) fn multiply(
             &choice,
             workspace.pointer(),
             WORKSPACE,
-            stream(device).cast(),
+            stream.cast(),
         )
         .map_err(wrap)?;
-        cache.choices.insert(kind, choice);
+        choices.insert(kind, choice);
     }
     Ok(())
 }

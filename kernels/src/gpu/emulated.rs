@@ -6,7 +6,9 @@ use candle_core::{
     CpuStorage, DType, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor, backend::BackendStorage,
     bail,
 };
+use half::{bf16, f16};
 use std::ffi::{CStr, c_char, c_void};
+use std::ops::Range;
 
 // Links the compiled kernels.
 use emulator as _;
@@ -15,10 +17,12 @@ unsafe extern "C" {
     fn emulated_allocate(bytes: usize) -> *mut c_void;
     fn emulated_free(buffer: *mut c_void) -> i32;
     fn emulated_error() -> *const c_char;
+    #[cfg(test)]
     fn emulated_seed(seed: u64);
 }
 
 /// Fibers and blocks of this thread's next launches run in another order for each seed.
+#[cfg(test)]
 pub(crate) fn with_seed(seed: u64) {
     // SAFETY: sets a number of this thread.
     unsafe { emulated_seed(seed) }
@@ -39,17 +43,27 @@ pub(super) struct Memory {
     bytes: usize,
     dtype: DType,
     back: Option<Tensor>,
+    /// As much again of Rust's memory, never touched, where a GPU would allocate: tests that count allocations see it.
+    counted: Vec<u8>,
 }
 
 impl Memory {
     pub(super) fn new(dtype: DType, count: usize) -> Self {
+        let mut memory = Self::copy(dtype, count);
+        memory.counted = Vec::with_capacity(memory.bytes);
+        memory
+    }
+
+    /// Of what a GPU has already.
+    fn copy(dtype: DType, count: usize) -> Self {
         let bytes = count * dtype.size_in_bytes();
         // SAFETY: allocates; `drop` frees.
-        Self { pointer: unsafe { emulated_allocate(bytes) }.cast(), bytes, dtype, back: None }
+        let pointer = unsafe { emulated_allocate(bytes) }.cast();
+        Self { pointer, bytes, dtype, back: None, counted: Vec::new() }
     }
 
     pub(super) fn of(tensor: &Tensor, mutable: bool) -> Result<Self> {
-        let mut memory = Self::new(tensor.dtype(), tensor.elem_count());
+        let mut memory = Self::copy(tensor.dtype(), tensor.elem_count());
         let (storage, layout) = tensor.storage_and_layout();
         let range = super::contiguous(layout)?;
         let Storage::Cpu(cpu) = &*storage else { bail!("expected a tensor on the CPU") };
@@ -63,7 +77,8 @@ impl Memory {
         Ok(memory)
     }
 
-    pub(super) fn tensor(self, shape: &Shape) -> Result<Tensor> {
+    pub(super) fn tensor(mut self, shape: &Shape) -> Result<Tensor> {
+        self.counted = Vec::new();
         assert_eq!(shape.elem_count() * self.dtype.size_in_bytes(), self.bytes, "the size of the new tensor");
         // SAFETY: `bytes` of them, which are initialised: the emulator fills them with NaNs.
         let bytes = unsafe { std::slice::from_raw_parts(self.pointer, self.bytes) };
@@ -106,41 +121,69 @@ impl InplaceOp1 for Memory {
     }
 }
 
-/// [`super::product::multiply`] in f32.
+/// [`super::product::multiply`] in f32, block by block: a GPU has no second copy of what it multiplies, so there is none here.
 pub(super) fn multiply(c: Matrix, keep: f32, scale: f32, a: Matrix, b: Matrix) -> Result<()> {
-    let numbers = |x: &Matrix| -> Result<Vec<f32>> {
-        let bytes = x.dtype.size_in_bytes();
-        let (start, count) = (x.memory.pointer::<u8>().wrapping_add(x.offset * bytes), x.rows * x.columns);
-        if count == 0 {
-            return Ok(Vec::new());
+    const BLOCK: usize = 512;
+    let blocks =
+        |length: usize| (0..length).step_by(BLOCK).map(move |start| start..length.min(start + BLOCK));
+    let ((m, k), (_, n)) = (a.shape(), b.shape());
+    for (rows, columns) in blocks(m).flat_map(|rows| blocks(n).map(move |columns| (rows.clone(), columns))) {
+        let mut sum = match keep {
+            0.0 => vec![0.0; rows.len() * columns.len()],
+            _ => block(&c, &rows, &columns),
+        };
+        sum.iter_mut().for_each(|x| *x *= keep);
+        for inner in blocks(k) {
+            let (a, b) = (block(&a, &rows, &inner), block(&b, &inner, &columns));
+            let (a, b) = (
+                matmul::Matrix::new(&a, rows.len(), inner.len()),
+                matmul::Matrix::new(&b, inner.len(), columns.len()),
+            );
+            matmul::multiply(&mut sum, columns.len(), 1.0, scale, a, b, matmul::Threads::One);
         }
-        // SAFETY: callers check that a matrix lies in its memory, and the emulator's guard would tell.
-        let bytes = unsafe { std::slice::from_raw_parts(start, count * bytes) };
-        Tensor::from_raw_buffer(bytes, x.dtype, &[count], &Device::Cpu)?.to_dtype(DType::F32)?.to_vec1()
-    };
-    let factor = |x: &Matrix, elements: &[f32]| {
-        let mut result = Vec::with_capacity(elements.len());
-        let (rows, columns) = if x.transposed { (x.columns, x.rows) } else { (x.rows, x.columns) };
-        for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
-            result.push(elements[if x.transposed { j * rows + i } else { i * columns + j }]);
+        let places = rows.flat_map(|i| columns.clone().map(move |j| (i, j)));
+        for ((i, j), x) in places.zip(sum) {
+            // SAFETY: callers check that a matrix lies in its memory, which this call alone writes to.
+            unsafe {
+                match element(&c, i, j) {
+                    Element::F32(at) => *at = x,
+                    Element::Bf16(at) => *at = bf16::from_f32(x),
+                    Element::F16(at) => *at = f16::from_f32(x),
+                }
+            }
         }
-        (result, rows, columns)
-    };
-    let (a, m, k) = factor(&a, &numbers(&a)?);
-    let (b, _, n) = factor(&b, &numbers(&b)?);
-    let mut result = if keep == 0.0 { vec![0.0; m * n] } else { numbers(&c)? };
-    let (a, b) = (matmul::Matrix::new(&a, m, k), matmul::Matrix::new(&b, k, n));
-    matmul::multiply(&mut result, n, keep, scale, a, b, matmul::Threads::One);
-    let result = Tensor::from_vec(result, m * n, &Device::Cpu)?.to_dtype(c.dtype)?;
-    let (storage, _) = result.storage_and_layout();
-    let Storage::Cpu(cpu) = &*storage else { bail!("expected a tensor on the CPU") };
-    let bytes = c.dtype.size_in_bytes();
-    // SAFETY: as above, and c's memory is written by this call alone.
-    unsafe {
-        let to = c.memory.pointer::<u8>().add(c.offset * bytes);
-        std::ptr::copy_nonoverlapping(first(cpu)?, to, m * n * bytes);
     }
     Ok(())
+}
+
+enum Element {
+    F32(*mut f32),
+    Bf16(*mut bf16),
+    F16(*mut f16),
+}
+
+/// Where the element in row i and column j of a factor lies.
+fn element(x: &Matrix, i: usize, j: usize) -> Element {
+    let at = x.offset + if x.transposed { j * x.columns + i } else { i * x.columns + j };
+    match x.dtype {
+        DType::BF16 => Element::Bf16(x.memory.pointer::<bf16>().wrapping_add(at)),
+        DType::F16 => Element::F16(x.memory.pointer::<f16>().wrapping_add(at)),
+        _ => Element::F32(x.memory.pointer::<f32>().wrapping_add(at)),
+    }
+}
+
+/// Some rows and columns of a factor, row by row.
+fn block(x: &Matrix, rows: &Range<usize>, columns: &Range<usize>) -> Vec<f32> {
+    let places = rows.clone().flat_map(|i| columns.clone().map(move |j| (i, j)));
+    // SAFETY: callers check that a matrix lies in its memory, and the emulator's guard would tell.
+    let number = |(i, j)| unsafe {
+        match element(x, i, j) {
+            Element::F32(at) => *at,
+            Element::Bf16(at) => (*at).to_f32(),
+            Element::F16(at) => (*at).to_f32(),
+        }
+    };
+    places.map(number).collect()
 }
 
 fn first(storage: &CpuStorage) -> Result<*const u8> {

@@ -1,7 +1,7 @@
 //! Matrix products where the kernels are: cuBLASLt on a GPU, in tests the CPU's product.
 
 use super::Memory;
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(test, gpu))]
 use super::Place;
 use candle_core::{DType, Device, Result, bail};
 
@@ -47,6 +47,31 @@ pub(crate) fn multiply(
     a: Matrix,
     b: Matrix,
 ) -> Result<()> {
+    product(device, true, c, keep, scale, a, b)
+}
+
+/// As [`multiply`], but factors of f32 are never rounded to TF32, whatever the process has set.
+pub(crate) fn multiply_exactly(
+    device: &Device,
+    c: Matrix,
+    keep: f32,
+    scale: f32,
+    a: Matrix,
+    b: Matrix,
+) -> Result<()> {
+    product(device, false, c, keep, scale, a, b)
+}
+
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "a CPU has no TF32"))]
+fn product(
+    device: &Device,
+    tf32: bool,
+    c: Matrix,
+    keep: f32,
+    scale: f32,
+    a: Matrix,
+    b: Matrix,
+) -> Result<()> {
     let ((m, k), (inner, n)) = (a.shape(), b.shape());
     if k != inner || c.shape() != (m, n) || c.transposed {
         bail!("a product of {m}×{k} and {inner}×{n} into {:?}", c.shape());
@@ -59,8 +84,8 @@ pub(crate) fn multiply(
     }
     match (device, &c.memory.at) {
         #[cfg(feature = "cuda")]
-        (Device::Cuda(device), Place::Device(_)) => super::cuda::multiply(device, c, keep, scale, a, b),
-        #[cfg(test)]
+        (Device::Cuda(device), Place::Device(_)) => super::cuda::multiply(device, tf32, c, keep, scale, a, b),
+        #[cfg(any(test, feature = "emulator"))]
         (Device::Cpu, Place::Emulated(_)) => super::emulated::multiply(c, keep, scale, a, b),
         _ => bail!("no product runs on {:?}", device.location()),
     }

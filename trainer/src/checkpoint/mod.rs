@@ -336,7 +336,7 @@ mod tests {
 
     fn save(checkpoints: &Checkpoints, step: u64, flat: &Flat, optimizer: &Optimizer) -> PathBuf {
         fs::create_dir_all(&checkpoints.folder).unwrap();
-        checkpoints.save(&Snapshot::take(&state(step), flat, optimizer).unwrap()).unwrap()
+        checkpoints.save(&Snapshot::take(&state(step), flat, optimizer, false).unwrap()).unwrap()
     }
 
     #[test]
@@ -399,7 +399,7 @@ mod tests {
         let buffers = [flat.values(), &optimizer.first, &optimizer.second];
         let digest = Some(readable_digest(digest(&buffers).unwrap()));
         let state = State { digest, ..state(1) };
-        let path = checkpoints.save(&Snapshot::take(&state, &flat, &optimizer).unwrap()).unwrap();
+        let path = checkpoints.save(&Snapshot::take(&state, &flat, &optimizer, false).unwrap()).unwrap();
         restore(&path, &state, &flat, &optimizer).unwrap();
         let file = path.join("parameters.safetensors");
         let mut bytes = fs::read(&file).unwrap();
@@ -418,7 +418,7 @@ mod tests {
         let flat = flat([1.0, 2.0, 3.0]);
         let optimizer = optimizer(&flat);
         let mut writer = Writer::new(checkpoints.clone());
-        writer.save(Snapshot::take(&state(2), &flat, &optimizer).unwrap(), true).unwrap();
+        writer.save(Snapshot::take(&state(2), &flat, &optimizer, false).unwrap(), true).unwrap();
         flat.values().zero_set().unwrap();
         writer.finish().unwrap();
         let (path, read) = checkpoints.newest().unwrap().unwrap();

@@ -23,9 +23,10 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Copies parameters and moments.
-    pub fn take(state: &State, flat: &Flat, optimizer: &Optimizer) -> Result<Self> {
+    /// Copies parameters and moments, unless the run ends here: then nothing changes them any more.
+    pub fn take(state: &State, flat: &Flat, optimizer: &Optimizer, ends: bool) -> Result<Self> {
         let copy = |buffer: &Tensor| match buffer.device() {
+            Device::Cpu if ends => Ok(buffer.clone()),
             Device::Cpu => buffer.copy(),
             _ => buffer.to_device(&Device::Cpu),
         };

@@ -99,8 +99,9 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         true => Some(Writer::create(&args.output, count, opened.model.width())?),
         false => None,
     };
+    let mut progress = embedder.progress(role, count);
     let mut encode = |portion: &[String]| {
-        let embeddings = embedder.encode(portion, role)?;
+        let embeddings = embedder.encode_some(portion, role, &mut progress)?;
         npy.as_mut().map_or(Ok(()), |npy| npy.write(&embeddings))
     };
     let mut portion = Vec::with_capacity(count.min(PORTION));

@@ -1,13 +1,13 @@
 //! `trainer export`.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 use crate::checkpoint::Checkpoints;
 use crate::config::{self, Config};
 use crate::export::{self, Trained};
+use crate::metrics::History;
 use crate::model::{Folder, Model, Options, hub};
 use crate::{Error, Result};
 
@@ -65,14 +65,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
     model.load_parameters(&checkpoint.join("parameters.safetensors"))?;
 
     let step = step(&checkpoint)?;
-    let evaluations = evaluations(&args.run.join("metrics.jsonl"))?;
-    let at = |step: u64| evaluations.iter().rev().find(|(other, _)| *other == step).map(|(_, scores)| scores);
+    // A run without evaluation has none.
+    let history = History::read(&args.run.join("metrics.jsonl"))?.unwrap_or_default();
     let none = Map::new();
     let trained = Trained {
         config: &config,
         step,
-        before: at(0).unwrap_or(&none),
-        after: at(step).filter(|_| step > 0).unwrap_or(&none),
+        before: history.at(0).unwrap_or(&none),
+        after: history.at(step).filter(|_| step > 0).unwrap_or(&none),
     };
     export::run(&mut model, &trained, export::Options { merge: args.merge, replace: false }, &args.output)?;
     tracing::info!("{} in {}", checkpoint.display(), args.output.display());
@@ -87,43 +87,9 @@ fn step(checkpoint: &Path) -> Result<u64> {
         .ok_or_else(|| Error::file(checkpoint, "is no checkpoint, expected a name like step-000100"))
 }
 
-/// The evaluations that metrics.jsonl tells of, by step. A run without evaluation has none.
-fn evaluations(path: &Path) -> Result<Vec<(u64, Map<String, Value>)>> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io("read", path)(error)),
-    };
-    // The last line may have been cut off by a kill.
-    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    Ok(lines
-        .filter_map(|mut line| Some((line["step"].as_u64()?, take_object(line.get_mut("eval")?)?)))
-        .collect())
-}
-
-fn take_object(value: &mut Value) -> Option<Map<String, Value>> {
-    match value.take() {
-        Value::Object(map) => Some(map),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn evaluations_are_found_by_their_step() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("metrics.jsonl");
-        assert!(evaluations(&path).unwrap().is_empty());
-        fs::write(&path, "{\"step\":0,\"eval\":{\"a\":0.5}}\n{\"step\":1,\"loss\":2}\n{\"step\":1,\"eval\":{\"a\":1}}\n{\"st").unwrap();
-        let found = evaluations(&path).unwrap();
-        assert_eq!(
-            found.iter().map(|(step, scores)| (*step, scores["a"].as_f64().unwrap())).collect::<Vec<_>>(),
-            [(0, 0.5), (1, 1.0)]
-        );
-    }
 
     #[test]
     fn checkpoints_are_named_by_their_step() {

@@ -2,6 +2,7 @@
 //!
 //! Results go to standard output, everything else to standard error.
 
+mod compare;
 mod encode;
 mod evaluate;
 mod export;
@@ -9,6 +10,8 @@ mod logging;
 mod mine;
 mod nano;
 mod plan;
+mod report;
+mod sets;
 mod split;
 mod train;
 
@@ -47,6 +50,8 @@ enum Command {
     Encode(encode::Args),
     /// Measure a model on evaluation sets
     Evaluate(evaluate::Args),
+    /// Measure two models on the same sets
+    Compare(compare::Args),
     /// Divide rows into a part to train on and parts to measure with, none of whose texts is trained on
     Split(split::Args),
     /// Find hard negatives: documents near a query that do not answer it
@@ -55,6 +60,8 @@ enum Command {
     Nano(nano::Args),
     /// Write the model of a run as a folder for other programs
     Export(export::Args),
+    /// Write a page to look at runs
+    Report(report::Args),
 }
 
 /// Why a command ended early, and what it returns to the shell.
@@ -140,9 +147,8 @@ fn start(command: &Command) -> Result<World, Failure> {
         told.map_err(|error| Failure::during(Error::io("write signs of life to", path)(error)))?;
     }
     let Some(place) = place else { return Ok(World::solo()) };
-    let shared =
-        matches!(command, Command::Train(_) | Command::Encode(_) | Command::Evaluate(_) | Command::Mine(_));
-    if !shared {
+    use Command::{Compare, Encode, Evaluate, Mine, Train};
+    if !matches!(command, Train(_) | Encode(_) | Evaluate(_) | Compare(_) | Mine(_)) {
         let message = format!("this command does not share its work, and {} ranks were started", place.size);
         return Err(Failure::before(Error::Usage(format!("{message}\nhint: start it alone"))));
     }
@@ -162,10 +168,12 @@ fn run(command: Command, world: &World) -> Result<(), Failure> {
         Command::Plan(args) => plan::run(&args),
         Command::Encode(args) => encode::run(&args, world).map_err(Failure::from),
         Command::Evaluate(args) => evaluate::run(&args, world).map_err(Failure::from),
+        Command::Compare(args) => compare::run(&args, world).map_err(Failure::from),
         Command::Split(args) => split::run(&args).map_err(Failure::from),
         Command::Mine(args) => mine::run(&args, world).map_err(Failure::from),
         Command::Nano(args) => nano::run(&args).map_err(Failure::from),
         Command::Export(args) => export::run(&args).map_err(Failure::from),
+        Command::Report(args) => report::run(&args).map_err(Failure::from),
     }
 }
 

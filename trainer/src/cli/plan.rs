@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::encode::at_least_one;
 use super::{Failure, print};
 use crate::config::Config;
-use crate::plan::Plan;
+use crate::plan::{self, Outline, Plan};
 use crate::scaling::{Rates, Table};
 
 /// Check everything and say what the run will do: rows, steps, tokens, memory
@@ -31,6 +31,14 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
+    if let Err(missing) = plan::inputs(&config) {
+        // What the run costs decides whether the data is fetched at all.
+        match Outline::new(&config) {
+            Ok(outline) => print(outline.to_string().trim_end()),
+            Err(error) => tracing::warn!("{error}"),
+        }
+        return Err(Failure::before(missing));
+    }
     let plan = Plan::new(config).map_err(Failure::before)?;
     print(plan.to_string().trim_end());
     if !args.ranks.is_empty() {

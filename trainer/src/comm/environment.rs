@@ -190,9 +190,9 @@ fn repeated(list: &str) -> impl Iterator<Item = usize> + '_ {
 fn common(get: Get, place: Place) -> Result<Place> {
     let timeout = number(get, VARIABLE_TIMEOUT)?.unwrap_or(TIMEOUT).max(1);
     let gpu = get(VARIABLE_NCCL).is_some_and(|value| value != "0");
-    if gpu && !cfg!(feature = "nccl") {
+    if gpu && !cfg!(feature = "cuda") {
         return Err(Error::Usage(format!(
-            "{VARIABLE_NCCL}: this build has no NCCL\nhint: build with `--features nccl`"
+            "{VARIABLE_NCCL}: this build has no NCCL\nhint: build with `--features cuda`"
         )));
     }
     Ok(Place { gpu, secret: get(VARIABLE_TOKEN), timeout: Duration::from_secs(timeout), ..place })

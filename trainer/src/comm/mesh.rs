@@ -179,7 +179,7 @@ impl Mesh {
     }
 
     /// A rank that has ended or hangs while something else than the mesh waits for all, since `start`.
-    #[cfg(feature = "nccl")]
+    #[cfg(feature = "cuda")]
     pub(super) fn lost(&self, start: Instant) -> Option<Error> {
         let mut peers = self.peers.iter().enumerate().filter_map(|(rank, peer)| Some((rank, peer.as_ref()?)));
         peers.find_map(|(rank, peer)| {

@@ -14,7 +14,7 @@ mod environment;
 mod mesh;
 #[cfg(feature = "mpi")]
 mod mpi;
-#[cfg(feature = "nccl")]
+#[cfg(feature = "cuda")]
 mod nccl;
 pub mod rendezvous;
 mod tcp;
@@ -96,7 +96,7 @@ impl World {
             return Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(transport)) });
         }
         let mesh = tcp::connect(&place)?;
-        #[cfg(feature = "nccl")]
+        #[cfg(feature = "cuda")]
         if place.gpu {
             let transport = nccl::Nccl::start(mesh, &place)?;
             return Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(transport)) });

@@ -4,9 +4,8 @@
 //! there. While NCCL works, its errors and the others' ends are looked for, and the communicator is aborted then: else it would
 //! wait forever.
 
-use std::mem::MaybeUninit;
+use std::mem::{ManuallyDrop, MaybeUninit};
 use std::os::raw::c_void;
-use std::panic::catch_unwind;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,7 +15,7 @@ use cudarc::nccl::{result, sys};
 
 use super::mesh::{Mesh, lock};
 use super::{Failed, Place, Transport};
-use crate::{Error, Result};
+use crate::{Error, Result, device};
 
 /// Bytes that sockets carry faster than a GPU is woken.
 const SHORT: usize = 16 << 10;
@@ -49,23 +48,29 @@ impl Drop for Group {
     }
 }
 
+impl Drop for Nccl {
+    /// A run that is done: what was sent last may still be on its way, and an abort would lose it.
+    fn drop(&mut self) {
+        if !thread::panicking()
+            && let Some(group) = lock(&self.group).take().map(ManuallyDrop::new)
+        {
+            // SAFETY: it was made by ncclCommInitRank, and is not dropped besides.
+            let _ended = unsafe { result::comm_destroy(group.0) };
+        }
+    }
+}
+
 impl Nccl {
     /// Makes the communicator of the ranks that the sockets connect.
     pub(super) fn start(control: Mesh, place: &Place) -> Result<Self> {
-        // Where a library is looked for only now, it panics if there is none.
-        let found = catch_unwind(|| (CudaContext::device_count(), result::get_nccl_version().is_ok()));
-        let Ok((count, true)) = found else {
-            return Err(Error::Usage(
-                "ranks with GPUs need libcuda.so, of the NVIDIA driver, and libnccl.so.2\n\
-                 hint: LD_LIBRARY_PATH says where they are"
-                    .to_owned(),
-            ));
+        let unusable = |error: candle_core::Error| {
+            Error::Usage(format!("ranks with GPUs talk over NCCL: {}", device::plain(&error)))
         };
+        kernels::open_nccl().map_err(unusable)?;
+        let ordinal = device::ordinal().map_err(unusable)?;
         let rank = control.rank;
-        let refused = |error: DriverError| failed(rank, &error.to_string());
-        let count = count.map_err(refused)?.max(1) as usize;
-        // `launch` shows each rank its own; torchrun shows all to all.
-        let context = CudaContext::new(place.local_rank % count).map_err(refused)?;
+        let refused = move |error: DriverError| failed(rank, &error.to_string());
+        let context = CudaContext::new(ordinal).map_err(refused)?;
         let stream = context.new_stream().map_err(refused)?;
 
         let id = match rank {
@@ -81,13 +86,26 @@ impl Nccl {
             return Err(failed(0, "sent no id of NCCL"));
         };
         let id = sys::ncclUniqueId { internal: internal.map(|byte| byte as std::os::raw::c_char) };
-        let mut group = MaybeUninit::uninit();
-        // SAFETY: the pointer is to a place for the communicator, which is read only after success.
-        let group = unsafe {
-            result::comm_init_rank(group.as_mut_ptr(), place.size as i32, id, rank as i32)
-                .map_err(|error| nccl(rank, &error))?;
-            Group(group.assume_init())
-        };
+        // Waits for all ranks, and takes no heed of one that does not come: so on a thread that this one may leave behind.
+        let size = place.size;
+        let making = thread::spawn(move || -> Result<Group> {
+            context.bind_to_thread().map_err(refused)?;
+            let mut group = MaybeUninit::uninit();
+            // SAFETY: the pointer is to a place for the communicator, which is read only after success.
+            unsafe {
+                result::comm_init_rank(group.as_mut_ptr(), size as i32, id, rank as i32)
+                    .map_err(|error| nccl(rank, &error))?;
+                Ok(Group(group.assume_init()))
+            }
+        });
+        let start = Instant::now();
+        while !making.is_finished() {
+            if let Some(error) = control.lost(start) {
+                return Err(error);
+            }
+            thread::sleep(LOOK);
+        }
+        let group = making.join().map_err(|_| failed(rank, "NCCL's start panicked"))??;
         Ok(Self { control, stream, group: Mutex::new(Some(group)) })
     }
 
@@ -154,7 +172,7 @@ impl Nccl {
         let refused = |error: DriverError| failed(rank, &error.to_string());
         let event = self.stream.record_event(None).map_err(refused)?;
         let start = Instant::now();
-        while !event.is_complete() {
+        while !event.try_is_complete().map_err(refused)? {
             let mut state = MaybeUninit::uninit();
             // SAFETY: the communicator is not aborted yet, and the place is for its state.
             let state = unsafe {
@@ -214,5 +232,6 @@ impl Transport for Nccl {
 
     fn abandon(&self, failed: &Failed) {
         self.control.abandon(failed);
+        drop(lock(&self.group).take());
     }
 }

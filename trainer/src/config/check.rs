@@ -1,11 +1,10 @@
 //! Whether the values make sense, as far as the configuration alone can tell.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use regex::Regex;
 
-use super::{Config, Every, Kind, LossKind, Targets};
+use super::{Config, Every, Matryoshka, Targets};
 use crate::Result;
 
 /// Refuses values outside their range and keys that exclude each other.
@@ -59,6 +58,10 @@ pub(super) fn values(config: &Config) -> Result<()> {
         )?;
         check.that(set.samples != Some(0), &field("samples"), "expected at least 1 row, found 0")?;
         check.above_0(&field("weight"), set.weight)?;
+        if let (Some(kind), Some(given)) = (set.kind, set.loss) {
+            let wrong = given.misfit(kind);
+            check.that(wrong.is_none(), &field("loss"), &wrong.unwrap_or_default())?;
+        }
         check.that(
             set.name.is_empty() || names.insert(&set.name),
             &field("name"),
@@ -73,6 +76,28 @@ pub(super) fn values(config: &Config) -> Result<()> {
             "loss.false_negative_margin",
             "expected a number, a difference of cosines",
         )?;
+    }
+
+    check.not_negative("loss.margin", loss.margin)?;
+    check.above_0("loss.scale", loss.scale)?;
+    check.above_0("loss.teacher_temperature", loss.teacher_temperature)?;
+    if let Some(Matryoshka { dims, weights }) = &loss.matryoshka {
+        check.that(!dims.is_empty(), "loss.matryoshka.dims", "missing: expected a list of widths")?;
+        for (i, &dim) in dims.iter().enumerate() {
+            let field = format!("loss.matryoshka.dims.{i}");
+            check.at_least_1(&field, dim as u64)?;
+            check.that(!dims[..i].contains(&dim), &field, &format!("{dim} is in the list twice"))?;
+        }
+        if let Some(weights) = weights {
+            check.that(
+                weights.len() == dims.len(),
+                "loss.matryoshka.weights",
+                &format!("{} weights for {} widths", weights.len(), dims.len()),
+            )?;
+            for (i, &weight) in weights.iter().enumerate() {
+                check.above_0(&format!("loss.matryoshka.weights.{i}"), weight)?;
+            }
+        }
     }
 
     check.at_least_1("training.epochs", training.epochs)?;
@@ -135,32 +160,6 @@ pub(super) fn values(config: &Config) -> Result<()> {
     )?;
     check.at_least_1("checkpoint.keep", checkpoint.keep as u64)?;
     check.at_least_1("logging.every", logging.every)
-}
-
-/// Refuses what is known by name but not there yet. The one place to change when it is.
-pub(super) fn supported(config: &Config) -> Result<()> {
-    let check = Check { config };
-    check.that(
-        config.loss.kind == LossKind::InfoNce,
-        "loss.kind",
-        &format!("`{}` is not supported yet, expected info_nce", config.loss.kind),
-    )?;
-    for (i, set) in config.data.train.iter().enumerate() {
-        if let Some(kind @ (Kind::Labelled | Kind::Similarity)) = set.kind {
-            let message = format!("`{kind}` is not supported yet, expected pairs or triplets");
-            check.that(false, &format!("data.train.{i}.kind"), &message)?;
-        }
-        let parquet = set.path.extension().is_some_and(|ending| ending == "parquet")
-            || Path::new(set.path.file_stem().unwrap_or_default())
-                .extension()
-                .is_some_and(|e| e == "parquet");
-        check.that(
-            !parquet,
-            &format!("data.train.{i}.path"),
-            "Parquet is not supported yet, expected a .jsonl, .csv or .tsv file (also .gz or .zst) or a BEIR folder",
-        )?;
-    }
-    Ok(())
 }
 
 struct Check<'a> {

@@ -16,9 +16,12 @@ use serde::{Deserialize, Serialize};
 
 pub use origin::Origins;
 pub use sections::{
-    Checkpoint, Columns, Data, DataSet, Evaluation, EvaluationSet, Logging, Lora, Loss, Model, Training,
+    Checkpoint, Columns, Data, DataSet, Evaluation, EvaluationSet, Logging, Lora, Loss, Matryoshka, Model,
+    Training,
 };
-pub use values::{Batching, Bytes, Dtype, Every, Init, Kind, LossKind, Names, Schedule, SetKind, Targets};
+pub use values::{
+    Batching, Bytes, Distance, Dtype, Every, Init, Kind, LossKind, Names, Schedule, SetKind, Targets,
+};
 
 pub use crate::model::Pooling;
 use crate::{Error, Result};
@@ -95,7 +98,6 @@ impl Config {
             config.output = Path::new("runs").join(&config.name);
         }
         check::values(&config)?;
-        check::supported(&config)?;
         Ok(config)
     }
 
@@ -114,5 +116,7 @@ impl Config {
     }
 }
 
+#[cfg(test)]
+mod recipes;
 #[cfg(test)]
 mod tests;

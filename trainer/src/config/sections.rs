@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Batching, Bytes, Dtype, Every, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind, Targets,
+    Batching, Bytes, Distance, Dtype, Every, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind, Targets,
 };
 
 /// `model`: the encoder.
@@ -83,7 +83,8 @@ pub struct Data {
     pub train: Vec<DataSet>,
     /// Hard negatives taken per row and step; rows with fewer are used as they are. Default: 5.
     pub negatives: usize,
-    /// Whether a batch mixes the data sets or is of one. Default: mixed.
+    /// Whether a batch mixes the data sets or is of one. In a mixed batch each row goes to its loss, and its texts are candidates
+    /// of rows with the same loss only. Default: mixed.
     pub batching: Batching,
     /// Whether every epoch has an order of its own, from the seed; else the order of the files. Default: true.
     pub shuffle: bool,
@@ -109,14 +110,19 @@ impl Default for Data {
 pub struct DataSet {
     /// What it is called in messages. Default: the name of the file, without its endings.
     pub name: String,
-    /// A .jsonl, .csv or .tsv file, each also .gz or .zst, or a BEIR folder; or a file on the hub,
+    /// A .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst, or a BEIR folder; or a file on the hub,
     /// hf://datasets/ORG/NAME/FILE. Required.
     pub path: PathBuf,
     /// Which column is what. Default: by their names.
     pub columns: Columns,
-    /// What a row is. Default: by the columns.
+    /// What a row is: pairs, triplets, labelled (a text and its class: its positive is drawn from the class, its negatives from
+    /// others) or similarity (two texts and a score). Default: by the columns.
     pub kind: Option<Kind>,
-    /// How many of its rows are used, a random subset that follows from the seed. Default: all.
+    /// Its loss. Default: cosent for similarity rows, else `loss.kind`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<LossKind>,
+    /// How many of its rows are used, a random subset that follows from the seed; of labelled rows as many of each class as the
+    /// set has in proportion. Default: all.
     pub samples: Option<u64>,
     /// Put before each query. Default: nothing.
     pub query_prompt: String,
@@ -133,6 +139,7 @@ impl Default for DataSet {
             path: PathBuf::new(),
             columns: Columns::default(),
             kind: None,
+            loss: None,
             samples: None,
             query_prompt: String::new(),
             document_prompt: String::new(),
@@ -166,7 +173,7 @@ pub struct Columns {
     /// The second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sentence2: Option<String>,
-    /// How similar they are.
+    /// How similar they are; or what a teacher says of a row's positive and negatives, in this order, as a list.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<String>,
 }
@@ -175,9 +182,9 @@ pub struct Columns {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Loss {
-    /// Which loss. Default: info_nce.
+    /// Which loss rows have whose data set names none; those of scored pairs have cosent. Default: info_nce.
     pub kind: LossKind,
-    /// What similarities are divided by, above 0. Default: 0.02.
+    /// What similarities are divided by, above 0 (info_nce, kl). Default: 0.02.
     pub temperature: f64,
     /// Whether the other rows' texts count as negatives. Default: true.
     pub in_batch_negatives: bool,
@@ -187,6 +194,36 @@ pub struct Loss {
     pub mask_known_positives: bool,
     /// Candidates scoring above the positive by more than this (a cosine) are left out. Default: null, none are.
     pub false_negative_margin: Option<f64>,
+    /// How far the negative shall be beyond the positive (triplet), in units of `distance`. Default: 5, as in
+    /// sentence-transformers.
+    pub margin: f64,
+    /// How far two embeddings are apart (triplet). Default: euclidean.
+    pub distance: Distance,
+    /// What differences of cosines are multiplied by (cosent), above 0. Default: 20.
+    pub scale: f64,
+    /// What a teacher's scores are divided by (kl), above 0. Default: 1.
+    pub teacher_temperature: f64,
+    /// Shorter embeddings that are judged too, around any loss. Default: null, only whole ones are.
+    pub matryoshka: Option<Matryoshka>,
+}
+
+/// `loss.matryoshka`: the first numbers of an embedding shall be one of their own.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Matryoshka {
+    /// Widths that are judged; the whole one too only if it is among them. Required.
+    pub dims: Vec<usize>,
+    /// How much each counts. Default: 1 each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Vec<f64>>,
+}
+
+impl Matryoshka {
+    /// Each width with its weight.
+    pub fn pairs(&self) -> Vec<(usize, f64)> {
+        let weight = |i: usize| self.weights.as_ref().map_or(1.0, |weights| weights[i]);
+        self.dims.iter().enumerate().map(|(i, &dim)| (dim, weight(i))).collect()
+    }
 }
 
 impl Default for Loss {
@@ -198,6 +235,11 @@ impl Default for Loss {
             symmetric: false,
             mask_known_positives: true,
             false_negative_margin: None,
+            margin: 5.0,
+            distance: Distance::Euclidean,
+            scale: 20.0,
+            teacher_temperature: 1.0,
+            matryoshka: None,
         }
     }
 }
@@ -301,7 +343,7 @@ impl Default for Evaluation {
 pub struct EvaluationSet {
     /// The first part of its metrics' names. Default: the name of the folder.
     pub name: String,
-    /// A BEIR folder, or a file of triplets or scored pairs. Required.
+    /// A BEIR folder, or a file of pairs, triplets or scored pairs, also hf://datasets/ORG/NAME/FILE. Required.
     pub path: PathBuf,
     /// What is measured. Default: retrieval.
     pub kind: SetKind,

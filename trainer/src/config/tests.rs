@@ -239,15 +239,30 @@ fn values_outside_their_range_are_refused() {
 }
 
 #[test]
-fn features_to_come_are_refused_by_name() {
-    for (section, field) in [
-        ("loss.kind=triplet", "loss.kind"),
-        ("data.train.0.kind=labelled", "data.train.0.kind"),
-        ("data.train.0.path=x.parquet", "data.train.0.path"),
+fn kinds_of_rows_and_losses_that_do_not_go_together_are_refused() {
+    for (kind, loss, expected) in [
+        ("similarity", "info_nce", "`info_nce` cannot judge similarity rows"),
+        ("pairs", "cosent", "`cosent` judges similarity rows, two texts and a score; these rows are pairs"),
+        ("labelled", "kl", "`kl` follows a teacher's scores, which labelled rows do not have"),
     ] {
-        let text = message(SMALL, &[section]);
-        assert!(text.starts_with(&format!("command line: {field}: ")), "{text}");
-        assert!(text.contains("not supported yet") && text.contains("expected "), "{text}");
+        let text =
+            message(SMALL, &[&format!("data.train.0.kind={kind}"), &format!("data.train.0.loss={loss}")]);
+        assert!(text.starts_with("command line: data.train.0.loss: ") && text.contains(expected), "{text}");
+    }
+    for (value, expected) in [
+        ("loss.matryoshka={dims: []}", "loss.matryoshka.dims: missing: expected a list of widths"),
+        ("loss.matryoshka={dims: [8, 0]}", "loss.matryoshka.dims.1: expected at least 1, found 0"),
+        ("loss.matryoshka={dims: [8, 8]}", "loss.matryoshka.dims.1: 8 is in the list twice"),
+        ("loss.matryoshka={dims: [8, 4], weights: [1]}", "loss.matryoshka.weights: 1 weights for 2 widths"),
+        (
+            "loss.matryoshka={dims: [8], weights: [-1]}",
+            "loss.matryoshka.weights.0: expected a number above 0",
+        ),
+        ("loss.margin=-1", "loss.margin: expected 0 or above"),
+        ("loss.scale=0", "loss.scale: expected a number above 0"),
+    ] {
+        let text = message(SMALL, &[value]);
+        assert!(text.contains(expected), "{text}");
     }
 }
 

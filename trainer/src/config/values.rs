@@ -90,12 +90,61 @@ choice! {
 }
 
 choice! {
-    /// `loss.kind`.
+    /// `loss.kind` and `data.train.N.loss`.
+    #[derive(Default)]
     LossKind {
         /// Cross-entropy of the positive among the candidates.
+        #[default]
         InfoNce = "info_nce",
         /// The positive closer than the negative by a margin.
         Triplet = "triplet",
+        /// Scored pairs in the order of their scores.
+        CoSent = "cosent",
+        /// Differences of scores as a teacher has them.
+        MarginMse = "margin_mse",
+        /// A distribution over the candidates as a teacher has it.
+        Kl = "kl",
+    }
+}
+
+impl LossKind {
+    /// Whether a teacher's scores are needed, of each row's positive and negatives.
+    pub fn distils(self) -> bool {
+        matches!(self, Self::MarginMse | Self::Kl)
+    }
+
+    /// Why rows of this kind cannot have it.
+    pub fn misfit(self, kind: Kind) -> Option<String> {
+        match kind {
+            Kind::Similarity if self != Self::CoSent => {
+                Some(format!("`{self}` cannot judge similarity rows, two texts and a score: expected cosent"))
+            }
+            Kind::Similarity => None,
+            _ if self == Self::CoSent => {
+                Some(format!("`cosent` judges similarity rows, two texts and a score; these rows are {kind}"))
+            }
+            Kind::Labelled if self.distils() => {
+                Some(format!("`{self}` follows a teacher's scores, which labelled rows do not have"))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a row without negatives tells it nothing.
+    pub fn needs_negatives(self) -> bool {
+        self == Self::Triplet || self.distils()
+    }
+}
+
+choice! {
+    /// `loss.distance`: how far two embeddings are apart.
+    Distance {
+        /// 1 − their cosine.
+        Cosine = "cosine",
+        /// The length of their difference.
+        Euclidean = "euclidean",
+        /// The sum of their differences.
+        Manhattan = "manhattan",
     }
 }
 

@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use crate::config::LossKind;
+
 /// One text as the encoder sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Sequence {
@@ -35,10 +37,14 @@ impl Lists {
     }
 }
 
-/// Which embeddings the loss compares. Indices point into [`Batch::sequences`] (queries, candidates) or into
-/// `candidates` (everything called a column).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Which embeddings a loss compares: the rows of a batch that have this loss. Indices point into [`Batch::sequences`] (queries,
+/// candidates) or into `candidates` (everything called a column).
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
+    /// How they are judged.
+    pub loss: LossKind,
+    /// (B) their numbers in the batch, ascending.
+    pub rows: Vec<u32>,
     /// (B) the sequence of each row's query.
     pub queries: Vec<u32>,
     /// (M) the sequence of each column: the positives of all rows, then their first negatives, their second, …
@@ -48,9 +54,24 @@ pub struct Table {
     /// Columns that row i must not count as negatives: its own positive's text, or another known positive of its query.
     /// Empty lists where `mask_known_positives` is off.
     pub excluded: Lists,
-    /// Row i's own columns, its positive and its negatives, less the excluded. The candidates without in-batch
+    /// Row i's own columns, its positive first and then its negatives, less the excluded. The candidates without in-batch
     /// negatives.
     pub own: Lists,
+    /// What the data say of each column of `own`: a pair's score, or a teacher's. Empty where the loss does not ask.
+    pub scores: Vec<f32>,
+}
+
+impl Table {
+    /// How many candidates beyond each row's own positive are masked, because they are known to answer its query, and of how many.
+    /// Candidates are all columns if `in_batch`, else a row's own.
+    fn masked(&self, in_batch: bool) -> (usize, usize) {
+        let (rows, columns) = (self.queries.len(), self.candidates.len());
+        match in_batch {
+            true => (self.excluded.columns.len(), rows * columns.saturating_sub(1)),
+            // Every column is one row's own, and `own` lacks those that are masked.
+            false => (columns - self.own.columns.len(), columns - rows),
+        }
+    }
 }
 
 /// Where a row came from, for messages.
@@ -78,8 +99,8 @@ pub struct Cursor {
 pub struct Batch {
     /// Unique texts. A sequence's index here is its number in the global batch.
     pub sequences: Vec<Sequence>,
-    /// What the loss compares.
-    pub table: Table,
+    /// What the losses compare: one table for each loss that the batch has rows of.
+    pub tables: Vec<Table>,
     /// (B) where each row came from.
     pub rows: Vec<RowId>,
     /// Where to go on after this batch.
@@ -93,6 +114,15 @@ impl Batch {
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(|s| s.ids.len()).sum()
     }
+
+    /// Share of the candidates beyond each row's own positive that InfoNCE masks.
+    pub fn masked(&self, in_batch: bool) -> f64 {
+        let tables = self.tables.iter().filter(|table| table.loss == LossKind::InfoNce);
+        let (masked, others) = tables
+            .map(|table| table.masked(in_batch))
+            .fold((0, 0), |(masked, others), of_table| (masked + of_table.0, others + of_table.1));
+        if others == 0 { 0.0 } else { masked as f64 / others as f64 }
+    }
 }
 
 #[cfg(test)]
@@ -105,5 +135,21 @@ mod tests {
         assert_eq!(lists.of(0..3), lists);
         assert_eq!(lists.of(1..3), Lists { offsets: vec![0, 0, 3], columns: vec![0, 2, 3] });
         assert_eq!(lists.of(2..2), Lists { offsets: vec![0], columns: vec![] });
+    }
+
+    #[test]
+    fn what_is_masked_is_counted_beyond_the_own_positive() {
+        // Three rows, a negative each; row 0 masks row 2's positive and its own negative.
+        let table = Table {
+            queries: vec![0, 1, 2],
+            candidates: vec![3, 4, 5, 6, 7, 8],
+            positives: vec![0, 1, 2],
+            excluded: Lists { offsets: vec![0, 2, 2, 2], columns: vec![2, 3] },
+            own: Lists { offsets: vec![0, 1, 3, 5], columns: vec![0, 1, 4, 2, 5] },
+            ..Table::default()
+        };
+        assert_eq!(table.masked(true), (2, 15));
+        assert_eq!(table.masked(false), (1, 3));
+        assert_eq!(Table::default().masked(true), (0, 0));
     }
 }

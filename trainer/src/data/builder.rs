@@ -13,10 +13,11 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 
 use super::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
-use super::mixture::{Mixture, Picked, Set};
+use super::mixture::{Example, Mixture, Picked, Set};
 use super::share::Share;
 use super::tokenize::{Prompt, Tokenizer};
 use crate::Result;
+use crate::config::LossKind;
 
 /// What a batch depends on besides its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +85,7 @@ impl<'a> Builder<'a> {
     pub fn draft(&self, picked: Picked, part: Part) -> Result<Draft> {
         let Picked { examples, cursor, epoch } = picked;
         let rows: Vec<RowId> = examples.iter().map(|example| example.row).collect();
-
+        let loss = |row: &RowId| self.mixture.sets()[row.dataset as usize].loss;
         // Every text once, in the order of the columns.
         let mut texts = Texts::default();
         let text = |row: usize, role: usize, text| {
@@ -92,39 +93,47 @@ impl<'a> Builder<'a> {
             let prompt = self.prompts.iter().position(|p| p[role] == self.prompts[set][role]).unwrap_or(set);
             (Text { text, prompt, role }, rows[row])
         };
-        let queries: Vec<usize> =
-            examples.iter().enumerate().map(|(i, e)| texts.add(text(i, QUERY, &e.query))).collect();
-        let mut columns: Vec<usize> = examples
-            .iter()
-            .enumerate()
-            .map(|(i, e)| texts.add(text(i, DOCUMENT, &e.known[e.positive])))
-            .collect();
-        let mut own: Vec<Vec<u32>> = (0..rows.len() as u32).map(|row| vec![row]).collect();
-        let deepest = examples.iter().map(|example| example.negatives.len()).max().unwrap_or(0);
-        for depth in 0..deepest {
-            for (i, example) in examples.iter().enumerate() {
-                if let Some(negative) = example.negatives.get(depth) {
-                    own[i].push(columns.len() as u32);
-                    columns.push(texts.add(text(i, DOCUMENT, negative)));
+        let mut tables: Vec<Columns> = Vec::new();
+        for (row, id) in rows.iter().enumerate() {
+            match tables.iter_mut().find(|table| table.loss == loss(id)) {
+                Some(table) => table.rows.push(row),
+                None => tables.push(Columns { loss: loss(id), rows: vec![row], ..Columns::default() }),
+            }
+        }
+        for table in &mut tables {
+            let examples = || table.rows.iter().map(|&row| (row, &examples[row]));
+            table.queries = examples().map(|(i, e)| texts.add(text(i, QUERY, &e.query))).collect();
+            table.columns =
+                examples().map(|(i, e)| texts.add(text(i, DOCUMENT, &e.known[e.positive]))).collect();
+            table.classes = examples().map(|(_, e)| e.class(None)).collect();
+            table.scores = examples().map(|(_, e)| e.scores.clone()).collect();
+            table.own = (0..table.rows.len() as u32).map(|column| vec![column]).collect();
+            let deepest = examples().map(|(_, e)| e.negatives.len()).max().unwrap_or(0);
+            for depth in 0..deepest {
+                for (place, (i, example)) in examples().enumerate() {
+                    if let Some(negative) = example.negatives.get(depth) {
+                        table.own[place].push(table.columns.len() as u32);
+                        table.columns.push(texts.add(text(i, DOCUMENT, negative)));
+                        table.classes.push(example.class(Some(depth)));
+                    }
                 }
             }
         }
         // Other positives of a row are only compared with; they are not part of the batch.
         let inside = texts.list.len();
-        let known: Vec<Vec<usize>> = match self.options.mask_known_positives {
-            true => examples
+        for table in tables.iter_mut().filter(|_| self.options.mask_known_positives) {
+            table.known = table
+                .rows
                 .iter()
-                .enumerate()
-                .map(|(i, e)| e.known.iter().map(|known| texts.add(text(i, DOCUMENT, known))).collect())
-                .collect(),
-            false => vec![Vec::new(); examples.len()],
-        };
+                .map(|&i| examples[i].known.iter().map(|known| texts.add(text(i, DOCUMENT, known))).collect())
+                .collect();
+        }
 
         let lengths: Vec<usize> = texts.list.iter().map(|(text, _)| text.text.len()).collect();
         let share = Share::deal(&lengths, part.ranks);
         let mine: Vec<_> = share.of(part.rank).iter().map(|&text| texts.list[text]).collect();
         let sequences = self.tokenise(&mine)?;
-        Ok(Draft { sequences, share, inside, queries, columns, own, known, rows, cursor, epoch })
+        Ok(Draft { sequences, share, inside, tables, rows, cursor, epoch })
     }
 
     fn tokenise(&self, texts: &[(Text<'_>, RowId)]) -> Result<Vec<Sequence>> {
@@ -164,13 +173,37 @@ pub struct Draft {
     sequences: Vec<Sequence>, // of this rank's texts
     share: Share,
     inside: usize, // the first so many texts are part of the batch, the others are only compared with
-    queries: Vec<usize>,
-    columns: Vec<usize>,
-    own: Vec<Vec<u32>>,
-    known: Vec<Vec<usize>>,
+    tables: Vec<Columns>,
     rows: Vec<RowId>,
     cursor: Cursor,
     epoch: f64,
+}
+
+/// A table of texts, by their numbers, before it is one of sequences.
+#[derive(Debug, Default)]
+struct Columns {
+    loss: LossKind,
+    rows: Vec<usize>,
+    queries: Vec<usize>,
+    columns: Vec<usize>,
+    /// Of each column.
+    classes: Vec<Option<Class>>,
+    own: Vec<Vec<u32>>,
+    /// Of each row; without any rows where nothing is masked.
+    known: Vec<Vec<usize>>,
+    /// Of each row: what its own columns have, or nothing.
+    scores: Vec<Vec<f32>>,
+}
+
+/// A class of a labelled data set.
+type Class = (u32, u32);
+
+impl Example {
+    /// The class of the row and its positive, or of a negative.
+    fn class(&self, negative: Option<usize>) -> Option<Class> {
+        let classes = self.classes.as_ref()?;
+        Some((self.row.dataset, negative.map_or(classes.own, |depth| classes.negatives[depth])))
+    }
 }
 
 impl Draft {
@@ -186,27 +219,60 @@ impl Draft {
 
     /// The batch, from the tokens of all texts.
     pub fn finish(self, sequences: Vec<Sequence>) -> Batch {
-        let Self { inside, queries, columns, mut own, known, rows, cursor, epoch, .. } = self;
+        let Self { inside, tables, rows, cursor, epoch, .. } = self;
         // Texts that have the same tokens become one sequence.
         let mut unique = Sequences::default();
         let mut numbers = Vec::with_capacity(sequences.len());
         for (i, sequence) in sequences.into_iter().enumerate() {
             numbers.push(if i < inside { Some(unique.add(sequence)) } else { unique.find(&sequence) });
         }
+        let tables = tables.into_iter().map(|table| table.finish(&numbers)).collect();
+        Batch { sequences: unique.list, tables, rows, cursor, epoch }
+    }
+}
+
+impl Columns {
+    /// `numbers`: the sequence of each text, if it is part of the batch.
+    fn finish(self, numbers: &[Option<u32>]) -> Table {
+        let Self { loss, rows, queries, columns, classes, mut own, known, mut scores } = self;
         let number = |text: &usize| numbers[*text].unwrap_or_default();
         let queries: Vec<u32> = queries.iter().map(number).collect();
         let candidates: Vec<u32> = columns.iter().map(number).collect();
-        let known: Vec<Vec<u32>> =
+        let mut known: Vec<Vec<u32>> =
             known.iter().map(|texts| texts.iter().filter_map(|text| numbers[*text]).collect()).collect();
+        // Whatever is of a labelled row's class answers it.
+        let mut of_class: HashMap<Class, Vec<u32>> = HashMap::new();
+        for (column, class) in classes.iter().enumerate() {
+            if let Some(class) = class {
+                of_class.entry(*class).or_default().push(candidates[column]);
+            }
+        }
+        for (known, class) in known.iter_mut().zip(&classes) {
+            known.extend(class.iter().filter_map(|class| of_class.get(class)).flatten());
+        }
 
-        let excluded = excluded(&queries, &candidates, &known);
+        let excluded = match known.is_empty() {
+            true => vec![Vec::new(); rows.len()],
+            false => excluded(&queries, &candidates, &known),
+        };
         // Without in-batch negatives these are all candidates, so what is masked is left out here too.
-        for (own, excluded) in own.iter_mut().zip(&excluded) {
-            own.retain(|column| excluded.binary_search(column).is_err());
+        for ((own, excluded), scores) in own.iter_mut().zip(&excluded).zip(&mut scores) {
+            let keep: Vec<bool> = own.iter().map(|column| excluded.binary_search(column).is_err()).collect();
+            let (mut of_column, mut of_score) = (keep.iter(), keep.iter());
+            own.retain(|_| of_column.next() == Some(&true));
+            scores.retain(|_| of_score.next() == Some(&true));
         }
         let positives = (0..rows.len() as u32).collect();
-        let table = Table { queries, candidates, positives, excluded: lists(&excluded), own: lists(&own) };
-        Batch { sequences: unique.list, table, rows, cursor, epoch }
+        Table {
+            loss,
+            rows: rows.into_iter().map(|row| row as u32).collect(),
+            queries,
+            candidates,
+            positives,
+            excluded: lists(&excluded),
+            own: lists(&own),
+            scores: scores.concat(),
+        }
     }
 }
 

@@ -10,20 +10,17 @@
 //! not be placed by the end of the epoch goes in anyway.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 
 use rayon::prelude::*;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::batch::{Cursor, RowId};
 use super::permutation::Permutation;
-use super::reader::Source;
-use crate::config::{Batching, Config, DataSet};
-use crate::{Error, Result, hub};
+pub use super::set::{Example, Set};
+use crate::config::{Batching, Config};
+use crate::{Error, Result};
 
 /// What the orders are drawn for.
-const SUBSET: u64 = 1;
-const WINDOW: u64 = 2;
 const ROWS: u64 = 3;
 const BATCHES: u64 = 4;
 
@@ -43,47 +40,11 @@ pub struct Mixture {
     seed: u64,
 }
 
-/// One data set of the mixture.
-pub struct Set {
-    /// What it is called.
-    pub name: String,
-    /// Its file or folder.
-    pub path: PathBuf,
-    /// Put before each query.
-    pub query_prompt: String,
-    /// Put before each positive and negative.
-    pub document_prompt: String,
-    /// Rows that are used.
-    pub samples: u64,
-    /// Rows seen in an epoch: round(samples · weight).
-    pub rows: u64,
-    source: Source,
-    /// The rows that are used, ascending; None: all.
-    chosen: Option<Vec<u64>>,
-    /// With a weight that is not whole an epoch sees a window of the samples; this scatters it over the file.
-    window: Option<Permutation>,
-}
-
 /// A stream that batches are cut from: `rows` places of the epoch, from `start` on.
 struct Lane {
     start: u64,
     rows: u64,
     batches: u64,
-}
-
-/// A row as one step sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Example {
-    /// Where it came from.
-    pub row: RowId,
-    /// What is searched with.
-    pub query: String,
-    /// Which of `known` is the positive of this step.
-    pub positive: usize,
-    /// Every positive of the row.
-    pub known: Vec<String>,
-    /// The negatives of this step, at most `data.negatives`.
-    pub negatives: Vec<String>,
 }
 
 /// The rows of one step.
@@ -154,6 +115,7 @@ impl Mixture {
             add(set.source.digest());
             add(set.samples);
             add(set.rows);
+            add(set.loss as u64);
         }
         add(self.lanes.len() as u64);
         add(self.batch_size);
@@ -214,88 +176,7 @@ impl Mixture {
             within -= self.sets[dataset].rows;
             dataset += 1;
         }
-        let set = &self.sets[dataset];
-        let turn = epoch * set.rows + within;
-        // How often this sample was seen before: its positives and negatives take turns.
-        let pass = turn / set.samples;
-        let mut sample = turn % set.samples;
-        if let Some(window) = &set.window {
-            sample = window.at(sample);
-        }
-        let row = set.chosen.as_ref().map_or(sample, |chosen| chosen[sample as usize]);
-        let texts = set.source.row(row)?;
-        let positive = (pass % texts.positives.len() as u64) as usize;
-        let mut negatives = texts.negatives;
-        if negatives.len() > self.negatives {
-            let first = (pass % negatives.len() as u64) as usize * self.negatives % negatives.len();
-            negatives.rotate_left(first);
-            negatives.truncate(self.negatives);
-        }
-        let row = RowId { dataset: dataset as u32, row };
-        Ok(Example { row, query: texts.query, positive, known: texts.positives, negatives })
-    }
-}
-
-impl Set {
-    fn open(config: &Config, index: usize, set: &DataSet) -> Result<Self> {
-        let field = |key: &str| format!("data.train.{index}.{key}");
-        let path =
-            hub::data_file(&set.path).map_err(|error| config.error(&field("path"), error.to_string()))?;
-        let source = Source::open(&DataSet { path, ..set.clone() }).map_err(|error| match error {
-            Error::Io { path, action: "open", source } if path == set.path => {
-                config.error(&field("path"), format!("cannot open {}: {source}", path.display()))
-            }
-            other => other,
-        })?;
-        let name = if set.name.is_empty() { plain_name(set) } else { set.name.clone() };
-        let samples = set.samples.unwrap_or(source.len()).min(source.len());
-        if let Some(wanted) = set.samples.filter(|wanted| *wanted > samples) {
-            tracing::warn!(
-                "data set {name}: {wanted} samples are asked for, all its {samples} rows are used"
-            );
-        }
-        let rows = (samples as f64 * set.weight).round() as u64;
-        if rows == 0 {
-            let message = format!("{} of {samples} rows is no row at all", set.weight);
-            return Err(config.error(&field("weight"), message));
-        }
-        let chosen = (samples < source.len()).then(|| {
-            let order = Permutation::new(source.len(), config.seed, &[SUBSET, index as u64]);
-            let mut rows: Vec<u64> = (0..samples).map(|place| order.at(place)).collect();
-            rows.sort_unstable();
-            rows
-        });
-        let window = (config.data.shuffle && !rows.is_multiple_of(samples))
-            .then(|| Permutation::new(samples, config.seed, &[WINDOW, index as u64]));
-        Ok(Self {
-            name,
-            path: set.path.clone(),
-            query_prompt: set.query_prompt.clone(),
-            document_prompt: set.document_prompt.clone(),
-            samples,
-            rows,
-            source,
-            chosen,
-            window,
-        })
-    }
-}
-
-/// The file's name without its endings.
-fn plain_name(set: &DataSet) -> String {
-    let name = set.path.file_name().unwrap_or_default().to_string_lossy();
-    name.split('.').next().unwrap_or_default().to_owned()
-}
-
-impl Example {
-    /// The texts that stand in the batch.
-    fn texts(&self) -> impl Iterator<Item = &str> {
-        let own = [self.query.as_str(), self.known[self.positive].as_str()];
-        own.into_iter().chain(self.negatives.iter().map(String::as_str))
-    }
-
-    fn keys(&self) -> Vec<u64> {
-        self.texts().map(|text| xxh3_64(text.as_bytes())).collect()
+        self.sets[dataset].example(dataset as u32, epoch, within, self.negatives)
     }
 }
 

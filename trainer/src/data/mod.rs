@@ -7,10 +7,12 @@ pub mod batch;
 pub mod builder;
 #[cfg(test)]
 mod fixtures;
+pub mod labels;
 pub mod loader;
 pub mod mixture;
 pub(crate) mod permutation;
 pub mod reader;
 pub mod row;
+pub mod set;
 pub mod share;
 pub mod tokenize;

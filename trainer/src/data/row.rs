@@ -2,17 +2,24 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{Columns, Kind};
+use crate::config::{Columns, DataSet, Kind, LossKind};
 
 /// Texts that belong together. None is empty.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Row {
-    /// What is searched with.
+    /// What is searched with; the text of a labelled row; the first text of a similarity row.
     pub query: String,
-    /// What answers it; at least one.
+    /// What answers it, at least one; the second text of a similarity row. A labelled row has none: they are drawn from its class.
     pub positives: Vec<String>,
-    /// What does not.
+    /// What does not. None is also a positive.
     pub negatives: Vec<String>,
+    /// How similar the two texts of a similarity row are; or, where the loss follows a teacher, its scores of the positive and
+    /// each negative.
+    pub scores: Vec<f32>,
+    /// The class of a labelled row.
+    pub label: Option<String>,
+    /// Negatives that were left out, because they are also a positive of the row.
+    pub dropped: usize,
 }
 
 /// What a file has in one column of one row.
@@ -27,9 +34,13 @@ pub(super) enum Cell {
 /// Which columns make a row, as indices into the file's names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Roles {
+    kind: Kind,
+    loss: Option<LossKind>,
     query: usize,
     positives: Vec<usize>,
     negatives: Vec<usize>,
+    /// A label, a score or scores: numbers are welcome there.
+    value: Option<usize>,
 }
 
 /// How columns are understood: what the configuration says, else the usual names.
@@ -37,45 +48,120 @@ pub(super) struct Roles {
 pub(super) struct Schema {
     columns: Columns,
     kind: Option<Kind>,
+    loss: Option<LossKind>,
 }
 
 const QUERY: [&str; 5] = ["query", "anchor", "question", "premise", "sentence1"];
 const POSITIVE: [&str; 8] =
     ["positive", "positives", "pos", "answer", "document", "passage", "hypothesis", "sentence2"];
 const NEGATIVE: [&str; 3] = ["negatives", "negative", "neg"];
+const TEXT: [&str; 2] = ["text", "sentence"];
+const LABEL: [&str; 2] = ["label", "labels"];
+const FIRST: [&str; 5] = ["sentence1", "s1", "text1", "query", "anchor"];
+const SECOND: [&str; 6] = ["sentence2", "s2", "text2", "positive", "document", "passage"];
+const SCORE: [&str; 4] = ["score", "similarity", "similarityscore", "label"];
+const TEACHER: [&str; 5] = ["scores", "score", "teacherscores", "labels", "label"];
 
 impl Schema {
-    pub(super) fn new(columns: &Columns, kind: Option<Kind>) -> Self {
-        Self { columns: columns.clone(), kind }
+    pub(super) fn new(set: &DataSet) -> Self {
+        Self { columns: set.columns.clone(), kind: set.kind, loss: set.loss }
+    }
+
+    /// For the rows after one of this kind: a file has rows of one kind.
+    pub(super) fn of_kind(mut self, kind: Kind) -> Self {
+        self.kind = Some(kind);
+        self
+    }
+
+    /// What the rows are, where that is settled.
+    pub(super) fn kind(&self) -> Option<Kind> {
+        self.kind
     }
 
     /// Finds the parts of a row among a file's column names.
     pub(super) fn roles(&self, names: &[&str]) -> Result<Roles, String> {
-        let query = match &self.columns.query {
-            Some(name) => named("query", name, names)?,
-            None => usual("query", &QUERY, names)?,
+        let Self { columns, loss, .. } = self;
+        let kind = self.kind_by(names)?;
+        let one = |part: &str, chosen: &Option<String>, aliases: &[&str]| match chosen {
+            Some(name) => named(part, name, names),
+            None => usual(part, aliases, names),
         };
-        let positives = match &self.columns.positive {
+        let roles = |query, positives, negatives, value| Roles {
+            kind,
+            loss: *loss,
+            query,
+            positives,
+            negatives,
+            value,
+        };
+        match kind {
+            Kind::Labelled => {
+                let text = one("text", &columns.text, &TEXT)?;
+                let label = one("label", &columns.label, &LABEL)?;
+                return Ok(roles(text, Vec::new(), Vec::new(), Some(label)));
+            }
+            Kind::Similarity => {
+                let first = one("sentence1", &columns.sentence1, &FIRST)?;
+                let second = one("sentence2", &columns.sentence2, &SECOND)?;
+                let score = one("score", &columns.score, &SCORE)?;
+                return Ok(roles(first, vec![second], Vec::new(), Some(score)));
+            }
+            Kind::Pairs | Kind::Triplets => {}
+        }
+        let query = one("query", &columns.query, &QUERY)?;
+        let positives = match &columns.positive {
             Some(chosen) => all_named("positive", &chosen.0, names)?,
             None => vec![usual("positive", &POSITIVE, names)?],
         };
-        let negatives = match &self.columns.negatives {
+        let negatives = match &columns.negatives {
             Some(chosen) => chosen.0.iter().filter_map(|name| position(name, names)).collect(),
             None => negatives(names)?,
         };
-        if self.kind == Some(Kind::Triplets) && negatives.is_empty() {
+        if kind == Kind::Triplets && negatives.is_empty() {
             return Err(format!("`kind: triplets` needs a column of negatives, {}", found(names)));
         }
-        let chosen = self.kind.is_some() || (self.columns.query.is_some() && self.columns.positive.is_some());
-        if let Some(name) = names.iter().find(|name| is(name, "label") || is(name, "score"))
-            && !chosen
-        {
-            return Err(format!(
-                "has a column `{name}`: labelled and scored rows are not supported yet\n\
-                 hint: `kind: pairs` in the configuration takes every row as a pair, whatever its {name}"
-            ));
+        let value = match loss {
+            Some(loss) if loss.distils() => Some(one("score", &columns.score, &TEACHER)?),
+            _ => None,
+        };
+        Ok(roles(query, positives, negatives, value))
+    }
+
+    /// What the configuration says, else what the columns look like.
+    fn kind_by(&self, names: &[&str]) -> Result<Kind, String> {
+        let Columns { query, positive, text, label, sentence1, sentence2, score, .. } = &self.columns;
+        let distils = self.loss.is_some_and(LossKind::distils);
+        let any = |aliases: &[&str]| names.iter().any(|name| aliases.iter().any(|alias| is(name, alias)));
+        let column = |aliases: &[&str]| names.iter().find(|name| aliases.iter().any(|alias| is(name, alias)));
+        if let Some(kind) = self.kind {
+            return Ok(kind);
         }
-        Ok(Roles { query, positives, negatives })
+        if text.is_some() || label.is_some() {
+            return Ok(Kind::Labelled);
+        }
+        if sentence1.is_some() || sentence2.is_some() || score.is_some() && !distils {
+            return Ok(Kind::Similarity);
+        }
+        if distils || query.is_some() && positive.is_some() {
+            return Ok(Kind::Pairs);
+        }
+        if self.loss == Some(LossKind::CoSent) || any(&FIRST[..3]) && any(&SECOND[..3]) && any(&SCORE[..3]) {
+            return Ok(Kind::Similarity);
+        }
+        if any(&TEXT) && any(&LABEL) && !any(&QUERY) && !any(&POSITIVE) {
+            return Ok(Kind::Labelled);
+        }
+        // Beside negatives a score is only what they were chosen by.
+        let alone =
+            self.columns.negatives.is_none() && negatives(names).is_ok_and(|negatives| negatives.is_empty());
+        match column(if alone { &["label", "score"] } else { &["label"] }) {
+            Some(name) => Err(format!(
+                "has a column `{name}` beside two texts, which may mean several things\n\
+                 hint: `kind: pairs` in the configuration takes every row as a pair, whatever its {name}; \
+                 `kind: similarity` takes it as the score of how similar they are"
+            )),
+            None => Ok(Kind::Pairs),
+        }
     }
 }
 
@@ -186,6 +272,11 @@ fn negatives(names: &[&str]) -> Result<Vec<usize>, String> {
 }
 
 impl Roles {
+    /// What the rows are.
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
     /// Whether there are columns of negatives.
     pub(super) fn has_negatives(&self) -> bool {
         !self.negatives.is_empty()
@@ -196,18 +287,27 @@ impl Roles {
         self.negatives.contains(&column)
     }
 
+    /// Whether a column holds a label or scores, which may be numbers.
+    pub(super) fn value(&self, column: usize) -> bool {
+        self.value == Some(column)
+    }
+
     /// Puts a row together from its cells, each taken once.
     pub(super) fn row(
         &self,
         names: &[&str],
         mut cell: impl FnMut(usize) -> Result<Cell, String>,
     ) -> Result<Row, String> {
-        let query = match cell(self.query)? {
-            Cell::Text(text) => text,
-            Cell::Missing => return Err(format!("`{}` is missing", names[self.query])),
-            Cell::List(_) => return Err(format!("`{}` is a list, expected one text", names[self.query])),
+        let mut one = |column: usize| match cell(column)? {
+            Cell::Text(text) => check_text(&text, names[column]).map(|()| text),
+            Cell::Missing => Err(format!("`{}` is missing", names[column])),
+            Cell::List(_) => Err(format!("`{}` is a list, expected one text", names[column])),
         };
-        check_text(&query, names[self.query])?;
+        let mut row = Row { query: one(self.query)?, ..Row::default() };
+        if self.kind == Kind::Labelled {
+            row.label = self.value.map(one).transpose()?;
+            return Ok(row);
+        }
         let mut texts = |columns: &[usize]| -> Result<Vec<String>, String> {
             let mut all = Vec::new();
             for column in columns {
@@ -223,12 +323,75 @@ impl Roles {
             }
             Ok(all)
         };
-        let positives = texts(&self.positives)?;
-        if positives.is_empty() {
+        row.positives = texts(&self.positives)?;
+        if row.positives.is_empty() {
             return Err(format!("has no positive: `{}` is missing or empty", names[self.positives[0]]));
         }
-        let negatives = texts(&self.negatives)?;
-        Ok(Row { query, positives, negatives })
+        row.negatives = texts(&self.negatives)?;
+        if let Some(column) = self.value {
+            let (name, positives, negatives) = (names[column], row.positives.len(), row.negatives.len());
+            row.scores = scores(name, cell(column)?)?;
+            match row.scores.len() {
+                _ if positives > 1 => {
+                    return Err(format!("has {positives} positives, where `{name}` scores one"));
+                }
+                count if count == 1 + negatives => {}
+                // Differences between the positive's score and the negatives'.
+                count if count == negatives && self.kind != Kind::Similarity => {
+                    row.scores = [0.0].into_iter().chain(row.scores.iter().map(|margin| -margin)).collect();
+                }
+                count if self.kind == Kind::Similarity => {
+                    return Err(format!("`{name}` has {count} numbers, expected one"));
+                }
+                count => {
+                    return Err(format!(
+                        "`{name}` has {count} numbers for a positive and {negatives} negatives, expected {} scores or {negatives} differences",
+                        negatives + 1
+                    ));
+                }
+            }
+        }
+        self.drop_positives(&mut row);
+        match self.loss {
+            Some(loss)
+                if self.kind != Kind::Similarity && loss.needs_negatives() && row.negatives.is_empty() =>
+            {
+                Err(match row.dropped {
+                    0 => format!("has no negative, which the loss `{loss}` needs"),
+                    _ => format!("has no negative but its positive, and the loss `{loss}` needs one"),
+                })
+            }
+            _ => Ok(row),
+        }
+    }
+
+    /// Leaves out negatives that are also positives.
+    fn drop_positives(&self, row: &mut Row) {
+        let keep: Vec<bool> = row.negatives.iter().map(|text| !row.positives.contains(text)).collect();
+        row.dropped = keep.iter().filter(|keep| !**keep).count();
+        if row.dropped > 0 {
+            let mut of_text = keep.iter();
+            row.negatives.retain(|_| of_text.next() == Some(&true));
+            let mut of_score = [true].iter().chain(&keep);
+            row.scores.retain(|_| of_score.next() == Some(&true));
+        }
+    }
+}
+
+/// A number, or a list of them, all finite.
+fn scores(name: &str, cell: Cell) -> Result<Vec<f32>, String> {
+    let number = |text: &str| match text.trim().parse::<f32>() {
+        Ok(number) if number.is_finite() => Ok(number),
+        Ok(number) => Err(format!("`{name}` is {number}, expected a finite number")),
+        Err(_) => Err(format!("`{name}` is `{text}`, expected a number")),
+    };
+    match cell {
+        Cell::Missing => Err(format!("`{name}` is missing")),
+        Cell::List(texts) => texts.iter().map(|text| number(text)).collect(),
+        Cell::Text(text) => match text.trim().strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            Some(list) => list.split(',').map(number).collect(),
+            None => Ok(vec![number(&text)?]),
+        },
     }
 }
 
@@ -245,8 +408,19 @@ mod tests {
         Schema::default().roles(names)
     }
 
+    fn of(kind: Kind) -> Schema {
+        Schema { kind: Some(kind), ..Schema::default() }
+    }
+
     fn made(query: usize, positives: &[usize], negatives: &[usize]) -> Roles {
-        Roles { query, positives: positives.to_vec(), negatives: negatives.to_vec() }
+        Roles {
+            kind: Kind::Pairs,
+            loss: None,
+            query,
+            positives: positives.to_vec(),
+            negatives: negatives.to_vec(),
+            value: None,
+        }
     }
 
     #[test]
@@ -293,12 +467,45 @@ mod tests {
             "{error}"
         );
         assert!(roles(&[]).unwrap_err().contains("found no columns"));
-        let error = roles(&["premise", "hypothesis", "label"]).unwrap_err();
-        assert!(error.contains("labelled and scored rows are not supported yet"), "{error}");
-        let pairs = Schema::new(&Columns::default(), Some(Kind::Pairs));
-        assert_eq!(pairs.roles(&["premise", "hypothesis", "label"]), Ok(made(0, &[1], &[])));
-        let triplets = Schema::new(&Columns::default(), Some(Kind::Triplets));
-        assert!(triplets.roles(&["query", "positive"]).unwrap_err().contains("needs a column of negatives"));
+        assert!(
+            of(Kind::Triplets)
+                .roles(&["query", "positive"])
+                .unwrap_err()
+                .contains("needs a column of negatives")
+        );
+    }
+
+    #[test]
+    fn columns_say_what_a_row_is() {
+        for (names, kind) in [
+            (&["text", "label"][..], Kind::Labelled),
+            (&["id", "Sentence", "Label"], Kind::Labelled),
+            (&["sentence1", "sentence2", "score"], Kind::Similarity),
+            (&["s1", "s2", "similarity_score"], Kind::Similarity),
+            (&["query", "positive", "negative", "score"], Kind::Pairs),
+            (&["query", "positive", "text"], Kind::Pairs),
+        ] {
+            assert_eq!(roles(names).map(|roles| roles.kind), Ok(kind), "{names:?}");
+        }
+        for names in [
+            &["premise", "hypothesis", "label"][..],
+            &["query", "passage", "label"],
+            &["query", "positive", "score"],
+            &["query", "positive", "negative", "label"],
+        ] {
+            let error = roles(names).unwrap_err();
+            assert!(
+                error.contains("beside two texts, which may mean several things\nhint: `kind: pairs`"),
+                "{error}"
+            );
+        }
+        let labelled = of(Kind::Pairs).roles(&["premise", "hypothesis", "label"]);
+        assert_eq!(labelled, Ok(made(0, &[1], &[])));
+        let scored = of(Kind::Similarity).roles(&["sentence1", "sentence2", "label"]).unwrap();
+        assert_eq!((scored.query, scored.positives, scored.value), (0, vec![1], Some(2)));
+        let taught = Schema { loss: Some(LossKind::Kl), ..Schema::default() };
+        let taught = taught.roles(&["query", "positive", "negatives", "scores", "label"]).unwrap();
+        assert_eq!((taught.kind, taught.value), (Kind::Pairs, Some(3)));
     }
 
     #[test]
@@ -309,7 +516,7 @@ mod tests {
             negatives: Some(Names(vec!["n".into()])),
             ..Columns::default()
         };
-        let schema = Schema::new(&columns, None);
+        let schema = Schema { columns, ..Schema::default() };
         assert_eq!(schema.roles(&["n", "b", "a", "Title", "label"]), Ok(made(3, &[2, 1], &[0])));
         assert_eq!(schema.roles(&["b", "Title"]), Ok(made(1, &[0], &[])));
         assert!(schema.header(&["n", "b", "a", "Title"]).is_ok());

@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::retrieval::Retrieval;
+
 pub(super) fn read() -> Value {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/metrics.json");
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
@@ -9,6 +11,22 @@ pub(super) fn read() -> Value {
 
 pub(super) fn matrix(value: &Value) -> Vec<Vec<f32>> {
     serde_json::from_value(value.clone()).unwrap()
+}
+
+/// A collection whose texts are the numbers of rows, and the rows: of queries, of documents.
+pub(super) fn retrieval(golden: &Value) -> (Retrieval, Vec<Vec<f32>>, Vec<Vec<f32>>) {
+    let (queries, documents) = (matrix(&golden["queries"]), matrix(&golden["documents"]));
+    let ids: Vec<String> = serde_json::from_value(golden["ids"].clone()).unwrap();
+    let relevant = (0..queries.len())
+        .map(|query| {
+            let of_query: Vec<String> =
+                serde_json::from_value(golden["relevant"][format!("q{query}")].clone()).unwrap();
+            let index = |id: &String| ids.iter().position(|other| other == id).unwrap() as u32;
+            of_query.iter().map(index).collect()
+        })
+        .collect();
+    let numbers = |count: usize| (0..count).map(|i| i.to_string()).collect();
+    (Retrieval::new(numbers(queries.len()), numbers(documents.len()), &ids, relevant), queries, documents)
 }
 
 /// The same names in the same order, the same values.

@@ -2,8 +2,12 @@
 //!
 //! Metrics, their names and the CSV files are those of sentence-transformers 6.
 
+mod bootstrap;
+mod items;
+pub mod nano;
 pub(crate) mod open;
 mod pairwise;
+pub mod rankings;
 mod retrieval;
 
 #[cfg(test)]
@@ -15,11 +19,14 @@ use std::path::Path;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
+pub use self::bootstrap::{Bootstrap, CONFIDENCE, interval};
+pub use self::items::Items;
 use self::pairwise::{Similarity, Triplets};
+use self::rankings::Ranking;
 use self::retrieval::Retrieval;
 use crate::config::{EvaluationSet, SetKind};
-use crate::embed::Embedder;
-use crate::{Error, Result};
+use crate::embed::{Embedder, Role};
+use crate::{Error, Result, hub};
 
 /// Texts that a model is measured on.
 #[derive(Debug)]
@@ -35,13 +42,30 @@ enum Task {
     Similarity(Similarity),
 }
 
+/// What a set's task finds.
+struct Found {
+    items: Items,
+    rankings: Vec<Ranking>,
+}
+
+/// What a model does on a set.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The metrics, with the set's name.
+    pub scores: Scores,
+    /// What each query, triplet or pair adds to them.
+    pub items: Items,
+    /// What a few queries find; nothing but for retrieval.
+    pub rankings: Vec<Ranking>,
+}
+
 impl EvalSet {
     /// Reads a set into memory. Without a name it gets that of its folder or file.
     ///
     /// # Errors
     /// Nothing there, a malformed row, an id in the qrels that has no text.
     pub fn open(set: &EvaluationSet) -> Result<Self> {
-        let path = &set.path;
+        let path = &hub::data_file(&set.path)?;
         if !path.exists() {
             return Err(Error::file(path, "no such evaluation set"));
         }
@@ -70,14 +94,30 @@ impl EvalSet {
     ///
     /// # Errors
     /// As [`Embedder::encode`].
-    pub fn evaluate(&self, embedder: &Embedder) -> Result<Scores> {
-        let encode = |texts: &[String], role| embedder.encode(texts, role);
-        let scores = match &self.task {
-            Task::Retrieval(set) => set.evaluate(encode),
-            Task::Triplets(set) => set.evaluate(encode),
-            Task::Similarity(set) => set.evaluate(encode),
+    pub fn evaluate(&self, embedder: &Embedder) -> Result<Measured> {
+        let Found { items, rankings } = match &self.task {
+            Task::Retrieval(set) => {
+                let mut documents = embedder.progress(Role::Document, set.documents());
+                set.evaluate(|texts, role| match role {
+                    Role::Document => embedder.encode_some(texts, role, &mut documents),
+                    _ => embedder.encode(texts, role),
+                })
+            }
+            Task::Triplets(set) => set.evaluate(|texts, role| embedder.encode(texts, role)),
+            Task::Similarity(set) => set.evaluate(|texts, role| embedder.encode(texts, role)),
         }?;
-        Ok(scores.into_iter().map(|(metric, score)| (format!("{}_{metric}", self.name), score)).collect())
+        let scores =
+            items.scores().into_iter().map(|(metric, score)| (format!("{}_{metric}", self.name), score));
+        Ok(Measured { scores: scores.collect(), items, rankings })
+    }
+
+    /// What is counted in it.
+    pub fn items_are(&self) -> &'static str {
+        match &self.task {
+            Task::Retrieval(_) => "queries",
+            Task::Triplets(_) => "triplets",
+            Task::Similarity(_) => "pairs",
+        }
     }
 
     /// The metric that stands for the others.
@@ -98,25 +138,29 @@ impl EvalSet {
             Task::Triplets(_) => ("triplet_evaluation", Triplets::columns()),
             Task::Similarity(_) => ("similarity_evaluation", Similarity::columns()),
         };
-        let path = folder.join(format!("{file}_{}_results.csv", self.name));
-        let mut text = String::new();
-        if !path.exists() {
-            let headings: Vec<_> = columns.iter().map(|(heading, _)| heading.as_str()).collect();
-            text = format!("epoch,steps,{}\n", headings.join(","));
-        }
-        text.push_str("-1,-1");
-        for (_, metric) in &columns {
-            let score = scores.get(&format!("{}_{metric}", self.name)).unwrap_or(f64::NAN);
-            text.push_str(&if score.is_nan() { ",nan".to_owned() } else { format!(",{score:?}") });
-        }
-        text.push('\n');
-        OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .and_then(|mut file| file.write_all(text.as_bytes()))
-            .map_err(Error::io("write", path))
+        append_row(&folder.join(format!("{file}_{}_results.csv", self.name)), &self.name, &columns, scores)
     }
+}
+
+/// Adds a row to a CSV file: `columns` are its headings, each with the metric of `name` that stands below it.
+fn append_row(path: &Path, name: &str, columns: &[(String, String)], scores: &Scores) -> Result<()> {
+    let mut text = String::new();
+    if !path.exists() {
+        let headings: Vec<_> = columns.iter().map(|(heading, _)| heading.as_str()).collect();
+        text = format!("epoch,steps,{}\n", headings.join(","));
+    }
+    text.push_str("-1,-1");
+    for (_, metric) in columns {
+        let score = scores.get(&format!("{name}_{metric}")).unwrap_or(f64::NAN);
+        text.push_str(&if score.is_nan() { ",nan".to_owned() } else { format!(",{score:?}") });
+    }
+    text.push('\n');
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .map_err(Error::io("write", path))
 }
 
 /// `data/qa/pairs.en.jsonl.gz` → `pairs.en`.
@@ -140,6 +184,11 @@ impl Scores {
     /// The metric of this name.
     pub fn get(&self, name: &str) -> Option<f64> {
         self.iter().find(|(other, _)| *other == name).map(|(_, score)| score)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// All of them in order.

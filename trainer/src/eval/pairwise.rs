@@ -6,8 +6,12 @@
 
 use candle_core::Tensor;
 
+use super::{Found, Items};
 use crate::Result;
 use crate::embed::Role;
+
+/// Rows that are embedded at once.
+const PORTION: usize = 1 << 14;
 
 /// Three texts a row.
 #[derive(Debug, Default)]
@@ -30,25 +34,24 @@ const MEASURES: [(&str, Measure); 4] =
     [("cosine", cosine), ("dot", dot), ("manhattan", manhattan), ("euclidean", euclidean)];
 
 impl Triplets {
-    /// The metrics by name, without the set's. `encode` embeds texts: (N, D).
+    /// What is judged how. `encode` embeds texts: (N, D).
     pub(super) fn evaluate(
         &self,
         mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
-    ) -> Result<Vec<(String, f64)>> {
-        let anchors = encode(&self.anchors, Role::Query)?.to_vec2::<f32>()?;
-        let positives = encode(&self.positives, Role::Document)?.to_vec2::<f32>()?;
-        let negatives = encode(&self.negatives, Role::Document)?.to_vec2::<f32>()?;
-        let mut scores: Vec<_> = MEASURES
-            .iter()
-            .map(|(name, measure)| {
-                let right = anchors.iter().zip(positives.iter().zip(&negatives));
-                let right = right.filter(|(a, (p, n))| measure(a, p) > measure(a, n)).count();
-                (format!("{name}_accuracy"), right as f64 / anchors.len() as f64)
-            })
-            .collect();
-        let best = scores.iter().map(|(_, score)| *score).fold(0.0, f64::max);
-        scores.push(("max_accuracy".into(), best));
-        Ok(scores)
+    ) -> Result<Found> {
+        let mut right = Vec::with_capacity(self.anchors.len() * MEASURES.len());
+        for (start, anchors) in portions(&self.anchors) {
+            let rows = start..start + anchors.len();
+            let anchors = encode(anchors, Role::Query)?.to_vec2::<f32>()?;
+            let positives = encode(&self.positives[rows.clone()], Role::Document)?.to_vec2::<f32>()?;
+            let negatives = encode(&self.negatives[rows], Role::Document)?.to_vec2::<f32>()?;
+            for (a, (p, n)) in anchors.iter().zip(positives.iter().zip(&negatives)) {
+                right.extend(MEASURES.map(|(_, measure)| f64::from(u8::from(measure(a, p) > measure(a, n)))));
+            }
+        }
+        let names = MEASURES.iter().map(|(name, _)| *name).chain(["max"]);
+        let items = Items::with_largest(names.map(|name| format!("{name}_accuracy")).collect(), right);
+        Ok(Found { items, rankings: Vec::new() })
     }
 
     /// The columns of the CSV: a heading, and the metric below it.
@@ -58,18 +61,20 @@ impl Triplets {
 }
 
 impl Similarity {
-    /// The metrics by name, without the set's. `encode` embeds texts: (N, D).
+    /// What is found how similar. `encode` embeds texts: (N, D).
     pub(super) fn evaluate(
         &self,
         mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
-    ) -> Result<Vec<(String, f64)>> {
-        let first = encode(&self.first, Role::Text)?.to_vec2::<f32>()?;
-        let second = encode(&self.second, Role::Text)?.to_vec2::<f32>()?;
-        let found: Vec<f64> = first.iter().zip(&second).map(|(a, b)| cosine(a, b)).collect();
-        Ok(vec![
-            ("pearson_cosine".into(), pearson(&self.scores, &found)),
-            ("spearman_cosine".into(), pearson(&ranks(&self.scores), &ranks(&found))),
-        ])
+    ) -> Result<Found> {
+        let mut found = Vec::with_capacity(self.scores.len());
+        for (start, first) in portions(&self.first) {
+            let rows = start..start + first.len();
+            let first = encode(first, Role::Text)?.to_vec2::<f32>()?;
+            let second = encode(&self.second[rows], Role::Text)?.to_vec2::<f32>()?;
+            found.extend(first.iter().zip(&second).map(|(a, b)| cosine(a, b)));
+        }
+        let names = ["pearson_cosine", "spearman_cosine"].map(str::to_owned);
+        Ok(Found { items: Items::correlations(names, self.scores.clone(), found), rankings: Vec::new() })
     }
 
     /// The columns of the CSV: a heading, and the metric below it.
@@ -98,26 +103,9 @@ fn euclidean(a: &[f32], b: &[f32]) -> f64 {
     -a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt()
 }
 
-/// Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²); not a number where either is constant.
-fn pearson(x: &[f64], y: &[f64]) -> f64 {
-    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
-    let (mx, my) = (mean(x), mean(y));
-    let sum = |of: &dyn Fn(f64, f64) -> f64| x.iter().zip(y).map(|(x, y)| of(x - mx, y - my)).sum::<f64>();
-    sum(&|x, y| x * y) / (sum(&|x, _| x * x) * sum(&|_, y| y * y)).sqrt()
-}
-
-/// The place of each value among all, from 1; equal values share the mean of their places.
-fn ranks(values: &[f64]) -> Vec<f64> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|&a, &b| values[a].total_cmp(&values[b]));
-    let mut ranks = vec![0.0; values.len()];
-    let mut start = 0;
-    for equal in order.chunk_by(|&a, &b| values[a] == values[b]) {
-        let rank = start as f64 + (equal.len() + 1) as f64 / 2.0;
-        equal.iter().for_each(|&index| ranks[index] = rank);
-        start += equal.len();
-    }
-    ranks
+/// Texts that are embedded at once, each portion with the number of its first.
+fn portions(texts: &[String]) -> impl Iterator<Item = (usize, &[String])> {
+    texts.chunks(PORTION).enumerate().map(|(number, texts)| (number * PORTION, texts))
 }
 
 #[cfg(test)]
@@ -155,7 +143,8 @@ mod tests {
             positives: texts("p", count),
             negatives: texts("n", count),
         };
-        golden::assert_scores(&set.evaluate(|texts, _| encode(&matrices, texts)).unwrap(), golden);
+        let found = set.evaluate(|texts, _| encode(&matrices, texts)).unwrap();
+        golden::assert_scores(&found.items.scores(), golden);
         assert_eq!(header(Triplets::columns()), golden["csv_header"]);
     }
 
@@ -166,19 +155,8 @@ mod tests {
             [("a", "first"), ("b", "second")].map(|(letter, name)| (letter, golden::matrix(&golden[name])));
         let scores: Vec<f64> = serde_json::from_value(golden["gold"].clone()).unwrap();
         let set = Similarity { first: texts("a", scores.len()), second: texts("b", scores.len()), scores };
-        golden::assert_scores(&set.evaluate(|texts, _| encode(&matrices, texts)).unwrap(), golden);
+        let found = set.evaluate(|texts, _| encode(&matrices, texts)).unwrap();
+        golden::assert_scores(&found.items.scores(), golden);
         assert_eq!(header(Similarity::columns()), golden["csv_header"]);
-    }
-
-    #[test]
-    fn equal_values_share_their_mean_rank() {
-        assert_eq!(ranks(&[3.0, 1.0, 3.0, 2.0, 3.0]), [4.0, 1.0, 4.0, 2.0, 4.0]);
-        assert!(ranks(&[]).is_empty());
-    }
-
-    #[test]
-    fn a_constant_has_no_correlation() {
-        assert!(pearson(&[1.0, 2.0], &[5.0, 5.0]).is_nan());
-        assert!((pearson(&[1.0, 2.0, 3.0], &[-2.0, -4.0, -6.0]) + 1.0).abs() < 1e-12);
     }
 }

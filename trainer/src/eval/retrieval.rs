@@ -11,14 +11,16 @@
 //! map@k        Σ precision@rank over the relevant hits, divided by min(|rel|, k)
 //! ```
 //!
-//! each as the mean over the queries. The matrix of all scores (Q, C) never exists: documents are embedded portion by
-//! portion, scored block by block, and each query keeps its 100 best.
+//! each as the mean over the queries. Neither the matrix of all scores (Q, C) nor, of a large corpus, all embeddings exist at
+//! once: documents are embedded portion by portion, scored block by block, and each query keeps its 100 best.
 
 use std::cmp::Ordering;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::rankings::{self, Hit as Shown, Ranking};
+use super::{Found, Items};
 use crate::Result;
 use crate::embed::Role;
 
@@ -28,8 +30,9 @@ const NDCG_AT: usize = 10;
 const MRR_AT: usize = 10;
 const MAP_AT: usize = 100;
 
-/// Documents that are embedded at once: what is sorted by length, and what is in memory.
+/// Documents that are embedded at once, and the bytes of their embeddings: what is sorted by length, and what is in memory.
 const PORTION: usize = 50_000;
+const PORTION_BYTES: usize = 256 << 20;
 /// Scores that exist at once.
 const BLOCK: usize = 1 << 22;
 
@@ -90,27 +93,37 @@ impl Retrieval {
         self.queries.len()
     }
 
-    /// The metrics by name, without the set's. `encode` embeds texts: (N, D).
+    /// Documents that are looked through.
+    pub(super) fn documents(&self) -> usize {
+        self.documents.len()
+    }
+
+    /// What each query finds. `encode` embeds texts: (N, D).
     pub(super) fn evaluate(
         &self,
         mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
-    ) -> Result<Vec<(String, f64)>> {
+    ) -> Result<Found> {
         let queries = unit(&encode(&self.queries, Role::Query)?)?; // (Q, D)
         let mut lists = vec![Vec::with_capacity(MAP_AT + 1); self.queries.len()];
         let block = (BLOCK / self.queries.len().max(1)).max(256);
-        for (portion, texts) in self.documents.chunks(PORTION).enumerate() {
-            let documents = unit(&encode(texts, Role::Document)?)?; // (C, D)
+        let portion = (PORTION_BYTES / size_of::<f32>() / queries.dim(1)?.max(1)).clamp(1, PORTION);
+        for (number, texts) in self.documents.chunks(portion).enumerate() {
+            let documents = encode(texts, Role::Document)?; // (C, D)
             for start in (0..texts.len()).step_by(block) {
                 let count = block.min(texts.len() - start);
-                let scores = queries.matmul(&documents.narrow(0, start, count)?.t()?)?.to_vec2::<f32>()?; // (Q, count)
-                let first = portion * PORTION + start;
+                let of_block = unit(&documents.narrow(0, start, count)?)?;
+                let scores = queries.matmul(&of_block.t()?)?.to_vec2::<f32>()?; // (Q, count)
+                let first = number * portion + start;
                 lists
                     .par_iter_mut()
                     .zip(scores)
                     .for_each(|(list, scores)| self.keep_best(list, &scores, first));
             }
         }
-        Ok(self.metrics(&lists))
+        let values =
+            lists.iter().zip(&self.relevant).flat_map(|(list, all)| metrics(&ranks(list, all), all.len()));
+        let items = Items::means(names(), values.collect());
+        Ok(Found { items, rankings: self.rankings(&lists) })
     }
 
     /// Puts the documents `first..` with these scores into a query's list of hits, best first.
@@ -132,52 +145,63 @@ impl Retrieval {
         }
     }
 
-    fn metrics(&self, lists: &[Vec<Hit>]) -> Vec<(String, f64)> {
-        // For each query the ranks, from 1, of its relevant hits.
-        let found: Vec<Vec<usize>> = lists
-            .iter()
-            .zip(&self.relevant)
-            .map(|(list, relevant)| {
-                let hits =
-                    list.iter().enumerate().filter(|(_, hit)| relevant.binary_search(&hit.document).is_ok());
-                hits.map(|(place, _)| place + 1).collect()
-            })
-            .collect();
-        let mean = |of: &dyn Fn(&[usize], f64) -> f64| {
-            let sum: f64 =
-                found.iter().zip(&self.relevant).map(|(ranks, all)| of(ranks, all.len() as f64)).sum();
-            // The sum of nothing is −0.
-            (sum + 0.0) / found.len() as f64
+    /// What a few queries find, spread evenly over all.
+    fn rankings(&self, lists: &[Vec<Hit>]) -> Vec<Ranking> {
+        let of = |query: usize| {
+            let (list, all) = (&lists[query], &self.relevant[query]);
+            let ranks = ranks(list, all);
+            let hits = list.iter().take(rankings::HITS).map(|hit| Shown {
+                text: rankings::short(&self.documents[hit.document as usize]),
+                score: hit.score,
+                relevant: all.binary_search(&hit.document).is_ok(),
+            });
+            Ranking {
+                query: rankings::short(&self.queries[query]),
+                relevant: all.len(),
+                first: ranks.first().copied(),
+                ndcg: ndcg(&ranks, all.len()),
+                hits: hits.collect(),
+            }
         };
-        let hits = |ranks: &[usize], k: usize| ranks.iter().filter(|&&rank| rank <= k).count() as f64;
-        let gain = |rank: usize| 1.0 / ((rank + 1) as f64).log2();
-
-        let mut scores = Vec::new();
-        for k in ACCURACY_AT {
-            scores.push((format!("cosine_accuracy@{k}"), mean(&|ranks, _| hits(ranks, k).min(1.0))));
-        }
-        for k in PRECISION_RECALL_AT {
-            scores.push((format!("cosine_precision@{k}"), mean(&|ranks, _| hits(ranks, k) / k as f64)));
-        }
-        for k in PRECISION_RECALL_AT {
-            scores.push((format!("cosine_recall@{k}"), mean(&|ranks, all| hits(ranks, k) / all)));
-        }
-        let ndcg = mean(&|ranks, all| {
-            let found: f64 = ranks.iter().filter(|&&rank| rank <= NDCG_AT).map(|&rank| gain(rank)).sum();
-            found / (1..=NDCG_AT.min(all as usize)).map(gain).sum::<f64>()
-        });
-        scores.push((format!("cosine_ndcg@{NDCG_AT}"), ndcg));
-        let mrr = mean(&|ranks, _| {
-            ranks.first().filter(|&&rank| rank <= MRR_AT).map_or(0.0, |&rank| 1.0 / rank as f64)
-        });
-        scores.push((format!("cosine_mrr@{MRR_AT}"), mrr));
-        let map = mean(&|ranks, all| {
-            let precisions = ranks.iter().enumerate().map(|(place, &rank)| (place + 1) as f64 / rank as f64);
-            precisions.sum::<f64>() / all.min(MAP_AT as f64)
-        });
-        scores.push((format!("cosine_map@{MAP_AT}"), map));
-        scores
+        let (many, shown) = (self.queries.len(), rankings::QUERIES.min(self.queries.len()));
+        (0..shown).map(|n| of(n * many / shown)).collect()
     }
+}
+
+/// The ranks, from 1, of a query's relevant hits.
+fn ranks(list: &[Hit], relevant: &[u32]) -> Vec<usize> {
+    let hits = list.iter().enumerate().filter(|(_, hit)| relevant.binary_search(&hit.document).is_ok());
+    hits.map(|(place, _)| place + 1).collect()
+}
+
+/// A query's metrics, in the order of their names: the ranks of its relevant hits, and how many documents are relevant.
+fn metrics(ranks: &[usize], relevant: usize) -> Vec<f64> {
+    let hits = |k: usize| ranks.iter().filter(|&&rank| rank <= k).count() as f64;
+    let precisions = ranks.iter().enumerate().map(|(place, &rank)| (place + 1) as f64 / rank as f64);
+    let mut metrics = Vec::new();
+    metrics.extend(ACCURACY_AT.map(|k| hits(k).min(1.0)));
+    metrics.extend(PRECISION_RECALL_AT.map(|k| hits(k) / k as f64));
+    metrics.extend(PRECISION_RECALL_AT.map(|k| hits(k) / relevant as f64));
+    metrics.push(ndcg(ranks, relevant));
+    metrics.push(ranks.first().filter(|&&rank| rank <= MRR_AT).map_or(0.0, |&rank| 1.0 / rank as f64));
+    // The sum of nothing is −0.
+    metrics.push((precisions.sum::<f64>() + 0.0) / relevant.min(MAP_AT) as f64);
+    metrics
+}
+
+fn ndcg(ranks: &[usize], relevant: usize) -> f64 {
+    let gain = |rank: usize| 1.0 / ((rank + 1) as f64).log2();
+    let found: f64 = ranks.iter().filter(|&&rank| rank <= NDCG_AT).map(|&rank| gain(rank)).sum();
+    (found + 0.0) / (1..=NDCG_AT.min(relevant)).map(gain).sum::<f64>()
+}
+
+/// What the metrics are called, in the order in which sentence-transformers returns them.
+fn names() -> Vec<String> {
+    let at = |name: &'static str, ks: &'static [usize]| ks.iter().map(move |k| format!("cosine_{name}@{k}"));
+    let mut names: Vec<_> = at("accuracy", &ACCURACY_AT).collect();
+    names.extend(at("precision", &PRECISION_RECALL_AT).chain(at("recall", &PRECISION_RECALL_AT)));
+    names.extend(at("ndcg", &[NDCG_AT]).chain(at("mrr", &[MRR_AT])).chain(at("map", &[MAP_AT])));
+    names
 }
 
 /// The columns of sentence-transformers' CSV: a heading, and the metric that stands below it.
@@ -221,24 +245,13 @@ mod tests {
     #[test]
     fn metrics_are_those_of_sentence_transformers_ties_included() {
         for golden in golden::read()["retrieval"].as_array().unwrap() {
-            let (queries, documents) =
-                (golden::matrix(&golden["queries"]), golden::matrix(&golden["documents"]));
-            let ids: Vec<String> = serde_json::from_value(golden["ids"].clone()).unwrap();
-            let relevant = (0..queries.len())
-                .map(|query| {
-                    let of_query: Vec<String> =
-                        serde_json::from_value(golden["relevant"][format!("q{query}")].clone()).unwrap();
-                    let index = |id: &String| ids.iter().position(|other| other == id).unwrap() as u32;
-                    of_query.iter().map(index).collect()
-                })
-                .collect();
-            let set = Retrieval::new(numbers(queries.len()), numbers(documents.len()), &ids, relevant);
+            let (set, queries, documents) = golden::retrieval(golden);
             let scores = set
                 .evaluate(|texts, role| {
                     encode(if role == Role::Query { &queries } else { &documents }, texts)
                 })
                 .unwrap();
-            golden::assert_scores(&scores, golden);
+            golden::assert_scores(&scores.items.scores(), golden);
             let headings: Vec<_> = columns().into_iter().map(|(heading, _)| heading).collect();
             assert_eq!(format!("epoch,steps,{}", headings.join(",")), golden["csv_header"]);
         }
@@ -276,7 +289,27 @@ mod tests {
                 encode(if role == Role::Query { &documents[2..] } else { &documents }, texts)
             })
             .unwrap();
+        let scores = scores.items.scores();
         assert_eq!(scores.iter().find(|(name, _)| name == "cosine_mrr@10").unwrap().1, 1.0 / 3.0);
         assert!(scores.iter().all(|(_, score)| score.is_sign_positive()), "{scores:?}");
+    }
+
+    #[test]
+    fn rankings_are_shown_of_queries_spread_over_all() {
+        let rows: Vec<_> = (0..30).map(|i| vec![(i as f32 * 0.1).cos(), (i as f32 * 0.1).sin()]).collect();
+        // Query i is document i; what answers it is its neighbour.
+        let relevant = (0..30).map(|i| vec![(i + 1) % 30, (i + 2) % 30]).collect();
+        let set = Retrieval::new(numbers(30), numbers(30), &numbers(30), relevant);
+        let found = set.evaluate(|texts, _| encode(&rows, texts)).unwrap().rankings;
+        let queries: Vec<_> = found.iter().map(|ranking| ranking.query.as_str()).collect();
+        assert_eq!(queries.len(), rankings::QUERIES);
+        assert_eq!(queries[..4], ["0", "2", "5", "7"]);
+        let first = &found[1];
+        let hits: Vec<_> = first.hits.iter().map(|hit| (hit.text.as_str(), hit.relevant)).collect();
+        assert_eq!(hits[0], ("2", false));
+        assert_eq!((hits.len(), hits.iter().filter(|hit| hit.1).count()), (rankings::HITS, 2));
+        assert_eq!((first.relevant, first.first), (2, Some(hits.iter().position(|hit| hit.1).unwrap() + 1)));
+        assert!(first.ndcg > 0.0 && first.ndcg < 1.0);
+        assert!(first.hits.is_sorted_by(|a, b| a.score >= b.score));
     }
 }

@@ -45,6 +45,25 @@ pub struct About {
     pub scores: Vec<(String, Option<f64>, Option<f64>)>,
     /// How it was trained: setting, value.
     pub training: Vec<(String, String)>,
+    /// What it was trained on.
+    pub data: Vec<DataFacts>,
+    /// The loss that was minimised.
+    pub loss: String,
+    /// The run's whole configuration, YAML.
+    pub config: String,
+}
+
+/// A data set in the card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFacts {
+    /// What it is called.
+    pub name: String,
+    /// How many of its rows were used.
+    pub rows: String,
+    /// Put before queries.
+    pub query_prompt: String,
+    /// Put before documents.
+    pub document_prompt: String,
 }
 
 /// Writes a whole model at `target`: `tensors` by their names in a checkpoint. `source` is the folder that it was trained
@@ -62,7 +81,7 @@ pub fn model(
     publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, about)?;
         sentence_transformers::write_config(draft, source)?;
-        put_text(&draft.join("README.md"), &card::text(about, false))?;
+        put_text(&draft.join("README.md"), &card::text(about, false)?)?;
         let tensors = sentence_transformers::write_dense(draft, source, tensors)?;
         weights::write(draft, &tensors, weights::SHARD)
     })
@@ -89,7 +108,7 @@ pub fn adapter(
     };
     publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, about)?;
-        put_text(&draft.join("README.md"), &card::text(about, true))?;
+        put_text(&draft.join("README.md"), &card::text(about, true)?)?;
         sentence_transformers::write_dense(draft, source, dense)?;
         peft::write(draft, &base, lora, adapters)
     })
@@ -187,6 +206,9 @@ mod tests {
                 ("late".into(), None, Some(1.0)),
             ],
             training: vec![("steps".into(), "10".into())],
+            data: vec![],
+            loss: String::new(),
+            config: String::new(),
         }
     }
 
@@ -240,7 +262,7 @@ mod tests {
         );
         let card = fs::read_to_string(target.join("README.md")).unwrap();
         assert!(card.contains("base_model: org/name\n"), "{card}");
-        assert!(card.contains("| set_cosine_ndcg@10 | 0.2500 | 0.5000 |\n| late | – | 1.0000 |"), "{card}");
+        assert!(card.contains("| set_cosine_ndcg@10 | 0.2500 | 0.5000 | +0.2500 |"), "{card}");
     }
 
     #[test]

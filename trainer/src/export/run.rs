@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::About;
+use super::{About, DataFacts};
 use crate::Result;
 use crate::config::{Config, DataSet, Init, Lora};
 use crate::model::Model;
@@ -71,6 +71,9 @@ fn about(model: &Model, trained: &Trained) -> About {
             .to_owned(),
         scores: scores(trained),
         training: training(trained, model.lora()),
+        data: data.train.iter().map(facts).collect(),
+        loss: trained.config.loss.kind.to_string(),
+        config: trained.config.to_yaml().unwrap_or_default(),
     }
 }
 
@@ -87,23 +90,51 @@ fn scores(trained: &Trained) -> Vec<(String, Option<f64>, Option<f64>)> {
     names.map(|name| (name.clone(), value(before, name), value(after, name))).collect()
 }
 
+fn facts(set: &DataSet) -> DataFacts {
+    let file = || set.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let rows = set.samples.map_or_else(|| "all".to_owned(), |samples| samples.to_string());
+    DataFacts {
+        name: if set.name.is_empty() { file() } else { set.name.clone() },
+        rows: if set.weight == 1.0 { rows } else { format!("{rows}, {} times an epoch", set.weight) },
+        query_prompt: set.query_prompt.clone(),
+        document_prompt: set.document_prompt.clone(),
+    }
+}
+
 fn training(trained: &Trained, lora: Option<&Lora>) -> Vec<(String, String)> {
-    let Config { seed, data, loss, training, .. } = trained.config;
-    let sets: Vec<_> =
-        data.train.iter().map(|set| set.name.as_str()).filter(|name| !name.is_empty()).collect();
+    let Config { seed, data, loss, training, evaluation, model, .. } = trained.config;
+    let mut of_loss = format!("{}, temperature {}", loss.kind, loss.temperature);
+    for (told, what) in [
+        (!loss.in_batch_negatives, "without in-batch negatives"),
+        (loss.symmetric, "symmetric"),
+        (!loss.mask_known_positives, "known positives not masked"),
+    ] {
+        if told {
+            of_loss = format!("{of_loss}, {what}");
+        }
+    }
     let mut facts = vec![
-        ("data".to_owned(), sets.join(", ")),
         ("steps".to_owned(), format!("{} of {} rows", trained.step, training.batch_size)),
-        ("loss".to_owned(), format!("{}, temperature {}", loss.kind, loss.temperature)),
+        ("loss".to_owned(), of_loss),
+        ("hard negatives".to_owned(), format!("{} a row at most", data.negatives)),
+        ("batches".to_owned(), data.batching.to_string()),
         ("learning rate".to_owned(), format!("{:e}, {}", training.learning_rate, training.schedule)),
         ("weight decay".to_owned(), training.weight_decay.to_string()),
+        ("largest gradient norm".to_owned(), training.max_grad_norm.to_string()),
+        ("computed in".to_owned(), model.dtype.to_string()),
         ("seed".to_owned(), seed.to_string()),
     ];
+    if let Some(patience) = evaluation.patience {
+        let metric = &evaluation.metric;
+        facts.push((
+            "early stopping".to_owned(),
+            format!("after {patience} evaluations without a better {metric}"),
+        ));
+    }
     if let Some(lora) = lora {
         let facts_of_lora = format!("rank {}, alpha {}, dropout {}", lora.rank, lora.alpha, lora.dropout);
         facts.push(("LoRA".to_owned(), facts_of_lora));
     }
-    facts.retain(|(_, value)| !value.is_empty());
     facts
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// Bytes of a file at most, as on the hub; a tensor that is larger has a file of its own.
@@ -18,13 +19,15 @@ pub(super) fn write(folder: &Path, tensors: &[(String, Tensor)], limit: usize) -
     if shards.len() == 1 {
         return save(&folder.join("model.safetensors"), tensors);
     }
+    let total: usize = tensors.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let mut map = Map::new();
+    let mut progress = Progress::new("weights, MB", (total / 1_000_000) as u64, 0);
     for (number, shard) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
         save(&folder.join(&name), shard)?;
         map.extend(shard.iter().map(|(tensor, _)| (tensor.clone(), Value::from(name.as_str()))));
+        progress.advance((shard.iter().map(|(_, tensor)| bytes(tensor)).sum::<usize>() / 1_000_000) as u64);
     }
-    let total: usize = tensors.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
     super::put(&folder.join("model.safetensors.index.json"), &index)
 }

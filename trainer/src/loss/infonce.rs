@@ -11,6 +11,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use kernels::infonce::{self, Candidates};
 
+use super::index;
 use crate::Result;
 use crate::data::batch::{Lists, Table};
 
@@ -28,17 +29,14 @@ pub struct InfoNce {
 }
 
 impl InfoNce {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and what they add to d(mean loss)/d(embeddings) (N, D).
-    /// The mean is over all rows of the table, whoever has the others.
-    pub fn evaluate(
+    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and `share` times their gradient (N, D).
+    pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
+        share: f64,
     ) -> Result<(Vec<f32>, Tensor)> {
-        if rows.is_empty() {
-            return Ok((Vec::new(), embeddings.zeros_like()?));
-        }
         let queries = index(&table.queries[rows.clone()], embeddings)?;
         let candidates = index(&table.candidates, embeddings)?;
         let q = embeddings.index_select(&queries, 0)?; // (B, D)
@@ -55,7 +53,7 @@ impl InfoNce {
             scale: self.temperature.recip() as f32,
             margin: self.false_negative_margin.map(|margin| margin as f32),
         };
-        let share = (table.queries.len() as f32).recip();
+        let share = share as f32;
         let directions = if self.symmetric { 2.0 } else { 1.0 };
         let tape = infonce::forward(&q, &c, &forward)?;
         let (dq, dc) = infonce::backward(&q, &c, &forward, &tape, share / directions)?;
@@ -111,9 +109,4 @@ fn transposed(table: &Table) -> Lists {
         lists.offsets.push(lists.columns.len() as u32);
     }
     lists
-}
-
-/// Rows of `of`, where they are.
-fn index(indices: &[u32], of: &Tensor) -> Result<Tensor> {
-    Ok(Tensor::from_slice(indices, indices.len(), of.device())?)
 }

@@ -1,5 +1,123 @@
 //! Losses: embeddings in, the loss and its gradient out. They know neither encoders nor ranks.
+//!
+//! A loss gets all embeddings of a batch, the table of its rows, and which of them it is to judge: those of one rank. It returns
+//! their losses, and what they add to the gradient of the mean over all rows of the batch; so the sum over ranks is the gradient.
 
+mod cosent;
+mod distill;
 mod infonce;
+mod matryoshka;
+mod pairs;
+#[cfg(test)]
+mod tests;
+mod triplet;
+mod unit;
 
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+pub use cosent::CoSent;
+pub use distill::{Kl, MarginMse};
 pub use infonce::InfoNce;
+pub use matryoshka::Matryoshka;
+pub use triplet::Triplet;
+
+use crate::Result;
+use crate::config::{self, LossKind};
+use crate::data::batch::Table;
+
+/// What is minimised: the losses of a run, of which each table of a batch names one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Losses {
+    /// The positive among all candidates.
+    pub info_nce: InfoNce,
+    /// The positive before the negatives.
+    pub triplet: Triplet,
+    /// Scored pairs in their order.
+    pub cosent: CoSent,
+    /// A teacher's differences.
+    pub margin_mse: MarginMse,
+    /// A teacher's distribution.
+    pub kl: Kl,
+    /// Whether shorter embeddings are judged too.
+    pub matryoshka: Option<Matryoshka>,
+}
+
+impl Losses {
+    /// As the configuration has them.
+    pub fn new(loss: &config::Loss) -> Self {
+        Self {
+            info_nce: InfoNce {
+                temperature: loss.temperature,
+                in_batch_negatives: loss.in_batch_negatives,
+                symmetric: loss.symmetric,
+                false_negative_margin: loss.false_negative_margin,
+            },
+            triplet: Triplet { distance: loss.distance, margin: loss.margin },
+            cosent: CoSent { scale: loss.scale },
+            margin_mse: MarginMse,
+            kl: Kl { temperature: loss.temperature, teacher_temperature: loss.teacher_temperature },
+            matryoshka: loss.matryoshka.as_ref().map(|matryoshka| Matryoshka { dims: matryoshka.pairs() }),
+        }
+    }
+
+    /// embeddings (N, D) → the loss of each of the batch's rows `rows`, and what they add to d(mean loss)/d(embeddings) (N, D).
+    /// The mean is over all rows of the batch, whoever has the others.
+    pub fn evaluate(
+        &self,
+        embeddings: &Tensor,
+        tables: &[Table],
+        rows: Range<usize>,
+    ) -> Result<(Vec<f32>, Tensor)> {
+        match &self.matryoshka {
+            Some(matryoshka) => matryoshka.evaluate(embeddings, |e| self.of_tables(e, tables, rows.clone())),
+            None => self.of_tables(embeddings, tables, rows),
+        }
+    }
+
+    fn of_tables(
+        &self,
+        embeddings: &Tensor,
+        tables: &[Table],
+        rows: Range<usize>,
+    ) -> Result<(Vec<f32>, Tensor)> {
+        let all: usize = tables.iter().map(|table| table.rows.len()).sum();
+        let share = (all as f64).recip();
+        let mut losses = vec![0f32; rows.len()];
+        let mut sum: Option<Tensor> = None;
+        for table in tables {
+            let place = |row: usize| table.rows.partition_point(|&other| (other as usize) < row);
+            let mine = place(rows.start)..place(rows.end);
+            let (of_rows, d) = match table.loss {
+                _ if mine.is_empty() => continue,
+                LossKind::InfoNce => self.info_nce.evaluate(embeddings, table, mine.clone(), share)?,
+                LossKind::Triplet => self.triplet.evaluate(embeddings, table, mine.clone(), share)?,
+                LossKind::CoSent => self.cosent.evaluate(embeddings, table, mine.clone(), share)?,
+                LossKind::MarginMse => self.margin_mse.evaluate(embeddings, table, mine.clone(), share)?,
+                LossKind::Kl => self.kl.evaluate(embeddings, table, mine.clone(), share)?,
+            };
+            for (&row, loss) in table.rows[mine].iter().zip(of_rows) {
+                losses[row as usize - rows.start] = loss;
+            }
+            sum = Some(match sum {
+                Some(sum) => (sum + d)?,
+                None => d,
+            });
+        }
+        let d = sum.map_or_else(|| embeddings.zeros_like(), Ok)?;
+        Ok((losses, d))
+    }
+}
+
+/// Those of the defaults of a configuration.
+impl Default for Losses {
+    fn default() -> Self {
+        Self::new(&config::Loss::default())
+    }
+}
+
+/// Rows of `of`, where they are.
+fn index(indices: &[u32], of: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from_slice(indices, indices.len(), of.device())?)
+}

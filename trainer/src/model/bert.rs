@@ -160,8 +160,9 @@ impl Bert {
                     pass.drop(x, self.shape.dropout.hidden, self.dropout_site())?
                 }
             };
-            let (d, dbias) =
-                layer.backward(&x, own, dy, bias.as_ref(), l > 0 || below, pass, gradients, &self.shape)?;
+            let (d, dbias) = gradients.beside(|| {
+                layer.backward(&x, own, dy, bias.as_ref(), l > 0 || below, pass, gradients, &self.shape)
+            })?;
             dx = d;
             if let (Some(relative), Some(dbias)) = (&self.relative, dbias) {
                 relative.backward(&dbias, gradients)?;
@@ -325,7 +326,8 @@ impl Layer {
         let h = pass.round(activation::forward(&u, shape.activation)?)?;
         let dh = self.down.backward(&h, &tape.down, &dd, None, pass, gradients)?;
         let du = pass.round(activation::backward(&u, &dh, shape.activation)?)?;
-        let dz = self.up.backward(&z, u_tape, &du, Some(dz), pass, gradients)?;
+        // A copy: without dropout `dd` is the same memory.
+        let dz = self.up.backward(&z, u_tape, &du, Some(dz.copy()?), pass, gradients)?;
 
         let dx = self.attention_norm.backward(&attention_norm, &dz, None, pass, gradients)?;
         let da = pass.drop(dx.clone(), shape.dropout.attention_output, self.site + 7)?;
@@ -348,7 +350,7 @@ impl Layer {
             }
             return Ok((None, dbias));
         }
-        let mut dx = dx;
+        let mut dx = dx.copy()?; // `da` is the same memory
         for (linear, tape_of, d) in inputs {
             dx = linear.backward(x, tape_of, &d, Some(dx), pass, gradients)?;
         }

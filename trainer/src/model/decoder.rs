@@ -178,7 +178,7 @@ impl Decoder {
         let mut ds = Some(self.norm.backward(&tape.norm, &dy, None, pass, gradients)?);
         for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
             let Some(d) = ds.take() else { break };
-            ds = self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients)?;
+            ds = gradients.beside(|| self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients))?;
         }
         if let (Some(dword), Some(dx)) = (gradients.of(&self.word)?, ds) {
             embedding::backward(&self.scaled(dx)?, ids, pass.packing, 0, Some(&dword), None, None)?;

@@ -84,7 +84,8 @@ impl Linear {
         Ok((pass.round(y)?, Tape(reduced)))
     }
 
-    /// dy (T, O) → dx (T, I), added to `into` where other layers share the input, and the gradients of what is trained.
+    /// dy (T, O) → dx (T, I), added to `into` where other layers share the input, and the gradients of what is trained. `x` and `dy`
+    /// must not change until the gradients are settled.
     pub fn backward(
         &self,
         x: &Tensor,
@@ -95,20 +96,12 @@ impl Linear {
         gradients: &Gradients,
     ) -> Result<Tensor> {
         let weight = pass.value(&self.weight)?;
-        let input = || match into {
-            None => linear::backward_input(dy, &weight),
-            Some(dx) => linear::add_backward_input(dy, &weight, &dx).map(|()| dx),
+        let dx = match into {
+            None => linear::backward_input(dy, &weight)?,
+            Some(dx) => linear::add_backward_input(dy, &weight, &dx).map(|()| dx)?,
         };
-        if self.adapter.is_some() {
-            let dx = input()?;
-            self.backward_parameters(x, tape, dy, Some(&dx), pass, gradients)?;
-            return pass.round(dx);
-        }
-        // Two products that do not wait for one another leave fewer threads without work than two in turn.
-        let parameters = || self.backward_parameters(x, tape, dy, None, pass, gradients);
-        let (dx, done) = rayon::join(input, parameters);
-        done?;
-        pass.round(dx?)
+        self.backward_parameters(x, tape, dy, Some(&dx), pass, gradients)?;
+        pass.round(dx)
     }
 
     /// The gradients of what is trained here. The adapter's share of dx is added to `dx`; none where nothing below is
@@ -123,12 +116,14 @@ impl Linear {
         gradients: &Gradients,
     ) -> Result<()> {
         if let Some(dw) = gradients.of(&self.weight)? {
-            linear::backward_weight(x, dy, &dw)?;
+            let (x, dy) = (x.clone(), dy.clone());
+            gradients.later(move || Ok(linear::backward_weight(&x, &dy, &dw)?))?;
         }
         if let Some(bias) = &self.bias
             && let Some(db) = gradients.of(bias)?
         {
-            linear::backward_bias(dy, &db)?;
+            let dy = dy.clone();
+            gradients.later(move || Ok(linear::backward_bias(&dy, &db)?))?;
         }
         if let (Some(adapter), Some(reduced)) = (&self.adapter, reduced)
             && let (Some(da), Some(db)) = (gradients.of(&adapter.a)?, gradients.of(&adapter.b)?)

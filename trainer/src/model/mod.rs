@@ -186,7 +186,8 @@ impl Model {
         let Tape { encoder, head } = tape;
         let tokens = chunk.packing.tokens();
         let dx = pass.round(self.head.backward(head, d, &chunk.spans, tokens, &pass, gradients)?)?; // (T, D)
-        self.encoder.backward(&self.placed(&chunk.ids)?, encoder, dx, &pass, gradients)
+        self.encoder.backward(&self.placed(&chunk.ids)?, encoder, dx, &pass, gradients)?;
+        gradients.settle()
     }
 
     /// A tensor of a chunk where the parameters are.
@@ -287,7 +288,7 @@ impl Model {
 
     /// Bytes of an activation, and of a parameter that is not trained: on a CPU halves are kept in f32.
     pub fn element_bytes(&self) -> usize {
-        let on_gpu = device::current().is_ok_and(|device| device.is_cuda());
+        let on_gpu = device::current().is_ok_and(|device| kernels::on_gpu(&device));
         if on_gpu && self.precision != Precision::F32 { 2 } else { 4 }
     }
 

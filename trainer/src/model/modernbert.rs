@@ -50,7 +50,7 @@ pub struct ModernBert {
     norm: LayerNorm,
     layers: Vec<Layer>,
     last_norm: LayerNorm,
-    ropes: [rope::Table; 2],
+    ropes: Vec<rope::Table>,
 }
 
 #[derive(Debug)]
@@ -192,7 +192,7 @@ impl ModernBert {
             norm: norm("embeddings.norm")?,
             layers: shape.reaches.iter().enumerate().map(layer).collect::<Result<_>>()?,
             last_norm: norm("final_norm")?,
-            ropes: shape.rotaries.each_ref().map(|rotary| rotary.table(positions, d / shape.heads)),
+            ropes: shape.rotaries.iter().map(|rotary| rotary.table(positions, d / shape.heads)).collect(),
             shape,
         })
     }
@@ -228,7 +228,7 @@ impl ModernBert {
         let mut ds = Some(self.last_norm.backward(&tape.last_norm, &dy, None, pass, gradients)?);
         for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
             let Some(d) = ds.take() else { break };
-            ds = self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients)?;
+            ds = gradients.beside(|| self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients))?;
         }
         if let (true, Some(dx)) = (below, ds) {
             let dx = pass.drop(dx, self.shape.dropout.embedding, self.dropout_site())?;
@@ -339,7 +339,7 @@ impl ModernBert {
             return Ok(None);
         }
         // Without a norm before it, attention's input is the stream itself.
-        let straight = layer.attention_norm.is_none().then(|| ds.clone());
+        let straight = layer.attention_norm.is_none().then(|| ds.copy()).transpose()?; // `da` is the memory of ds
         let dy = query.backward(&y, q_tape, &dq, straight, pass, gradients)?;
         let dy = key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
         let dy = value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;

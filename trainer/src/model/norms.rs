@@ -53,8 +53,8 @@ impl LayerNorm {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        let dw = gradients.of(&self.weight)?;
-        let db = self.bias.as_ref().map(|bias| gradients.of(bias)).transpose()?.flatten();
+        let dw = gradients.aside(&self.weight)?;
+        let db = self.bias.as_ref().map(|bias| gradients.aside(bias)).transpose()?.flatten();
         let weight = pass.value(&self.weight)?;
         pass.round(norm::layer_norm_backward(tape, &weight, dy, dsum, dw.as_ref(), db.as_ref())?)
     }
@@ -126,7 +126,7 @@ impl Rms {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        let dw = gradients.of(&self.weight)?;
+        let dw = gradients.aside(&self.weight)?;
         pass.round(norm::rms_norm_backward(tape, &self.factor(pass)?, dy, dsum, dw.as_ref())?)
     }
 

@@ -3,8 +3,11 @@
 //! Trained parameters are views of a single f32 tensor, their gradients of a second one at the same places, the
 //! optimizer's moments of a third and a fourth: one all-reduce, one norm, one AdamW kernel, one file each in a checkpoint.
 
+use std::fmt;
+use std::mem;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use kernels::adamw;
@@ -195,21 +198,25 @@ impl Flat {
 }
 
 /// Where the backward pass adds the gradients of trained parameters.
-#[derive(Clone, Debug)]
+///
+/// Nothing waits for the gradient of a weight, so on a CPU its product is put off and runs beside the next layer's backward pass:
+/// threads that would wait for one another in the chain of dx have it to do.
 pub struct Gradients {
     flat: Tensor, // (P)
+    pending: Mutex<Vec<Task>>,
 }
+
+type Task = Box<dyn FnOnce() -> Result<()> + Send>;
 
 impl Gradients {
     /// All zero.
     pub fn zeros(flat: &Flat) -> Result<Self> {
-        Ok(Self { flat: flat.zeros()? })
+        Ok(Self::of_values(flat.zeros()?))
     }
 
     /// Of these values (P).
-    #[cfg(test)]
     pub(crate) fn of_values(flat: Tensor) -> Self {
-        Self { flat }
+        Self { flat, pending: Mutex::default() }
     }
 
     /// (P), in the order of [`Flat`].
@@ -233,6 +240,56 @@ impl Gradients {
             Some(slot) => Ok(Some(view(&self.flat, slot)?.reshape(parameter.value.shape())?)),
             None => Ok(None),
         }
+    }
+
+    /// As [`Self::of`], for an op in the chain of dx: on a CPU zeros of its own, added later, because who adds to the buffer keeps
+    /// it from all others meanwhile.
+    pub fn aside(&self, parameter: &Parameter) -> Result<Option<Tensor>> {
+        let Some(place) = self.of(parameter)? else { return Ok(None) };
+        if kernels::on_gpu(place.device()) {
+            return Ok(Some(place));
+        }
+        let values = place.zeros_like()?;
+        let added = values.clone();
+        self.later(move || Ok(place.slice_set(&(&place + added)?, 0, 0)?))?;
+        Ok(Some(values))
+    }
+
+    /// Runs `task`, which adds to some of these places, at the latest in [`Self::settle`]; what it reads must not change until
+    /// then. A GPU has a queue of its own.
+    pub fn later(&self, task: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+        if kernels::on_gpu(self.flat.device()) {
+            return task();
+        }
+        self.tasks().push(Box::new(task));
+        Ok(())
+    }
+
+    /// Runs `work`, and beside it what was put off before.
+    pub fn beside<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+        let tasks = mem::take(&mut *self.tasks());
+        if tasks.is_empty() {
+            return work();
+        }
+        let (result, done) = rayon::join(work, || tasks.into_iter().try_for_each(|task| task()));
+        done?;
+        result
+    }
+
+    /// Runs what was put off.
+    pub fn settle(&self) -> Result<()> {
+        self.beside(|| Ok(()))
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, Vec<Task>> {
+        // A list is whole whatever happened to who held it.
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Gradients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gradients").field("flat", &self.flat).finish_non_exhaustive()
     }
 }
 

@@ -37,10 +37,10 @@ fn each_text_is_one_sequence_however_often_it_is_a_column() {
     let batch = first(&mut Files::new(&[ROWS]), OPTIONS);
     // a b c, p r s, n, m: `P` is p to the tokenizer, and the answer `a` is the query `a`.
     assert_eq!(batch.sequences.len(), 8);
-    assert_eq!(batch.table.queries, [0, 1, 0, 2]);
+    assert_eq!(batch.tables[0].queries, [0, 1, 0, 2]);
     // Columns: p r s a | n P n | m r | c
-    assert_eq!(batch.table.candidates, [3, 4, 5, 0, 6, 3, 6, 7, 4, 2]);
-    assert_eq!(batch.table.positives, [0, 1, 2, 3]);
+    assert_eq!(batch.tables[0].candidates, [3, 4, 5, 0, 6, 3, 6, 7, 4, 2]);
+    assert_eq!(batch.tables[0].positives, [0, 1, 2, 3]);
     assert_eq!(batch.tokens(), 8 * 3);
     let letters: Vec<u32> = batch.sequences.iter().map(|s| s.ids[1]).collect();
     assert_eq!(letters, "abcprsnm".bytes().map(|letter| u32::from(letter - b'a') + 3).collect::<Vec<_>>());
@@ -49,22 +49,22 @@ fn each_text_is_one_sequence_however_often_it_is_a_column() {
 #[test]
 fn known_positives_of_a_query_are_left_out_of_its_negatives() {
     let batch = first(&mut Files::new(&[ROWS]), OPTIONS);
-    let excluded = |i| row(&batch.table.excluded, i);
+    let excluded = |i| row(&batch.tables[0].excluded, i);
     // The query `a` knows p, r and s, wherever they stand; b knows r; c knows a.
     assert_eq!(excluded(0), [1, 2, 5, 8]);
     assert_eq!(excluded(1), [8]);
     assert_eq!(excluded(2), [0, 1, 5, 8]);
     assert_eq!(excluded(3), [0_u32; 0]);
     // Without in-batch negatives: the row's own, less what it leaves out.
-    let own = |i| row(&batch.table.own, i);
+    let own = |i| row(&batch.tables[0].own, i);
     assert_eq!((own(0), own(1), own(2), own(3)), (&[0, 4, 7][..], &[1][..], &[2][..], &[3, 6, 8, 9][..]));
 }
 
 #[test]
 fn nothing_is_left_out_where_nothing_is_masked() {
     let batch = first(&mut Files::new(&[ROWS]), Options { mask_known_positives: false, ..OPTIONS });
-    assert_eq!(batch.table.excluded, Lists { offsets: vec![0; 5], columns: vec![] });
-    assert_eq!(row(&batch.table.own, 2), [2, 5]);
+    assert_eq!(batch.tables[0].excluded, Lists { offsets: vec![0; 5], columns: vec![] });
+    assert_eq!(row(&batch.tables[0].own, 2), [2, 5]);
 }
 
 #[test]
@@ -78,8 +78,8 @@ fn prompts_and_lengths_are_those_of_the_data_set_and_role() {
     let options = Options { max_document_length: 5, include_prompt: false, ..OPTIONS };
     let batch = first(&mut files, options);
     // `q: same`, `same` as a query, `sam` as a document, `abc`.
-    assert_eq!(batch.table.queries, [0, 1, 1]);
-    assert_eq!(batch.table.candidates, [2, 2, 3]);
+    assert_eq!(batch.tables[0].queries, [0, 1, 1]);
+    assert_eq!(batch.tables[0].candidates, [2, 2, 3]);
     let shape: Vec<(usize, u32)> = batch.sequences.iter().map(|s| (s.ids.len(), s.skip)).collect();
     // The fixture's closing token is not marked special, so the prompt alone counts all of its four.
     assert_eq!(shape, [(8, 4), (6, 0), (5, 0), (5, 0)]);
@@ -135,7 +135,7 @@ fn the_table_follows_its_definition_on_random_rows() {
         let word = |sequence: u32| {
             char::from((batch.sequences[sequence as usize].ids[1] - 3) as u8 + b'a').to_string()
         };
-        let table = &batch.table;
+        let table = &batch.tables[0];
         let unique: BTreeSet<_> = batch.sequences.iter().map(|s| s.ids.clone()).collect();
         assert_eq!(unique.len(), batch.sequences.len());
         for (i, this) in rows.iter().enumerate() {
@@ -185,6 +185,63 @@ fn drafts_of_several_ranks_make_the_same_batch() {
         }
         let sequences = sequences.into_iter().map(Option::unwrap).collect();
         let batch = drafts.remove(0).finish(sequences);
-        assert_eq!((batch.sequences, batch.table), (alone.sequences.clone(), alone.table.clone()));
+        assert_eq!((batch.sequences, batch.tables), (alone.sequences.clone(), alone.tables.clone()));
     }
+}
+
+#[test]
+fn texts_of_a_labelled_rows_class_are_left_out_of_its_negatives() {
+    let mut files = Files::new(&[]);
+    let line =
+        |row: usize| format!("{{\"text\":\"{}\",\"label\":{}}}\n", char::from(b'a' + row as u8), row % 2);
+    files.add(&(0..20).map(line).collect::<String>());
+    files.config.data.negatives = 2;
+    files.config.training.batch_size = 20;
+    let batch = first(&mut files, OPTIONS);
+    let table = &batch.tables[0];
+    let class = |sequence: u32| batch.sequences[sequence as usize].ids[1] % 2;
+    assert_eq!(table.candidates.len(), 60);
+    for i in 0..20 {
+        let own = class(table.queries[i]);
+        let expected: Vec<u32> = (0..60)
+            .filter(|&column| column != i as u32 && class(table.candidates[column as usize]) == own)
+            .collect();
+        assert_eq!(row(&table.excluded, i), expected);
+        assert_eq!(row(&table.own, i).len(), 3);
+    }
+    let batch = first(&mut files, Options { mask_known_positives: false, ..OPTIONS });
+    assert!(batch.tables[0].excluded.columns.is_empty());
+}
+
+#[test]
+fn rows_with_another_loss_have_a_table_of_their_own() {
+    let mut files = Files::new(&["{\"query\": \"a\", \"positive\": \"b\", \"negative\": \"c\"}\n"]);
+    files.add(
+        "{\"s1\": \"a\", \"s2\": \"d\", \"score\": 2}\n{\"s1\": \"e\", \"s2\": \"b\", \"score\": 4.5}\n",
+    );
+    let taught = "{\"query\": \"a\", \"positive\": \"f\", \"negatives\": [\"g\", \"b\", \"h\"], \"scores\": [4, 3, 2, 1]}\n";
+    files.add(taught).loss = Some(LossKind::Kl);
+    files.add("{\"query\": \"i\", \"positive\": \"a\"}\n");
+    files.config.training.batch_size = 5;
+    let batch = first(&mut files, OPTIONS);
+    let letters = |sequences: &[u32]| -> String {
+        sequences.iter().map(|s| char::from((batch.sequences[*s as usize].ids[1] - 3) as u8 + b'a')).collect()
+    };
+    let [info_nce, cosent, kl] = batch.tables.as_slice() else { panic!("{:?}", batch.tables) };
+    assert_eq!((info_nce.loss, &info_nce.rows[..]), (LossKind::InfoNce, &[0, 4][..]));
+    assert_eq!((letters(&info_nce.queries), letters(&info_nce.candidates)), ("ai".into(), "bac".into()));
+    assert_eq!(
+        (cosent.loss, &cosent.rows[..], &cosent.scores[..]),
+        (LossKind::CoSent, &[1, 2][..], &[2.0, 4.5][..])
+    );
+    assert_eq!((letters(&cosent.queries), letters(&cosent.candidates)), ("ae".into(), "db".into()));
+    assert_eq!((kl.loss, &kl.rows[..], &kl.scores[..]), (LossKind::Kl, &[3][..], &[4.0, 3.0, 2.0, 1.0][..]));
+    assert_eq!(letters(&kl.candidates), "fgbh");
+    // Each text is encoded once, whichever tables it stands in.
+    assert_eq!(batch.sequences.len(), 9);
+    // What is masked takes its score along: `f` again, in other letters.
+    let mut files = Files::new(&[]);
+    files.add(&taught.replace("\"g\"", "\"F\"")).loss = Some(LossKind::Kl);
+    files.config.training.batch_size = 1;
+    assert_eq!(first(&mut files, OPTIONS).tables[0].scores, [4.0, 2.0, 1.0]);
 }

@@ -36,7 +36,7 @@ fn whole(mut draft: Draft) -> Batch {
 /// What a batch is, but for its type's missing `==`.
 fn same(a: &[Batch], b: &[Batch]) -> bool {
     let parts = |batch: &Batch| {
-        (batch.sequences.clone(), batch.table.clone(), batch.rows.clone(), batch.cursor.clone(), batch.epoch)
+        (batch.sequences.clone(), batch.tables.clone(), batch.rows.clone(), batch.cursor.clone(), batch.epoch)
     };
     a.iter().map(parts).eq(b.iter().map(parts))
 }

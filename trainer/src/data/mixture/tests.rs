@@ -2,8 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use std::path::PathBuf;
+
 use super::super::fixtures::Files;
+use super::super::set::Classes;
 use super::*;
+use crate::config::{Kind, LossKind};
 
 /// Data sets of so many rows, all texts different, three negatives and two positives each.
 fn files(rows: &[usize]) -> Files {
@@ -309,4 +313,155 @@ fn too_few_rows_and_missing_files_are_errors_with_their_field() {
     files.config.data.train[0].path = PathBuf::from("no/such.jsonl");
     let error = Mixture::open(&files.config).err().unwrap().to_string();
     assert!(error.starts_with("configuration: data.train.0.path: cannot open no/such.jsonl: "), "{error}");
+}
+
+/// Labelled rows, the class of row n being n mod 3, and scored pairs.
+fn kinds() -> Files {
+    let mut files = Files::new(&[]);
+    let labelled = |row: usize| format!("{{\"text\":\"t{row}\",\"label\":\"c{}\"}}\n", row % 3);
+    let scored =
+        |row: usize| format!("{{\"sentence1\":\"a{row}\",\"sentence2\":\"b{row}\",\"score\":{}}}\n", row % 5);
+    let triplet =
+        |row: usize| format!("{{\"query\":\"q{row}\",\"positive\":\"p{row}\",\"negative\":\"n{row}\"}}\n");
+    files.add(&(0..30).map(labelled).collect::<String>());
+    files.add(&(0..20).map(scored).collect::<String>());
+    files.add(&(0..10).map(triplet).collect::<String>()).loss = Some(LossKind::Triplet);
+    files.config.data.negatives = 2;
+    files
+}
+
+#[test]
+fn labelled_rows_get_others_of_their_class_and_of_other_classes() {
+    let class = |text: &str| text[1..].parse::<usize>().unwrap() % 3;
+    let mixture = open(&kinds());
+    assert_eq!((mixture.sets()[0].kind, mixture.sets()[0].loss), (Kind::Labelled, LossKind::InfoNce));
+    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    let mut partners: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for _ in 0..3 {
+        let picked = epoch(&mut walk);
+        let labelled = picked.iter().flat_map(|p| &p.examples).filter(|e| e.row.dataset == 0);
+        for example in labelled {
+            let (own, positive) = (class(&example.query), &example.known[0]);
+            assert!(class(positive) == own && *positive != example.query);
+            assert_eq!(example.negatives.len(), 2);
+            assert!(example.negatives.iter().all(|negative| class(negative) != own));
+            let of_negatives = example.negatives.iter().map(|text| class(text) as u32).collect();
+            assert_eq!(example.classes, Some(Classes { own: own as u32, negatives: of_negatives }));
+            partners.entry(example.query.clone()).or_default().insert(positive.clone());
+        }
+    }
+    assert_eq!(partners.len(), 30);
+    // Other texts each time that a row is seen: of nine, three draws are seldom the same.
+    assert!(partners.values().filter(|partners| partners.len() > 1).count() > 25);
+}
+
+#[test]
+fn a_text_that_stands_twice_is_neither_its_own_answer_nor_its_negative() {
+    let mut files = Files::new(&[]);
+    let row = |text: &str, label: &str| format!("{{\"text\":\"{text}\",\"label\":\"{label}\"}}\n");
+    let rows = row("a", "x").repeat(3) + &row("b", "x") + &row("a", "y") + &row("c", "y") + &row("b", "y");
+    files.add(&rows);
+    files.config.data.negatives = 3;
+    let mixture = open(&files);
+    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    for _ in 0..20 {
+        for example in walk.step().unwrap().examples {
+            assert!(example.known[0] != example.query, "{example:?}");
+            assert!(!example.negatives.contains(&example.query), "{example:?}");
+            assert!(!example.negatives.contains(&example.known[0]), "{example:?}");
+        }
+    }
+}
+
+#[test]
+fn samples_of_labelled_rows_are_stratified() {
+    let mut files = Files::new(&[]);
+    let label = |row: usize| {
+        if row < 80 {
+            "often"
+        } else if row < 100 {
+            "seldom"
+        } else {
+            "once"
+        }
+    };
+    files.add(
+        &(0..101)
+            .map(|row| format!("{{\"text\":\"t{row}\",\"label\":\"{}\"}}\n", label(row)))
+            .collect::<String>(),
+    );
+    files.config.data.train[0].samples = Some(20);
+    let mixture = open(&files);
+    let seen: BTreeSet<u64> =
+        ids(&epoch(&mut mixture.walk(&Cursor::default()).unwrap())).into_iter().map(|(_, row)| row).collect();
+    assert_eq!((seen.len(), seen.range(..80).count(), seen.range(80..).count()), (20, 16, 4));
+    files.config.data.train[0].samples = None;
+    // A row that is alone in its class has no answer.
+    assert_eq!(open(&files).rows(), 100);
+}
+
+#[test]
+fn rows_of_every_kind_go_on_from_any_cursor() {
+    for batching in [Batching::Mixed, Batching::PerDataset] {
+        let mut files = kinds();
+        files.config.data.batching = batching;
+        files.config.data.train[0].weight = 1.5;
+        let mixture = open(&files);
+        let losses: Vec<LossKind> = mixture.sets().iter().map(|set| set.loss).collect();
+        assert_eq!(losses, [LossKind::InfoNce, LossKind::CoSent, LossKind::Triplet]);
+        let mut walk = mixture.walk(&Cursor::default()).unwrap();
+        let picked: Vec<Picked> = (0..2 * mixture.batches()).map(|_| walk.step().unwrap()).collect();
+        assert_eq!(picked.iter().map(|p| p.examples.len() as u64).sum::<u64>(), 2 * (45 + 20 + 10));
+        for (i, one) in picked.iter().enumerate() {
+            let sets: BTreeSet<u32> = one.examples.iter().map(|e| e.row.dataset).collect();
+            assert!(batching == Batching::Mixed || sets.len() == 1);
+            for example in one.examples.iter().filter(|e| e.row.dataset == 1) {
+                assert_eq!(example.scores, [(example.row.row % 5) as f32]);
+            }
+            let mut again = mixture.walk(&one.cursor).unwrap();
+            for expected in picked[i + 1..].iter().take(4) {
+                assert_eq!(&again.step().unwrap(), expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn losses_and_kinds_that_do_not_go_together_are_named() {
+    let mut files = kinds();
+    let message = |files: &Files| Mixture::open(&files.config).err().unwrap().to_string();
+    files.config.data.train[1].loss = Some(LossKind::InfoNce);
+    let error = message(&files);
+    assert!(
+        error.contains("data.train.1.loss: data set set1: `info_nce` cannot judge similarity rows"),
+        "{error}"
+    );
+    files.config.data.train[1].loss = None;
+    files.config.loss.kind = LossKind::Triplet;
+    files.config.data.negatives = 0;
+    let error = message(&files);
+    assert!(error.contains("data.negatives: expected at least 1 for the loss `triplet`, found 0"), "{error}");
+    files.config.data.negatives = 1;
+    assert_eq!(open(&files).sets()[0].loss, LossKind::Triplet);
+    files.config.loss.kind = LossKind::MarginMse;
+    let error = message(&files);
+    assert!(error.contains("set0.jsonl:1: has no column for the query"), "{error}");
+}
+
+#[test]
+fn a_teachers_scores_turn_with_their_negatives() {
+    let mut files = Files::new(&[]);
+    let row =
+        "{\"query\":\"q\",\"positive\":\"p\",\"negatives\":[\"x1\",\"x2\",\"x3\"],\"scores\":[9,1,2,3]}\n";
+    files.add(&row.repeat(4)).loss = Some(LossKind::Kl);
+    files.config.data.shuffle = false;
+    files.config.data.negatives = 2;
+    let mixture = open(&files);
+    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    for expected in [["x1", "x2"], ["x3", "x1"], ["x2", "x3"]] {
+        let example = &walk.step().unwrap().examples[0];
+        assert_eq!(example.negatives, expected);
+        let scores: Vec<f32> = expected.iter().map(|text| text[1..].parse().unwrap()).collect();
+        assert_eq!(example.scores, [vec![9.0], scores].concat());
+    }
 }

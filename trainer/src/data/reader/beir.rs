@@ -29,6 +29,10 @@ impl Beir {
         let split = split(folder)?;
         let (queries, query_numbers) = Texts::open(&find(folder, "queries.jsonl")?)?;
         let (corpus, document_numbers) = Texts::open(&find(folder, "corpus.jsonl")?)?;
+        if corpus.offsets.len() == 1 {
+            let message = "has one document only, expected two or more: there is nothing to tell it from";
+            return Err(Error::file(&corpus.file.path, message));
+        }
         let mut answers: Vec<(u32, Vec<u32>)> = Vec::new();
         let mut places: BTreeMap<u32, usize> = BTreeMap::new();
         let mut digest = Xxh3::new();
@@ -106,7 +110,7 @@ impl Beir {
         Ok(Row {
             query: self.queries.text(*query)?,
             positives: documents.iter().map(|document| self.corpus.text(*document)).collect::<Result<_>>()?,
-            negatives: Vec::new(),
+            ..Row::default()
         })
     }
 

@@ -1,7 +1,7 @@
 //! A data file on disk: opened once, unpacked where it is compressed, read at any place.
 //!
-//! Only the offsets of its rows are kept in memory. A compressed file has no places to go to, so it is unpacked once into
-//! a temporary file without a name, which is gone when the program is.
+//! A compressed file has no places to go to, so it is unpacked once into a temporary file without a name, which is gone when the
+//! program is. So is Parquet, column by column as it is: its rows become lines of JSON.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::parquet;
 use crate::{Error, Result};
 
 /// How a file's text is cut into rows.
@@ -21,17 +22,26 @@ pub(super) enum Format {
 }
 
 impl Format {
+    /// The endings of their files.
+    pub(super) const NAMES: &str = ".jsonl, .csv, .tsv or .parquet";
+
     /// By the name's ending, that of the compression left aside.
     pub(super) fn of(path: &Path) -> Option<Self> {
-        let name = path.file_name()?.to_str()?.to_ascii_lowercase();
-        let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
-        match Path::new(name).extension()?.to_str()? {
-            "jsonl" | "ndjson" => Some(Self::Jsonl),
+        match ending(path)?.as_str() {
+            // Parquet becomes that, too.
+            "jsonl" | "ndjson" | "parquet" => Some(Self::Jsonl),
             "csv" => Some(Self::Csv(b',')),
             "tsv" => Some(Self::Csv(b'\t')),
             _ => None,
         }
     }
+}
+
+/// The ending of a file's name, that of the compression left aside.
+fn ending(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?.to_ascii_lowercase();
+    let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
+    Some(Path::new(name).extension()?.to_str()?.to_owned())
 }
 
 /// An open data file.
@@ -62,6 +72,9 @@ impl DataFile {
                 file = unpack(path, packed)?;
             }
             _ => {}
+        }
+        if ending(path).as_deref() == Some("parquet") {
+            file = parquet::unpack(path, file)?;
         }
         let len = file.metadata().map_err(Error::io("read", path))?.len();
         Ok(Self { path: path.to_owned(), file, len })

@@ -1,27 +1,32 @@
 //! Training rows on disk: a data set is opened once, gone through once, and then read row by row at any place.
 //!
-//! Opening checks every row, so that nothing is wrong with a row when its turn comes after hours of training. In memory
-//! stays one offset a row; the rows stay in the file.
+//! Opening checks every row, so that nothing is wrong with a row when its turn comes after hours of training. The rows stay in
+//! the file; in memory stays the place of one in every few kilobytes, and the class of each where they have one.
 
 mod beir;
+mod check;
 mod file;
+mod index;
+mod parquet;
 mod records;
 mod stream;
 mod table;
 
 use std::path::Path;
 
+use super::labels::Labels;
 use super::row::{Row, Schema};
-use crate::config::DataSet;
+use crate::config::{DataSet, Kind, LossKind};
 use crate::{Error, Result};
 use file::Format;
 pub(crate) use stream::{lines, objects, raw};
+pub use table::Dropped;
 
 /// An open data set.
 pub struct Source(Inner);
 
 enum Inner {
-    Table(table::Table),
+    Table(Box<table::Table>),
     Beir(beir::Beir),
 }
 
@@ -30,17 +35,52 @@ impl Source {
     ///
     /// # Errors
     /// It cannot be read; its name does not say what it is; columns are missing or ambiguous; a row is malformed, is not
-    /// UTF-8, has no positive or an empty text (with its line).
+    /// UTF-8, has no positive, an empty text, or not what its kind and loss need (with its line); there is one class only.
     pub fn open(set: &DataSet) -> Result<Self> {
         let path: &Path = &set.path;
         if path.is_dir() {
-            return Ok(Self(Inner::Beir(beir::Beir::open(path)?)));
+            let beir = beir::Beir::open(path)?;
+            let kind = set.kind.filter(|kind| *kind != Kind::Pairs).map(Kind::name);
+            let loss = set.loss.filter(|loss| loss.needs_negatives()).map(LossKind::name);
+            return match kind.or(loss) {
+                Some(name) => {
+                    let message = "a BEIR folder has queries and what answers them, not what";
+                    Err(Error::file(path, format!("{message} `{name}` needs")))
+                }
+                None => Ok(Self(Inner::Beir(beir))),
+            };
         }
         let format = Format::of(path).ok_or_else(|| {
-            Error::file(path, "expected a .jsonl, .csv or .tsv file, each also .gz or .zst, or a BEIR folder")
+            Error::file(
+                path,
+                format!("expected a {} file, each also .gz or .zst, or a BEIR folder", Format::NAMES),
+            )
         })?;
-        let schema = Schema::new(&set.columns, set.kind);
-        Ok(Self(Inner::Table(table::Table::open(path, format, schema)?)))
+        Ok(Self(Inner::Table(Box::new(table::Table::open(path, format, Schema::new(set))?))))
+    }
+
+    /// What the rows are.
+    pub fn kind(&self) -> Kind {
+        match &self.0 {
+            Inner::Table(table) => table.kind(),
+            Inner::Beir(_) => Kind::Pairs,
+        }
+    }
+
+    /// The classes of labelled rows.
+    pub fn labels(&self) -> Option<&Labels> {
+        match &self.0 {
+            Inner::Table(table) => table.labels(),
+            Inner::Beir(_) => None,
+        }
+    }
+
+    /// Negatives that are left out.
+    pub fn dropped(&self) -> Dropped {
+        match &self.0 {
+            Inner::Table(table) => table.dropped(),
+            Inner::Beir(_) => Dropped::default(),
+        }
     }
 
     /// Rows.

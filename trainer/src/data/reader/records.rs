@@ -32,10 +32,19 @@ const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// Calls `each` with every line that is not blank. A byte order mark is left out.
 pub(super) fn lines<E>(
+    text: impl BufRead,
+    each: impl FnMut(Record<'_>) -> Result<(), E>,
+) -> Result<(), Stop<E>> {
+    lines_from(0, text, each)
+}
+
+/// As [`lines`], for text that begins at an offset of the file. Lines are counted from there.
+pub(super) fn lines_from<E>(
+    mut offset: u64,
     mut text: impl BufRead,
     mut each: impl FnMut(Record<'_>) -> Result<(), E>,
 ) -> Result<(), Stop<E>> {
-    let (mut offset, mut line, mut buffer) = (0, 0, Vec::new());
+    let (mut line, mut buffer) = (0, Vec::new());
     loop {
         buffer.clear();
         let count = read_line(&mut text, &mut buffer).map_err(Stop::Io)?;
@@ -63,13 +72,23 @@ fn read_line(text: &mut impl BufRead, buffer: &mut Vec<u8>) -> std::io::Result<u
 
 /// Calls `each` with every csv record that is not a blank line. A byte order mark is left out.
 pub(super) fn csv<E>(
+    text: impl BufRead,
+    delimiter: u8,
+    each: impl FnMut(Record<'_>) -> Result<(), E>,
+) -> Result<(), Stop<E>> {
+    csv_from(0, text, delimiter, each)
+}
+
+/// As [`csv`], for text that begins at an offset of the file. Lines are counted from there.
+pub(super) fn csv_from<E>(
+    mut offset: u64,
     mut text: impl BufRead,
     delimiter: u8,
     mut each: impl FnMut(Record<'_>) -> Result<(), E>,
 ) -> Result<(), Stop<E>> {
     let mut state = Field::Start;
     let mut record: Vec<u8> = Vec::new();
-    let (mut offset, mut start, mut line, mut start_line) = (0_u64, 0_u64, 1_u64, 1_u64);
+    let (mut start, mut line, mut start_line) = (offset, 1_u64, 1_u64);
     loop {
         let chunk = text.fill_buf().map_err(Stop::Io)?;
         if chunk.is_empty() {

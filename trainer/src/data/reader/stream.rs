@@ -19,7 +19,7 @@ pub(crate) fn lines(path: &Path, mut each: impl FnMut(u64, &str) -> Result<()>) 
     explain(path, done)
 }
 
-/// Calls `each` with the rows of a .jsonl, .csv or .tsv file, each also .gz or .zst, and the lines they begin in.
+/// Calls `each` with the rows of a .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst, and the lines they begin in.
 pub(crate) fn objects(
     path: &Path,
     mut each: impl FnMut(u64, Map<String, Value>) -> Result<()>,
@@ -32,8 +32,9 @@ pub(crate) fn raw(
     path: &Path,
     mut each: impl FnMut(u64, &[u8], Option<Map<String, Value>>) -> Result<()>,
 ) -> Result<()> {
-    let format = Format::of(path)
-        .ok_or_else(|| Error::file(path, "expected a .jsonl, .csv or .tsv file, each also .gz or .zst"))?;
+    let format = Format::of(path).ok_or_else(|| {
+        Error::file(path, format!("expected a {} file, each also .gz or .zst", Format::NAMES))
+    })?;
     let file = DataFile::open(path)?;
     let done = match format {
         Format::Jsonl => records::lines(file.stream(), |record| {
@@ -109,7 +110,7 @@ mod tests {
         for (name, text, expected) in [
             ("a.jsonl", "{}\n[1]\n", "a.jsonl:2: expected a JSON object"),
             ("a.csv", "x,y\n1\n", "a.csv:2: has 1 fields where the header has 2"),
-            ("a.parquet", "", "expected a .jsonl, .csv or .tsv file"),
+            ("a.doc", "", "expected a .jsonl, .csv, .tsv or .parquet file"),
         ] {
             let (_folder, path) = file(name, text);
             let error = objects(&path, |_, _| Ok(())).unwrap_err().to_string();

@@ -3,23 +3,38 @@
 use std::path::Path;
 
 use serde_json::{Map, Value};
-use xxhash_rust::xxh3::Xxh3;
 
+use super::check::Check;
 use super::file::{DataFile, Format};
+use super::index::Index;
 use super::records::{self, Record, Stop};
+use crate::config::Kind;
+use crate::data::labels::Labels;
 use crate::data::row::{Cell, Roles, Row, Schema};
 use crate::{Error, Result};
 
 /// An open file whose rows were all checked.
 pub(super) struct Table {
     file: DataFile,
-    /// Where each row begins.
-    offsets: Vec<u64>,
+    index: Index,
     digest: u64,
     parser: Parser,
+    kind: Kind,
+    dropped: Dropped,
+    labels: Option<Labels>,
 }
 
-enum Parser {
+/// Negatives that are left out, because they are also positives of their rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// How many.
+    pub negatives: usize,
+    /// The first row that has one.
+    pub first: u64,
+}
+
+/// How records become rows.
+pub(super) enum Parser {
     /// Each object has names of its own.
     Jsonl(Schema),
     Csv {
@@ -32,88 +47,146 @@ enum Parser {
 impl Table {
     pub(super) fn open(path: &Path, format: Format, schema: Schema) -> Result<Self> {
         let file = DataFile::open(path)?;
-        let mut index = Index { offsets: Vec::new(), digest: Xxh3::new() };
+        let mut check = Check::default();
         let parser = match format {
             Format::Jsonl => {
-                let (mut known, mut negatives) = (None, false);
+                let mut parser: Option<Parser> = None;
                 records::lines(file.stream(), |record| {
-                    parse_json(&schema, record.bytes, &mut known)
-                        .map_err(|message| (record.line, message))?;
-                    negatives |= known.as_ref().is_some_and(|(_, roles)| roles.has_negatives());
-                    index.push(&record);
-                    Ok(())
+                    let parser = match &mut parser {
+                        Some(parser) => parser,
+                        // What the first row is, all are.
+                        none => {
+                            let mut known = None;
+                            parse_json(&schema, record.bytes, &mut known).map_err(|m| (record.line, m))?;
+                            let kind = known.map_or(Kind::Pairs, |(_, roles)| roles.kind());
+                            none.insert(Parser::Jsonl(schema.clone().of_kind(kind)))
+                        }
+                    };
+                    check.add(&record, parser)
                 })
                 .map_err(|stop| explain(path, stop))?;
-                if !negatives && !index.offsets.is_empty() {
-                    schema.without_negatives().map_err(|message| Error::file(path, message))?;
-                }
-                Parser::Jsonl(schema)
+                parser.unwrap_or(Parser::Jsonl(schema.clone()))
             }
             Format::Csv(delimiter) => {
-                let mut header: Option<(Vec<String>, Roles)> = None;
-                records::csv(file.stream(), delimiter, |record| {
-                    let line = record.line;
-                    match &header {
-                        None => {
-                            header = Some(read_header(&schema, &record, delimiter).map_err(|m| (line, m))?)
-                        }
-                        Some((names, roles)) => {
-                            parse_csv(record.bytes, delimiter, names, roles).map_err(|m| (line, m))?;
-                            index.push(&record);
-                        }
+                let mut parser: Option<Parser> = None;
+                records::csv(file.stream(), delimiter, |record| match &parser {
+                    Some(parser) => check.add(&record, parser),
+                    None => {
+                        let (names, roles) =
+                            read_header(&schema, &record, delimiter).map_err(|m| (record.line, m))?;
+                        parser = Some(Parser::Csv { delimiter, names, roles });
+                        Ok(())
                     }
-                    Ok(())
                 })
                 .map_err(|stop| explain(path, stop))?;
-                let (names, roles) =
-                    header.ok_or_else(|| Error::file(path, "is empty, expected a header and rows"))?;
-                Parser::Csv { delimiter, names, roles }
+                parser.ok_or_else(|| Error::file(path, "is empty, expected a header and rows"))?
             }
         };
-        if index.offsets.is_empty() {
+        check.rest(&parser).map_err(|wrong| explain(path, Stop::Caller(wrong)))?;
+        let Check { mut index, digest, found, .. } = check;
+        if index.rows() == 0 {
             return Err(Error::file(path, "has no rows"));
         }
-        index.offsets.shrink_to_fit();
-        Ok(Self { file, offsets: index.offsets, digest: index.digest.digest(), parser })
+        index.finish(file.len());
+        if matches!(parser, Parser::Jsonl(_)) && !found.negatives {
+            schema.without_negatives().map_err(|message| Error::file(path, message))?;
+        }
+        let labels = (found.kind == Some(Kind::Labelled))
+            .then(|| Labels::new(found.labels, found.classes))
+            .transpose()
+            .map_err(|message| Error::file(path, message))?;
+        Ok(Self {
+            file,
+            index,
+            digest: digest.digest(),
+            parser,
+            kind: found.kind.unwrap_or(Kind::Pairs),
+            dropped: found.dropped,
+            labels,
+        })
     }
 
     pub(super) fn len(&self) -> u64 {
-        self.offsets.len() as u64
+        self.index.rows()
     }
 
     pub(super) fn digest(&self) -> u64 {
         self.digest
     }
 
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub(super) fn labels(&self) -> Option<&Labels> {
+        self.labels.as_ref()
+    }
+
+    pub(super) fn dropped(&self) -> Dropped {
+        self.dropped
+    }
+
     pub(super) fn row(&self, row: u64) -> Result<Row> {
-        let start = self.offsets[row as usize];
-        let end = self.offsets.get(row as usize + 1).copied().unwrap_or(self.file.len());
-        let bytes = self.file.read(start..end)?;
-        // Up to the next row: blank lines are left out, but spaces and tabs belong to a csv row.
-        let end = bytes.iter().rposition(|byte| !matches!(byte, b'\n' | b'\r')).map_or(0, |last| last + 1);
-        let bytes = &bytes[..end];
-        let parsed = match &self.parser {
-            Parser::Jsonl(schema) => parse_json(schema, bytes.trim_ascii_end(), &mut None),
-            Parser::Csv { delimiter, names, roles } => parse_csv(bytes, *delimiter, names, roles),
-        };
-        parsed.map_err(|message| self.error(row, format!("{message} (it was right when the run began)")))
+        let changed =
+            |message: String| self.error(row, format!("{message} (it was right when the run began)"));
+        let (_, bytes) = self.record(row)?.ok_or_else(|| changed("the row is gone".to_owned()))?;
+        self.parser.parse(&bytes, &mut None).map(|(row, _)| row).map_err(changed)
     }
 
     pub(super) fn error(&self, row: u64, message: String) -> Error {
-        self.file.row_error(self.offsets[row as usize], message)
+        match self.record(row) {
+            Ok(Some((offset, _))) => self.file.row_error(offset, message),
+            // The file has changed since: near the place where the row was.
+            Ok(None) => self.file.row_error(self.index.find(row).0.start, message),
+            Err(error) => error,
+        }
+    }
+
+    /// The text of a row and where it begins; none if the file no longer has it.
+    fn record(&self, row: u64) -> Result<Option<(u64, Vec<u8>)>> {
+        let (part, mut before) = self.index.find(row);
+        let start = part.start;
+        let bytes = self.file.read(part)?;
+        let take = |record: Record<'_>| {
+            if before == 0 {
+                return Err((record.offset, record.bytes.to_vec()));
+            }
+            before -= 1;
+            Ok(())
+        };
+        let stopped = match &self.parser {
+            Parser::Jsonl(_) => records::lines_from(start, bytes.as_slice(), take),
+            Parser::Csv { delimiter, .. } => records::csv_from(start, bytes.as_slice(), *delimiter, take),
+        };
+        Ok(match stopped {
+            Err(Stop::Caller(record)) => Some(record),
+            _ => None,
+        })
     }
 }
 
-struct Index {
-    offsets: Vec<u64>,
-    digest: Xxh3,
-}
+/// The names of the row before and their roles, which are nearly always the same.
+pub(super) type Known = Option<(Vec<String>, Roles)>;
 
-impl Index {
-    fn push(&mut self, record: &Record<'_>) {
-        self.offsets.push(record.offset);
-        self.digest.update(record.bytes);
-        self.digest.update(b"\n");
+impl Parser {
+    /// A row, and whether it has columns of negatives.
+    pub(super) fn parse(&self, bytes: &[u8], known: &mut Known) -> std::result::Result<(Row, bool), String> {
+        match self {
+            Self::Jsonl(schema) => {
+                let row = parse_json(schema, bytes, known)?;
+                Ok((row, known.as_ref().is_some_and(|(_, roles)| roles.has_negatives())))
+            }
+            Self::Csv { delimiter, names, roles } => {
+                Ok((parse_csv(bytes, *delimiter, names, roles)?, roles.has_negatives()))
+            }
+        }
+    }
+
+    pub(super) fn kind(&self) -> Option<Kind> {
+        match self {
+            Self::Jsonl(schema) => schema.kind(),
+            Self::Csv { roles, .. } => Some(roles.kind()),
+        }
     }
 }
 
@@ -144,8 +217,14 @@ pub(super) fn object(bytes: &[u8]) -> std::result::Result<Map<String, Value>, St
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(format!("expected a JSON object, found {}", kind(&other))),
         Err(e) => {
-            let text = e.to_string();
-            Err(format!("this is not JSON: {}", text.replace(" at line 1 column", " at column")))
+            let text = e.to_string().replace(" at line 1 column", " at column");
+            let nan = ["NaN", "Infinity"].iter().find(|word| {
+                bytes
+                    .get(e.column().saturating_sub(1)..)
+                    .is_some_and(|rest| rest.starts_with(word.as_bytes()))
+            });
+            let hint = nan.map_or_else(String::new, |word| format!("\nhint: {word} is no number in JSON"));
+            Err(format!("this is not JSON: {text}{hint}"))
         }
     }
 }
@@ -161,12 +240,7 @@ fn kind(value: &Value) -> String {
     }
 }
 
-/// `known`: the names of the row before and their roles, which are nearly always the same.
-fn parse_json(
-    schema: &Schema,
-    bytes: &[u8],
-    known: &mut Option<(Vec<String>, Roles)>,
-) -> std::result::Result<Row, String> {
+fn parse_json(schema: &Schema, bytes: &[u8], known: &mut Known) -> std::result::Result<Row, String> {
     let mut object = object(bytes)?;
     let same = known.as_ref().is_some_and(|(names, _)| names.iter().eq(object.keys()));
     if !same {
@@ -180,6 +254,8 @@ fn parse_json(
         let name = names[column];
         let text = |value: Value| match value {
             Value::String(text) => Ok(text),
+            Value::Number(number) if roles.value(column) => Ok(number.to_string()),
+            Value::Bool(value) if roles.value(column) => Ok(value.to_string()),
             other => {
                 Err(format!("`{name}` has {} where text was expected\nhint: put it in quotes", kind(&other)))
             }

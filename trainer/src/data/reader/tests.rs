@@ -40,7 +40,12 @@ fn rows(source: &Source) -> Vec<Row> {
 
 fn row(query: &str, positives: &[&str], negatives: &[&str]) -> Row {
     let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
-    Row { query: query.to_owned(), positives: owned(positives), negatives: owned(negatives) }
+    Row {
+        query: query.to_owned(),
+        positives: owned(positives),
+        negatives: owned(negatives),
+        ..Row::default()
+    }
 }
 
 #[test]
@@ -176,7 +181,7 @@ fn a_header_that_does_not_fit_is_listed() {
 
 #[test]
 fn what_is_no_data_file_is_refused() {
-    assert!(message("a.txt", "x").starts_with("a.txt: expected a .jsonl, .csv or .tsv file"));
+    assert!(message("a.txt", "x").starts_with("a.txt: expected a .jsonl, .csv, .tsv or .parquet file"));
     let missing = Source::open(&set(Path::new("no/such.jsonl"))).err().unwrap().to_string();
     assert!(missing.starts_with("no/such.jsonl: cannot open: "), "{missing}");
     let empty = tempfile::tempdir().unwrap();
@@ -250,4 +255,196 @@ fn negatives_that_the_configuration_names_must_be_somewhere() {
     named.path = folder.write("a.csv", b"query,positive,bad\na,b,c\n");
     let error = Source::open(&named).err().unwrap().to_string();
     assert!(error.contains("a.csv:1: has no column `bda`"), "{error}");
+}
+
+#[test]
+fn labelled_rows_have_a_text_and_a_class() {
+    let source = open(
+        "a.jsonl",
+        "{\"text\": \"a\", \"label\": 3}\n{\"text\": \"b\", \"label\": \"x\"}\n{\"label\": true, \"text\": \"c\"}\n\
+         {\"text\": \"d\", \"label\": 3}\n",
+    )
+    .unwrap();
+    assert_eq!((source.kind(), source.labels().unwrap().classes()), (Kind::Labelled, 3));
+    assert_eq!(source.row(3).unwrap(), Row { label: Some("3".to_owned()), ..row("d", &[], &[]) });
+    let source = open("a.csv", "label,sentence\nno,a\nyes,b\nno,c\n").unwrap();
+    assert_eq!(source.row(1).unwrap(), Row { label: Some("yes".to_owned()), ..row("b", &[], &[]) });
+
+    for (text, expected) in [
+        (
+            "{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\"}\n",
+            "a.jsonl:2: has no column for the label, expected one of",
+        ),
+        (
+            "{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\", \"label\": null}\n",
+            "a.jsonl:2: `label` is missing",
+        ),
+        (
+            "{\"text\": \"a\", \"label\": 1}\n{\"text\": \" \", \"label\": 1}\n",
+            "a.jsonl:2: `text` has an empty text",
+        ),
+        (
+            "{\"text\": \"a\", \"label\": 1}\n{\"text\": 5, \"label\": 1}\n",
+            "a.jsonl:2: `text` has the number 5 where",
+        ),
+        (
+            "{\"text\": \"a\", \"label\": 1}\n{\"query\": \"a\", \"positive\": \"b\"}\n",
+            "a.jsonl:2: has no column for the text",
+        ),
+        (
+            "{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\", \"label\": 1}\n",
+            "a.jsonl: has one class only, `1` in all 2 rows",
+        ),
+    ] {
+        let error = message("a.jsonl", text);
+        assert!(error.starts_with(expected), "{error}");
+    }
+}
+
+#[test]
+fn similarity_rows_have_two_texts_and_a_number() {
+    for (name, text) in [
+        (
+            "a.jsonl",
+            "{\"s1\": \"a\", \"s2\": \"b\", \"score\": 4.5}\n{\"s1\": \"c\", \"s2\": \"d\", \"score\": \"-2\"}\n",
+        ),
+        ("a.csv", "Sentence_1,sentence2,score\na,b,4.5\nc,d, -2 \n"),
+    ] {
+        let source = open(name, text).unwrap();
+        assert_eq!(source.kind(), Kind::Similarity);
+        let expected = [(row("a", &["b"], &[]), 4.5), (row("c", &["d"], &[]), -2.0)];
+        for (found, (expected, score)) in rows(&source).into_iter().zip(expected) {
+            assert_eq!(found, Row { scores: vec![score], ..expected });
+        }
+    }
+    let good = "{\"s1\": \"a\", \"s2\": \"b\", \"score\": 1}\n";
+    for (bad, expected) in [
+        ("\"high\"", "`score` is `high`, expected a number"),
+        ("\"nan\"", "`score` is NaN, expected a finite number"),
+        ("1e999", "this is not JSON: number out of range at column"),
+        ("null", "`score` is missing"),
+        ("[1, 2]", "`score` has 2 numbers, expected one"),
+        ("{}", "`score` has an object where text was expected"),
+    ] {
+        let error = message("a.jsonl", format!("{good}{{\"s1\": \"a\", \"s2\": \"b\", \"score\": {bad}}}\n"));
+        assert!(error.starts_with(&format!("a.jsonl:2: {expected}")), "{error}");
+    }
+    let error = message("a.jsonl", format!("{good}{{\"s1\": \"a\", \"s2\": \"b\", \"score\": NaN}}\n"));
+    assert!(
+        error.contains("a.jsonl:2: this is not JSON") && error.ends_with("hint: NaN is no number in JSON"),
+        "{error}"
+    );
+    assert_eq!(
+        message("a.csv", "s1,s2,score\na,b,inf\n"),
+        "a.csv:2: `score` is inf, expected a finite number"
+    );
+}
+
+fn with_loss(loss: crate::config::LossKind, name: &str, text: &str) -> Result<Source> {
+    let folder = Folder::new();
+    Source::open(&DataSet { loss: Some(loss), ..set(&folder.write(name, text.as_bytes())) })
+}
+
+#[test]
+fn a_teachers_scores_belong_to_the_positive_and_each_negative() {
+    use crate::config::LossKind::{Kl, MarginMse};
+    let text = "{\"query\": \"a\", \"positive\": \"b\", \"negatives\": [\"c\", \"d\"], \"scores\": [3, 1.5, -1]}\n\
+        {\"query\": \"a\", \"positive\": \"b\", \"negatives\": [\"c\", \"d\"], \"scores\": [1.5, 4]}\n\
+        {\"query\": \"a\", \"positive\": \"b\", \"negatives\": [\"c\", \"b\", \"d\"], \"scores\": [3, 1, 3, 2]}\n\
+        {\"query\": \"a\", \"positive\": \"b\", \"negatives\": \"c\", \"scores\": 0.5}\n";
+    for loss in [Kl, MarginMse] {
+        let source = with_loss(loss, "a.jsonl", text).unwrap();
+        let scores: Vec<Vec<f32>> = rows(&source).into_iter().map(|row| row.scores).collect();
+        // The second and the last give differences; of the third a negative is the positive.
+        assert_eq!(
+            scores,
+            [vec![3.0, 1.5, -1.0], vec![0.0, -1.5, -4.0], vec![3.0, 1.0, 2.0], vec![0.0, -0.5]]
+        );
+        assert_eq!(source.row(2).unwrap().negatives, ["c", "d"]);
+        assert_eq!(source.dropped(), Dropped { negatives: 1, first: 2 });
+    }
+    let csv = "query,positive,negative_1,negative_2,scores\na,b,c,d,\"[3, 1, 2]\"\n";
+    assert_eq!(with_loss(Kl, "a.csv", csv).unwrap().row(0).unwrap().scores, [3.0, 1.0, 2.0]);
+    for (rest, expected) in [
+        (
+            "\"negatives\": [\"c\", \"d\"], \"scores\": [1]",
+            "`scores` has 1 numbers for a positive and 2 negatives, expected 3 scores or 2 differences",
+        ),
+        ("\"negatives\": [\"c\"]", "has no column for the score, expected one of scores, score,"),
+        (
+            "\"negatives\": [\"b\"], \"scores\": [1, 1]",
+            "has no negative but its positive, and the loss `kl` needs one",
+        ),
+        ("\"scores\": [1]", "has no negative, which the loss `kl` needs"),
+    ] {
+        let text = format!("{{\"query\": \"a\", \"positive\": \"b\", {rest}}}\n");
+        let error = with_loss(Kl, "a.jsonl", &text).err().unwrap().to_string();
+        assert!(error.contains(&format!("a.jsonl:1: {expected}")), "{error}");
+    }
+    let text = "{\"query\": \"a\", \"positive\": [\"b\", \"e\"], \"negatives\": \"c\", \"scores\": [1, 2]}";
+    let error = with_loss(Kl, "a.jsonl", text).err().unwrap().to_string();
+    assert!(error.ends_with("has 2 positives, where `scores` scores one"), "{error}");
+}
+
+#[test]
+fn a_negative_that_is_also_a_positive_is_left_out_and_counted() {
+    let text = "{\"query\": \"a\", \"positive\": \"b\", \"negatives\": [\"c\"]}\n".repeat(1000)
+        + "{\"query\": \"a\", \"positive\": [\"b\", \"d\"], \"negatives\": [\"d\", \"c\", \"b\"]}\n"
+        + "{\"query\": \"a\", \"positive\": \"b\", \"negatives\": \"b\"}\n";
+    let source = open("a.jsonl", &text).unwrap();
+    assert_eq!(source.dropped(), Dropped { negatives: 3, first: 1000 });
+    assert_eq!(source.row(1000).unwrap().negatives, ["c"]);
+    assert!(source.row(1001).unwrap().negatives.is_empty());
+    let error = with_loss(crate::config::LossKind::Triplet, "a.jsonl", &text).err().unwrap().to_string();
+    assert!(
+        error.ends_with("a.jsonl:1002: has no negative but its positive, and the loss `triplet` needs one"),
+        "{error}"
+    );
+}
+
+#[test]
+fn rows_of_many_parts_of_a_file_are_found() {
+    let line = |row: usize| {
+        let long = "é".repeat(if row.is_multiple_of(50) { 9000 } else { row % 70 });
+        format!("{{\"query\": \"q{row}\", \"positive\": \"p{row} {long}\"}}\n{}", "\n".repeat(row % 3))
+    };
+    let records = |row: usize| format!("q{row},\"p{row}\n\"\"{}\"\"\"\r\n", "x".repeat(row % 90));
+    let jsonl = open("a.jsonl", (0..3000).map(line).collect::<String>()).unwrap();
+    let csv =
+        open("a.csv", "query,positive\n".to_owned() + &(0..3000).map(records).collect::<String>()).unwrap();
+    for source in [jsonl, csv] {
+        assert_eq!(source.len(), 3000);
+        for row in (0..3000).rev() {
+            let found = source.row(row).unwrap();
+            assert_eq!(found.query, format!("q{row}"));
+            assert!(found.positives[0].starts_with(&format!("p{row}")));
+        }
+    }
+}
+
+#[test]
+fn a_wrong_row_is_the_first_of_them_whichever_thread_sees_it() {
+    let good = "{\"query\": \"a\", \"positive\": \"b\"}\n";
+    let text = good.repeat(5000) + "{\"query\": \"a\", \"positive\": \"\"}\n" + &good.repeat(3000) + "{}\n";
+    assert_eq!(message("a.jsonl", text), "a.jsonl:5001: `positive` has an empty text");
+}
+
+#[test]
+fn a_folder_that_cannot_teach_is_refused() {
+    let folder = Folder::new();
+    folder.write("queries.jsonl", b"{\"_id\": \"q1\", \"text\": \"one\"}\n");
+    folder.write("corpus.jsonl", b"{\"_id\": \"d1\", \"text\": \"x\"}\n");
+    folder.write("qrels/train.tsv", b"q1\td1\t1\n");
+    let error = Source::open(&set(folder.0.path())).err().unwrap().to_string();
+    assert!(
+        error.ends_with(
+            "corpus.jsonl: has one document only, expected two or more: there is nothing to tell it from"
+        ),
+        "{error}"
+    );
+    folder.write("corpus.jsonl", b"{\"_id\": \"d1\", \"text\": \"x\"}\n{\"_id\": \"d2\", \"text\": \"y\"}\n");
+    assert!(Source::open(&set(folder.0.path())).is_ok());
+    let labelled = DataSet { kind: Some(Kind::Labelled), ..set(folder.0.path()) };
+    let error = Source::open(&labelled).err().unwrap().to_string();
+    assert!(error.ends_with("what answers them, not what `labelled` needs"), "{error}");
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The search of trainer/benches/search.rs with FAISS's IndexFlatIP, as sentence-transformers calls it, on the same files.
 
-    scripts/faiss.py make FOLDER ROWS [WIDTH]           random embeddings: FOLDER/queries.npy, FOLDER/documents.npy
+    scripts/search_faiss.py make FOLDER ROWS [WIDTH]           random embeddings: FOLDER/queries.npy, FOLDER/documents.npy
     cargo bench --workspace --bench search -- FOLDER/queries.npy FOLDER/documents.npy 60 FOLDER/found.bin
-    scripts/faiss.py search FOLDER [K]                  time, peak memory, and how many documents both found
+    scripts/search_faiss.py search FOLDER [K]                  time, peak memory, and how many documents both found
 
 Needs faiss-cpu and numpy. Documents lie around 1000 centres, queries near documents, as embeddings of texts do.
 """

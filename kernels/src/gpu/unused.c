@@ -1,0 +1,30 @@
+// Stands for candle's kernels for quantised weights and for mixtures of experts, which nothing here calls: they are most of what
+// candle compiles, and would be most of a program. scripts/cuda.sh leaves them out of the build too.
+#include <stdio.h>
+#include <stdlib.h>
+
+#define UNUSED(name)                                                                    \
+    __attribute__((visibility("hidden"))) void name(void) {                             \
+        fputs("candle's kernel " #name " is not part of this program\n", stderr);       \
+        abort();                                                                        \
+    }
+#define EACH_TYPE(of, before, after)                                                    \
+    of(before, q4_0, after) of(before, q4_1, after) of(before, q5_0, after)             \
+    of(before, q5_1, after) of(before, q8_0, after) of(before, q2_k, after)             \
+    of(before, q3_k, after) of(before, q4_k, after) of(before, q5_k, after)             \
+    of(before, q6_k, after)
+#define JOINED(before, type, after) UNUSED(before##type##after)
+
+UNUSED(moe_gemm_wmma)
+UNUSED(moe_gemm_gguf)
+UNUSED(moe_gemm_gguf_prefill)
+EACH_TYPE(JOINED, launch_mmvq_gguf_, _bf16_plain)
+EACH_TYPE(JOINED, launch_mmvq_gguf_, _f16_plain)
+EACH_TYPE(JOINED, launch_mmvq_gguf_, _f32_plain)
+EACH_TYPE(JOINED, launch_mmq_gguf_, )
+UNUSED(launch_mmvq_gguf_quantize_q8_1_bf16)
+UNUSED(launch_mmvq_gguf_quantize_q8_1_f16)
+UNUSED(launch_mmvq_gguf_quantize_q8_1_f32)
+UNUSED(launch_mmq_quantize_q8_1_D4)
+UNUSED(launch_mmq_quantize_q8_1_DS4)
+UNUSED(launch_mmq_quantize_q8_1_D2S6)

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Questions with the passages that answer them, of the sets that are not in BEIR's form.
+
+    qa.py squad         --source rajpurkar/squad | train-v1.1.json     question → title and paragraph
+    qa.py nq            --source sentence-transformers/natural-questions:pair
+    qa.py triviaqa      --source sentence-transformers/trivia-qa-triplet:triplet
+    qa.py stackexchange --source superuser.com.jsonl.gz math.stackexchange.com.jsonl.gz …
+    qa.py scirep        --source allenai/scirepeval:search
+
+Written are query, positive and, where the set has them, negatives. A question that comes several times becomes one row with all
+its passages. Of SciRepEval's searches the clicked papers are positives, those shown and not clicked negatives.
+"""
+
+from source import Writer, column, joined, parser, rows, squeezed
+
+QUESTION = ["query", "question", "anchor", "title_body"]
+PASSAGE = ["positive", "answer", "upvoted_answer", "passage"]
+
+
+def squad(row, _):
+    title = row.get("title", "").replace("_", " ")
+    return row["question"], [joined(title, row["context"])], []
+
+
+def pair(row, source):
+    negative = row.get("negative")
+    return column(row, QUESTION, source), [column(row, PASSAGE, source)], [negative] if negative else []
+
+
+def searched(row, _):
+    papers = sorted(row["candidates"], key=lambda paper: -paper["score"])
+    texts = [(joined(paper.get("title"), paper.get("abstract")), paper["score"] > 0) for paper in papers]
+    return row["query"], [text for text, clicked in texts if clicked], [text for text, clicked in texts if not clicked]
+
+
+READ = {"squad": squad, "nq": pair, "triviaqa": pair, "stackexchange": pair, "scirep": searched}
+
+
+def main():
+    cli = parser(__doc__)
+    cli.add_argument("set", choices=READ)
+    cli.add_argument("--source", nargs="+", required=True)
+    cli.add_argument("--negatives", type=int, default=20, help="of a question, at most")
+    args = cli.parse_args()
+
+    # A dict keeps the order and gives each text once.
+    questions = {}
+    for source in args.source:
+        for row in rows(source):
+            query, positives, negatives = READ[args.set](row, source)
+            if not isinstance(query, str):
+                continue  # SciRepEval has searches that are papers, of other tasks
+            known = questions.setdefault(squeezed(query), ({}, {}))
+            for texts, found in zip(known, (positives, negatives)):
+                texts.update((squeezed(text), None) for text in found)
+
+    pairs = Writer(args.output, args.without)
+    for query, (positives, negatives) in questions.items():
+        row = {"query": query, "positive": list(positives)}
+        if negatives := [text for text in negatives if text not in positives][: args.negatives]:
+            row["negatives"] = negatives
+        pairs.row(**row)
+    pairs.done()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+//! The page that a run leaves behind, in a browser; and two models side by side.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+use tests::{golden, golden_json, metrics, program, stderr, write_config};
+
+/// Ten steps on the golden rows with hostile names and texts, evaluated before and after.
+fn run(place: &Path, name: &str, rate: f64) -> PathBuf {
+    let model = golden("bert");
+    let rows = place.join("rows.jsonl");
+    let text = fs::read_to_string(model.join("rows.jsonl")).unwrap();
+    // The first query would end the script that holds it, if nothing was done about it.
+    let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    lines[0]["query"] = json!(format!("{HOSTILE} {}", lines[0]["query"].as_str().unwrap()));
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    fs::write(&rows, text).unwrap();
+    let folder = place.join(name);
+    fs::create_dir(&folder).unwrap();
+    let mut config = tests::config(&model, &rows, &folder.join("out"));
+    config["name"] = json!(format!("{name} {HOSTILE}"));
+    let set = |name: &str, from: u64| json!({"name": name, "path": rows, "samples": from});
+    // Rows that stand in both sets meet in a batch.
+    config["data"] =
+        json!({"train": [set("one", 30), set("two", 20)], "negatives": 1, "no_duplicates": false});
+    config["loss"]["mask_known_positives"] = json!(true);
+    config["training"]["batch_size"] = json!(20);
+    config["training"]["epochs"] = json!(4);
+    config["training"]["max_steps"] = json!(10);
+    config["training"]["learning_rate"] = json!(rate);
+    config["evaluation"] = json!({"every": 4, "sets": [
+        {"name": "NanoRows", "path": rows, "kind": "retrieval"},
+        {"name": "triplets", "path": rows, "kind": "triplet"},
+    ]});
+    config["logging"]["tensorboard"] = json!(true);
+    let output = program("trainer").arg("train").arg(write_config(&folder, &config)).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    folder.join("out")
+}
+
+const HOSTILE: &str = "</script><script>document.title='taken'</script><b>&amp;";
+
+/// A browser that shows pages without a screen, if there is one.
+fn browser() -> Option<String> {
+    let names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
+    let own = std::env::var("LODESTONE_BROWSER").ok();
+    let found = own.into_iter().chain(names.map(str::to_owned));
+    found
+        .into_iter()
+        .find(|name| Command::new(name).arg("--version").output().is_ok_and(|out| out.status.success()))
+}
+
+/// What a page has become once its scripts have run, and what they said on the console.
+fn opened(browser: &str, page: &Path, profile: &Path) -> (String, String) {
+    let output = Command::new(browser)
+        .args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--enable-logging=stderr",
+        ])
+        .args(["--v=0", "--window-size=1200,900", "--virtual-time-budget=3000"])
+        .arg(format!("--user-data-dir={}", profile.display()))
+        .arg("--dump-dom")
+        .arg(format!("file://{}", page.display()))
+        .output()
+        .unwrap();
+    let console = stderr(&output);
+    let console: Vec<&str> = console.lines().filter(|line| line.contains("CONSOLE")).collect();
+    (String::from_utf8(output.stdout).unwrap(), console.join("\n"))
+}
+
+#[test]
+fn a_run_tells_what_it_did_and_a_browser_shows_it() {
+    let place = tempfile::tempdir().unwrap();
+    let first = run(place.path(), "first", 1e-3);
+    let page = first.join("report.html");
+    let text = fs::read_to_string(&page).unwrap();
+    // Nothing is fetched from anywhere, and no text of the run is markup.
+    assert!(!text.contains("src=") && !text.contains("<link") && !text.contains("url("));
+    assert!(!text.contains(HOSTILE) && text.contains("\\u003c/script>"));
+
+    let steps: Vec<Value> = metrics(&first).into_iter().filter(|line| line.get("loss").is_some()).collect();
+    assert_eq!(steps.len(), 10);
+    for step in &steps {
+        let of = |name: &str| step["losses"][name].as_f64().unwrap_or(0.0);
+        let shares: f64 =
+            step["losses"].as_object().unwrap().values().map(|loss| loss.as_f64().unwrap()).sum();
+        assert!(shares > 0.0 && of("one") + of("two") == shares, "{step}");
+        assert!((0.0..1.0).contains(&step["masked"].as_f64().unwrap()));
+    }
+    assert!(steps.iter().any(|step| step["masked"].as_f64().unwrap() > 0.0));
+    let samples: Value = serde_json::from_slice(&fs::read(first.join("samples.json")).unwrap()).unwrap();
+    let kept: Vec<_> = samples.as_array().unwrap().iter().map(|one| one["step"].as_u64().unwrap()).collect();
+    assert_eq!((kept[0], kept.last().copied()), (0, Some(10)));
+
+    let Some(browser) = browser() else {
+        println!("skipped: the report in a browser (no chromium; LODESTONE_BROWSER names one)");
+        return;
+    };
+    let profile = place.path().join("profile");
+    let (dom, console) = opened(&browser, &page, &profile);
+    assert_eq!(console, "", "the console is empty");
+    assert!(dom.contains("<title>first &lt;/script&gt;"), "the name is text");
+    for title in [
+        ">Loss<",
+        ">Loss of each data set<",
+        ">Gradient norm, before clipping<",
+        ">Learning rate<",
+        ">Tokens per second<",
+        ">Share of candidates masked as known positives<",
+        ">cosine_ndcg@10<",
+        ">max_accuracy<",
+        ">cosine_map@100<",
+    ] {
+        assert!(dom.contains(title), "no chart {title}");
+    }
+    // Every line has as many points as the run has steps or evaluations.
+    let points = |n: usize| {
+        dom.split(" d=\"M")
+            .skip(1)
+            .filter(|d| d.split('"').next().unwrap().matches('L').count() + 1 == n)
+            .count()
+    };
+    assert!(points(10) >= 5, "{} lines of ten steps", points(10));
+    // After steps 0, 4, 8 and 10: 15 metrics of a set and of the Nano mean, 5 of triplets.
+    assert_eq!(points(4), 35);
+    assert!(dom.contains("NanoBEIR_<wbr>mean_<wbr>cosine_<wbr>ndcg@10"));
+    assert!(dom.contains("class=\"relevant\""), "rankings are shown");
+    let shown = dom.split("<script").next().unwrap();
+    assert!(shown.contains("after step 10") && !shown.contains("NaN") && !shown.contains("undefined"));
+
+    // Two runs in one page, in the first's folder; a line that was cut off and numbers that are none do not matter.
+    let second = run(place.path(), "second", 1e-2);
+    let lines = fs::read_to_string(second.join("metrics.jsonl")).unwrap();
+    let mut lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    lines[3]["loss"] = Value::Null;
+    let torn: String = lines.iter().map(|line| format!("{line}\n")).collect::<String>() + "{\"step\":11,\"lo";
+    fs::write(second.join("metrics.jsonl"), torn).unwrap();
+    let output = program("trainer").arg("report").arg(&first).arg(&second).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), page.to_str().unwrap());
+    let (dom, console) = opened(&browser, &page, &profile);
+    assert_eq!(console, "");
+    assert!(dom.contains("second &lt;/script&gt;"));
+    let pens = dom.matches(" d=\"M").count();
+    let broken =
+        dom.split(" d=\"").skip(1).filter(|d| d.split('"').next().unwrap().matches('M').count() == 2).count();
+    assert!(pens > 70 && broken == 1, "{pens} lines, {broken} with a gap");
+}
+
+#[test]
+fn what_is_no_run_has_no_report() {
+    let place = tempfile::tempdir().unwrap();
+    let report = || program("trainer").arg("report").arg(place.path()).output().unwrap();
+    for (text, expected) in [
+        (None, "has no metrics.jsonl"),
+        (Some(""), "tells of no step"),
+        (Some("{\"st"), "tells of no step"),
+        (Some("nonsense\n{\"step\":1}\n"), "metrics.jsonl:1:"),
+    ] {
+        if let Some(text) = text {
+            fs::write(place.path().join("metrics.jsonl"), text).unwrap();
+        }
+        let output = report();
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        assert!(stderr(&output).contains(expected), "{}", stderr(&output));
+        assert!(!place.path().join("report.html").exists());
+    }
+    // Nothing but steps is enough.
+    fs::write(place.path().join("metrics.jsonl"), "{\"step\":1,\"loss\":null}\n").unwrap();
+    assert!(report().status.success());
+    assert!(place.path().join("report.html").exists());
+}
+
+#[test]
+fn two_models_are_compared_on_the_same_sets() {
+    let place = tempfile::tempdir().unwrap();
+    let tuned = run(place.path(), "tuned", 1e-2).join("model");
+    let compare = |tuned: &Path, kind: &str| {
+        let mut command = program("trainer");
+        command.arg("compare").arg("--base").arg(golden("bert")).arg("--tuned").arg(tuned);
+        command.arg("--set").arg(golden("bert").join("rows.jsonl")).args([
+            "--kind",
+            kind,
+            "--resamples",
+            "2000",
+        ]);
+        let output = command.arg("--output").arg(place.path()).arg("--quiet").output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(stderr(&output), "");
+        let json: Value =
+            serde_json::from_slice(&fs::read(place.path().join("compare.json")).unwrap()).unwrap();
+        (json, String::from_utf8(output.stdout).unwrap())
+    };
+    for (kind, count) in [("retrieval", 15), ("triplet", 5)] {
+        let (json, table) = compare(&tuned, kind);
+        let expected = &golden_json("", "metrics.json")["folder"][kind];
+        assert_eq!(json["sets"]["rows"], 40);
+        let lines = json["metrics"].as_object().unwrap();
+        assert_eq!(lines.len(), count);
+        for (name, line) in lines {
+            let number = |key: &str| line[key].as_f64().unwrap();
+            assert!((number("base") - expected[name].as_f64().unwrap()).abs() < 1e-6, "{name}");
+            assert!((number("delta") - (number("tuned") - number("base"))).abs() < 1e-12);
+            assert!(number("low") <= number("high"));
+            let shown =
+                format!("  {:6.4}  {:6.4}  {:+7.4}  [", number("base"), number("tuned"), number("delta"));
+            let row =
+                table.lines().find(|row| row.split(' ').next() == Some(&name["rows_".len()..])).unwrap();
+            assert!(row.contains(&shown), "{row} {shown}");
+        }
+        assert!(lines.values().any(|line| line["low"].as_f64() < line["high"].as_f64()));
+    }
+    // A model has no difference to itself.
+    let (json, table) = compare(&golden("bert"), "retrieval");
+    assert!(
+        json["metrics"].as_object().unwrap().values().all(|line| line["low"] == 0.0 && line["high"] == 0.0)
+    );
+    assert!(table.contains("[+0.0000, +0.0000]"), "{table}");
+
+    let output = program("trainer")
+        .args(["compare", "--base", "/no/such/model", "--tuned", "/no/such/model"])
+        .arg("--set")
+        .arg(golden("bert").join("rows.jsonl"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("/no/such/model"), "{}", stderr(&output));
+}

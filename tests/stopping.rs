@@ -1,0 +1,91 @@
+//! Evaluation while a run trains: before the first step, in between, after the last; the best is kept, and nothing better to come
+//! ends the run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use tests::{golden, metrics, program, stderr, write_config};
+use trainer::config::{EvaluationSet, SetKind};
+use trainer::embed::Opened;
+use trainer::eval::EvalSet;
+use trainer::model::Options;
+
+const METRIC: &str = "rows_cosine_accuracy@10";
+
+/// A run that learns its forty rows by heart: a metric that has reached its end gets no better.
+fn run(place: &Path, ranks: u32) -> PathBuf {
+    let rows = golden("bert").join("rows.jsonl");
+    let folder = place.join(format!("{ranks}"));
+    fs::create_dir(&folder).unwrap();
+    let mut config = tests::config(&golden("bert"), &rows, &folder.join("out"));
+    config["training"]["epochs"] = json!(100);
+    config["training"]["batch_size"] = json!(10);
+    config["training"]["schedule"] = json!("constant");
+    config["evaluation"] = json!({"every": 5, "metric": "cosine_accuracy@10", "patience": 3, "sets": [{"name": "rows", "path": rows}]});
+    config["checkpoint"] = json!({"every": 1000, "keep": 1});
+    let config = write_config(&folder, &config);
+    let output = match ranks {
+        1 => program("trainer").arg("train").arg(config).output().unwrap(),
+        _ => program("launch").args(["--cpus", &ranks.to_string()]).arg(config).output().unwrap(),
+    };
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("stopped early"), "{}", stderr(&output));
+    folder.join("out")
+}
+
+/// Steps with the deciding metric.
+fn evaluations(output: &Path) -> Vec<(u64, f64)> {
+    let lines = metrics(output).into_iter();
+    lines.filter_map(|line| Some((line["step"].as_u64()?, line["eval"][METRIC].as_f64()?))).collect()
+}
+
+#[test]
+fn a_run_without_a_better_evaluation_ends_with_its_best() {
+    let place = tempfile::tempdir().unwrap();
+    let output = run(place.path(), 1);
+    let found = evaluations(&output);
+    let steps: Vec<u64> = found.iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, (0..steps.len() as u64).map(|n| 5 * n).collect::<Vec<_>>());
+    let most = found.iter().map(|(_, value)| *value).fold(0.0, f64::max);
+    let (best, value) = *found.iter().find(|(_, value)| *value == most).unwrap();
+    assert!(best > 0 && value > found[0].1, "{found:?}");
+    // Three evaluations later, and long before the epochs are over.
+    assert_eq!(*steps.last().unwrap(), best + 15);
+    assert!(best + 15 < 400, "{found:?}");
+
+    // The best is kept although one checkpoint is, and the model is that one.
+    let kept = fs::read(output.join("best/parameters.safetensors")).unwrap();
+    let named = output.join(format!("checkpoints/step-{best:06}/parameters.safetensors"));
+    assert_eq!(kept, fs::read(named).unwrap());
+    let model = output.join("model");
+    let opened = Opened::open(model.to_str().unwrap(), &Options::default()).unwrap();
+    let set = EvaluationSet {
+        path: golden("bert").join("rows.jsonl"),
+        kind: SetKind::Retrieval,
+        ..Default::default()
+    };
+    let mut embedder = opened.embedder();
+    embedder.limit(Some(24)).unwrap();
+    let scores = EvalSet::open(&set).unwrap().evaluate(&embedder).unwrap().scores;
+    assert_eq!(scores.get(METRIC), Some(value));
+
+    // Its card tells of that step, and of the model before.
+    let card = fs::read_to_string(model.join("README.md")).unwrap();
+    let at = |step: u64| -> Value {
+        let mut lines = metrics(&output).into_iter();
+        lines.find(|line| line["step"] == step && line.get("eval").is_some()).unwrap()["eval"].take()
+    };
+    let (base, tuned) = (at(0), at(best));
+    let ndcg = "rows_cosine_ndcg@10";
+    let (base, tuned) = (base[ndcg].as_f64().unwrap(), tuned[ndcg].as_f64().unwrap());
+    let row = format!("| {ndcg} | {base:.4} | {tuned:.4} | {:+.4} |", tuned - base);
+    assert!(
+        card.contains(&row) && card.contains(&format!("- steps: {best} of 10 rows")),
+        "{row} is not in {card}"
+    );
+
+    // Two ranks share the evaluations, and decide alike.
+    let shared = evaluations(&run(place.path(), 2));
+    assert_eq!(shared, found);
+}

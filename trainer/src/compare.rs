@@ -1,0 +1,142 @@
+//! Two models on the same sets: base, tuned, their difference Δ and how sure it is.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::eval::{self, Bootstrap, CONFIDENCE, EvalSet, Measured, Scores, nano};
+use crate::progress::Progress;
+use crate::{Error, Result};
+
+/// A metric of two models.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Line {
+    /// Of the model before.
+    pub base: f64,
+    /// Of the model after.
+    pub tuned: f64,
+    /// tuned − base.
+    pub delta: f64,
+    /// The interval's lower end.
+    pub low: f64,
+    /// Its upper end.
+    pub high: f64,
+}
+
+/// What was compared, set by set.
+#[derive(Clone, Debug)]
+pub struct Comparison {
+    sets: Vec<Compared>,
+}
+
+#[derive(Clone, Debug)]
+struct Compared {
+    /// `scifact, 300 queries`
+    title: String,
+    name: String,
+    count: usize,
+    /// Metrics by their names, which begin with the set's.
+    lines: Vec<(String, Line)>,
+}
+
+impl Comparison {
+    /// Compares what two models do on `sets`. Nano sets are also compared in their mean.
+    pub fn new(sets: &[EvalSet], base: &[Measured], tuned: &[Measured], bootstrap: Bootstrap) -> Self {
+        let mut progress = Progress::new("resamples", (bootstrap.resamples * sets.len()) as u64, 0);
+        let mut compared = Vec::new();
+        // Of the Nano sets: the sum of the differences in each draw.
+        let mut together: Vec<Vec<f64>> = Vec::new();
+        for (number, ((set, base), tuned)) in sets.iter().zip(base).zip(tuned).enumerate() {
+            let drawn =
+                bootstrap.differences(number, &base.items, &tuned.items, |done| progress.advance(done));
+            if nano::is_nano(set) {
+                match together.is_empty() {
+                    true => together.clone_from(&drawn),
+                    false => together
+                        .iter_mut()
+                        .flatten()
+                        .zip(drawn.iter().flatten())
+                        .for_each(|(sum, difference)| *sum += difference),
+                }
+            }
+            compared.push(Compared {
+                title: format!("{}, {} {}", set.name(), base.items.count(), set.items_are()),
+                name: set.name().to_owned(),
+                count: base.items.count(),
+                lines: lines(&base.scores, &tuned.scores, &drawn),
+            });
+        }
+        let mean = |of: &[Measured]| nano::mean(sets.iter().zip(of.iter().map(|measured| &measured.scores)));
+        let (base, tuned) = (mean(base), mean(tuned));
+        if !base.is_empty() {
+            let count = sets.iter().filter(|set| nano::is_nano(set)).count();
+            together.iter_mut().flatten().for_each(|sum| *sum /= count as f64);
+            let name = nano::NAME.to_owned();
+            let lines = lines(&base, &tuned, &together);
+            compared.push(Compared { title: format!("{name}, {count} sets"), name, count, lines });
+        }
+        Self { sets: compared }
+    }
+
+    /// Writes compare.json in `folder`.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn write(&self, folder: &Path, base: &str, tuned: &str, bootstrap: Bootstrap) -> Result<()> {
+        let sets: Map<String, Value> =
+            self.sets.iter().map(|set| (set.name.clone(), set.count.into())).collect();
+        let metrics: Map<String, Value> =
+            self.lines().map(|(name, line)| (name.to_owned(), json!(line))).collect();
+        let all = json!({
+            "base": base,
+            "tuned": tuned,
+            "confidence": CONFIDENCE,
+            "resamples": bootstrap.resamples,
+            "seed": bootstrap.seed,
+            "sets": sets,
+            "metrics": metrics,
+        });
+        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        let path = folder.join("compare.json");
+        fs::write(&path, format!("{all:#}\n")).map_err(Error::io("write", path))
+    }
+
+    /// All metrics by name.
+    pub fn lines(&self) -> impl Iterator<Item = (&str, Line)> {
+        self.sets.iter().flat_map(|set| &set.lines).map(|(name, line)| (name.as_str(), *line))
+    }
+}
+
+fn lines(base: &Scores, tuned: &Scores, drawn: &[Vec<f64>]) -> Vec<(String, Line)> {
+    let line = |((name, base), differences): ((&str, f64), &Vec<f64>)| {
+        let tuned = tuned.get(name).unwrap_or(f64::NAN);
+        let (low, high) = eval::interval(differences);
+        (name.to_owned(), Line { base, tuned, delta: tuned - base, low, high })
+    };
+    base.iter().zip(drawn).map(line).collect()
+}
+
+/// A table for each set.
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let metric = |set: &Compared, name: &str| name[set.name.len() + 1..].to_owned();
+        for (number, set) in self.sets.iter().enumerate() {
+            let longest = set.lines.iter().map(|(name, _)| metric(set, name).len()).max().unwrap_or(0);
+            let width = longest.max(set.title.chars().count());
+            let interval = format!("{:.0} % interval", CONFIDENCE * 100.0);
+            let between = if number > 0 { "\n" } else { "" };
+            writeln!(f, "{between}{:width$}    base   tuned        Δ  {interval:>18}", set.title)?;
+            for (name, Line { base, tuned, delta, low, high }) in &set.lines {
+                let name = metric(set, name);
+                writeln!(
+                    f,
+                    "{name:width$}  {base:6.4}  {tuned:6.4}  {delta:+7.4}  [{low:+7.4}, {high:+7.4}]"
+                )?;
+            }
+        }
+        Ok(())
+    }
+}

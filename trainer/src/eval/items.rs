@@ -1,0 +1,189 @@
+//! What single queries, triplets and pairs add to a set's metrics: enough to compute these for any resample of them.
+
+/// The metrics of a set as a function of its items.
+#[derive(Clone, Debug)]
+pub struct Items {
+    names: Vec<String>,
+    count: usize,
+    values: Values,
+}
+
+#[derive(Clone, Debug)]
+enum Values {
+    /// (items, metrics): every metric is the mean of its column.
+    Means(Vec<f64>),
+    /// (items, metrics − 1): the same, and the last metric is the largest of the others.
+    Largest(Vec<f64>),
+    /// Pearson's and Spearman's correlation of two columns.
+    Correlations([Column; 2]),
+}
+
+/// Numbers, and their indices in ascending order.
+#[derive(Clone, Debug)]
+struct Column {
+    values: Vec<f64>,
+    order: Vec<u32>,
+}
+
+impl Items {
+    /// `values` (items, names): metrics that are means over the items.
+    pub(super) fn means(names: Vec<String>, values: Vec<f64>) -> Self {
+        let count = values.len() / names.len();
+        Self { names, count, values: Values::Means(values) }
+    }
+
+    /// As [`means`](Self::means), with one name more: the largest of these metrics.
+    pub(super) fn with_largest(names: Vec<String>, values: Vec<f64>) -> Self {
+        let count = values.len() / (names.len() - 1);
+        Self { names, count, values: Values::Largest(values) }
+    }
+
+    /// Pearson's correlation of `expected` and `found`, then Spearman's.
+    pub(super) fn correlations(names: [String; 2], expected: Vec<f64>, found: Vec<f64>) -> Self {
+        let count = found.len();
+        let values = Values::Correlations([Column::new(expected), Column::new(found)]);
+        Self { names: names.into(), count, values }
+    }
+
+    /// How many queries, triplets or pairs there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// What the metrics are called, without the set.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The metrics in order, item i being there `counts[i]` times.
+    pub fn metrics(&self, counts: &[u32]) -> Vec<f64> {
+        match &self.values {
+            Values::Means(values) => means(values, counts),
+            Values::Largest(values) => {
+                let mut metrics = means(values, counts);
+                metrics.push(metrics.iter().copied().fold(0.0, f64::max));
+                metrics
+            }
+            Values::Correlations([x, y]) => {
+                vec![
+                    pearson(&x.values, &y.values, counts),
+                    pearson(&x.ranks(counts), &y.ranks(counts), counts),
+                ]
+            }
+        }
+    }
+
+    /// The metrics by name.
+    pub(super) fn scores(&self) -> Vec<(String, f64)> {
+        self.names.iter().cloned().zip(self.metrics(&vec![1; self.count])).collect()
+    }
+}
+
+/// Column means of `values` (items, metrics).
+fn means(values: &[f64], counts: &[u32]) -> Vec<f64> {
+    let mut sums = vec![0.0; values.len() / counts.len()];
+    for (row, &count) in values.chunks_exact(sums.len()).zip(counts).filter(|(_, count)| **count > 0) {
+        sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(count) * value);
+    }
+    let all = total(counts);
+    sums.iter().map(|sum| sum / all).collect()
+}
+
+fn total(counts: &[u32]) -> f64 {
+    counts.iter().map(|&count| f64::from(count)).sum()
+}
+
+/// Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²); not a number where either is constant.
+fn pearson(x: &[f64], y: &[f64], counts: &[u32]) -> f64 {
+    let all = total(counts);
+    let mean = |x: &[f64]| x.iter().zip(counts).map(|(x, &count)| f64::from(count) * x).sum::<f64>() / all;
+    let (mx, my) = (mean(x), mean(y));
+    let (mut xx, mut yy, mut xy) = (0.0, 0.0, 0.0);
+    for ((x, y), &count) in x.iter().zip(y).zip(counts) {
+        let (dx, dy, count) = (x - mx, y - my, f64::from(count));
+        xx += count * dx * dx;
+        yy += count * dy * dy;
+        xy += count * dx * dy;
+    }
+    xy / (xx * yy).sqrt()
+}
+
+impl Column {
+    fn new(values: Vec<f64>) -> Self {
+        let mut order: Vec<u32> = (0..values.len() as u32).collect();
+        order.sort_by(|&a, &b| values[a as usize].total_cmp(&values[b as usize]));
+        Self { values, order }
+    }
+
+    /// The place of each value among all, from 1, each there as often as `counts` says; equal values share the mean of their
+    /// places. Among values that are no numbers nothing has a place.
+    fn ranks(&self, counts: &[u32]) -> Vec<f64> {
+        let value = |index: u32| self.values[index as usize];
+        if self.values.iter().any(|value| value.is_nan()) {
+            return vec![f64::NAN; self.values.len()];
+        }
+        let mut ranks = vec![0.0; self.values.len()];
+        let mut before = 0.0;
+        for equal in self.order.chunk_by(|&a, &b| value(a) == value(b)) {
+            let many: f64 = equal.iter().map(|&index| f64::from(counts[index as usize])).sum();
+            let rank = before + (many + 1.0) / 2.0;
+            equal.iter().for_each(|&index| ranks[index as usize] = rank);
+            before += many;
+        }
+        ranks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names<const N: usize>(names: [&str; N]) -> [String; N] {
+        names.map(str::to_owned)
+    }
+
+    #[test]
+    fn equal_values_share_their_mean_rank() {
+        let ranks = |values: &[f64], counts: &[u32]| Column::new(values.to_vec()).ranks(counts);
+        assert_eq!(ranks(&[3.0, 1.0, 3.0, 2.0, 3.0], &[1; 5]), [4.0, 1.0, 4.0, 2.0, 4.0]);
+        // Twice the same item is a tie with itself: 1, 3, 3.
+        assert_eq!(ranks(&[3.0, 1.0], &[2, 1]), [2.5, 1.0]);
+        assert!(ranks(&[], &[]).is_empty());
+        assert!(ranks(&[1.0, f64::NAN], &[1, 1]).iter().all(|rank| rank.is_nan()));
+    }
+
+    #[test]
+    fn a_constant_has_no_correlation() {
+        assert!(pearson(&[1.0, 2.0], &[5.0, 5.0], &[1, 1]).is_nan());
+        assert!((pearson(&[1.0, 2.0, 3.0], &[-2.0, -4.0, -6.0], &[1; 3]) + 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn counting_an_item_twice_is_writing_it_twice() {
+        let counts = [2, 0, 1, 3, 1];
+        let repeat = |values: &[f64], width: usize| -> Vec<f64> {
+            values.chunks(width).zip(counts).flat_map(|(row, count)| row.repeat(count as usize)).collect()
+        };
+        let (x, y) = ([1.0, 9.0, 2.0, 2.0, 5.0], [0.3, 0.1, 0.2, 0.4, 0.2]);
+        let wide = [0.0, 1.0, 0.5, 1.0, 1.0, 0.25, 0.0, 0.0, 1.0, 0.5];
+        let both = |values: &[f64], make: &dyn Fn(Vec<f64>, Vec<f64>) -> Items, width| {
+            let counted = make(values.to_vec(), y.to_vec()).metrics(&counts);
+            let written = make(repeat(values, width), repeat(&y, 1)).metrics(&[1; 7]);
+            for (one, other) in counted.iter().zip(&written) {
+                assert!((one - other).abs() < 1e-12, "{counted:?} {written:?}");
+            }
+            assert_eq!(counted.len(), written.len());
+        };
+        both(&x, &|x, y| Items::correlations(names(["p", "s"]), x, y), 1);
+        both(&wide, &|values, _| Items::means(names(["a", "b"]).into(), values), 2);
+        both(&wide, &|values, _| Items::with_largest(names(["a", "b", "max"]).into(), values), 2);
+    }
+
+    #[test]
+    fn the_largest_is_that_of_the_means() {
+        let items = Items::with_largest(names(["a", "b", "max"]).into(), vec![1.0, 0.0, 0.0, 1.0, 0.0, 1.0]);
+        assert_eq!(items.count(), 3);
+        assert_eq!(items.metrics(&[1, 1, 1]), [1.0 / 3.0, 2.0 / 3.0, 2.0 / 3.0]);
+        assert_eq!(items.metrics(&[3, 0, 0]), [1.0, 0.0, 1.0]);
+    }
+}

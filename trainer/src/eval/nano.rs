@@ -1,0 +1,115 @@
+//! The mean over Nano sets, small samples of BEIR's, as sentence-transformers 6 in its `NanoBEIREvaluator`.
+//!
+//! Sets of kind retrieval whose names begin with `Nano` (NanoSciFact, NanoNQ, …) belong to it. The mean over them of every
+//! metric is called `NanoBEIR_mean_…`.
+
+use std::path::Path;
+
+use super::{EvalSet, Scores, Task, append_row, retrieval};
+use crate::Result;
+
+/// The first part of the means' names.
+pub const NAME: &str = "NanoBEIR_mean";
+
+/// Whether a metric is a mean over sets, not a set's own.
+pub fn is_mean(metric: &str) -> bool {
+    metric.starts_with(NAME)
+}
+
+/// The means over the Nano sets among `sets`, each of which comes with its own scores; none without Nano sets.
+pub fn mean<'a>(sets: impl IntoIterator<Item = (&'a EvalSet, &'a Scores)>) -> Scores {
+    let nano: Vec<_> = sets.into_iter().filter(|(set, _)| is_nano(set)).collect();
+    let columns = nano.first().map(|(set, scores)| {
+        scores.iter().filter_map(|(name, _)| name.strip_prefix(&format!("{}_", set.name))).collect::<Vec<_>>()
+    });
+    let of = |metric: &str| {
+        let values = nano
+            .iter()
+            .map(|(set, scores)| scores.get(&format!("{}_{metric}", set.name)).unwrap_or(f64::NAN));
+        (format!("{NAME}_{metric}"), values.sum::<f64>() / nano.len() as f64)
+    };
+    columns.unwrap_or_default().into_iter().map(of).collect()
+}
+
+/// Whether a set belongs to the mean.
+pub fn is_nano(set: &EvalSet) -> bool {
+    matches!(set.task, Task::Retrieval(_)) && set.name.starts_with("Nano")
+}
+
+/// Adds a row to `NanoBEIR_evaluation_mean_results.csv` in `folder`.
+pub fn append_csv(folder: &Path, means: &Scores) -> Result<()> {
+    append_row(&folder.join("NanoBEIR_evaluation_mean_results.csv"), NAME, &retrieval::columns(), means)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+    use crate::embed::Role;
+    use crate::eval::golden;
+    use crate::eval::pairwise::Triplets;
+
+    fn named(name: &str, task: Task) -> EvalSet {
+        EvalSet { name: name.to_owned(), task }
+    }
+
+    /// The golden collections of retrieval, and what is found in them.
+    fn measured() -> Vec<(EvalSet, Scores)> {
+        let golden = golden::read();
+        let names: Vec<String> = serde_json::from_value(golden["nano"]["sets"].clone()).unwrap();
+        let of = |(collection, name): (&serde_json::Value, &String)| {
+            let (set, queries, documents) = golden::retrieval(collection);
+            let found = set.evaluate(|texts, role| {
+                let rows = if role == Role::Query { &queries } else { &documents };
+                let picked: Vec<f32> =
+                    texts.iter().flat_map(|text| rows[text.parse::<usize>().unwrap()].clone()).collect();
+                Ok(Tensor::from_vec(picked, (texts.len(), rows[0].len()), &Device::Cpu)?)
+            });
+            let scores = found.unwrap().items.scores();
+            let scores =
+                scores.into_iter().map(|(metric, score)| (format!("{name}_{metric}"), score)).collect();
+            (named(name, Task::Retrieval(set)), scores)
+        };
+        golden["retrieval"].as_array().unwrap().iter().zip(&names).map(of).collect()
+    }
+
+    #[test]
+    fn the_mean_is_that_of_sentence_transformers() {
+        let golden = &golden::read()["nano"];
+        let sets = measured();
+        let means = mean(sets.iter().map(|(set, scores)| (set, scores)));
+        let all: Vec<(&str, f64)> =
+            sets.iter().flat_map(|(_, scores)| scores.iter()).chain(means.iter()).collect();
+        let expected = golden["scores"].as_object().unwrap();
+        assert_eq!(
+            all.iter().map(|(name, _)| *name).collect::<Vec<_>>(),
+            expected.keys().collect::<Vec<_>>()
+        );
+        for (name, score) in all {
+            assert!((score - expected[name].as_f64().unwrap()).abs() < 1e-6, "{name}: {score}");
+        }
+        assert!(means.get(golden["primary"].as_str().unwrap()).is_some());
+
+        let folder = tempfile::tempdir().unwrap();
+        append_csv(folder.path(), &means).unwrap();
+        let csv = std::fs::read_to_string(folder.path().join(golden["csv_name"].as_str().unwrap())).unwrap();
+        let lines: Vec<_> = csv.lines().collect();
+        assert_eq!((lines.len(), lines[0]), (2, golden["csv_header"].as_str().unwrap()));
+        assert!(!lines[1].contains("nan"), "{csv}");
+    }
+
+    #[test]
+    fn only_retrieval_sets_with_a_nano_name_belong_to_it() {
+        let mut sets = measured();
+        let expected = mean(sets.iter().map(|(set, scores)| (set, scores)));
+        let other: Scores = [("NanoNli_cosine_accuracy".to_owned(), 1.0)].into_iter().collect();
+        sets.insert(0, (named("NanoNli", Task::Triplets(Triplets::default())), other));
+        let (retrieval, ..) = golden::retrieval(&golden::read()["retrieval"][1]);
+        let scores = [("nano_cosine_ndcg@10".to_owned(), 1.0)].into_iter().collect();
+        sets.push((named("nano", Task::Retrieval(retrieval)), scores));
+        assert_eq!(mean(sets.iter().map(|(set, scores)| (set, scores))), expected);
+        assert!(mean(sets[..1].iter().map(|(set, scores)| (set, scores))).is_empty());
+        assert!(is_mean("NanoBEIR_mean_cosine_ndcg@10") && !is_mean("NanoNQ_cosine_ndcg@10"));
+    }
+}

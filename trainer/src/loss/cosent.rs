@@ -1,0 +1,78 @@
+//! CoSENT for scored pairs (Huang et al. 2024), as sentence-transformers' CoSENTLoss: a pair with a higher score shall have a
+//! higher cosine than every pair with a lower one.
+//!
+//! ```text
+//! loss = log(1 + Σ exp(scale · (cosⱼ − cosᵢ)))    over all i, j with scoreᵢ > scoreⱼ
+//! ```
+//!
+//! There is one such number for all scored pairs of a batch. Each of them counts it as its own loss, so that it weighs as much
+//! as there are scored pairs among the rows, and a batch of nothing else has just that loss. Sorted by score the sum takes
+//! B log B operations.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::pairs::{Measure, Pairs};
+use crate::Result;
+use crate::data::batch::Table;
+
+/// The loss and its options.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CoSent {
+    /// What differences of cosines are multiplied by.
+    pub scale: f64,
+}
+
+impl CoSent {
+    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and what they add to `share` times the gradient (N, D).
+    pub(super) fn evaluate(
+        &self,
+        embeddings: &Tensor,
+        table: &Table,
+        rows: Range<usize>,
+        share: f64,
+    ) -> Result<(Vec<f32>, Tensor)> {
+        let count = table.queries.len();
+        // Every row competes with all others, whoever has them.
+        Pairs::own(table, 0..count).judge_all(embeddings, Measure::Cosine, |cosines| {
+            let (loss, changes) = self.of(cosines, &table.scores);
+            let mine = |row| if rows.contains(&row) { share * count as f64 } else { 0.0 };
+            let changes = changes.into_iter().enumerate().map(|(row, change)| mine(row) * change).collect();
+            (vec![loss as f32; rows.len()], changes)
+        })
+    }
+
+    /// The loss, and its derivative by each cosine.
+    fn of(&self, cosines: &[f64], scores: &[f32]) -> (f64, Vec<f64>) {
+        let mut order: Vec<usize> = (0..cosines.len()).collect();
+        order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+        let equal = || order.chunk_by(|&a, &b| scores[a] == scores[b]);
+        // log Σ exp(±scale · cos) over the pairs with a higher score, and over those with a lower one.
+        let (mut above, mut below) =
+            (vec![f64::NEG_INFINITY; cosines.len()], vec![f64::NEG_INFINITY; cosines.len()]);
+        let mut sum = f64::NEG_INFINITY;
+        for pairs in equal().rev() {
+            pairs.iter().for_each(|&pair| above[pair] = sum);
+            sum = pairs.iter().fold(sum, |sum, &pair| log_add(sum, -self.scale * cosines[pair]));
+        }
+        let mut sum = f64::NEG_INFINITY;
+        for pairs in equal() {
+            pairs.iter().for_each(|&pair| below[pair] = sum);
+            sum = pairs.iter().fold(sum, |sum, &pair| log_add(sum, self.scale * cosines[pair]));
+        }
+        let loss = (0..cosines.len())
+            .fold(0.0, |loss, pair| log_add(loss, self.scale * cosines[pair] + above[pair]));
+        let change = |pair: usize| {
+            let z = self.scale * cosines[pair];
+            self.scale * ((z + above[pair] - loss).exp() - (below[pair] - z - loss).exp())
+        };
+        (loss, (0..cosines.len()).map(change).collect())
+    }
+}
+
+/// log(exp(a) + exp(b)).
+fn log_add(a: f64, b: f64) -> f64 {
+    let (high, low) = if a > b { (a, b) } else { (b, a) };
+    if low == f64::NEG_INFINITY { high } else { high + (low - high).exp().ln_1p() }
+}

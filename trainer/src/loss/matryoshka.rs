@@ -1,0 +1,40 @@
+//! Matryoshka representation learning (Kusupati et al. 2022), as sentence-transformers' MatryoshkaLoss: the first numbers of an
+//! embedding shall be an embedding of their own.
+//!
+//! ```text
+//! loss = Σₖ wₖ · loss(e[:, ..dₖ] / ‖e[:, ..dₖ]‖)
+//! ```
+
+use candle_core::Tensor;
+
+use super::unit;
+use crate::Result;
+
+/// Around any loss.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Matryoshka {
+    /// dₖ and wₖ.
+    pub dims: Vec<(usize, f64)>,
+}
+
+impl Matryoshka {
+    /// embeddings (N, D) → the weighted sum of what `loss` has for each width, and of its gradients (N, D).
+    pub(super) fn evaluate(
+        &self,
+        embeddings: &Tensor,
+        loss: impl Fn(&Tensor) -> Result<(Vec<f32>, Tensor)>,
+    ) -> Result<(Vec<f32>, Tensor)> {
+        let (_, width) = embeddings.dims2()?;
+        let mut losses: Vec<f32> = Vec::new();
+        let mut d = embeddings.zeros_like()?;
+        for &(dim, weight) in &self.dims {
+            let (e, lengths) = unit::forward(&embeddings.narrow(1, 0, dim)?.contiguous()?)?; // (N, dim)
+            let (of_dim, de) = loss(&e)?;
+            losses.resize(of_dim.len(), 0.0);
+            losses.iter_mut().zip(of_dim).for_each(|(sum, loss)| *sum += weight as f32 * loss);
+            let de = (unit::backward(&de, &e, &lengths)? * weight)?;
+            d = (d + de.pad_with_zeros(1, 0, width - dim)?)?;
+        }
+        Ok((losses, d))
+    }
+}
