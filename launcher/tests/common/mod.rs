@@ -3,6 +3,9 @@
 #![allow(dead_code, reason = "each test binary uses some of it")]
 #![expect(clippy::unwrap_used, reason = "what fails here is a test that fails")]
 
+// With the feature `cuda`, candle's calls of NVIDIA's libraries are answered by the kernels, which come with the trainer.
+use trainer as _;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
