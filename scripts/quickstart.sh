@@ -11,6 +11,6 @@ cd "$(dirname "$0")/.."
 profile=${PROFILE:-release}
 built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
 
-cargo build --locked --profile "$profile" -p trainer -p launcher --example quickstart --bin launch
+cargo build --locked --profile "$profile" -p trainer -p launcher --example quickstart --bin trainer --bin launch
 "$built/examples/quickstart" --output data/quickstart
 "$built/launch" configs/quickstart.yaml "$@"

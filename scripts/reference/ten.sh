@@ -16,7 +16,7 @@ if ! [ -f "$output/train.jsonl" ]; then
     step "$python" "$here/ten.py" rows --data "$data" --output "$output"
 fi
 
-[ -d "$output/run/model" ] || step "$bin/launch" "$root/configs/minilm.yaml" output="$output/run" model.path="$model" \
+[ -d "$output/run/model" ] || step "$bin/launch" --resume "$root/configs/minilm.yaml" output="$output/run" model.path="$model" \
     model.dropout=0 model.max_query_length=$length model.max_document_length=$length \
     data.train="[{name: ten, path: $output/train.jsonl}]" data.negatives=1 data.no_duplicates=false \
     loss.temperature=$temperature loss.mask_known_positives=false training.learning_rate=$rate training.decay_all=true \
@@ -27,7 +27,9 @@ fi
 sets=("$data/ir-scifact" "$data/ir-cisi" "$data/ir-cranfield" "$output/xquad-en" "$output/xquad-de")
 for side in "$model" "$output/run/model" "$output/peer"; do
     [ "$side" = "$model" ] && name=before || name=$(basename "${side%/model}")
-    [ -f "$output/$name.scores" ] || step "$bin/trainer" evaluate --model "$side" --max-length $length --set "${sets[@]}" >"$output/$name.scores"
+    [ -f "$output/$name.scores" ] && continue
+    step "$bin/trainer" evaluate --model "$side" --max-length $length --set "${sets[@]}" >"$output/$name.part"
+    mv "$output/$name.part" "$output/$name.scores"
 done
 "$python" - "$output" <<'END'
 import json, sys

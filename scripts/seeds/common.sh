@@ -4,6 +4,7 @@
 #   MODEL=FOLDER     a small model; default: scripts/minilm.sh fetches all-MiniLM-L6-v2
 #   OUTPUT=FOLDER    where everything is written; default: runs/seeds/NAME
 #   BIN=FOLDER       where trainer and launch are; default: target/release
+#   PYTHON=…         default: python3
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

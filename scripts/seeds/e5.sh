@@ -7,7 +7,7 @@ source "$(dirname "$0")/common.sh"
 
 prepared e5
 [ -d "$output/qa" ] || step "$bin/trainer" split --input "$output/qa.csv" --output "$output/qa"
-step "$bin/launch" "$root/configs/e5-base.yaml" model.path="$model" output="$output/run" \
+step "$bin/launch" --resume "$root/configs/e5-base.yaml" model.path="$model" output="$output/run" \
     data.train.0.path="$output/qa/train.csv" evaluation.sets.0.path="$output/qa/validation.csv" evaluation.every=50 \
     model.max_query_length=64 model.max_document_length=128 training.epochs=1 data.train.0.samples=1500 "$@"
 step "$bin/trainer" compare --base "$model" --tuned "$output/run/model" --set "$output/qa/test.csv" \

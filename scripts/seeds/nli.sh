@@ -9,7 +9,7 @@ prepared nli
 [ -d "$output/nli" ] || step "$bin/trainer" split --input "$output/all.jsonl" --output "$output/nli"
 
 train() {
-    step "$bin/launch" "$root/configs/mpnet-nli.yaml" model.path="$model" output="$output/$1" name="$1" \
+    step "$bin/launch" --resume "$root/configs/mpnet-nli.yaml" model.path="$model" output="$output/$1" name="$1" \
         data.train.0.path="$output/nli/train.jsonl" data.train.0.samples=3000 evaluation.sets.0.path="$output/nli/validation.jsonl" \
         evaluation.every=100 training.epochs=1 "${@:2}"
     step "$bin/trainer" compare --base "$model" --tuned "$output/$1/model" --kind triplet --set "$output/nli/test.jsonl" \

@@ -32,10 +32,10 @@ train="[$(retrieval scifact 900 "$claim"), $(retrieval covidqa 1000 "$science"),
 set_of() { echo "{name: Nano-$1, path: $output/nano/$1, query_prompt: \"Instruct: $2\\nQuery: \"}"; }
 sets="[$(set_of scifact "$claim"), $(set_of cranfield "$science"), $(set_of cisi "$science")]"
 
-step "$bin/launch" "$root/configs/zeta.yaml" model.path="$model" model.pooling=mean model.dtype=f32 output="$output/run" \
+step "$bin/launch" --resume "$root/configs/zeta.yaml" model.path="$model" model.pooling=mean model.dtype=f32 output="$output/run" \
     model.max_query_length=64 model.max_document_length=128 training.batch_size=64 training.learning_rate=1.0e-3 \
     data.train="$train" evaluation.sets="$sets" evaluation.every=10 evaluation.patience=3 training.epochs=2 "$@"
-step "$bin/trainer" export --run "$output/run" --output "$output/model" --merge --checkpoint best
+[ -d "$output/model" ] || step "$bin/trainer" export --run "$output/run" --output "$output/model" --merge --checkpoint best
 for set in scifact cranfield cisi; do
     prompt=$science
     [ $set = scifact ] && prompt=$claim

@@ -5,14 +5,15 @@
 #   scripts/zeta/mine.sh [NAME …]            default: all that are not there yet
 #
 # TopK-PercPos: of the texts most like a query those are taken that score below 95 % of its positive, since what scores higher is
-# often another answer. MODEL=… mines with another model, LAUNCH='launch --gpus 4' on so many ranks, DATA=FOLDER elsewhere;
+# often another answer. MODEL=… mines with another model, LAUNCH='launch --gpus 4' on so many ranks (default: target/release/launch), DATA=FOLDER elsewhere;
 # MINE='--negatives 5 --relative-margin 0.05' is what a negative must be.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 data=${DATA:-$root/data/zeta}
 model=${MODEL:-Snowflake/snowflake-arctic-embed-m-v1.5}
-read -ra launch <<<"${LAUNCH:-launch}"
+launch=("$root/target/release/launch")
+[ -z "${LAUNCH:-}" ] || read -ra launch <<<"$LAUNCH"
 read -ra options <<<"${MINE:---negatives 5 --relative-margin 0.05}"
 
 mine() {

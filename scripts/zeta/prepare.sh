@@ -87,6 +87,9 @@ prepare() {
 if [ $# -gt 0 ]; then
     for name in "$@"; do prepare "$name"; done
 else
+    # Before hours of fetching.
+    [ -f "$data/amazon-reviews.jsonl" ] ||
+        : "${AMAZON_REVIEWS:?must name the reviews: a file with text and label, or a copy on the hub; see docs/data.md}"
     for name in "${names[@]}"; do
         [ -f "$data/$name.jsonl" ] || [ -f "$data/pairs/$name.jsonl" ] || [ -d "$data/pairs/$name/qrels" ] || prepare "$name"
     done

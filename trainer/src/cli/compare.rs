@@ -13,7 +13,7 @@ use crate::eval::{Bootstrap, EvalSet, Measured};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     trainer compare --base sentence-transformers/all-MiniLM-L6-v2 --tuned runs/minilm/model --set data/scifact\n  \
-    trainer compare --base intfloat/multilingual-e5-base --tuned runs/e5/model --set data/qa/test.jsonl \
+    trainer compare --base intfloat/multilingual-e5-base --tuned runs/e5-base/model --set data/qa/test.csv \
     --query-prompt 'query: ' --document-prompt 'passage: ' --output results\n\n\
     A difference comes with the interval in which 95 of 100 draws lie: queries, triplets or pairs are drawn with\n\
     replacement, and both models are measured on the same draw.")]

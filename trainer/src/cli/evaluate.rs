@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// Measure a model on evaluation sets
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
-    trainer evaluate --model runs/quickstart/model --set data/quickstart/test.jsonl\n  \
+    trainer evaluate --model runs/quickstart/model --set data/quickstart/test\n  \
     trainer evaluate --model intfloat/multilingual-e5-base --set scifact nfcorpus --query-prompt 'query: ' \
     --document-prompt 'passage: ' --output results")]
 pub(super) struct Args {
