@@ -172,7 +172,11 @@ impl Groups {
             parents.push(row);
             known
                 .texts(&object, columns, |text| {
-                    let other = *rows_of.entry(xxh3_128(text.trim().as_bytes())).or_insert(row);
+                    let text = text.trim();
+                    if text.is_empty() {
+                        return; // an empty cell, as of a row without a negative, ties nothing
+                    }
+                    let other = *rows_of.entry(xxh3_128(text.as_bytes())).or_insert(row);
                     let (one, other) = (root(&mut parents, row), root(&mut parents, other));
                     // The first row of a group stands for it.
                     parents[one.max(other) as usize] = one.min(other);
@@ -409,6 +413,17 @@ mod tests {
         }
         let bytes: usize = parts.iter().map(String::len).sum();
         assert_eq!(bytes, 2 * 21 + rows.iter().map(|row| row.len() + 1).sum::<usize>());
+    }
+
+    #[test]
+    fn empty_cells_tie_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows: Vec<String> = (0..10).map(|n| format!("q{n},a{n},")).collect();
+        let input = at(folder.path(), "rows.csv", &format!("query,positive,negative\n{}\n", rows.join("\n")));
+        let output = folder.path().join("out");
+        split(&[0.8, 0.2], 1).run(&input, &output).unwrap();
+        let test = fs::read_to_string(output.join("test.csv")).unwrap();
+        assert_eq!(test.lines().count(), 1 + 2);
     }
 
     #[test]

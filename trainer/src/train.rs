@@ -147,6 +147,10 @@ impl Run {
         };
         if let Some(path) = resumed {
             checkpoint::restore(path, state, model.flat(), &stepper.optimizer)?;
+            if state.best.is_some_and(|best| best.step > 0 && best.step == state.step) {
+                // A kill may have come between the checkpoint and its link.
+                checkpoints.mark_best(state.step)?;
+            }
             tracing::info!("resumed after step {} from {}", state.step, path.display());
         }
         // Every rank begins with the first one's bits, wherever they were read.

@@ -137,7 +137,7 @@ pub(super) fn at_least_one(text: &str) -> std::result::Result<usize, String> {
 fn texts(input: &Path, mut each: impl FnMut(String) -> Result<()>) -> Result<()> {
     let name = input.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
     let name = name.trim_end_matches(".gz").trim_end_matches(".zst");
-    if name.ends_with(".jsonl") || name.ends_with(".ndjson") {
+    if [".jsonl", ".ndjson", ".parquet"].iter().any(|ending| name.ends_with(ending)) {
         return reader::objects(input, |line, mut row| match row.get_mut("text").map(Value::take) {
             Some(Value::String(text)) => each(text),
             found => {

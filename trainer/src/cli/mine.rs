@@ -133,9 +133,11 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     if let Some(prompt) = &args.document_prompt {
         embedder.document_prompt = prompt;
     }
+    // The first rank's: on other nodes the same files may have other times.
+    let identity = world.of_first(identity(&opened.model.folder().path)?.into_bytes())?;
     let model = format!(
         "{} {:?} {} {} {:?}",
-        identity(&opened.model.folder().path)?,
+        String::from_utf8_lossy(&identity),
         (embedder.query_prompt, embedder.document_prompt),
         embedder.max_query_length,
         args.random_weights,

@@ -192,7 +192,7 @@ impl Schema {
 pub(crate) fn text_columns(names: &[&str]) -> Result<Vec<usize>, String> {
     let pair = Schema { kind: Some(Kind::Pairs), ..Schema::default() }.roles(names);
     pair.map(|roles| [vec![roles.query], roles.positives, roles.negatives].concat()).or_else(|wrong| {
-        let alone = ["text", "s1", "s2"];
+        let alone = ["text", "sentence", "s1", "s2", "text1", "text2"];
         let places = (0..names.len()).filter(|&i| alone.iter().any(|alias| is(names[i], alias)));
         let places: Vec<usize> = places.collect();
         if places.is_empty() { Err(wrong) } else { Ok(places) }

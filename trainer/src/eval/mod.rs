@@ -169,7 +169,7 @@ fn name_of(path: &Path) -> String {
         path.canonicalize().ok().as_deref().unwrap_or(path).file_name().unwrap_or_default().to_os_string();
     let mut name = name.to_string_lossy().into_owned();
     if path.is_file() {
-        for ending in [".gz", ".zst", ".jsonl", ".ndjson", ".csv", ".tsv"] {
+        for ending in [".gz", ".zst", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"] {
             name.truncate(name.strip_suffix(ending).map_or(name.len(), str::len));
         }
     }

@@ -163,7 +163,7 @@ impl Inputs {
 fn corpus_texts(path: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let name = path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
     let bare = name.trim_end_matches(".gz").trim_end_matches(".zst");
-    let table = [".jsonl", ".ndjson", ".csv", ".tsv"].iter().any(|ending| bare.ends_with(ending));
+    let table = [".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"].iter().any(|ending| bare.ends_with(ending));
     if !table {
         return reader::lines(path, |_, text| each(text));
     }

@@ -123,7 +123,9 @@ class Chart {
     const extent = (values) => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
     let [left, right] = extent(x), [low, high] = extent(y);
     if (left === right) [left, right] = [left - 1, right + 1];
-    const room = low === high ? Math.abs(low) * 0.05 || 1 : (high - low) * 0.06;
+    // Values that differ by rounding alone are a flat line: there are no ticks between them.
+    const size = Math.max(Math.abs(low), Math.abs(high)), flat = high - low <= size * 1e-9;
+    const room = flat ? size * 0.05 || 1 : (high - low) * 0.06;
     // What is never negative keeps its zero.
     [low, high] = [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
     const across = (step) => LEFT + (step - left) / (right - left) * (width - LEFT - RIGHT);
