@@ -53,8 +53,8 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
 
 /// One model at a time: two may not fit.
 fn measure(args: &Args, model: &str, what: &str, sets: &[EvalSet], world: &World) -> Result<Vec<Measured>> {
-    let opened = args.sets.model(model)?;
-    let embedder = args.sets.embedder(&opened, world)?;
+    let opened = args.sets.encoding.model(model)?;
+    let embedder = args.sets.encoding.embedder(&opened, world)?;
     sets.iter()
         .map(|set| {
             let measured = set.evaluate(&embedder)?;

@@ -28,8 +28,8 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let sets = args.sets.open()?;
-    let opened = args.sets.model(&args.model)?;
-    let embedder = args.sets.embedder(&opened, world)?;
+    let opened = args.sets.encoding.model(&args.model)?;
+    let embedder = args.sets.encoding.embedder(&opened, world)?;
     let output = args.output.as_ref().filter(|_| world.first());
     if let Some(output) = output {
         fs::create_dir_all(output).map_err(Error::io("create", output))?;

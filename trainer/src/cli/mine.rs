@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
-use super::encode::{at_least_one, options};
+use super::encode::at_least_one;
+use super::encoding::Encoding;
 use super::print;
 use crate::comm::World;
-use crate::embed::{CHUNK_TOKENS, Opened};
 use crate::mine::{Filter, Inputs, Mine, Sampling, identity};
 use crate::{Error, Result};
 
@@ -62,21 +62,8 @@ pub(super) struct Args {
     /// output, and nothing stays
     #[arg(long, value_name = "DIR")]
     work: Option<PathBuf>,
-    /// Put before each query. Default: what the model folder says
-    #[arg(long, value_name = "TEXT")]
-    query_prompt: Option<String>,
-    /// Put before each document. Default: what the model folder says
-    #[arg(long, value_name = "TEXT")]
-    document_prompt: Option<String>,
-    /// Tokens of a text at most, the prompt and special tokens included. Default: what the model folder says
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
-    max_length: Option<usize>,
-    /// Tokens that are encoded at once
-    #[arg(long, value_name = "N", default_value_t = CHUNK_TOKENS, value_parser = at_least_one)]
-    chunk_tokens: usize,
-    /// Draw the weights from a seed instead of reading them, to measure speed
-    #[arg(long)]
-    random_weights: bool,
+    #[command(flatten)]
+    encoding: Encoding,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -122,17 +109,8 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let inputs = Inputs::read(&args.pairs, args.corpus.as_deref(), folder)?;
     filter.check(&inputs)?;
 
-    let opened = Opened::open(&args.model, &options(args.random_weights))?;
-    let mut embedder = opened.embedder();
-    embedder.limit(args.max_length)?;
-    embedder.chunk_tokens = args.chunk_tokens;
-    embedder.world = world.clone();
-    if let Some(prompt) = &args.query_prompt {
-        embedder.query_prompt = prompt;
-    }
-    if let Some(prompt) = &args.document_prompt {
-        embedder.document_prompt = prompt;
-    }
+    let opened = args.encoding.model(&args.model)?;
+    let embedder = args.encoding.embedder(&opened, world)?;
     // The first rank's: on other nodes the same files may have other times.
     let identity = world.of_first(identity(&opened.model.folder().path)?.into_bytes())?;
     let model = format!(
@@ -140,7 +118,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         String::from_utf8_lossy(&identity),
         (embedder.query_prompt, embedder.document_prompt),
         embedder.max_query_length,
-        args.random_weights,
+        args.encoding.random_weights,
         opened.model.folder().pooling,
     );
     let mine = Mine { filter, output: args.output.clone(), work, keep: args.work.is_some() };

@@ -4,6 +4,7 @@
 
 mod compare;
 mod encode;
+mod encoding;
 mod evaluate;
 mod export;
 mod logging;

@@ -1,0 +1,47 @@
+//! How a command embeds texts: the flags that `evaluate`, `compare` and `mine` share.
+
+use super::encode::{at_least_one, options};
+use crate::Result;
+use crate::comm::World;
+use crate::embed::{CHUNK_TOKENS, Embedder, Opened};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Encoding {
+    /// Put before each query. Default: what the model folder says
+    #[arg(long, value_name = "TEXT")]
+    query_prompt: Option<String>,
+    /// Put before each document. Default: what the model folder says
+    #[arg(long, value_name = "TEXT")]
+    document_prompt: Option<String>,
+    /// Tokens of a text at most, the prompt and special tokens included. Default: what the model folder says
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    max_length: Option<usize>,
+    /// Tokens that are encoded at once
+    #[arg(long, value_name = "N", default_value_t = CHUNK_TOKENS, value_parser = at_least_one)]
+    chunk_tokens: usize,
+    /// Draw the weights from a seed instead of reading them
+    #[arg(long)]
+    pub(super) random_weights: bool,
+}
+
+impl Encoding {
+    /// Opens a model.
+    pub(super) fn model(&self, id_or_path: &str) -> Result<Opened> {
+        Opened::open(id_or_path, &options(self.random_weights))
+    }
+
+    /// What embeds with it as the command line says.
+    pub(super) fn embedder<'a>(&'a self, opened: &'a Opened, world: &World) -> Result<Embedder<'a>> {
+        let mut embedder = opened.embedder();
+        embedder.limit(self.max_length)?;
+        embedder.chunk_tokens = self.chunk_tokens;
+        embedder.world = world.clone();
+        if let Some(prompt) = &self.query_prompt {
+            embedder.query_prompt = prompt;
+        }
+        if let Some(prompt) = &self.document_prompt {
+            embedder.document_prompt = prompt;
+        }
+        Ok(embedder)
+    }
+}
