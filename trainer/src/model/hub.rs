@@ -67,10 +67,14 @@ fn fetch(hub: &Hub, id: &str, weights: bool) -> Result<PathBuf> {
 
 /// Whether a snapshot is a model that can be opened: with its weights, where they are needed.
 fn is_whole(snapshot: &Path, weights: bool) -> bool {
-    let whole = !weights
-        || ["model.safetensors", "adapter_model.safetensors"].iter().any(|name| snapshot.join(name).exists())
-        || shards(snapshot).is_some_and(|names| names.iter().all(|name| snapshot.join(name).exists()));
-    whole && Folder::open(snapshot).is_ok()
+    let Ok(folder) = Folder::open(snapshot) else { return false };
+    let has = |name: &str| folder.path.join(name).exists();
+    let transformer = || {
+        ["model.safetensors", "adapter_model.safetensors"].into_iter().any(has)
+            || shards(&folder.path).is_some_and(|names| names.iter().all(|name| has(name)))
+    };
+    let dense = || folder.dense.iter().all(|dense| dense.path.join("model.safetensors").exists());
+    !weights || (transformer() && dense())
 }
 
 /// The files of a model that are read here.
@@ -104,44 +108,42 @@ impl<'a> Wanted<'a> {
 
 /// A configuration or a tokenizer file of the model itself, not of another format's copy in a folder of its own.
 fn is_small(name: &str) -> bool {
-    match name.split_once('/') {
-        None => {
-            let sentence = name.starts_with("sentence_") && name.ends_with("_config.json");
-            sentence
-                || [
-                    "config.json",
-                    "modules.json",
-                    "config_sentence_transformers.json",
-                    "adapter_config.json",
-                    "model.safetensors.index.json",
-                    "tokenizer.json",
-                    "tokenizer_config.json",
-                    "special_tokens_map.json",
-                    "added_tokens.json",
-                    "vocab.txt",
-                    "vocab.json",
-                    "merges.txt",
-                    "tokenizer.model",
-                    "sentencepiece.bpe.model",
-                    "spiece.model",
-                ]
-                .contains(&name)
-        }
-        Some((module, file)) => {
-            file == "config.json"
-                && module.starts_with(|c: char| c.is_ascii_digit())
-                && module.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-        }
-    }
+    let file = in_module(name).unwrap_or(name);
+    let sentence = file.starts_with("sentence_") && file.ends_with("_config.json");
+    sentence
+        || [
+            "config.json",
+            "modules.json",
+            "config_sentence_transformers.json",
+            "adapter_config.json",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.txt",
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.model",
+            "sentencepiece.bpe.model",
+            "spiece.model",
+        ]
+        .contains(&file)
+}
+
+/// The name inside a module's folder, `1_Pooling/config.json`: that of the transformer may be `0_Transformer`.
+fn in_module(name: &str) -> Option<&str> {
+    let (module, file) = name.split_once('/')?;
+    let digit = module.starts_with(|c: char| c.is_ascii_digit());
+    (digit && module.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')).then_some(file)
 }
 
 /// `model.safetensors`, a shard `model-00001-of-00002.safetensors`, an adapter, or those of a module like `2_Dense`.
 fn is_weights(name: &str) -> bool {
+    let name = in_module(name).unwrap_or(name);
     let shard = || name.strip_prefix("model-")?.strip_suffix(".safetensors")?.split_once("-of-");
     let digits = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit());
-    let module = |name: &str| name.starts_with(|c: char| c.is_ascii_digit()) && !name.contains('/');
     ["model.safetensors", "adapter_model.safetensors"].contains(&name)
-        || name.strip_suffix("/model.safetensors").is_some_and(module)
         || shard().is_some_and(|(number, count)| digits(number) && digits(count))
 }
 
@@ -314,6 +316,48 @@ mod tests {
             let error = resolve(text).unwrap_err().to_string();
             assert!(error.contains("no id of the hub either"), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn a_transformer_may_have_a_folder_of_its_own() {
+        let names = [
+            "modules.json",
+            "0_Transformer/config.json",
+            "0_Transformer/tokenizer.json",
+            "0_Transformer/sentence_bert_config.json",
+            "0_Transformer/model.safetensors",
+            "1_Pooling/config.json",
+            "2_Dense/config.json",
+            "2_Dense/model.safetensors",
+            "onnx/config.json",
+            "onnx/model.safetensors",
+        ];
+        let wanted = Wanted::choose("", &names, true).unwrap();
+        assert_eq!(wanted.small, [&names[..4], &names[5..7]].concat());
+        assert_eq!(wanted.weights, [names[4], names[7]]);
+    }
+
+    #[test]
+    fn a_snapshot_without_a_dense_layer_is_not_whole() {
+        let place = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = place.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let modules = ["0_Transformer", "1_Pooling", "2_Dense"].map(|path| {
+            let kind = path.split_once('_').unwrap().1;
+            format!(r#"{{"path": "{path}", "type": "sentence_transformers.models.{kind}"}}"#)
+        });
+        write("modules.json", &format!("[{}]", modules.join(",")));
+        write("0_Transformer/config.json", "{}");
+        write("1_Pooling/config.json", r#"{"pooling_mode_cls_token": true}"#);
+        write("2_Dense/config.json", r#"{"in_features": 2, "out_features": 2, "bias": false}"#);
+        assert!(is_whole(place.path(), false));
+        write("0_Transformer/model.safetensors", "");
+        assert!(!is_whole(place.path(), true));
+        write("2_Dense/model.safetensors", "");
+        assert!(is_whole(place.path(), true));
     }
 
     #[test]
