@@ -105,6 +105,29 @@ fn mistral_with_adapters_ends_with_the_same_bits() {
 }
 
 #[test]
+fn an_evaluation_that_a_stop_did_not_wait_for_is_made_up_for() {
+    let place = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|run| {
+        let path = run_config("bert", false, place.path(), run);
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config["training"]["epochs"] = json!(4);
+        config["evaluation"] =
+            json!({"every": 1, "metric": "cosine_ndcg@10", "sets": [{"path": golden("bert").join("rows.jsonl")}]});
+        write_config(path.parent().unwrap(), &config)
+    });
+    finish(&whole, false);
+    assert_eq!(curve(&whole).len(), 28 + 29);
+    let mut child = start(&parts, false);
+    wait_for(&parts, 15, &mut child);
+    kill(&child, "-TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    let stopped = curve(&parts);
+    assert!(stopped.last().unwrap().get("eval").is_none(), "the step that was stopped was evaluated");
+    finish(&parts, true);
+    assert_eq!(curve(&parts), curve(&whole));
+}
+
+#[test]
 fn a_run_with_another_configuration_is_not_continued() {
     let place = tempfile::tempdir().unwrap();
     let config = run_config("bert", false, place.path(), "run");

@@ -85,6 +85,16 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
         "{row} is not in {card}"
     );
 
+    // There is nothing to go on with.
+    let lines = metrics(&output);
+    let again = program("trainer")
+        .args(["train", "--resume"])
+        .arg(output.with_file_name("config.yaml"))
+        .output()
+        .unwrap();
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert_eq!(metrics(&output), lines);
+
     // Two ranks share the evaluations, and decide alike.
     let shared = evaluations(&run(place.path(), 2));
     assert_eq!(shared, found);

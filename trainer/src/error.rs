@@ -57,14 +57,14 @@ pub enum Error {
         source: std::io::Error,
     },
 
-    /// The loss or a gradient is not finite.
+    /// The loss, a gradient or what a step made of it is not finite.
     #[error("step {step}: {what} is not finite\n{rows}")]
     NonFinite {
         /// The optimizer step, from 1.
         step: u64,
-        /// `the loss` or `the gradient norm`.
+        /// `the loss`, `the gradient norm`, `a parameter`.
         what: &'static str,
-        /// The rows of the batch that caused it, one a line.
+        /// The rows of the batch that caused it, one a line, or what to do.
         rows: String,
     },
 

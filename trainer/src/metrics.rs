@@ -47,12 +47,12 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens OUTPUT/metrics.jsonl to append. Lines after step `done` are dropped first: a run that was killed had gone
-    /// further than its last checkpoint, and will write them again.
-    pub fn open(output: &Path, done: u64, tensorboard: bool) -> Result<Self> {
+    /// Opens OUTPUT/metrics.jsonl to append. Lines after step `done`, and evaluations after step `evaluated`, are dropped first: a
+    /// run that was killed had gone further than its last checkpoint, and will write them again.
+    pub fn open(output: &Path, done: u64, evaluated: Option<u64>, tensorboard: bool) -> Result<Self> {
         let path = output.join("metrics.jsonl");
         if path.exists() {
-            trim(&path, done)?;
+            trim(&path, done, evaluated)?;
         }
         let file =
             OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
@@ -96,14 +96,16 @@ fn numbers(place: &str, values: &Map<String, Value>) -> Vec<(String, f64)> {
     values.iter().filter_map(|(name, value)| Some((format!("{place}/{name}"), value.as_f64()?))).collect()
 }
 
-fn trim(path: &Path, done: u64) -> Result<()> {
+/// Leaves what a run does not write again that goes on after `done` steps and the evaluation after `evaluated`.
+fn trim(path: &Path, done: u64, evaluated: Option<u64>) -> Result<()> {
     let reader = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
     let mut kept = String::new();
     for line in reader.lines() {
         let line = line.map_err(Error::io("read", path))?;
         // A line that was cut off by a kill is no JSON.
-        let step = serde_json::from_str::<Value>(&line).ok().and_then(|value| value["step"].as_u64());
-        if step.is_some_and(|step| step <= done) {
+        let Ok(told) = serde_json::from_str::<Value>(&line) else { continue };
+        let last = if told.get("eval").is_some() { evaluated } else { Some(done) };
+        if told["step"].as_u64().is_some_and(|step| Some(step) <= last) {
             kept.push_str(&line);
             kept.push('\n');
         }
@@ -182,6 +184,11 @@ impl History {
     }
 }
 
+/// Whether one of the metrics `names` is called so, or is a set's metric of that name.
+pub fn decides<'a>(mut names: impl Iterator<Item = &'a str>, metric: &str) -> bool {
+    names.any(|name| name == metric || name.strip_suffix(metric).is_some_and(|set| set.ends_with('_')))
+}
+
 /// The value that decides between evaluations: the metric's mean over the sets that have it, or the metric that is called so in
 /// full. Nothing where no set has it.
 pub fn deciding(scores: &Map<String, Value>, metric: &str) -> Option<f64> {
@@ -203,15 +210,12 @@ mod tests {
     fn resuming_drops_what_comes_after_the_checkpoint_and_what_was_cut_off() {
         let output = tempfile::tempdir().unwrap();
         let path = output.path().join("metrics.jsonl");
-        fs::write(&path, "{\"step\":0,\"eval\":{}}\n{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st")
-            .unwrap();
-        let mut metrics = Metrics::open(output.path(), 2, false).unwrap();
+        let kept = "{\"step\":0,\"eval\":{}}\n{\"step\":1}\n{\"step\":2}\n";
+        fs::write(&path, format!("{kept}{{\"step\":2,\"eval\":{{}}}}\n{{\"step\":3}}\n{{\"st")).unwrap();
+        let mut metrics = Metrics::open(output.path(), 2, Some(0), false).unwrap();
         metrics.evaluation(2, &Map::from_iter([("x".to_owned(), json!(0.5))])).unwrap();
         let text = fs::read_to_string(&path).unwrap();
-        assert_eq!(
-            text,
-            "{\"step\":0,\"eval\":{}}\n{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval\":{\"x\":0.5}}\n"
-        );
+        assert_eq!(text, format!("{kept}{{\"step\":2,\"eval\":{{\"x\":0.5}}}}\n"));
     }
 
     #[test]

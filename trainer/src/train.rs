@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use kernels::adamw::AdamW;
+use kernels::adamw::{self, AdamW};
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -159,21 +159,28 @@ impl Run {
         }
         let mut told = match world.first() {
             true => Some(Told {
-                metrics: Metrics::open(output, state.step, config.logging.tensorboard)?,
+                metrics: Metrics::open(output, state.step, state.evaluated, config.logging.tensorboard)?,
                 samples: Samples::open(output, state.step)?,
             }),
             false => None,
         };
         let mut writer = Writer::new(checkpoints.clone());
         let mut summary = Summary::default();
-        if state.step == 0 {
-            let found = evaluate(plan, model, world)?;
-            judge(state, plan.deciding(&found.scores)?);
-            tell(plan, &mut told, found, 0, true)?;
+        if evaluation_due(plan, state.step) && state.evaluated != Some(state.step) {
+            // A stop does not wait for the evaluation that its step asks for.
+            let best = evaluate(plan, model, world, state, &mut told)?;
+            if best && state.step > 0 && world.first() {
+                checkpoints.mark_best(state.step)?;
+            }
         }
 
         let mut progress = Progress::new("step", plan.steps, state.step);
         for draft in plan.batches(state, world.part())? {
+            if let Some(stale) = stale(plan, state) {
+                let step = state.step;
+                tracing::info!("no better evaluation in the last {stale}: stopped early after step {step}");
+                break;
+            }
             let mut draft = draft?;
             let sequences = world.sequences(draft.take(), draft.share())?;
             let batch = draft.finish(sequences);
@@ -199,17 +206,13 @@ impl Run {
 
             writer.look()?;
             let stop = world.agree(signals.asked())?;
-            let mut due = stop.is_some() || step == plan.steps || checkpoint_due(plan, &batch, step);
+            let due = checkpoint_due(plan, &batch, step);
             let mut best = false;
-            if stop.is_none() && (step == plan.steps || every(config.evaluation.every, step)) {
-                let found = evaluate(plan, model, world)?;
-                best = judge(state, plan.deciding(&found.scores)?);
-                due |= best;
-                tell(plan, &mut told, found, step, best)?;
+            if stop.is_none() && evaluation_due(plan, step) {
+                best = evaluate(plan, model, world, state, &mut told)?;
             }
-            let early = config.evaluation.patience.is_some_and(|patience| state.stale >= patience);
-            if due || early {
-                let ends = early || stop.is_some() || step == plan.steps;
+            let ends = step == plan.steps || stop.is_some() || stale(plan, state).is_some();
+            if due || best || ends {
                 save(&stepper, state, &mut writer, best, ends)?;
             }
             if let Some(signal) = stop {
@@ -217,13 +220,6 @@ impl Run {
                 // Whoever started the ranks may end all when one ends.
                 world.barrier()?;
                 return Err(Error::Stopped { signal, step });
-            }
-            if early {
-                tracing::info!(
-                    "no better evaluation in the last {}: stopped early after step {step}",
-                    state.stale
-                );
-                break;
             }
         }
         writer.finish()?;
@@ -235,17 +231,24 @@ impl Run {
 
     /// The best step, where early stopping ended the run there.
     fn early(&self) -> Option<u64> {
-        let patience = self.plan.config.evaluation.patience?;
-        let best = self.state.best.filter(|best| best.step > 0)?;
-        (self.state.stale >= patience).then_some(best.step)
+        stale(&self.plan, &self.state)?;
+        self.state.best.map(|best| best.step).filter(|&step| step > 0)
     }
 }
 
-/// Begins to write a checkpoint, if all ranks hold the same bits. `ends`: no step follows.
+/// Begins to write a checkpoint, if all ranks hold the same bits and every number is one. `ends`: no step follows.
 fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, ends: bool) -> Result<()> {
     let started = Instant::now();
     let (flat, optimizer) = (stepper.model.flat(), &stepper.optimizer);
-    let digest = checkpoint::digest(&[flat.values(), &optimizer.first, &optimizer.second])?;
+    let buffers = [flat.values(), &optimizer.first, &optimizer.second];
+    for (what, buffer) in ["a parameter", "a first moment", "a second moment"].into_iter().zip(buffers) {
+        // A finite gradient can still lead there, and the last good checkpoint is worth more than this one.
+        if !adamw::norm(buffer)?.is_finite() {
+            let rows = "hint: a smaller `training.learning_rate`, or `training.max_grad_norm`".to_owned();
+            return Err(Error::NonFinite { step: state.step, what, rows });
+        }
+    }
+    let digest = checkpoint::digest(&buffers)?;
     stepper.world.same("parameters or moments", digest)?;
     state.digest = Some(checkpoint::readable_digest(digest));
     if stepper.world.first() {
@@ -253,6 +256,16 @@ fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, e
     }
     tracing::debug!("a checkpoint held up the training for {:.3} s", started.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Whether the model is measured after `step` steps: before the first, every so often, and after the last.
+fn evaluation_due(plan: &Plan, step: u64) -> bool {
+    step == 0 || step == plan.steps || every(plan.config.evaluation.every, step)
+}
+
+/// Evaluations since the best one, where they are so many that the run ends.
+fn stale(plan: &Plan, state: &State) -> Option<u64> {
+    plan.config.evaluation.patience.filter(|&patience| state.stale >= patience).map(|_| state.stale)
 }
 
 /// Counts an evaluation; true if it is the best so far.
@@ -279,8 +292,23 @@ struct Found {
     rankings: Vec<(String, Vec<Ranking>)>,
 }
 
-/// Measures the model on all sets, shared among the ranks; all get the first one's scores, and decide alike.
-fn evaluate(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
+/// Measures the model, counts that, and writes it down; true if it is the best so far.
+fn evaluate(
+    plan: &Plan,
+    model: &Model,
+    world: &World,
+    state: &mut State,
+    told: &mut Option<Told>,
+) -> Result<bool> {
+    let found = measure(plan, model, world)?;
+    let best = judge(state, plan.deciding(&found.scores));
+    state.evaluated = Some(state.step);
+    tell(plan, told, found, state.step, best)?;
+    Ok(best)
+}
+
+/// The scores of all sets, shared among the ranks; all get the first one's, and decide alike.
+fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
     let (mut of_sets, mut rankings) = (Vec::new(), Vec::new());
     for (set, prompts) in &plan.sets {
         let embedder = Embedder {
@@ -309,7 +337,7 @@ fn tell(plan: &Plan, told: &mut Option<Told>, found: Found, step: u64, best: boo
     let (Some(Told { metrics, samples }), false) = (told, found.scores.is_empty()) else { return Ok(()) };
     metrics.evaluation(step, &found.scores)?;
     samples.record(samples::Evaluation { step, best, sets: found.rankings })?;
-    if let Some(value) = plan.deciding(&found.scores)? {
+    if let Some(value) = plan.deciding(&found.scores) {
         tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);
     }
     Ok(())

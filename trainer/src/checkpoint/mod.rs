@@ -40,6 +40,9 @@ pub struct State {
     pub best: Option<Best>,
     /// Evaluations since then.
     pub stale: u64,
+    /// The step of the last evaluation.
+    #[serde(default)]
+    pub evaluated: Option<u64>,
     /// What must not change between parts of a run.
     pub identity: Identity,
     /// Of parameters and moments; none in a run that has just begun.
