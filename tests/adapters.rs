@@ -71,8 +71,11 @@ fn rslora_and_dropout_are_the_adapters_own() {
     // 8/√4 is 16/4.
     assert_eq!(embed(&model), embed(&open(&at(plain.path())).unwrap()));
     assert_eq!(model.lora().unwrap().dropout, 0.25);
-    let own = Lora { dropout: 0.5, rank: 4, ..at(root.path()) };
+    let own = Lora { dropout: Some(0.5), rank: Some(4), ..at(root.path()) };
     assert_eq!(open(&own).unwrap().lora().unwrap().dropout, 0.5);
+    // Also the value that a new adapter has without a word.
+    let none = Lora { dropout: Some(0.0), ..at(root.path()) };
+    assert_eq!(open(&none).unwrap().lora().unwrap().dropout, 0.0);
 }
 
 #[test]
@@ -84,9 +87,12 @@ fn what_does_not_fit_is_said() {
     let other = changed(|name| name.replace("layers.1.", "layers.7."), |_| ());
     let none = changed(|name| name.replace("_proj", "_x"), |_| ());
     for (lora, expected) in [
-        (Lora { rank: 16, ..at(plain.path()) }, "lora.rank is 16, but the adapter"),
+        (Lora { rank: Some(8), ..at(plain.path()) }, "lora.rank is 8, but the adapter"),
+        (Lora { alpha: Some(16.0), ..at(plain.path()) }, "lora.alpha is 16, but the adapter"),
+        (Lora { rslora: Some(true), ..at(plain.path()) }, "lora.rslora is true, but the adapter"),
+        (Lora { rank: Some(16), ..at(plain.path()) }, "lora.rank is 16, but the adapter"),
         (
-            Lora { targets: Targets::Names(vec!["q_proj".into()]), ..at(plain.path()) },
+            Lora { targets: Some(Targets::Names(vec!["q_proj".into()])), ..at(plain.path()) },
             "lora.targets is for 2 layers",
         ),
         (at(dora.path()), "`use_dora` is true, which is not supported"),

@@ -69,6 +69,14 @@ fn keys_and_values_of_the_configuration() {
         "65",
         "64 positions",
     ]);
+    let rows = golden("bert").join("rows.jsonl");
+    for (kind, metric, known) in [
+        ("retrieval", "cosine_ndcg@11", "rows_cosine_ndcg@10"),
+        ("triplet", "cosine_ndcg@10", "rows_max_accuracy"),
+    ] {
+        let sets = json!({"metric": metric, "sets": [{"path": rows, "kind": kind}]});
+        Case::new().set("evaluation", sets).refused(&["config.yaml:1", "evaluation.metric", metric, known]);
+    }
     let output = program("trainer").args(["train", "/no/such/config.yaml"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("/no/such/config.yaml"));
@@ -158,17 +166,27 @@ fn an_output_folder_that_cannot_be_written() {
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     let closed = tempfile::tempdir().unwrap();
     fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o555)).unwrap();
+    // Root may write everywhere but there.
+    let _disk = fs::write(closed.path().join("probe"), "").is_ok().then(|| Disk::mount(closed.path(), "ro"));
     if fs::write(closed.path().join("probe"), "").is_ok() {
-        println!("skipped: a read-only folder, because root may write everywhere");
+        println!("skipped: a read-only folder, because root may write everywhere, and mount nothing");
         return;
     }
     Case::new().set("output", json!(closed.path().join("out"))).refused(&["cannot create"]);
 }
 
 /// A tmpfs that is gone with the test.
-struct SmallDisk<'a>(&'a Path);
+struct Disk<'a>(&'a Path);
 
-impl Drop for SmallDisk<'_> {
+impl<'a> Disk<'a> {
+    /// None where nothing can be mounted.
+    fn mount(place: &'a Path, options: &str) -> Option<Self> {
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "none"]).arg(place).output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(Self(place))
+    }
+}
+
+impl Drop for Disk<'_> {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg(self.0).status();
     }
@@ -177,13 +195,10 @@ impl Drop for SmallDisk<'_> {
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint_whole() {
     let place = tempfile::tempdir().unwrap();
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=900k", "none"]).arg(place.path()).output();
-    if !mounted.is_ok_and(|output| output.status.success()) {
+    let Some(disk) = Disk::mount(place.path(), "size=900k") else {
         println!("skipped: a full disk, because no tmpfs can be mounted here (needs root)");
         return;
-    }
-    let disk = SmallDisk(place.path());
+    };
     let out = disk.0.join("out");
     // A checkpoint takes about 300 KB: the third does not fit.
     let case = Case::new().set("output", json!(out)).set("checkpoint", json!({"every": 1, "keep": 9}));
@@ -210,7 +225,58 @@ fn a_loss_that_is_not_finite_names_its_step_and_rows() {
     assert_eq!(output.status.code(), Some(1), "{message}");
     assert!(message.contains("is not finite") && message.contains("rows.jsonl:"), "{message}");
     let checkpoints = case.place.path().join("out/checkpoints");
-    assert!(fs::read_dir(checkpoints).unwrap().any(|entry| entry.unwrap().path().join("DONE").is_file()));
+    let whole: Vec<_> = fs::read_dir(checkpoints)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.join("DONE").is_file())
+        .collect();
+    assert!(!whole.is_empty());
+    for (name, tensor) in whole.iter().flat_map(|path| tensors(&path.join("parameters.safetensors"))) {
+        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(values.iter().all(|value| value.is_finite()), "{name} is not finite in a checkpoint");
+    }
+}
+
+/// A model for which the loss of every text with a `;` is not a number.
+fn without_semicolons(case: &Case) {
+    let path = |name: &str| case.model.path().join(name);
+    let tokenizer: Value = serde_json::from_slice(&fs::read(path("tokenizer.json")).unwrap()).unwrap();
+    let row = tokenizer["model"]["vocab"][";"].as_u64().unwrap() as usize;
+    let mut all = tensors(&path("model.safetensors"));
+    let table = all.iter_mut().find(|(name, _)| name.ends_with("word_embeddings.weight")).unwrap().1;
+    let mut rows = table.to_vec2::<f32>().unwrap();
+    rows[row].fill(3e38); // finite, but not its sum
+    *table = Tensor::new(rows, &Device::Cpu).unwrap();
+    candle_core::safetensors::save(&all, path("model.safetensors")).unwrap();
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_skipped_if_it_may_be() {
+    let text = |n: usize| if n == 5 { format!("iron {n};") } else { format!("iron {n}") };
+    let rows: Vec<String> =
+        (0..12).map(|n| json!({"query": text(n), "positive": format!("metal {n}")}).to_string()).collect();
+    let case = Case::new().rows("x.jsonl", rows.join("\n")).set("lora", json!({"rank": 2}));
+    without_semicolons(&case);
+    let case = case.set("data.shuffle", json!(false));
+    let output = case.train();
+    assert_eq!(output.status.code(), Some(1));
+    let message = stderr(&output);
+    assert!(message.contains("step 2: the loss is not finite") && message.contains("x.jsonl:6"), "{message}");
+    assert!(!message.contains("x.jsonl:5:"), "{message}");
+
+    fs::remove_dir_all(case.place.path().join("out")).unwrap();
+    let case = case.set("training.max_nonfinite", json!(2));
+    let output = case.train();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let losses: Vec<_> = tests::metrics(&case.place.path().join("out"))
+        .into_iter()
+        .map(|line| line["loss"].as_f64().is_some_and(f64::is_finite))
+        .collect();
+    assert_eq!(losses, [true, false, true]);
+    for (name, tensor) in tensors(&case.place.path().join("out/model/adapter_model.safetensors")) {
+        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(values.iter().all(|value| value.is_finite()), "{name}");
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ const ROWS: usize = 12;
 fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempDir, Model) {
     let folder = model_folder(name, false);
     let section = config::Model { dropout: Some(dropout), ..config::Model::default() };
-    let lora = config::Lora { dropout, ..config::Lora::default() };
+    let lora = config::Lora { dropout: Some(dropout), ..config::Lora::default() };
     let lora = adapted.then_some(&lora);
     let options = Options { model: section, lora, trained: true, seed: 7, dry: false };
     let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();

@@ -105,7 +105,7 @@ fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) 
 fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Left {
     let folder = model_folder(setup.name, false);
     let section = config::Model { dropout: Some(0.1), ..config::Model::default() };
-    let lora = config::Lora { dropout: 0.1, ..config::Lora::default() };
+    let lora = config::Lora { dropout: Some(0.1), ..config::Lora::default() };
     let lora = setup.adapted.then_some(&lora);
     let options = Options { model: section, lora, trained: true, seed: 7, dry: false };
     let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();

@@ -56,7 +56,7 @@ fn main() -> Result<()> {
         "rope_theta": 10000.0, "vocab_size": 32000, "initializer_range": 0.02,
     });
     std::fs::write(place.path().join("config.json"), settings.to_string())?;
-    let lora = config::Lora { alpha: 32.0, ..config::Lora::default() };
+    let lora = config::Lora { alpha: Some(32.0), ..config::Lora::default() };
     let options = Options {
         model: config::Model {
             init: Init::Random,

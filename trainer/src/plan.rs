@@ -14,7 +14,7 @@ use crate::data::builder::{self, Builder, Part};
 use crate::data::loader::Loader;
 use crate::data::mixture::Mixture;
 use crate::data::tokenize::Tokenizer;
-use crate::eval::EvalSet;
+use crate::eval::{EvalSet, nano};
 use crate::gradcache::Budget;
 use crate::memory::{self, readable};
 use crate::model::chunk::Limit;
@@ -78,6 +78,8 @@ pub struct Cost {
     pub elements: usize,
     /// Trained ones.
     pub trained: usize,
+    /// The rank of the adapters that are.
+    pub lora: Option<usize>,
     /// Of a batch.
     pub tokens: f64,
     /// Bytes: parameters, gradients, moments.
@@ -136,16 +138,23 @@ impl Plan {
             .sets
             .iter()
             .map(|set| {
-                let prompt = |own: &Option<String>, name: &str| {
-                    own.clone().or_else(|| folder.prompts.get(name).cloned()).unwrap_or_default()
+                let own = |prompt: &Option<String>, folders: &str| {
+                    prompt.clone().unwrap_or_else(|| folders.to_owned())
                 };
                 let prompts = Prompts {
-                    query: prompt(&set.query_prompt, "query"),
-                    document: prompt(&set.document_prompt, "document"),
+                    query: own(&set.query_prompt, folder.query_prompt()),
+                    document: own(&set.document_prompt, folder.document_prompt()),
                 };
                 Ok((EvalSet::open(set)?, prompts))
             })
             .collect::<Result<Vec<_>>>()?;
+        let known = metric_names(&sets);
+        if !known.is_empty() && !metrics::decides(known.iter().map(String::as_str), &config.evaluation.metric)
+        {
+            let message =
+                format!("no set has `{}`; there are {}", config.evaluation.metric, known.join(", "));
+            return Err(config.error("evaluation.metric", message));
+        }
         let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
         let load = Load { lengths: of_batch, width: model.width(), trained: model.flat().len() };
         let ranks = comm::place()?.map_or((1, 1), |place| (place.size, place.local_size));
@@ -197,23 +206,15 @@ impl Plan {
     }
 
     /// The value that decides "best": the mean of the deciding metric over the sets; none without sets.
-    pub fn deciding(&self, scores: &Map<String, Value>) -> Result<Option<f64>> {
-        if scores.is_empty() {
-            return Ok(None);
-        }
-        let metric = &self.config.evaluation.metric;
-        let value = metrics::deciding(scores, metric);
-        if value.is_none()
-            && !scores.keys().any(|name| name == metric || name.ends_with(&format!("_{metric}")))
-        {
-            let names: Vec<&str> = scores.keys().map(String::as_str).collect();
-            return Err(Error::Usage(format!(
-                "evaluation.metric: no set has `{metric}`; there are {}",
-                names.join(", ")
-            )));
-        }
-        Ok(value)
+    pub fn deciding(&self, scores: &Map<String, Value>) -> Option<f64> {
+        metrics::deciding(scores, &self.config.evaluation.metric)
     }
+}
+
+/// The metrics that an evaluation of all sets will have.
+fn metric_names(sets: &[(EvalSet, Prompts)]) -> Vec<String> {
+    let own = sets.iter().flat_map(|(set, _)| set.metrics());
+    own.chain(nano::means(sets.iter().map(|(set, _)| set))).collect()
 }
 
 fn options(config: &Config) -> Options<'_> {
@@ -279,6 +280,7 @@ fn share_memory(
 ) -> (Budget, Cost) {
     let available = memory::available(ranks.1);
     let (elements, trained) = (model.elements(), model.flat().len());
+    let lora = model.lora().map(|lora| lora.rank);
     let lasting = lasting(model);
     // A checkpoint's snapshot of what is trained and of the moments, which is never on a GPU.
     let state = lasting + if memory::on_gpu() { 0 } else { 12 * trained as u64 };
@@ -300,12 +302,12 @@ fn share_memory(
     let beside = 2 * memory::of_chunk(model, of_chunk);
     let kept = training.tape_memory.map_or(free.saturating_sub(beside).min(most), |bytes| bytes.0);
     let activations = memory::of_step(model, mine, lengths.len(), of_chunk, kept);
-    (Budget { chunk, tapes: kept }, Cost { elements, trained, tokens, state, activations, available })
+    (Budget { chunk, tapes: kept }, Cost { elements, trained, lora, tokens, state, activations, available })
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Cost { elements, trained, tokens, state, activations, available } = self.cost;
+        let Cost { elements, trained, lora, tokens, state, activations, available } = self.cost;
         let config = &self.config;
         writeln!(f, "run        {} → {}", config.name, config.output.display())?;
         writeln!(
@@ -314,7 +316,7 @@ impl fmt::Display for Plan {
             config.model.path,
             elements as f64 / 1e6,
             trained as f64 / 1e6,
-            config.lora.as_ref().map_or_else(String::new, |lora| format!(" (LoRA, rank {})", lora.rank))
+            lora.map_or_else(String::new, |rank| format!(" (LoRA, rank {rank})"))
         )?;
         for set in self.mixture.sets() {
             writeln!(

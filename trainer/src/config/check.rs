@@ -27,15 +27,17 @@ pub(super) fn values(config: &Config) -> Result<()> {
         check.share("model.dropout", p)?;
     }
     if let Some(lora) = lora {
-        check.at_least_1("lora.rank", lora.rank as u64)?;
-        check.above_0("lora.alpha", lora.alpha)?;
-        check.share("lora.dropout", lora.dropout)?;
+        let told = "is for training the whole model; beside adapters everything is frozen: leave it out";
+        check.that(model.freeze.is_empty(), "model.freeze", told)?;
+        check.at_least_1("lora.rank", lora.rank.map_or(1, |rank| rank as u64))?;
+        check.above_0("lora.alpha", lora.alpha.unwrap_or(1.0))?;
+        check.share("lora.dropout", lora.dropout.unwrap_or(0.0))?;
         check.that(
-            lora.targets != Targets::Names(Vec::new()),
+            lora.targets != Some(Targets::Names(Vec::new())),
             "lora.targets",
             "expected `all-linear` or at least one module name, found an empty list",
         )?;
-        if let Targets::Pattern(pattern) = &lora.targets {
+        if let Some(Targets::Pattern(pattern)) = &lora.targets {
             let wrong = Regex::new(pattern).err().map(|error| {
                 format!("`{pattern}` is neither `all-linear` nor a list nor a regular expression: {error}")
             });

@@ -20,7 +20,7 @@ pub use sections::{
     Training,
 };
 pub use values::{
-    Batching, Bytes, Distance, Dtype, Every, Init, Kind, LossKind, Names, Schedule, SetKind, Targets,
+    Batching, Bytes, Distance, Dtype, Every, Freeze, Init, Kind, LossKind, Names, Schedule, SetKind, Targets,
 };
 
 pub use crate::model::Pooling;

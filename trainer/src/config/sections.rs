@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Batching, Bytes, Distance, Dtype, Every, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind, Targets,
+    Batching, Bytes, Distance, Dtype, Every, Freeze, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind,
+    Targets,
 };
 
 /// `model`: the encoder.
@@ -30,6 +31,9 @@ pub struct Model {
     pub max_document_length: Option<usize>,
     /// The encoder's own dropout, hidden states and attention alike, in [0, 1). Default: what its config.json says.
     pub dropout: Option<f64>,
+    /// What is not trained with the rest: `embeddings` (the tables), `norms`. Default: nothing.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub freeze: Vec<Freeze>,
 }
 
 impl Default for Model {
@@ -44,12 +48,14 @@ impl Default for Model {
             max_query_length: None,
             max_document_length: None,
             dropout: None,
+            freeze: Vec::new(),
         }
     }
 }
 
-/// `lora`: low-rank adapters, the only parameters trained where the section is present.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// `lora`: low-rank adapters, the only parameters trained where the section is present. An adapter that training goes on with has
+/// its own values in place of the defaults.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Lora {
     /// An adapter of PEFT to go on with, a folder or an id of the hub; what it says of itself need not be repeated. Default:
@@ -57,22 +63,21 @@ pub struct Lora {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// Width between A and B. Default: 8.
-    pub rank: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
     /// The adapter's product is scaled by alpha / rank. Default: 8, as in PEFT.
-    pub alpha: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
     /// Dropout on the adapter's input, in [0, 1). Default: 0.
-    pub dropout: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<f64>,
     /// Which linear layers get one: `all-linear`, a list of module names, or a regular expression of whole names. Default:
     /// all-linear.
-    pub targets: Targets,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub targets: Option<Targets>,
     /// Whether the scale is alpha / √rank instead. Default: false.
-    pub rslora: bool,
-}
-
-impl Default for Lora {
-    fn default() -> Self {
-        Self { path: None, rank: 8, alpha: 8.0, dropout: 0.0, targets: Targets::AllLinear, rslora: false }
-    }
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rslora: Option<bool>,
 }
 
 /// `data`: what the model learns from.

@@ -111,7 +111,7 @@ logging:
 "#;
     let config = load(text, &[]).unwrap();
     let lora = config.lora.as_ref().unwrap();
-    assert_eq!(lora.targets, Targets::Names(vec!["q_proj".into(), "v_proj".into()]));
+    assert_eq!(lora.targets, Some(Targets::Names(vec!["q_proj".into(), "v_proj".into()])));
     assert_eq!(config.model.pooling, Some(Pooling::LastToken));
     let set = &config.data.train[0];
     assert_eq!(set.columns.positive, Some(Names(vec!["a".into(), "b".into()])));
@@ -228,6 +228,8 @@ fn values_outside_their_range_are_refused() {
         let text = message(&format!("{SMALL}{section}\n"), &[]);
         assert!(text.starts_with(&format!("zeta.yaml:6: {field}: ")) && text.contains(part), "{text}");
     }
+    let text = message(&format!("{SMALL}lora: {{}}\n"), &["model.freeze=[norms]"]);
+    assert!(text.contains("model.freeze") && text.contains("beside adapters everything is frozen"), "{text}");
     assert_eq!(
         message("seed: 1\n", &[]),
         "zeta.yaml: model.path: missing: expected a model folder or an id of the hub"
@@ -285,7 +287,7 @@ fn the_command_line_overrides_and_is_blamed() {
     assert_eq!(config.data.train[0].query_prompt, "query: ");
     assert_eq!(config.data.train[1].path, Path::new("b.csv"));
     assert_eq!(config.name, "other=name");
-    assert_eq!(config.lora.unwrap().targets, Targets::Names(vec!["query".into(), "value".into()]));
+    assert_eq!(config.lora.unwrap().targets, Some(Targets::Names(vec!["query".into(), "value".into()])));
 
     assert_eq!(
         message(SMALL, &["training.epoch=3"]),

@@ -149,6 +149,16 @@ choice! {
 }
 
 choice! {
+    /// `model.freeze`: a kind of parameters.
+    Freeze {
+        /// The tables of words, positions and types.
+        Embeddings = "embeddings",
+        /// Gains and biases of all norms.
+        Norms = "norms",
+    }
+}
+
+choice! {
     /// `training.schedule`: how the rate goes down after the warm-up.
     Schedule {
         /// Straight to 0.

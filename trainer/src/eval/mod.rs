@@ -111,6 +111,16 @@ impl EvalSet {
         Ok(Measured { scores: scores.collect(), items, rankings })
     }
 
+    /// What [`Measured::scores`] will hold.
+    pub fn metrics(&self) -> impl Iterator<Item = String> {
+        let names = match &self.task {
+            Task::Retrieval(_) => retrieval::names(),
+            Task::Triplets(_) => Triplets::names(),
+            Task::Similarity(_) => Similarity::names().into(),
+        };
+        names.into_iter().map(|metric| format!("{}_{metric}", self.name))
+    }
+
     /// What is counted in it.
     pub fn items_are(&self) -> &'static str {
         match &self.task {

@@ -31,6 +31,12 @@ pub fn mean<'a>(sets: impl IntoIterator<Item = (&'a EvalSet, &'a Scores)>) -> Sc
     columns.unwrap_or_default().into_iter().map(of).collect()
 }
 
+/// What the means are called that [`mean`] will have.
+pub fn means<'a>(mut sets: impl Iterator<Item = &'a EvalSet>) -> Vec<String> {
+    let names = if sets.any(is_nano) { retrieval::names() } else { Vec::new() };
+    names.into_iter().map(|metric| format!("{NAME}_{metric}")).collect()
+}
+
 /// Whether a set belongs to the mean.
 pub fn is_nano(set: &EvalSet) -> bool {
     matches!(set.task, Task::Retrieval(_)) && set.name.starts_with("Nano")

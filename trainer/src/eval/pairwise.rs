@@ -49,9 +49,13 @@ impl Triplets {
                 right.extend(MEASURES.map(|(_, measure)| f64::from(u8::from(measure(a, p) > measure(a, n)))));
             }
         }
-        let names = MEASURES.iter().map(|(name, _)| *name).chain(["max"]);
-        let items = Items::with_largest(names.map(|name| format!("{name}_accuracy")).collect(), right);
-        Ok(Found { items, rankings: Vec::new() })
+        Ok(Found { items: Items::with_largest(Self::names(), right), rankings: Vec::new() })
+    }
+
+    /// What the metrics are called.
+    pub(super) fn names() -> Vec<String> {
+        let measures = MEASURES.iter().map(|(name, _)| *name).chain(["max"]);
+        measures.map(|name| format!("{name}_accuracy")).collect()
     }
 
     /// The columns of the CSV: a heading, and the metric below it.
@@ -73,8 +77,13 @@ impl Similarity {
             let second = encode(&self.second[rows], Role::Text)?.to_vec2::<f32>()?;
             found.extend(first.iter().zip(&second).map(|(a, b)| cosine(a, b)));
         }
-        let names = ["pearson_cosine", "spearman_cosine"].map(str::to_owned);
-        Ok(Found { items: Items::correlations(names, self.scores.clone(), found), rankings: Vec::new() })
+        let items = Items::correlations(Self::names(), self.scores.clone(), found);
+        Ok(Found { items, rankings: Vec::new() })
+    }
+
+    /// What the metrics are called.
+    pub(super) fn names() -> [String; 2] {
+        ["pearson_cosine", "spearman_cosine"].map(str::to_owned)
     }
 
     /// The columns of the CSV: a heading, and the metric below it.

@@ -196,7 +196,7 @@ fn ndcg(ranks: &[usize], relevant: usize) -> f64 {
 }
 
 /// What the metrics are called, in the order in which sentence-transformers returns them.
-fn names() -> Vec<String> {
+pub(super) fn names() -> Vec<String> {
     let at = |name: &'static str, ks: &'static [usize]| ks.iter().map(move |k| format!("cosine_{name}@{k}"));
     let mut names: Vec<_> = at("accuracy", &ACCURACY_AT).collect();
     names.extend(at("precision", &PRECISION_RECALL_AT).chain(at("recall", &PRECISION_RECALL_AT)));

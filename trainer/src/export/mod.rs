@@ -16,7 +16,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 pub use self::run::{Options, Trained, write as run};
-use crate::config::Lora;
+use crate::model::adapter::Settings;
 use crate::model::{Folder, Pooling};
 use crate::{Error, Result};
 
@@ -97,7 +97,7 @@ pub fn adapter(
     replace: bool,
     source: &Folder,
     about: &About,
-    lora: &Lora,
+    lora: Settings,
     adapters: Vec<(String, Tensor)>,
     dense: Vec<(String, Tensor)>,
 ) -> Result<()> {
@@ -278,7 +278,7 @@ mod tests {
             false,
             &source,
             &about,
-            &Lora::default(),
+            Settings::default(),
             vec![("q.lora_A.weight".into(), zeros)],
             vec![],
         )

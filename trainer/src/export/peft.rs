@@ -6,14 +6,19 @@ use candle_core::Tensor;
 use serde_json::json;
 
 use crate::Result;
-use crate::config::Lora;
+use crate::model::adapter::Settings;
 
 /// Before the name of a module, for the two wrappers that PEFT puts around a model.
 const PREFIX: &str = "base_model.model.";
 
 /// Writes the adapters `layers.0.self_attn.q_proj.lora_A.weight` (R, I), `….lora_B.weight` (O, R), … of the model `base`
 /// into `folder`.
-pub(super) fn write(folder: &Path, base: &str, lora: &Lora, adapters: Vec<(String, Tensor)>) -> Result<()> {
+pub(super) fn write(
+    folder: &Path,
+    base: &str,
+    lora: Settings,
+    adapters: Vec<(String, Tensor)>,
+) -> Result<()> {
     // Whole paths, not `dense`: that would also be the pooler's, which has no adapter.
     let mut modules: Vec<_> = adapters
         .iter()
@@ -59,8 +64,8 @@ mod tests {
             ("layers.0.mlp.up_proj.lora_A.weight".to_owned(), zeros(2, 5)),
             ("layers.0.mlp.up_proj.lora_B.weight".to_owned(), zeros(7, 2)),
         ];
-        let lora = Lora { rank: 2, alpha: 32.0, dropout: 0.1, rslora: true, ..Lora::default() };
-        write(folder.path(), "org/name", &lora, adapters).unwrap();
+        let lora = Settings { rank: 2, alpha: 32.0, dropout: 0.1, rslora: true };
+        write(folder.path(), "org/name", lora, adapters).unwrap();
         let config: Value =
             serde_json::from_slice(&std::fs::read(folder.path().join("adapter_config.json")).unwrap())
                 .unwrap();

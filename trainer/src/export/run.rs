@@ -6,8 +6,9 @@ use serde_json::{Map, Value};
 
 use super::{About, DataFacts};
 use crate::Result;
-use crate::config::{Config, DataSet, Init, Lora};
+use crate::config::{Config, DataSet, Init};
 use crate::model::Model;
+use crate::model::adapter::Settings;
 
 /// What a run has come to.
 #[derive(Clone, Copy, Debug)]
@@ -38,11 +39,11 @@ pub struct Options {
 pub fn write(model: &mut Model, trained: &Trained, options: Options, target: &Path) -> Result<()> {
     let about = about(model, trained);
     let source = model.folder().clone();
-    match model.lora().cloned() {
+    match model.lora() {
         // Weights from a seed lie in no folder, so the adapters alone would belong to nothing.
         Some(lora) if !options.merge && trained.config.model.init == Init::Pretrained => {
             let (adapters, dense) = (model.adapters(), model.dense());
-            super::adapter(target, options.replace, &source, &about, &lora, adapters, dense)
+            super::adapter(target, options.replace, &source, &about, lora, adapters, dense)
         }
         _ => super::model(target, options.replace, &source, &about, model.tensors()?),
     }
@@ -101,7 +102,7 @@ fn facts(set: &DataSet) -> DataFacts {
     }
 }
 
-fn training(trained: &Trained, lora: Option<&Lora>) -> Vec<(String, String)> {
+fn training(trained: &Trained, lora: Option<Settings>) -> Vec<(String, String)> {
     let Config { seed, data, loss, training, evaluation, model, .. } = trained.config;
     let mut of_loss = format!("{}, temperature {}", loss.kind, loss.temperature);
     for (told, what) in [

@@ -15,6 +15,39 @@ use super::{hub, weights};
 use crate::config::{Lora, Targets};
 use crate::{Error, Result};
 
+/// How the adapters of a model are configured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Width between A and B.
+    pub rank: usize,
+    /// The adapter's product is scaled by alpha / rank.
+    pub alpha: f64,
+    /// On the adapter's input.
+    pub dropout: f64,
+    /// Whether the scale is alpha / √rank instead.
+    pub rslora: bool,
+}
+
+/// PEFT's own.
+impl Default for Settings {
+    fn default() -> Self {
+        Self { rank: 8, alpha: 8.0, dropout: 0.0, rslora: false }
+    }
+}
+
+impl Settings {
+    /// What `section` says, and of the rest the default.
+    fn new(section: &Lora) -> Self {
+        let Self { rank, alpha, dropout, rslora } = Self::default();
+        Self {
+            rank: section.rank.unwrap_or(rank),
+            alpha: section.alpha.unwrap_or(alpha),
+            dropout: section.dropout.unwrap_or(dropout),
+            rslora: section.rslora.unwrap_or(rslora),
+        }
+    }
+}
+
 /// An adapter of PEFT: its folder and its adapter_config.json.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -48,13 +81,15 @@ impl Source {
 
     /// Puts the adapters beside their layers, and says how they were configured. `section` is what the run's
     /// configuration says of them.
-    pub fn load(&self, encoder: &mut Encoder, section: Option<&Lora>) -> Result<Lora> {
+    pub fn load(&self, encoder: &mut Encoder, section: Option<&Lora>) -> Result<Settings> {
         let path = self.path.join("adapter_model.safetensors");
         let mut tensors: BTreeMap<String, Tensor> = candle_core::safetensors::load(&path, &Device::Cpu)
             .map_err(|error| Error::file(&path, format!("cannot be read as safetensors: {error}")))?
             .into_iter()
             .collect();
-        let lora = settings(&self.path, &self.config)?;
+        let own = settings(&self.path, &self.config)?;
+        let own =
+            Settings { dropout: section.and_then(|section| section.dropout).unwrap_or(own.dropout), ..own };
         let mut linears = encoder.linears();
         // Before a module's name stands the path of the model inside the classes that wrapped it: `base_model.model.`, with
         // another `model.` for a …ForCausalLM, `bert.` and the like.
@@ -85,69 +120,74 @@ impl Source {
                     ));
                 }
             };
-            let ((o, i), rank) = (linear.shape()?, lora.rank);
+            let ((o, i), rank) = (linear.shape()?, own.rank);
             if a.dims() != [rank, i] || b.dims() != [o, rank] {
                 let (a, b) = (a.dims(), b.dims());
                 let message =
                     format!("`{name}` has A {a:?} and B {b:?}, expected [{rank}, {i}] and [{o}, {rank}]");
                 return Err(Error::file(&path, message));
             }
-            linear.attach(beside(&lora, a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?));
+            linear.attach(beside(own, a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?));
             adapted.insert(name.clone());
         }
         if let Some(name) = tensors.keys().next() {
             return Err(Error::file(&path, format!("has `{name}`, for which this model has no place")));
         }
         let names: Vec<&str> = linears.iter().map(|(name, _)| name.as_str()).collect();
-        match section {
-            Some(section) => self.merge(lora, section, &names, &adapted),
-            None => Ok(lora),
+        if let Some(section) = section {
+            self.agrees(own, section, &names, &adapted)?;
         }
+        Ok(own)
     }
 
-    /// The adapter's settings, with the dropout of the run's section. Other settings there can only repeat the adapter's.
-    fn merge(&self, own: Lora, section: &Lora, names: &[&str], adapted: &BTreeSet<String>) -> Result<Lora> {
-        let default = Lora::default();
+    /// Whether the run's section says nothing else than the adapter: but for the dropout it can only repeat that.
+    fn agrees(
+        &self,
+        own: Settings,
+        section: &Lora,
+        names: &[&str],
+        adapted: &BTreeSet<String>,
+    ) -> Result<()> {
         let differs = |field: &str, value: String, own: String| {
             Err(Error::Usage(format!(
                 "lora.{field} is {value}, but the adapter {} has {own}\nhint: leave it out, the adapter's own is taken",
                 self.path.display()
             )))
         };
-        if section.rank != default.rank && section.rank != own.rank {
-            return differs("rank", section.rank.to_string(), own.rank.to_string());
+        if let Some(rank) = section.rank.filter(|&rank| rank != own.rank) {
+            return differs("rank", rank.to_string(), own.rank.to_string());
         }
-        if section.alpha != default.alpha && section.alpha != own.alpha {
-            return differs("alpha", section.alpha.to_string(), own.alpha.to_string());
+        if let Some(alpha) = section.alpha.filter(|&alpha| alpha != own.alpha) {
+            return differs("alpha", alpha.to_string(), own.alpha.to_string());
         }
-        if section.rslora && !own.rslora {
-            return differs("rslora", "true".to_owned(), "false".to_owned());
+        if let Some(rslora) = section.rslora.filter(|&rslora| rslora != own.rslora) {
+            return differs("rslora", rslora.to_string(), own.rslora.to_string());
         }
-        if section.targets != Targets::AllLinear {
-            let targeted = targeted(&section.targets, names)?;
+        if let Some(targets) = &section.targets {
+            let targeted = targeted(targets, names)?;
             if targeted.iter().any(|name| !adapted.contains(*name)) || targeted.len() != adapted.len() {
                 let counted = |n: usize| format!("for {n} layers");
                 return differs("targets", counted(targeted.len()), counted(adapted.len()));
             }
         }
-        let dropout = if section.dropout == default.dropout { own.dropout } else { section.dropout };
-        Ok(Lora { dropout, ..own })
+        Ok(())
     }
 }
 
 /// Puts new adapters beside the targeted layers: A uniform in ±1/√I, which is PEFT's Kaiming, B zero.
-pub fn attach(encoder: &mut Encoder, lora: &Lora, seed: u64) -> Result<()> {
+pub fn attach(encoder: &mut Encoder, section: &Lora, seed: u64) -> Result<Settings> {
+    let own = Settings::new(section);
     let mut linears = encoder.linears();
     let names: Vec<String> = linears.iter().map(|(name, _)| name.clone()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let wanted = targeted(&lora.targets, &names)?;
+    let wanted = targeted(section.targets.as_ref().unwrap_or(&Targets::AllLinear), &names)?;
     for (name, linear) in linears.iter_mut().filter(|(name, _)| wanted.contains(name.as_str())) {
-        let ((o, i), rank) = (linear.shape()?, lora.rank);
+        let ((o, i), rank) = (linear.shape()?, own.rank);
         let limit = (i as f32).sqrt().recip();
         let a = weights::uniform(seed, &format!("{name}.lora_A.weight"), &[rank, i], limit)?;
-        linear.attach(beside(lora, a, Tensor::zeros((o, rank), DType::F32, &Device::Cpu)?));
+        linear.attach(beside(own, a, Tensor::zeros((o, rank), DType::F32, &Device::Cpu)?));
     }
-    Ok(())
+    Ok(own)
 }
 
 /// The folder of the weights: an adapter's base model, else the folder itself.
@@ -166,7 +206,7 @@ pub fn base(folder: &Folder) -> Result<PathBuf> {
     }
 }
 
-fn beside(lora: &Lora, a: Tensor, b: Tensor) -> Adapter {
+fn beside(lora: Settings, a: Tensor, b: Tensor) -> Adapter {
     let rank = lora.rank as f64;
     Adapter {
         a: Parameter::frozen(a),
@@ -212,9 +252,9 @@ fn is(name: &str, target: &str) -> bool {
     name == target || name.strip_suffix(target).is_some_and(|before| before.ends_with('.'))
 }
 
-/// adapter_config.json as a section of a configuration. What would change the result and is not supported is refused; which
-/// layers are adapted the tensors say.
-fn settings(folder: &Path, config: &Value) -> Result<Lora> {
+/// What adapter_config.json says. What would change the result and is not supported is refused; which layers are adapted the
+/// tensors say.
+fn settings(folder: &Path, config: &Value) -> Result<Settings> {
     let path = folder.join("adapter_config.json");
     let wrong = |message: String| Error::file(&path, message);
     if config["peft_type"].as_str() != Some("LORA") {
@@ -249,15 +289,13 @@ fn settings(folder: &Path, config: &Value) -> Result<Lora> {
         return Err(wrong(format!("`init_lora_weights` is `{init}`, which is not supported")));
     }
     let number = |name: &str| config[name].as_f64().filter(|number| number.is_finite());
-    Ok(Lora {
-        path: None,
+    Ok(Settings {
         rank: config["r"]
             .as_u64()
             .filter(|&r| r > 0)
             .ok_or_else(|| wrong("lacks `r`, a whole number".to_owned()))? as usize,
         alpha: number("lora_alpha").ok_or_else(|| wrong("lacks `lora_alpha`, a number".to_owned()))?,
         dropout: number("lora_dropout").unwrap_or(0.0),
-        targets: Targets::AllLinear,
         rslora: config["use_rslora"].as_bool().unwrap_or(false),
     })
 }

@@ -36,7 +36,7 @@ use self::params::{Flat, Gradients, Parameter};
 use self::pass::{Keep, Noise, Pass};
 use self::settings::Settings;
 use self::weights::Weights;
-use crate::config;
+use crate::config::{self, Freeze};
 use crate::data::batch::Sequence;
 use crate::{Error, Result, device};
 
@@ -52,7 +52,7 @@ pub struct Model {
     parameters: Vec<(String, Parameter)>,
     flat: Flat,
     carried: Vec<(String, Tensor)>,
-    lora: Option<config::Lora>,
+    lora: Option<adapter::Settings>,
 }
 
 /// What the backward pass needs of a forward pass.
@@ -111,16 +111,20 @@ impl Model {
         })?;
         let lora = match (adapter::Source::find(&folder, options.lora)?, options.lora) {
             (Some(source), section) => Some(source.load(&mut encoder, section)?),
-            (None, Some(lora)) if options.trained => {
-                adapter::attach(&mut encoder, lora, options.seed)?;
-                Some(lora.clone())
-            }
-            (None, section) => section.cloned(),
+            (None, Some(section)) => Some(adapter::attach(&mut encoder, section, options.seed)?),
+            (None, None) => None,
         };
         let adapters_only = lora.is_some();
         let flat = Flat::adopt(
             |visit| encoder.visit(visit).and_then(|()| head.visit(visit)),
-            |name| options.trained && (!adapters_only || name.contains(".lora_")),
+            |name| {
+                let wanted = if adapters_only {
+                    name.contains(".lora_")
+                } else {
+                    !frozen(&options.model.freeze, name)
+                };
+                options.trained && wanted
+            },
         )?;
         let precision = options.model.dtype.precision();
         let mut round = |_: &str, parameter: &mut Parameter| parameter.round(precision);
@@ -243,8 +247,8 @@ impl Model {
     }
 
     /// The adapters' settings, where it has adapters.
-    pub fn lora(&self) -> Option<&config::Lora> {
-        self.lora.as_ref()
+    pub fn lora(&self) -> Option<adapter::Settings> {
+        self.lora
     }
 
     /// D of an embedding.
@@ -336,6 +340,15 @@ impl Model {
     pub fn load_parameters(&self, path: &Path) -> Result<()> {
         self.flat.read(self.flat.values(), path, "")
     }
+}
+
+/// Whether a parameter is of a kind that is not to be trained.
+fn frozen(kinds: &[Freeze], name: &str) -> bool {
+    let norm = name.to_lowercase().contains("norm");
+    kinds.iter().any(|kind| match kind {
+        Freeze::Embeddings => name.starts_with("embed") && !norm,
+        Freeze::Norms => norm,
+    })
 }
 
 /// The longest text, in tokens, that a run with this configuration encodes.

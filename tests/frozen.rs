@@ -1,0 +1,57 @@
+//! What is frozen stays as it was, and the rest is trained.
+
+use std::collections::BTreeSet;
+
+use serde_json::json;
+use tests::{config, golden, program, stderr, tensors, write_config};
+use trainer::config::{self as sections, Freeze};
+use trainer::model::{Folder, Model, Options};
+
+#[test]
+fn frozen_kinds_are_those_of_every_family() {
+    for (family, embeddings, norms) in
+        [("bert", 3, 10), ("mpnet", 2, 10), ("modernbert", 1, 0), ("mistral", 1, 0), ("qwen3", 1, 0)]
+    {
+        let trained = |freeze: &[Freeze]| -> BTreeSet<String> {
+            let model = sections::Model { freeze: freeze.to_vec(), ..sections::Model::default() };
+            let options = Options { model, trained: true, ..Options::default() };
+            let model = Model::open(Folder::open(&golden(family)).unwrap(), &options).unwrap();
+            model.flat().entries().iter().map(|entry| entry.name.clone()).collect()
+        };
+        let all = trained(&[]);
+        let without = |kind| all.difference(&trained(&[kind])).cloned().collect::<Vec<_>>();
+        let (tables, gains) = (without(Freeze::Embeddings), without(Freeze::Norms));
+        println!("{family}: {tables:?} {gains:?}");
+        assert_eq!(tables.len(), embeddings, "{family}: {tables:?}");
+        assert!(gains.len() >= norms, "{family}: {gains:?}");
+        assert_eq!(
+            trained(&[Freeze::Embeddings, Freeze::Norms]).len(),
+            all.len() - tables.len() - gains.len()
+        );
+    }
+}
+
+#[test]
+fn a_run_leaves_frozen_tables_and_norms_as_they_were() {
+    let place = tempfile::tempdir().unwrap();
+    let output = place.path().join("out");
+    let mut config = config(&golden("bert"), &golden("bert").join("rows.jsonl"), &output);
+    config["model"]["freeze"] = json!(["embeddings", "norms"]);
+    config["training"]["max_steps"] = json!(2);
+    let ran = program("trainer").arg("train").arg(write_config(place.path(), &config)).output().unwrap();
+    assert!(ran.status.success(), "{}", stderr(&ran));
+    let (before, after) = (
+        tensors(&golden("bert").join("model.safetensors")),
+        tensors(&output.join("model/model.safetensors")),
+    );
+    let bits = |tensor: &candle_core::Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let mut changed = 0;
+    for (name, tensor) in &after {
+        let was = before.iter().find(|(other, _)| other.ends_with(name.as_str())).unwrap().1;
+        let same = bits(was) == bits(tensor);
+        let frozen = name.contains("embeddings") || name.contains("LayerNorm");
+        assert!(!frozen || same, "{name} was trained");
+        changed += usize::from(!same);
+    }
+    assert!(changed > 20, "{changed} tensors were trained");
+}
