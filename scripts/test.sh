@@ -87,9 +87,15 @@ RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
 say "quickstart, in short"
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
-PROFILE=dev scripts/quickstart.sh output="$runs/quickstart" training.max_steps=30
+PROFILE=dev scripts/quickstart.sh output="$runs/quickstart" training.max_steps=30 | tee "$runs/said"
+gain=$(sed -n 's/^quickstart_cosine_ndcg@10 .*(+\([0-9.]*\))$/\1/p' "$runs/said")
+awk -v gain="${gain:-0}" 'BEGIN { exit !(gain >= 0.2) }' || {
+    echo "test.sh: the quickstart gained ${gain:-nothing} of nDCG@10, expected 0.2 at least" >&2
+    exit 1
+}
 
 say "tests"
+[ "$(id -u)" = 0 ] || echo "skipped: a full disk (a small one is mounted for it, which needs root)"
 cargo test --locked --workspace
 
 say "ranks on several hosts, and of SLURM"

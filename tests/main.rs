@@ -14,6 +14,8 @@ mod evaluate;
 mod export;
 // Bad input, full disks, losses that are not finite.
 mod faults;
+// Embeddings and norms that are not trained.
+mod frozen;
 // A GPU that is not there.
 mod gpu;
 // How a batch is cut, ordered and kept changes nothing.
@@ -28,6 +30,8 @@ mod parity;
 mod prepare;
 // The page of a run, in a browser; models compared.
 mod report;
+// all-MiniLM-L6-v2 and questions that people asked.
+mod real;
 // A run that was stopped goes on as if it had not been.
 mod resume;
 // Evaluation while a run trains, and its end.
