@@ -46,6 +46,7 @@ def arguments():
     p.add_argument("--max-length", type=int, default=256)
     p.add_argument("--negatives", type=int, default=0)
     p.add_argument("--mini-batch", type=int, nargs="+", default=[16], help="the peer's; 0: plain")
+    p.add_argument("--attention", default="sdpa", help="the peer's; transformers has only `eager` for some families")
     p.add_argument("--lora-rank", type=int, default=0)
     p.add_argument("--lora-alpha", type=float, default=32)
     p.add_argument("--temperature", type=float, default=0.05)
@@ -106,7 +107,7 @@ def run(command, threads, log):
 def run_peer(args, rows, mini_batch, folder):
     command = [sys.executable, args.peer, "--model", args.model, "--data", rows, "--batch", args.batch,
                "--max-length", args.max_length, "--negatives", args.negatives, "--mini-batch", mini_batch,
-               "--temperature", args.temperature, "--lr", args.learning_rate, "--no-dropout", "--save", folder / "model"]
+               "--attention", args.attention, "--temperature", args.temperature, "--lr", args.learning_rate, "--no-dropout", "--save", folder / "model"]
     if args.lora_rank:
         command += ["--lora-rank", args.lora_rank, "--lora-alpha", args.lora_alpha]
     text, seconds, peak = run(command, args.threads, folder / "log")

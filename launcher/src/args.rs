@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
     /// Where node 0 can be reached by all
     #[arg(long, value_name = "HOST:PORT", requires = "nodes")]
     rendezvous: Option<String>,
-    /// Show warnings and errors only
+    /// Show errors only
     #[arg(long)]
     quiet: bool,
     /// The configuration of a training run

@@ -24,7 +24,7 @@ SHAPES = {
     "bert": ("bert", "BertModel", "mean_tokens", PLAIN | {"max_position_embeddings": 512}),
     "mpnet": ("mpnet", "MPNetModel", "mean_tokens", PLAIN | {"pad_token_id": 1}),
     "modernbert": ("modernbert", "ModernBertModel", "mean_tokens",
-                   WIDE | {"intermediate_size": 1152, "num_hidden_layers": 4, "pad_token_id": 0, "cls_token_id": 101,
+                   WIDE | {"intermediate_size": 1152, "num_hidden_layers": 4, "max_position_embeddings": 8192, "pad_token_id": 0, "cls_token_id": 101,
                            "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102}),
     "mistral": ("mistral", "MistralModel", "lasttoken", MISTRAL),
     "large": ("mistral", "MistralModel", "lasttoken",
