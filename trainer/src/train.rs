@@ -26,7 +26,7 @@ use crate::progress::Progress;
 use crate::samples::{self, Samples};
 use crate::signals::Signals;
 use crate::step::{Outcome, Stepper};
-use crate::{Error, Result, checkpoint, report};
+use crate::{Error, Result, checkpoint, pulse, report};
 
 /// A run that is ready for its next step.
 pub struct Run {
@@ -110,6 +110,7 @@ impl Run {
         if early.is_some() {
             // Early stopping says that what came after the best evaluation was not worth having.
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
+            pulse::beat();
         }
         let (config, step) = (&self.plan.config, summary.chosen);
         let trained = Trained { config, step, before: &summary.before, after: &summary.after };
