@@ -63,7 +63,7 @@ impl EvalSet {
     /// Reads a set into memory. Without a name it gets that of its folder or file.
     ///
     /// # Errors
-    /// Nothing there, a malformed row, an id in the qrels that has no text.
+    /// Nothing there, a malformed row, an id in the qrels that has no text, a corpus of one document.
     pub fn open(set: &EvaluationSet) -> Result<Self> {
         let path = &hub::data_file(&set.path)?;
         if !path.exists() {
