@@ -161,15 +161,19 @@ fn beir(folder: &Path) {
 fn a_nano_set_is_opened_by_evaluate() {
     let place = tempfile::tempdir().unwrap();
     beir(&place.path().join("large"));
-    let nano = |name: &str, model: bool| {
+    fs::create_dir(place.path().join("shape")).unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        fs::copy(golden("bert").join(name), place.path().join("shape").join(name)).unwrap();
+    }
+    let model = golden("bert");
+    let nano = |name: &str, model: &[&str]| {
         let mut command = program("trainer");
         command.args(["nano", "--queries", "8", "--negatives", "3", "--set", "large", "--output", name]);
-        if model {
-            command.arg("--model").arg(golden("bert"));
-        }
-        stdout(&run(command.current_dir(place.path())))
+        stdout(&run(command.args(model).current_dir(place.path())))
     };
-    let (words, both) = (nano("NanoWords", false), nano("NanoBoth", true));
+    let (words, both) = (nano("NanoWords", &[]), nano("NanoBoth", &["--model", model.to_str().unwrap()]));
+    let drawn = nano("NanoDrawn", &["--model", "shape", "--random-weights"]);
+    assert!(drawn["dense"].as_u64().unwrap() >= 8, "{drawn}");
     assert_eq!((&words["queries"], &words["dense"]), (&json!(8), &json!(0)));
     assert!(both["dense"].as_u64().unwrap() >= 8 && both["bm25"].as_u64().unwrap() >= 8, "{both}");
     let mut evaluate = program("trainer");
@@ -217,7 +221,8 @@ fn bad_input_is_named_and_nothing_is_written() {
         (&split, &["large"], &["large"]),
         (&nano, &["one"], &["corpus.jsonl", "1 documents"]),
         (&nano, &["unknown"], &["test.tsv:2", "`nowhere` is not in corpus.jsonl"]),
-        (&nano, &["large", "--query-prompt", "q: "], &["--model"]),
+        (&nano, &["large", "--query-prompt", "q: "], &["--model is missing"]),
+        (&nano, &["large", "--random-weights"], &["--model is missing"]),
         (&nano, &["none"], &["none", "BEIR folder"]),
     ] {
         let output = program("trainer").args(command).args(rest).current_dir(place.path()).output().unwrap();
