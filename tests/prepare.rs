@@ -44,6 +44,9 @@ fn mine(program: &mut Command, pairs: &Path, output: &Path, settings: &Value) {
     }
     let last = settings["range_max"].as_u64().map_or(String::new(), |last| last.to_string());
     program.arg("--range").arg(format!("{}..{last}", settings["range_min"].as_u64().unwrap_or(0)));
+    if settings["include_positives"] == true {
+        program.arg("--include-positives");
+    }
 }
 
 #[test]
@@ -64,13 +67,29 @@ fn negatives_are_those_of_sentence_transformers_on_one_rank_and_on_two() {
                 command.args(["--cpus", "2", "--"]);
             }
             mine(&mut command, &pairs, &output, &case["settings"]);
-            let counts = stdout(&run(command.arg("--corpus").arg(&corpus).current_dir(place.path())));
+            command.arg("--output-scores").arg("--corpus").arg(&corpus).current_dir(place.path());
+            let counts = stdout(&run(&mut command));
             let rows = lines(&output);
-            let found: Vec<Value> =
-                rows.iter().map(|row| json!([row["query"], row["positive"], row["negatives"]])).collect();
-            assert_eq!(&found, case["rows"].as_array().unwrap(), "{} on {ranks} ranks", case["settings"]);
-            assert_eq!(counts["rows"], found.len());
-            assert!(counts["dropped"]["positive"].as_u64().unwrap() > 0, "{counts}");
+            let expected = case["rows"].as_array().unwrap();
+            assert_eq!((rows.len(), &counts["rows"]), (expected.len(), &json!(rows.len())));
+            for (row, expected) in rows.iter().zip(expected) {
+                let found = json!([row["query"], row["positive"], row["negatives"]]);
+                assert_eq!(
+                    found.as_array().unwrap()[..],
+                    expected.as_array().unwrap()[..3],
+                    "on {ranks} ranks"
+                );
+                let scores = row["scores"].as_array().unwrap().iter().zip(expected[3].as_array().unwrap());
+                for (score, expected) in scores {
+                    assert!((score.as_f64().unwrap() - expected.as_f64().unwrap()).abs() < 1e-5, "{row}");
+                }
+                assert_eq!(
+                    row["scores"].as_array().unwrap().len(),
+                    1 + row["negatives"].as_array().unwrap().len()
+                );
+            }
+            let dropped = counts["dropped"]["positive"].as_u64().unwrap();
+            assert_eq!(dropped == 0, case["settings"]["include_positives"] == true, "{counts}");
         }
     }
 }
@@ -127,12 +146,20 @@ fn rows_that_were_mined_and_split_train() {
 
     let mut command = program("trainer");
     mine(&mut command, &at("parts/train.jsonl"), &at("mined.jsonl"), &json!({"num_negatives": 2}));
-    run(&mut command);
-    let mut config = tests::config(&golden("bert"), &at("mined.jsonl"), &at("out"));
-    config["data"]["negatives"] = json!(2);
-    let config = tests::write_config(place.path(), &config);
-    run(program("trainer").arg("train").arg(config));
-    assert!(at("out/model/model.safetensors").is_file());
+    run(command.arg("--output-scores"));
+    for (loss, output) in [("info_nce", "out"), ("margin_mse", "taught")] {
+        let mut config = tests::config(&golden("bert"), &at("mined.jsonl"), &at(output));
+        // Texts as long as they were when they were mined.
+        config["model"] = json!({"path": golden("bert"), "dropout": 0.0});
+        config["data"]["negatives"] = json!(2);
+        config["loss"]["kind"] = json!(loss);
+        let config = tests::write_config(place.path(), &config);
+        run(program("trainer").arg("train").arg(config));
+        assert!(at(output).join("model/model.safetensors").is_file());
+    }
+    // The model is its own teacher: there is nothing to learn yet.
+    let first = tests::metrics(&at("taught"))[0]["loss"].as_f64().unwrap();
+    assert!(first < 1e-9, "{first}");
     let again = split.output().unwrap();
     assert_eq!(again.status.code(), Some(2));
     assert!(stderr(&again).contains("parts: is already there"), "{}", stderr(&again));
