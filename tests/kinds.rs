@@ -137,3 +137,30 @@ fn the_plan_says_what_the_rows_are() {
         "{text}"
     );
 }
+
+#[test]
+fn the_plan_tells_what_ranks_would_bring_before_the_data_is_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(folder.path(), "plan", "mixed");
+    let plan = || {
+        let options = ["--ranks", "1,4", "--tokens-per-second", "96", "--link-rate", "1"];
+        let output = program("trainer").arg("plan").arg(&config).args(options).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output))
+    };
+    let rows = |text: &str| -> Vec<Vec<String>> {
+        let table = text.lines().skip_while(|line| !line.ends_with("faster")).skip(1);
+        table.map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
+    };
+    let (status, whole, _) = plan();
+    assert_eq!((status, rows(&whole).len()), (Some(0), 2), "{whole}");
+    std::fs::remove_file(folder.path().join("taught.jsonl")).unwrap();
+    let (status, outline, error) = plan();
+    assert_eq!(status, Some(2));
+    assert!(error.contains("taught.jsonl") && outline.contains("as if every text were as long"), "{outline}");
+    // 8 rows, each a query and three documents of 24 tokens.
+    let outline = rows(&outline);
+    assert_eq!((&outline[0][1][..], &outline[0][4][..]), ("768", "8.000"));
+    assert_eq!((&outline[1][0][..], &outline[1][1][..]), ("4", "192"));
+    let tokens = |rows: &[Vec<String>]| rows[0][1].parse::<usize>().unwrap();
+    assert!(tokens(&rows(&whole)) < tokens(&outline), "what is said to be the most is more than there is");
+}

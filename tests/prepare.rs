@@ -44,6 +44,9 @@ fn mine(program: &mut Command, pairs: &Path, output: &Path, settings: &Value) {
     }
     let last = settings["range_max"].as_u64().map_or(String::new(), |last| last.to_string());
     program.arg("--range").arg(format!("{}..{last}", settings["range_min"].as_u64().unwrap_or(0)));
+    if settings["include_positives"] == true {
+        program.arg("--include-positives");
+    }
 }
 
 #[test]
@@ -64,13 +67,29 @@ fn negatives_are_those_of_sentence_transformers_on_one_rank_and_on_two() {
                 command.args(["--cpus", "2", "--"]);
             }
             mine(&mut command, &pairs, &output, &case["settings"]);
-            let counts = stdout(&run(command.arg("--corpus").arg(&corpus).current_dir(place.path())));
+            command.arg("--output-scores").arg("--corpus").arg(&corpus).current_dir(place.path());
+            let counts = stdout(&run(&mut command));
             let rows = lines(&output);
-            let found: Vec<Value> =
-                rows.iter().map(|row| json!([row["query"], row["positive"], row["negatives"]])).collect();
-            assert_eq!(&found, case["rows"].as_array().unwrap(), "{} on {ranks} ranks", case["settings"]);
-            assert_eq!(counts["rows"], found.len());
-            assert!(counts["dropped"]["positive"].as_u64().unwrap() > 0, "{counts}");
+            let expected = case["rows"].as_array().unwrap();
+            assert_eq!((rows.len(), &counts["rows"]), (expected.len(), &json!(rows.len())));
+            for (row, expected) in rows.iter().zip(expected) {
+                let found = json!([row["query"], row["positive"], row["negatives"]]);
+                assert_eq!(
+                    found.as_array().unwrap()[..],
+                    expected.as_array().unwrap()[..3],
+                    "on {ranks} ranks"
+                );
+                let scores = row["scores"].as_array().unwrap().iter().zip(expected[3].as_array().unwrap());
+                for (score, expected) in scores {
+                    assert!((score.as_f64().unwrap() - expected.as_f64().unwrap()).abs() < 1e-5, "{row}");
+                }
+                assert_eq!(
+                    row["scores"].as_array().unwrap().len(),
+                    1 + row["negatives"].as_array().unwrap().len()
+                );
+            }
+            let dropped = counts["dropped"]["positive"].as_u64().unwrap();
+            assert_eq!(dropped == 0, case["settings"]["include_positives"] == true, "{counts}");
         }
     }
 }
@@ -127,12 +146,20 @@ fn rows_that_were_mined_and_split_train() {
 
     let mut command = program("trainer");
     mine(&mut command, &at("parts/train.jsonl"), &at("mined.jsonl"), &json!({"num_negatives": 2}));
-    run(&mut command);
-    let mut config = tests::config(&golden("bert"), &at("mined.jsonl"), &at("out"));
-    config["data"]["negatives"] = json!(2);
-    let config = tests::write_config(place.path(), &config);
-    run(program("trainer").arg("train").arg(config));
-    assert!(at("out/model/model.safetensors").is_file());
+    run(command.arg("--output-scores"));
+    for (loss, output) in [("info_nce", "out"), ("margin_mse", "taught")] {
+        let mut config = tests::config(&golden("bert"), &at("mined.jsonl"), &at(output));
+        // Texts as long as they were when they were mined.
+        config["model"] = json!({"path": golden("bert"), "dropout": 0.0});
+        config["data"]["negatives"] = json!(2);
+        config["loss"]["kind"] = json!(loss);
+        let config = tests::write_config(place.path(), &config);
+        run(program("trainer").arg("train").arg(config));
+        assert!(at(output).join("model/model.safetensors").is_file());
+    }
+    // The model is its own teacher: there is nothing to learn yet.
+    let first = tests::metrics(&at("taught"))[0]["loss"].as_f64().unwrap();
+    assert!(first < 1e-9, "{first}");
     let again = split.output().unwrap();
     assert_eq!(again.status.code(), Some(2));
     assert!(stderr(&again).contains("parts: is already there"), "{}", stderr(&again));
@@ -161,15 +188,19 @@ fn beir(folder: &Path) {
 fn a_nano_set_is_opened_by_evaluate() {
     let place = tempfile::tempdir().unwrap();
     beir(&place.path().join("large"));
-    let nano = |name: &str, model: bool| {
+    fs::create_dir(place.path().join("shape")).unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        fs::copy(golden("bert").join(name), place.path().join("shape").join(name)).unwrap();
+    }
+    let model = golden("bert");
+    let nano = |name: &str, model: &[&str]| {
         let mut command = program("trainer");
         command.args(["nano", "--queries", "8", "--negatives", "3", "--set", "large", "--output", name]);
-        if model {
-            command.arg("--model").arg(golden("bert"));
-        }
-        stdout(&run(command.current_dir(place.path())))
+        stdout(&run(command.args(model).current_dir(place.path())))
     };
-    let (words, both) = (nano("NanoWords", false), nano("NanoBoth", true));
+    let (words, both) = (nano("NanoWords", &[]), nano("NanoBoth", &["--model", model.to_str().unwrap()]));
+    let drawn = nano("NanoDrawn", &["--model", "shape", "--random-weights"]);
+    assert!(drawn["dense"].as_u64().unwrap() >= 8, "{drawn}");
     assert_eq!((&words["queries"], &words["dense"]), (&json!(8), &json!(0)));
     assert!(both["dense"].as_u64().unwrap() >= 8 && both["bm25"].as_u64().unwrap() >= 8, "{both}");
     let mut evaluate = program("trainer");
@@ -217,7 +248,8 @@ fn bad_input_is_named_and_nothing_is_written() {
         (&split, &["large"], &["large"]),
         (&nano, &["one"], &["corpus.jsonl", "1 documents"]),
         (&nano, &["unknown"], &["test.tsv:2", "`nowhere` is not in corpus.jsonl"]),
-        (&nano, &["large", "--query-prompt", "q: "], &["--model"]),
+        (&nano, &["large", "--query-prompt", "q: "], &["--model is missing"]),
+        (&nano, &["large", "--random-weights"], &["--model is missing"]),
         (&nano, &["none"], &["none", "BEIR folder"]),
     ] {
         let output = program("trainer").args(command).args(rest).current_dir(place.path()).output().unwrap();

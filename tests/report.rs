@@ -53,7 +53,7 @@ fn browser() -> Option<String> {
 }
 
 /// What a page has become once its scripts have run, and what they said on the console.
-fn opened(browser: &str, page: &Path, profile: &Path) -> (String, String) {
+fn opened(browser: &str, page: &Path, profile: &Path, options: &[&str]) -> (String, String) {
     let output = Command::new(browser)
         .args([
             "--headless",
@@ -63,6 +63,7 @@ fn opened(browser: &str, page: &Path, profile: &Path) -> (String, String) {
             "--enable-logging=stderr",
         ])
         .args(["--v=0", "--window-size=1200,900", "--virtual-time-budget=3000"])
+        .args(options)
         .arg(format!("--user-data-dir={}", profile.display()))
         .arg("--dump-dom")
         .arg(format!("file://{}", page.display()))
@@ -71,6 +72,33 @@ fn opened(browser: &str, page: &Path, profile: &Path) -> (String, String) {
     let console = stderr(&output);
     let console: Vec<&str> = console.lines().filter(|line| line.contains("CONSOLE")).collect();
     (String::from_utf8(output.stdout).unwrap(), console.join("\n"))
+}
+
+/// A page in a frame `width` wide, light or dark: how wide what it shows is, and its background and ink.
+fn seen(browser: &str, page: &Path, profile: &Path, width: u32, dark: bool) -> (u32, [String; 2]) {
+    let outside = page.with_file_name("frame.html");
+    let script = "setTimeout(() => {\
+        const inside = document.querySelector('iframe').contentDocument;\
+        const style = getComputedStyle(inside.body);\
+        document.title = [inside.documentElement.scrollWidth, style.backgroundColor, style.color].join(';');\
+        }, 500)";
+    let frame = format!(
+        "<iframe src=\"{}\" style=\"width:{width}px;height:900px;border:0\" onload=\"{script}\"></iframe>",
+        page.file_name().unwrap().display()
+    );
+    fs::write(&outside, frame).unwrap();
+    let scheme = if dark {
+        "--blink-settings=preferredColorScheme=0"
+    } else {
+        "--blink-settings=preferredColorScheme=1"
+    };
+    let options = ["--allow-file-access-from-files", scheme];
+    let (dom, console) = opened(browser, &outside, profile, &options);
+    fs::remove_file(outside).unwrap();
+    assert_eq!(console, "", "{width} wide");
+    let title = dom.split("<title>").nth(1).and_then(|rest| rest.split("</title>").next());
+    let title: Vec<&str> = title.unwrap_or_else(|| panic!("no title: {dom:.300}")).split(';').collect();
+    (title[0].parse().unwrap(), [title[1], title[2]].map(str::to_owned))
 }
 
 #[test]
@@ -102,7 +130,7 @@ fn a_run_tells_what_it_did_and_a_browser_shows_it() {
         return;
     };
     let profile = place.path().join("profile");
-    let (dom, console) = opened(&browser, &page, &profile);
+    let (dom, console) = opened(&browser, &page, &profile, &[]);
     assert_eq!(console, "", "the console is empty");
     assert!(dom.contains("<title>first &lt;/script&gt;"), "the name is text");
     for title in [
@@ -133,6 +161,15 @@ fn a_run_tells_what_it_did_and_a_browser_shows_it() {
     let shown = dom.split("<script").next().unwrap();
     assert!(shown.contains("after step 10") && !shown.contains("NaN") && !shown.contains("undefined"));
 
+    let mut paint = Vec::new();
+    for (width, dark) in [(400, false), (400, true), (1200, true), (1200, false)] {
+        let (content, colours) = seen(&browser, &page, &profile, width, dark);
+        assert!(content <= width, "{content} of {width} pixels: the page must be moved sideways");
+        paint.push(colours);
+    }
+    assert!(paint[0] == paint[3] && paint[1] == paint[2], "{paint:?}");
+    assert!(paint[0][0] != paint[1][0] && paint[0][1] != paint[1][1], "dark is as light: {paint:?}");
+
     // Two runs in one page, in the first's folder; a line that was cut off and numbers that are none do not matter.
     let second = run(place.path(), "second", 1e-2);
     let lines = fs::read_to_string(second.join("metrics.jsonl")).unwrap();
@@ -143,7 +180,7 @@ fn a_run_tells_what_it_did_and_a_browser_shows_it() {
     let output = program("trainer").arg("report").arg(&first).arg(&second).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), page.to_str().unwrap());
-    let (dom, console) = opened(&browser, &page, &profile);
+    let (dom, console) = opened(&browser, &page, &profile, &[]);
     assert_eq!(console, "");
     assert!(dom.contains("second &lt;/script&gt;"));
     let pens = dom.matches(" d=\"M").count();

@@ -69,6 +69,8 @@ pub(crate) enum Hardware {
     Gpus(Option<u32>),
     /// GPUs where there are any, else one rank.
     Any,
+    /// One rank, for a command that does not share its work.
+    One,
 }
 
 /// The nodes by which a run was asked to be shared.
@@ -105,7 +107,18 @@ impl Arguments {
             command.extend(["train".into(), config]);
             command.extend(self.overrides);
         }
-        let train = command.first().is_some_and(|name| name == "train");
+        let name =
+            command.iter().find_map(|argument| argument.to_str().filter(|name| !name.starts_with('-')));
+        let train = name == Some("train");
+        let shared = name.is_some_and(|name| SHARED.contains(&name));
+        let several = self.nodes.is_some_and(|nodes| nodes > 1)
+            || self.cpus.or(self.gpus).is_some_and(|ranks| ranks > 1);
+        if let Some(name) = name.filter(|_| several && !shared) {
+            return Err(format!(
+                "`{name}` does not share its work among ranks\nhint: {} do",
+                SHARED.join(", ")
+            ));
+        }
         if self.resume {
             if !train {
                 return Err("--resume: only training goes on from a checkpoint".into());
@@ -121,7 +134,8 @@ impl Arguments {
         let hardware = match (self.cpus, self.gpus) {
             (Some(ranks), _) => Hardware::Cpus(ranks),
             (None, Some(ranks)) => Hardware::Gpus(Some(ranks)),
-            (None, None) => Hardware::Any,
+            (None, None) if shared => Hardware::Any,
+            (None, None) => Hardware::One,
         };
         let nodes = match (self.nodes, self.node, self.rendezvous) {
             (Some(count), Some(node), Some(rendezvous)) => Some(Nodes { count, node, rendezvous }),
@@ -131,17 +145,6 @@ impl Arguments {
             && node >= count
         {
             return Err(format!("--node {node}: of {count} nodes the last one is {}", count - 1));
-        }
-        let several = nodes.as_ref().is_some_and(|nodes| nodes.count > 1)
-            || matches!(hardware, Hardware::Cpus(2..) | Hardware::Gpus(Some(2..)));
-        if let Some(name) = command.first().filter(|_| several)
-            && !name.to_str().is_some_and(|name| SHARED.contains(&name) || name.starts_with('-'))
-        {
-            let name = name.to_string_lossy();
-            return Err(format!(
-                "`{name}` does not share its work among ranks\nhint: {} do",
-                SHARED.join(", ")
-            ));
         }
         Ok(Job { command, hardware, nodes, restarts: self.restarts, timeout: self.timeout })
     }
@@ -186,10 +189,16 @@ mod tests {
 
     #[test]
     fn hardware_and_nodes() {
-        let hardware = |line| job(line).unwrap().hardware;
+        let hardware = |line: &str| job(line).unwrap().hardware;
         assert_eq!(hardware("launch a.yaml"), Hardware::Any);
         assert_eq!(hardware("launch --cpus 3 a.yaml"), Hardware::Cpus(3));
         assert_eq!(hardware("launch --gpus 4 a.yaml"), Hardware::Gpus(Some(4)));
+        assert_eq!(hardware("launch -- --quiet mine --model m"), Hardware::Any);
+        for alone in
+            ["export --run r", "plan a.yaml", "nano --set s", "split --input i", "report r", "--version"]
+        {
+            assert_eq!(hardware(&format!("launch -- {alone}")), Hardware::One, "{alone}");
+        }
         let job = job("launch --nodes 2 --node 1 --rendezvous h:1 --restarts 3 --timeout 9 a.yaml").unwrap();
         assert_eq!(job.nodes, Some(Nodes { count: 2, node: 1, rendezvous: "h:1".to_owned() }));
         assert_eq!((job.restarts, job.timeout), (3, 9));
@@ -205,6 +214,8 @@ mod tests {
             "launch --nodes 2 a.yaml",
             "launch --nodes 2 --node 2 --rendezvous h:1 a.yaml",
             "launch --timeout 0 a.yaml",
+            "launch --gpus 2 -- --quiet export --run r",
+            "launch --nodes 2 --node 0 --rendezvous h:1 -- report r",
         ] {
             assert!(job(line).is_err(), "{line}");
         }

@@ -101,7 +101,7 @@ impl Cluster {
                 variables.push((device::VARIABLE, "cuda".to_owned()));
             }
             // Nobody asked for a GPU or against it: what is to be seen is the rank's to use.
-            (None, Hardware::Any) => {}
+            (None, Hardware::Any | Hardware::One) => {}
             (None, _) => variables.push((device::VARIABLE, "cpu".to_owned())),
         }
         variables
@@ -115,7 +115,7 @@ fn devices(hardware: Hardware, machine: &Machine) -> Result<Vec<Option<String>>,
         Hardware::Any if machine.cuda.is_some() && !machine.list().is_empty() => {
             machine.devices(None)?.into_iter().map(Some).collect()
         }
-        Hardware::Any => vec![None],
+        Hardware::Any | Hardware::One => vec![None],
     })
 }
 

@@ -216,15 +216,14 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<(usize, &str)>) -> Ende
         .filter_map(|(rank, Rank { ended, words, .. })| {
             let (status, at) = ended?;
             let words = words.and_then(|words| words.join().ok()).unwrap_or_default();
-            Some((rank, status, at, words.into_iter().collect()))
+            Some((rank, status, at, words.into_iter().filter(|line| !line.trim().is_empty()).collect()))
         })
         .collect();
     if let Some((local, how)) = hung {
-        return Ended {
-            status: 1,
-            message: Some(format!("rank {} hangs: {how}", first + local)),
-            failed: true,
-        };
+        let rank = first + local;
+        let words = ranks.into_iter().find(|(other, ..)| *other == rank).map(|(.., words)| words);
+        let message = format!("rank {rank} hangs: {how}{}", last(&words.unwrap_or_default()));
+        return Ended { status: 1, message: Some(message), failed: true };
     }
     // Whose fault it was: a rank that was killed; else one that has something to say, others only lost it; else the first.
     // Signals are sent by this launcher only after a first one has failed.
@@ -237,15 +236,23 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<(usize, &str)>) -> Ende
         return Ended { status: 0, message: None, failed: false };
     };
     if let Some(signal) = status.signal() {
-        return Ended { status: 128 + signal as u8, message: Some(killed(*rank, signal)), failed: true };
+        let message = format!("{}{}", killed(*rank, signal), last(words));
+        return Ended { status: 128 + signal as u8, message: Some(message), failed: true };
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
-    let words: Vec<&str> = words.iter().map(String::as_str).filter(|line| !line.trim().is_empty()).collect();
     let failed = code != 2 && code < 128;
     // What all ranks say, the first one says on its node's terminal.
     let message = (!words.is_empty() && (failed || code == 2 && first > 0))
         .then(|| format!("rank {rank} ended first, saying:\n  {}", words.join("\n  ")));
     Ended { status: code, message, failed }
+}
+
+/// What a rank that could not say why it ended has said before.
+fn last(words: &[String]) -> String {
+    if words.is_empty() {
+        return String::new();
+    }
+    format!("\nits last lines:\n  {}", words.join("\n  "))
 }
 
 fn killed(rank: usize, signal: i32) -> String {
@@ -320,7 +327,20 @@ mod tests {
     fn a_rank_that_is_killed_is_named_whoever_ends_with_it() {
         let ended = run(&["sleep 2; exit 1", "kill -KILL $$", "echo lost rank 1 >&2; exit 1"]);
         assert_eq!((ended.status, ended.failed), (137, true));
-        assert!(ended.message.unwrap().starts_with("rank 1 was killed by signal 9"));
+        let message = ended.message.unwrap();
+        assert!(message.starts_with("rank 1 was killed by signal 9"), "{message}");
+        assert!(!message.contains("its last lines"), "it has said nothing: {message}");
+    }
+
+    #[test]
+    fn the_last_lines_of_a_rank_that_dies_by_a_signal_are_shown() {
+        let ended =
+            run(&["sleep 600", "echo 'memory allocation of 7 bytes failed' >&2; echo >&2; kill -ABRT $$"]);
+        assert_eq!((ended.status, ended.failed), (134, true));
+        assert_eq!(
+            ended.message.unwrap(),
+            "rank 1 was killed by signal 6 (SIGABRT)\nits last lines:\n  memory allocation of 7 bytes failed"
+        );
     }
 
     #[test]
@@ -338,9 +358,12 @@ mod tests {
     fn a_rank_that_does_not_run_or_work_is_named() {
         let mut launcher = Launcher { patience: Duration::from_millis(300), ..Launcher::new(60).unwrap() };
         // A shell gives no sign of life at all.
-        let ended = launcher.run(vec![shell("exec sleep 600")], 4).unwrap();
+        let ended = launcher.run(vec![shell("echo reading rows >&2; exec sleep 600")], 4).unwrap();
         assert_eq!((ended.status, ended.failed), (1, true));
-        assert_eq!(ended.message.unwrap(), "rank 4 hangs: its process does not run");
+        assert_eq!(
+            ended.message.unwrap(),
+            "rank 4 hangs: its process does not run\nits last lines:\n  reading rows"
+        );
     }
 
     #[test]

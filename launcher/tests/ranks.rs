@@ -235,6 +235,39 @@ fn adapted(folder: &Path) {
 }
 
 #[test]
+fn nodes_with_other_weights_under_the_adapters_do_not_train_together() {
+    let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    adapted(one.path());
+    adapted(other.path());
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
+    let copy = other.path().join("model");
+    fs::create_dir(&copy).unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        fs::copy(golden.join(name), copy.join(name)).unwrap();
+    }
+    let weights = golden.join("model.safetensors");
+    let mut tensors = candle_core::safetensors::load(weights, &candle_core::Device::Cpu).unwrap();
+    let (_, tensor) = tensors.iter_mut().find(|(name, _)| name.ends_with("output.dense.weight")).unwrap();
+    *tensor = (&*tensor * 1.01).unwrap();
+    candle_core::safetensors::save(&tensors, copy.join("model.safetensors")).unwrap();
+    let config = other.path().join("tiny.yaml");
+    let text = fs::read_to_string(&config).unwrap();
+    let text = text.replace(&format!("path: {},", golden.display()), &format!("path: {},", copy.display()));
+    fs::write(config, text).unwrap();
+    let port = free_port();
+    let nodes = [node(other.path(), "1", port, "secret"), node(one.path(), "0", port, "secret")];
+    for node in nodes {
+        let output = node.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+        assert!(
+            said(&output).contains("has another configuration, data or model than rank 0"),
+            "{}",
+            said(&output)
+        );
+    }
+}
+
+#[test]
 fn another_number_of_ranks_goes_on_with_the_same_run() {
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     adapted(whole.path());

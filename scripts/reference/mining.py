@@ -68,11 +68,15 @@ def world(seed):
 
 
 def mined(pairs, model, corpus, **settings):
-    """[query, positive, negatives], and no decision that hangs on rounding."""
+    """[query, positive, negatives, scores], and no decision that hangs on rounding."""
     dataset = Dataset.from_dict({"query": [q for q, _ in pairs], "positive": [p for _, p in pairs]})
-    found = mine_hard_negatives(dataset, model, corpus=corpus, output_format="labeled-list", verbose=False, **settings)
+    # The only format in which they leave positives where they are.
+    whole = settings.get("include_positives", False)
+    found = mine_hard_negatives(dataset, model, corpus=corpus, output_format="n-tuple" if whole else "labeled-list",
+                                output_scores=True, verbose=False, **settings)
     random.seed(1)
-    return [[row["query"], row["positive"][0], row["positive"][1:]] for row in found]
+    texts = lambda row: [row["positive"]] + [row[name] for name in row if name.startswith("negative_")] if whole else row["positive"]
+    return [[row["query"], texts(row)[0], texts(row)[1:], [round(score, 7) for score in row["scores"]]] for row in found]
 
 
 def settled(pairs, model, corpora, cases):
@@ -92,8 +96,9 @@ def settled(pairs, model, corpora, cases):
         for query, row in zip(queries, scores):
             lowest = min(row[documents.index(p)] for q, p in pairs if q == query)
             others = torch.stack([s for s, d in zip(row, documents) if (query, d) not in pairs])
-            limits = [limit for settings in cases for limit in limits_of(settings, lowest) if limit is not None]
-            gaps = [row.sort().values.diff().min()] + [(others - limit).abs().min() for limit in limits]
+            ranked = lambda settings: row if settings.get("include_positives") else others
+            limits = [(ranked(settings), limit) for settings in cases for limit in limits_of(settings, lowest) if limit is not None]
+            gaps = [row.sort().values.diff().min()] + [(scores - limit).abs().min() for scores, limit in limits]
             if min(gaps) <= APART:
                 unsettled.add(query)
     return [(q, p) for q, p in pairs if q not in unsettled]
@@ -113,6 +118,8 @@ CASES = [
     dict(num_negatives=3, relative_margin=0.6),
     dict(num_negatives=3, absolute_margin=0.1, relative_margin=0.3, max_score=0.6, min_score=0.2, range_min=2, range_max=30),
     dict(num_negatives=60, relative_margin=0.05),
+    dict(num_negatives=6, include_positives=True),
+    dict(num_negatives=3, include_positives=True, max_score=0.8, range_min=1, range_max=20),
     dict(num_negatives=3, sampling_strategy="random", range_min=2, range_max=12, relative_margin=0.1),
 ]
 
@@ -142,6 +149,7 @@ def main():
     folder, both = [], [
         dict(num_negatives=5, relative_margin=0.002),
         dict(num_negatives=3, absolute_margin=0.001, max_score=0.995, range_min=1, range_max=20),
+        dict(num_negatives=4, include_positives=True),
     ]
     folder_pairs = settled(folder_pairs, bert, [negatives], both)
     for settings in both:

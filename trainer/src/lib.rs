@@ -34,6 +34,8 @@ pub mod step;
 pub mod embed;
 // Arrays of float32 rows on disk.
 pub mod npy;
+// Files of tensors, written with signs of life.
+mod tensors;
 // How good a model is.
 pub mod eval;
 // Documents that lie near a query and do not answer it.

@@ -26,7 +26,7 @@ use crate::progress::Progress;
 use crate::samples::{self, Samples};
 use crate::signals::Signals;
 use crate::step::{Outcome, Stepper};
-use crate::{Error, Result, checkpoint, report};
+use crate::{Error, Result, checkpoint, pulse, report};
 
 /// A run that is ready for its next step.
 pub struct Run {
@@ -83,8 +83,8 @@ impl Run {
             claim(output)?;
         }
         let json = |error: serde_json::Error| Error::file(output, format!("the state of the run: {error}"));
-        let both = serde_json::to_vec(&(&identity, model.flat().entries().len())).map_err(json)?;
-        world.same("configuration, data or model", xxh3_64(&both))?;
+        let all = (&identity, model.flat().entries().len(), model.frozen_digest()?);
+        world.same("configuration, data or model", xxh3_64(&serde_json::to_vec(&all).map_err(json)?))?;
         let of_first = world.of_first(serde_json::to_vec(&state).map_err(json)?)?;
         let state = if world.first() { state } else { serde_json::from_slice(&of_first).map_err(json)? };
         Ok(Self { plan, model, state, resumed, checkpoints, signals: Signals::listen()?, world })
@@ -110,6 +110,7 @@ impl Run {
         if early.is_some() {
             // Early stopping says that what came after the best evaluation was not worth having.
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
+            pulse::beat();
         }
         let (config, step) = (&self.plan.config, summary.chosen);
         let trained = Trained { config, step, before: &summary.before, after: &summary.after };

@@ -10,12 +10,10 @@
 
 mod writer;
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use self::writer::{Snapshot, Writer, digest};
@@ -23,7 +21,7 @@ use crate::data::batch::Cursor;
 use crate::memory::readable;
 use crate::model::params::Flat;
 use crate::optimizer::Optimizer;
-use crate::{Error, Result};
+use crate::{Error, Result, pulse, tensors};
 
 /// Where a run stands.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -231,10 +229,15 @@ impl Checkpoints {
 /// # Errors
 /// A file cannot be read, is of another model, or does not hold what was written.
 pub fn restore(path: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -> Result<()> {
-    flat.read(flat.values(), &path.join("parameters.safetensors"), "")?;
     let moments = path.join("optimizer.safetensors");
-    flat.read(&optimizer.first, &moments, "exp_avg.")?;
-    flat.read(&optimizer.second, &moments, "exp_avg_sq.")?;
+    for (buffer, file, prefix) in [
+        (flat.values(), &path.join("parameters.safetensors"), ""),
+        (&optimizer.first, &moments, "exp_avg."),
+        (&optimizer.second, &moments, "exp_avg_sq."),
+    ] {
+        flat.read(buffer, file, prefix)?;
+        pulse::beat();
+    }
     let found = readable_digest(digest(&[flat.values(), &optimizer.first, &optimizer.second])?);
     match &state.digest {
         Some(written) if *written != found => {
@@ -255,25 +258,18 @@ pub fn readable_digest(digest: u64) -> String {
 
 fn write(folder: &Path, snapshot: &Snapshot) -> Result<()> {
     let Snapshot { state, flat, values, first, second } = snapshot;
-    let tensors = |buffer, prefix: &'static str| {
+    let named = |buffer, prefix: &'static str| {
         flat.named(buffer).map(move |named| named.map(|(name, tensor)| (format!("{prefix}{name}"), tensor)))
     };
-    let parameters: HashMap<String, Tensor> = tensors(values, "").collect::<Result<_>>()?;
-    save(&parameters, &folder.join("parameters.safetensors"))?;
-    let moments: HashMap<String, Tensor> =
-        tensors(first, "exp_avg.").chain(tensors(second, "exp_avg_sq.")).collect::<Result<_>>()?;
-    save(&moments, &folder.join("optimizer.safetensors"))?;
+    let parameters = named(values, "").collect::<Result<Vec<_>>>()?;
+    tensors::write(&folder.join("parameters.safetensors"), &parameters)?;
+    let moments = named(first, "exp_avg.").chain(named(second, "exp_avg_sq."));
+    tensors::write(&folder.join("optimizer.safetensors"), &moments.collect::<Result<Vec<_>>>()?)?;
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::file(folder, error.to_string()))?;
     put(&folder.join("state.json"), &json)?;
     sync(folder)?;
     put(&folder.join("DONE"), b"")?;
     sync(folder)
-}
-
-fn save(tensors: &HashMap<String, Tensor>, path: &Path) -> Result<()> {
-    candle_core::safetensors::save(tensors, path)
-        .map_err(|error| Error::file(path, format!("cannot be written: {error}\nhint: is the disk full?")))?;
-    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("sync", path))
 }
 
 fn put(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -315,7 +311,7 @@ fn name(step: u64) -> String {
 mod tests {
     use super::*;
     use crate::model::params::{Parameter, Visit};
-    use candle_core::Device;
+    use candle_core::{Device, Tensor};
     use kernels::adamw::AdamW;
 
     fn flat(values: [f32; 3]) -> Flat {

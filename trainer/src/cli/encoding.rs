@@ -1,4 +1,4 @@
-//! How a command embeds texts: the flags that `evaluate`, `compare` and `mine` share.
+//! How a command embeds texts: the flags that `evaluate`, `compare`, `mine` and `nano` share.
 
 use super::encode::{at_least_one, options};
 use crate::Result;
@@ -25,6 +25,16 @@ pub(super) struct Encoding {
 }
 
 impl Encoding {
+    /// Whether the command line says anything about it.
+    pub(super) fn is_given(&self) -> bool {
+        let Self { query_prompt, document_prompt, max_length, chunk_tokens, random_weights } = self;
+        query_prompt.is_some()
+            || document_prompt.is_some()
+            || max_length.is_some()
+            || *chunk_tokens != CHUNK_TOKENS
+            || *random_weights
+    }
+
     /// Opens a model.
     pub(super) fn model(&self, id_or_path: &str) -> Result<Opened> {
         Opened::open(id_or_path, &options(self.random_weights))

@@ -19,7 +19,7 @@ use crate::{Error, Result};
     trainer mine --model runs/first/model --pairs data/scifact --output data/mined.jsonl --range 10..100 \
     --relative-margin none --max-score 0.9 --sampling random\n  \
     launch --cpus 2 -- mine --model runs/first/model --pairs data/train.jsonl --output data/mined.jsonl\n\n\
-    Writes rows for training: query, positive, negatives. What was found and dropped, and why, is printed as JSON. A run that \
+    Writes rows for training: query, positive, negatives, and scores if asked for. What was found and dropped, and why, is printed as JSON. A run that \
     was ended goes on where it was when it is started again.")]
 pub(super) struct Args {
     /// A model folder, or an id on the Hugging Face hub
@@ -58,6 +58,12 @@ pub(super) struct Args {
     /// What random choices follow from
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
+    /// Leave the positives in the ranking, for rerankers to be measured with; such rows are nothing to train on
+    #[arg(long)]
+    include_positives: bool,
+    /// Write also the `scores` of the positive and the negatives, which the losses margin_mse and kl learn from
+    #[arg(long)]
+    output_scores: bool,
     /// Where embeddings and finished rows are kept meanwhile; the embeddings stay, for another run with the same texts. Default: beside the
     /// output, and nothing stays
     #[arg(long, value_name = "DIR")]
@@ -87,6 +93,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
             SamplingName::Random => Sampling::Random,
         },
         seed: args.seed,
+        include_positives: args.include_positives,
     };
     let Some(name) = args.output.file_name() else {
         return Err(Error::Usage(format!("--output: {} is no name for a file", args.output.display())));
@@ -121,7 +128,8 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         args.encoding.random_weights,
         opened.model.folder().pooling,
     );
-    let mine = Mine { filter, output: args.output.clone(), work, keep: args.work.is_some() };
+    let scores = args.output_scores;
+    let mine = Mine { filter, scores, output: args.output.clone(), work, keep: args.work.is_some() };
     let counts = mine.run(&inputs, &model, world, |texts, role| embedder.encode(texts, role))?;
     if world.first() {
         if counts.pairs_without > 0 {

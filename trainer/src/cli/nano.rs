@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::encode::{at_least_one, options};
+use super::encode::at_least_one;
+use super::encoding::Encoding;
 use super::print;
-use crate::Result;
-use crate::embed::{CHUNK_TOKENS, Opened};
+use crate::comm::World;
 use crate::nano::Nano;
+use crate::{Error, Result};
 
 /// Make a small set that is nearly as hard as a BEIR set: some queries, their answers, and what is hard to tell from them
 #[derive(Debug, clap::Args)]
@@ -35,21 +36,16 @@ pub(super) struct Args {
     /// Which qrels/SPLIT.tsv is used. Default: test, else dev, else the only one
     #[arg(long)]
     split: Option<String>,
-    /// Put before each query. Default: what the model folder says
-    #[arg(long, value_name = "TEXT", requires = "model")]
-    query_prompt: Option<String>,
-    /// Put before each document. Default: what the model folder says
-    #[arg(long, value_name = "TEXT", requires = "model")]
-    document_prompt: Option<String>,
-    /// Tokens of a text at most, the prompt and special tokens included. Default: what the model folder says
-    #[arg(long, value_name = "N", requires = "model", value_parser = at_least_one)]
-    max_length: Option<usize>,
-    /// Tokens that are encoded at once
-    #[arg(long, value_name = "N", default_value_t = CHUNK_TOKENS, value_parser = at_least_one)]
-    chunk_tokens: usize,
+    #[command(flatten)]
+    encoding: Encoding,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    if args.model.is_none() && args.encoding.is_given() {
+        let message =
+            "--model is missing: without it nothing is embedded, and the flags of how texts are say nothing";
+        return Err(Error::Usage(message.to_owned()));
+    }
     let nano = Nano {
         set: args.set.clone(),
         split: args.split.clone(),
@@ -62,16 +58,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let counts = match &args.model {
         None => sample.write(None)?,
         Some(model) => {
-            let opened = Opened::open(model, &options(false))?;
-            let mut embedder = opened.embedder();
-            embedder.limit(args.max_length)?;
-            embedder.chunk_tokens = args.chunk_tokens;
-            if let Some(prompt) = &args.query_prompt {
-                embedder.query_prompt = prompt;
-            }
-            if let Some(prompt) = &args.document_prompt {
-                embedder.document_prompt = prompt;
-            }
+            let opened = args.encoding.model(model)?;
+            let embedder = args.encoding.embedder(&opened, &World::solo())?;
             sample.write(Some(&mut |texts, role| embedder.encode(texts, role)))?
         }
     };

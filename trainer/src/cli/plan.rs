@@ -6,7 +6,7 @@ use super::encode::at_least_one;
 use super::{Failure, print};
 use crate::config::Config;
 use crate::plan::{self, Outline, Plan};
-use crate::scaling::{Rates, Table};
+use crate::scaling::{Load, Rates, Table};
 
 /// Check everything and say what the run will do: rows, steps, tokens, memory
 #[derive(Debug, clap::Args)]
@@ -34,7 +34,13 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     if let Err(missing) = plan::inputs(&config) {
         // What the run costs decides whether the data is fetched at all.
         match Outline::new(&config) {
-            Ok(outline) => print(outline.to_string().trim_end()),
+            Ok(outline) => {
+                print(outline.to_string().trim_end());
+                if !args.ranks.is_empty() {
+                    print("ranks      at most, as if every text were as long as it may be:");
+                    print(args.table(&outline.load));
+                }
+            }
             Err(error) => tracing::warn!("{error}"),
         }
         return Err(Failure::before(missing));
@@ -42,12 +48,19 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let plan = Plan::new(config).map_err(Failure::before)?;
     print(plan.to_string().trim_end());
     if !args.ranks.is_empty() {
-        let rates = args.tokens_per_second.zip(args.link_rate);
-        let rates = rates.map(|(tokens, link)| Rates { tokens, link: link * 1e9 });
-        let scaled = args.ranks.iter().map(|&ranks| plan.load.on(ranks, rates)).collect();
-        print(Table(scaled).to_string().trim_end());
+        print(args.table(&plan.load));
     }
     Ok(())
+}
+
+impl Args {
+    /// What a step would take on the numbers of ranks that were asked for.
+    fn table(&self, load: &Load) -> String {
+        let rates = self.tokens_per_second.zip(self.link_rate);
+        let rates = rates.map(|(tokens, link)| Rates { tokens, link: link * 1e9 });
+        let scaled = self.ranks.iter().map(|&ranks| load.on(ranks, rates)).collect();
+        Table(scaled).to_string().trim_end().to_owned()
+    }
 }
 
 fn above_zero(text: &str) -> Result<f64, String> {

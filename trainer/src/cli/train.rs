@@ -12,7 +12,12 @@ use crate::train::Run;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer train configs/quickstart.yaml\n  \
     trainer train configs/minilm.yaml training.learning_rate=2e-5 data.train.0.samples=1000\n  \
-    trainer train configs/minilm.yaml --resume")]
+    trainer train configs/minilm.yaml --resume\n  \
+    LODESTONE_NCCL=1 torchrun --no-python --nproc-per-node 4 trainer train configs/zeta.yaml\n\n\
+    Ranks that torchrun, srun or mpirun has started look at these variables, which `launch` sets for its own:\n  \
+    LODESTONE_NCCL=1           each rank has a GPU of its own: they talk over NCCL, not through the processor's memory\n  \
+    LODESTONE_TIMEOUT=SECONDS  how long a rank may show no sign of work before the others end the run; default 1800\n  \
+    LODESTONE_TOKEN=SECRET     the same on all hosts, for ranks on several (not under mpirun)")]
 pub(super) struct Args {
     /// The configuration, a YAML file
     config: PathBuf,

@@ -15,7 +15,7 @@ pub const VARIABLE_RENDEZVOUS: &str = "LODESTONE_RENDEZVOUS";
 /// Seconds that another rank may show no sign of work.
 pub const VARIABLE_TIMEOUT: &str = "LODESTONE_TIMEOUT";
 
-/// Set to 1 by `launch` for ranks that have a GPU each: they talk over NCCL. Without launch it is the user's to set.
+/// Set to 1 by `launch` for ranks that have a GPU each: they talk over NCCL. Under torchrun, srun and mpirun it is the user's to set.
 pub const VARIABLE_NCCL: &str = "LODESTONE_NCCL";
 
 /// As long as torch's collectives wait.
@@ -69,6 +69,17 @@ impl Place {
                  hint: set it to the same on all hosts, from `openssl rand -hex 16` say"
             ))),
         }
+    }
+
+    /// What to say of ranks with GPUs that do not talk over NCCL.
+    pub(super) fn detour(&self, on_gpu: bool) -> Option<String> {
+        let by = if self.master.is_some() { "sockets" } else { "MPI" };
+        (on_gpu && !self.gpu).then(|| {
+            format!(
+                "messages between the GPUs go by {by}, through the memory of the processor\n\
+                 hint: {VARIABLE_NCCL}=1 lets them go over NCCL, which is faster, if each rank has a GPU of its own"
+            )
+        })
     }
 }
 
@@ -299,6 +310,16 @@ mod tests {
             let error = of(variables).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
+    }
+
+    #[test]
+    fn gpus_that_do_not_talk_over_nccl_are_told_of() {
+        let place = Place { size: 2, master: Some(("a".to_owned(), 1)), ..Place::default() };
+        assert!(place.detour(true).unwrap().contains("by sockets, through"));
+        assert_eq!(place.detour(false), None);
+        assert_eq!(Place { gpu: true, ..place.clone() }.detour(true), None);
+        let message = Place { master: None, ..place }.detour(true).unwrap();
+        assert!(message.contains("by MPI, through") && message.contains("LODESTONE_NCCL=1"), "{message}");
     }
 
     #[test]

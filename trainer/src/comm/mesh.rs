@@ -123,6 +123,16 @@ impl Transport for Mesh {
             lock(&peer.line).send(&Message::Failed(failed));
         }
     }
+
+    /// A rank that has ended or hangs.
+    #[cfg(feature = "cuda")]
+    fn lost(&self, start: Instant) -> Option<Error> {
+        let mut peers = self.peers.iter().enumerate().filter_map(|(rank, peer)| Some((rank, peer.as_ref()?)));
+        peers.find_map(|(rank, peer)| {
+            let ended = peer.life.as_ref().is_some_and(|life| life.ended.load(Ordering::Relaxed));
+            if ended { Some(self.ended(rank, peer)) } else { self.silent(rank, peer, start) }
+        })
+    }
 }
 
 impl Mesh {
@@ -176,16 +186,6 @@ impl Mesh {
         let message =
             format!("{host}shows no sign of work for {waited} s: it hangs, or its host cannot be reached");
         Some(Error::Rank { rank, status: 1, message })
-    }
-
-    /// A rank that has ended or hangs while something else than the mesh waits for all, since `start`.
-    #[cfg(feature = "cuda")]
-    pub(super) fn lost(&self, start: Instant) -> Option<Error> {
-        let mut peers = self.peers.iter().enumerate().filter_map(|(rank, peer)| Some((rank, peer.as_ref()?)));
-        peers.find_map(|(rank, peer)| {
-            let ended = peer.life.as_ref().is_some_and(|life| life.ended.load(Ordering::Relaxed));
-            if ended { Some(self.ended(rank, peer)) } else { self.silent(rank, peer, start) }
-        })
     }
 
     /// Why a rank takes no messages any more: its last word, if it left one.

@@ -22,6 +22,8 @@ mod tcp;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::time::Instant;
 
 use bytemuck::Pod;
 use candle_core::{DType, Device, Tensor};
@@ -33,7 +35,7 @@ use crate::data::batch::Sequence;
 use crate::data::builder::Part;
 use crate::data::share::Share;
 use crate::model::params::Gradients;
-use crate::{Error, Result, pulse};
+use crate::{Error, Result, device, pulse};
 
 /// What carries messages between ranks.
 trait Transport: Debug + Send + Sync {
@@ -45,6 +47,10 @@ trait Transport: Debug + Send + Sync {
 
     /// Lets the others know that this rank ends, and why.
     fn abandon(&self, failed: &Failed);
+
+    /// Why there is no sense in waiting any longer, where something else has waited for all ranks since `start`.
+    #[cfg(feature = "cuda")]
+    fn lost(&self, start: Instant) -> Option<Error>;
 }
 
 /// Why a rank ended.
@@ -90,18 +96,27 @@ impl World {
     /// The environment contradicts itself; the others do not come in time; this build cannot talk to them.
     pub fn connect() -> Result<Self> {
         let Some(place) = place()? else { return Ok(Self::solo()) };
+        if place.rank == 0
+            && let Some(detour) = place.detour(device::current().is_ok_and(|device| !device.is_cpu()))
+        {
+            tracing::warn!("{detour}");
+        }
         #[cfg(feature = "mpi")]
         if place.master.is_none() {
-            let transport = mpi::Mpi::start(&place)?;
-            return Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(transport)) });
+            return Self::over(mpi::Mpi::start(&place)?, &place);
         }
-        let mesh = tcp::connect(&place)?;
+        Self::over(tcp::connect(&place)?, &place)
+    }
+
+    fn over(transport: impl Transport + 'static, place: &Place) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        if place.gpu {
-            let transport = nccl::Nccl::start(mesh, &place)?;
-            return Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(transport)) });
-        }
-        Ok(Self { rank: place.rank, size: place.size, transport: Some(Arc::new(mesh)) })
+        let transport: Arc<dyn Transport> = match place.gpu {
+            true => Arc::new(nccl::Nccl::start(Box::new(transport), place)?),
+            false => Arc::new(transport),
+        };
+        #[cfg(not(feature = "cuda"))]
+        let transport: Arc<dyn Transport> = Arc::new(transport);
+        Ok(Self { rank: place.rank, size: place.size, transport: Some(transport) })
     }
 
     /// This process's number among the ranks.

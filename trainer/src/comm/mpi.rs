@@ -149,4 +149,13 @@ impl Transport for Mpi {
         // mpirun ends the others; each has its own log.
         SimpleCommunicator::world().abort(i32::from(failed.status));
     }
+
+    /// MPI does not say which rank is missing; mpirun ends all when one has ended.
+    #[cfg(feature = "cuda")]
+    fn lost(&self, start: Instant) -> Option<Error> {
+        let waited = self.patience.as_secs();
+        let message =
+            format!("has waited {waited} s for the others: one hangs, or its host cannot be reached");
+        (start.elapsed() > self.patience).then_some(Error::Rank { rank: self.rank, status: 1, message })
+    }
 }

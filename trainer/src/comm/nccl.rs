@@ -1,6 +1,7 @@
-//! Ranks with a GPU each: what is long goes over NCCL, between the GPUs; what is short over the sockets that the ranks have anyway.
+//! Ranks with a GPU each: what is long goes over NCCL, between the GPUs; what is short over the sockets or the MPI that the ranks
+//! have anyway.
 //!
-//! Lengths come first, over the sockets, with messages that are short; so a rank that ends or hangs before a collective is named
+//! Lengths come first, the short way, with messages that are short; so a rank that ends or hangs before a collective is named
 //! there. While NCCL works, its errors and the others' ends are looked for, and the communicator is aborted then: else it would
 //! wait forever.
 
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
 use cudarc::nccl::{result, sys};
 
-use super::mesh::{Mesh, lock};
+use super::mesh::lock;
 use super::{Failed, Place, Transport};
 use crate::{Error, Result, device};
 
@@ -22,9 +23,11 @@ const SHORT: usize = 16 << 10;
 /// Between two looks at a collective under way.
 const LOOK: Duration = Duration::from_micros(50);
 
-/// The sockets, and the GPU's side.
+/// The short way, and the GPU's side.
 pub(super) struct Nccl {
-    control: Mesh,
+    control: Box<dyn Transport>,
+    rank: usize,
+    size: usize,
     stream: Arc<CudaStream>,
     group: Mutex<Option<Group>>,
 }
@@ -61,14 +64,14 @@ impl Drop for Nccl {
 }
 
 impl Nccl {
-    /// Makes the communicator of the ranks that the sockets connect.
-    pub(super) fn start(control: Mesh, place: &Place) -> Result<Self> {
+    /// Makes the communicator of the ranks that `control` connects.
+    pub(super) fn start(control: Box<dyn Transport>, place: &Place) -> Result<Self> {
         let unusable = |error: candle_core::Error| {
             Error::Usage(format!("ranks with GPUs talk over NCCL: {}", device::plain(&error)))
         };
         kernels::open_nccl().map_err(unusable)?;
         let ordinal = device::ordinal().map_err(unusable)?;
-        let rank = control.rank;
+        let (rank, size) = (place.rank, place.size);
         let refused = move |error: DriverError| failed(rank, &error.to_string());
         let context = CudaContext::new(ordinal).map_err(refused)?;
         let stream = context.new_stream().map_err(refused)?;
@@ -87,7 +90,6 @@ impl Nccl {
         };
         let id = sys::ncclUniqueId { internal: internal.map(|byte| byte as std::os::raw::c_char) };
         // Waits for all ranks, and takes no heed of one that does not come: so on a thread that this one may leave behind.
-        let size = place.size;
         let making = thread::spawn(move || -> Result<Group> {
             context.bind_to_thread().map_err(refused)?;
             let mut group = MaybeUninit::uninit();
@@ -106,12 +108,12 @@ impl Nccl {
             thread::sleep(LOOK);
         }
         let group = making.join().map_err(|_| failed(rank, "NCCL's start panicked"))??;
-        Ok(Self { control, stream, group: Mutex::new(Some(group)) })
+        Ok(Self { control, rank, size, stream, group: Mutex::new(Some(group)) })
     }
 
     /// Sends long messages to their ranks and receives those of `lengths`, GPU to GPU.
     fn carry(&self, messages: &[&[u8]], lengths: &[usize]) -> Result<Vec<Option<Vec<u8>>>> {
-        let rank = self.control.rank;
+        let rank = self.rank;
         let refused = |error: DriverError| failed(rank, &error.to_string());
         let long = |other: usize, length: usize| other != rank && length > SHORT;
         let upload = |(to, message): (usize, &&[u8])| {
@@ -168,7 +170,7 @@ impl Nccl {
 
     /// Until the GPU has done what was queued, or somebody is lost.
     fn wait(&self, group: sys::ncclComm_t) -> Result<()> {
-        let rank = self.control.rank;
+        let rank = self.rank;
         let refused = |error: DriverError| failed(rank, &error.to_string());
         let event = self.stream.record_event(None).map_err(refused)?;
         let start = Instant::now();
@@ -217,7 +219,7 @@ impl Transport for Nccl {
         };
         let lengths: Vec<usize> = notes.iter().enumerate().map(open).collect::<Result<_>>()?;
         let long = self.carry(messages, &lengths)?;
-        let own = self.control.rank;
+        let own = self.rank;
         let whole = |(from, (note, long)): (usize, (Vec<u8>, Option<Vec<u8>>))| match long {
             Some(message) => message,
             None if from == own => messages[own].to_vec(),
@@ -227,11 +229,15 @@ impl Transport for Nccl {
     }
 
     fn gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.exchange(&vec![message; self.control.peers.len()])
+        self.exchange(&vec![message; self.size])
     }
 
     fn abandon(&self, failed: &Failed) {
         self.control.abandon(failed);
         drop(lock(&self.group).take());
+    }
+
+    fn lost(&self, start: Instant) -> Option<Error> {
+        self.control.lost(start)
     }
 }

@@ -72,6 +72,11 @@ pub(super) fn values(config: &Config) -> Result<()> {
     }
 
     check.above_0("loss.temperature", loss.temperature)?;
+    check.that(
+        loss.in_batch_negatives || !loss.symmetric,
+        "loss.symmetric",
+        "expected false where loss.in_batch_negatives is false: a positive looks for its query among those of the batch",
+    )?;
     if let Some(margin) = loss.false_negative_margin {
         check.that(
             margin.is_finite(),

@@ -93,7 +93,9 @@ pub struct Data {
     pub batching: Batching,
     /// Whether every epoch has an order of its own, from the seed; else the order of the files. Default: true.
     pub shuffle: bool,
-    /// Whether no text may stand twice in a batch other than as the same item. Default: true.
+    /// Whether no text may stand twice in a batch other than as the same item. A row that would bring one waits for a later batch of
+    /// its epoch; what no batch could take goes into the last ones all the same, and so does what comes while 65,536 rows wait.
+    /// Default: true.
     pub no_duplicates: bool,
 }
 

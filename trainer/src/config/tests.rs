@@ -77,7 +77,7 @@ data:
 loss:
   kind: info_nce
   temperature: 0.2
-  in_batch_negatives: false
+  in_batch_negatives: true
   symmetric: true
   mask_known_positives: false
   false_negative_margin: 0.1
@@ -219,6 +219,11 @@ fn values_outside_their_range_are_refused() {
         ("training: {warmup_ratio: 0.1, warmup_steps: 3}", "training.warmup_steps", "either"),
         ("training: {chunk_size: 1, chunk_tokens: 3}", "training.chunk_size", "either"),
         ("loss: {temperature: 0}", "loss.temperature", "above 0, found 0"),
+        (
+            "loss: {symmetric: true, in_batch_negatives: false}",
+            "loss.symmetric",
+            "loss.in_batch_negatives is false",
+        ),
         ("lora: {rank: 0}", "lora.rank", "at least 1"),
         ("lora: {targets: []}", "lora.targets", "at least one"),
         ("checkpoint: {every: 0}", "checkpoint.every", "from 1"),

@@ -86,23 +86,18 @@ mod tests {
         assert!(share.ranks().all(|pieces| pieces.len() == 2));
     }
 
-    /// Lengths as those of the zeta recipe: log-normal, cut at 192 and 512 tokens.
+    /// Those of a batch of the zeta recipe: 1024 queries and 6144 documents.
     fn lengths() -> Vec<usize> {
-        use rand::SeedableRng;
-        use rand_distr::{Distribution, LogNormal};
-        let mut stream = rand_chacha::ChaCha8Rng::seed_from_u64(1);
-        let mut draw = |count, mean: f64, sigma: f64, cut: f64| -> Vec<usize> {
-            let law = LogNormal::new(mean.ln() - sigma * sigma / 2.0, sigma).unwrap();
-            (0..count).map(|_| law.sample(&mut stream).clamp(4.0, cut) as usize).collect()
-        };
-        let mut all = draw(1024, 45.0, 0.5, 192.0);
-        all.extend(draw(6 * 1024, 180.0, 0.7, 512.0));
-        all
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/benches/lengths.json");
+        let lengths: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let of = |name: &str| lengths[name].as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize);
+        of("queries").chain(of("documents")).collect()
     }
 
     #[test]
     fn ranks_have_the_same_number_of_tokens_within_half_a_percent() {
         let lengths = lengths();
+        assert_eq!(lengths.len(), 1024 * 7);
         for ranks in [4, 8, 64] {
             let imbalance = Share::deal(&lengths, ranks).imbalance(&lengths);
             assert!(imbalance < 0.005, "{ranks} ranks: {imbalance}");

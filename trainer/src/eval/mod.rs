@@ -63,7 +63,7 @@ impl EvalSet {
     /// Reads a set into memory. Without a name it gets that of its folder or file.
     ///
     /// # Errors
-    /// Nothing there, a malformed row, an id in the qrels that has no text.
+    /// Nothing there, a malformed row, an id in the qrels that has no text, a corpus of one document.
     pub fn open(set: &EvaluationSet) -> Result<Self> {
         let path = &hub::data_file(&set.path)?;
         if !path.exists() {
@@ -259,7 +259,8 @@ mod tests {
     fn the_csv_has_a_heading_once_and_a_row_each_time() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pairs.en.jsonl");
-        std::fs::write(&path, "{\"query\": \"q\", \"positive\": \"p\"}").unwrap();
+        let rows = "{\"query\": \"q\", \"positive\": \"p\"}\n{\"query\": \"r\", \"positive\": \"o\"}\n";
+        std::fs::write(&path, rows).unwrap();
         let set = set(&path, SetKind::Retrieval).unwrap();
         assert_eq!((set.name(), set.primary().as_str()), ("pairs.en", "pairs.en_cosine_ndcg@10"));
         let scores: Scores =

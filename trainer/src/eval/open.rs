@@ -11,11 +11,18 @@ use crate::config::{DataSet, Kind};
 use crate::data::reader::{self, Source};
 use crate::{Error, Result};
 
+/// Whatever the model, that one would be found.
+const ONE_DOCUMENT: &str = "has one document only, expected two or more: there is nothing to tell it from";
+
 /// A BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/SPLIT.tsv`. What has a score above 0 is relevant.
 pub(super) fn beir(folder: &Path, split: Option<&str>) -> Result<Retrieval> {
     let qrels = qrels(folder, split)?;
     let (queries, query_numbers) = texts(&find(folder, "queries.jsonl")?, false)?;
-    let (documents, document_numbers) = texts(&find(folder, "corpus.jsonl")?, true)?;
+    let corpus = find(folder, "corpus.jsonl")?;
+    let (documents, document_numbers) = texts(&corpus, true)?;
+    if documents.len() == 1 {
+        return Err(Error::file(corpus, ONE_DOCUMENT));
+    }
     let mut relevant = vec![Vec::new(); queries.len()];
     judgements(&qrels, |line, query, document, score, _| {
         let wrong = |message: String| Error::Row { path: qrels.clone(), line, message };
@@ -53,9 +60,9 @@ pub(crate) fn judgements(
         };
         let header = std::mem::take(&mut first);
         match score.parse::<f64>() {
-            Ok(number) => each(line, query, document, number, score),
+            Ok(number) if number.is_finite() => each(line, query, document, number, score),
             Err(_) if header => Ok(()),
-            Err(_) => Err(wrong(format!("the score `{score}` is no number"))),
+            _ => Err(wrong(format!("the score `{score}` is no number"))),
         }
     })
 }
@@ -82,6 +89,9 @@ pub(super) fn pairs(path: &Path) -> Result<Retrieval> {
             relevant.push(Vec::new());
         }
         relevant[query].extend(row.positives.into_iter().map(|text| documents.number(text)));
+    }
+    if documents.texts.len() == 1 {
+        return Err(Error::file(path, ONE_DOCUMENT));
     }
     // Ids whose order as strings is that of the file.
     let ids: Vec<_> = (0..documents.texts.len()).map(|number| format!("{number:010}")).collect();
@@ -311,7 +321,13 @@ mod tests {
             (&[("qrels/test.tsv", "q9\ta\t1\n")], "test.tsv:1: `q9` is not in queries.jsonl"),
             (&[("qrels/test.tsv", "q1 a 1\n")], "test.tsv:1: expected query-id"),
             (&[("qrels/test.tsv", "q\tc\tscore\nq1\ta\tx\n")], "test.tsv:2: the score `x` is no number"),
+            (&[("qrels/test.tsv", "q\tc\tscore\nq1\ta\tNaN\n")], "test.tsv:2: the score `NaN` is no number"),
+            (&[("qrels/test.tsv", "q1\ta\tinf\n")], "test.tsv:1: the score `inf` is no number"),
             (&[("qrels/test.tsv", "q\tc\tscore\n")], "has no relevant document"),
+            (
+                &[("corpus.jsonl", "{\"_id\": \"a\", \"text\": \"x\"}\n")],
+                "corpus.jsonl: has one document only, expected two or more",
+            ),
             (&[("qrels/x.tsv", ""), ("qrels/y.tsv", "")], "name a split: x, y"),
             (&[], "found no qrels"),
             (
@@ -341,6 +357,10 @@ mod tests {
         let folder = folder(&[("pairs.en.jsonl", &rows.concat())]);
         let set = pairs(&folder.path().join("pairs.en.jsonl")).unwrap();
         assert_eq!(asked(&set), [vec!["q", "r", "s"], vec!["x", "y"]]);
+        let one = folder.path().join("one.jsonl");
+        std::fs::write(&one, [&rows[0], &rows[3]].map(String::as_str).concat()).unwrap();
+        let error = pairs(&one).unwrap_err().to_string();
+        assert!(error.contains("one.jsonl: has one document only, expected two or more"), "{error}");
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::json;
 
-use crate::Result;
 use crate::model::adapter::Settings;
+use crate::{Result, tensors};
 
 /// Before the name of a module, for the two wrappers that PEFT puts around a model.
 const PREFIX: &str = "base_model.model.";
@@ -46,7 +46,7 @@ pub(super) fn write(
     super::put(&folder.join("adapter_config.json"), &config)?;
     let named: Vec<_> =
         adapters.into_iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
-    super::weights::save(&folder.join("adapter_model.safetensors"), &named)
+    tensors::write(&folder.join("adapter_model.safetensors"), &named)
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{About, put, put_text};
 use crate::data::tokenize;
 use crate::model::{Folder, Pooling};
-use crate::{Error, Result};
+use crate::{Error, Result, tensors};
 
 /// The tokenizer's files, whichever of them a model has.
 const TOKENIZER: [&str; 9] = [
@@ -103,7 +103,7 @@ pub(super) fn write_dense(
         rest = others;
         let own: Vec<_> =
             own.into_iter().map(|(name, tensor)| (name[start.len()..].to_owned(), tensor)).collect();
-        super::weights::save(&place.join("model.safetensors"), &own)?;
+        tensors::write(&place.join("model.safetensors"), &own)?;
     }
     Ok(rest)
 }

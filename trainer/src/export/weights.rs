@@ -1,14 +1,13 @@
 //! Weights as safetensors: one file, or shards with an index.
 
-use std::collections::HashMap;
-use std::fs::File;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
+use crate::Result;
 use crate::progress::Progress;
-use crate::{Error, Result};
+use crate::tensors;
 
 /// Bytes of a file at most, as on the hub; a tensor that is larger has a file of its own.
 pub(super) const SHARD: usize = 5_000_000_000;
@@ -17,32 +16,19 @@ pub(super) const SHARD: usize = 5_000_000_000;
 pub(super) fn write(folder: &Path, tensors: &[(String, Tensor)], limit: usize) -> Result<()> {
     let shards = cut(tensors, limit);
     if shards.len() == 1 {
-        return save(&folder.join("model.safetensors"), tensors);
+        return tensors::write(&folder.join("model.safetensors"), tensors);
     }
     let total: usize = tensors.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let mut map = Map::new();
     let mut progress = Progress::new("weights, MB", (total / 1_000_000) as u64, 0);
     for (number, shard) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
-        save(&folder.join(&name), shard)?;
+        tensors::write(&folder.join(&name), shard)?;
         map.extend(shard.iter().map(|(tensor, _)| (tensor.clone(), Value::from(name.as_str()))));
         progress.advance((shard.iter().map(|(_, tensor)| bytes(tensor)).sum::<usize>() / 1_000_000) as u64);
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
     super::put(&folder.join("model.safetensors.index.json"), &index)
-}
-
-/// Writes one file of f32 tensors.
-pub(super) fn save(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
-    let tensors = tensors
-        .iter()
-        .map(|(name, tensor)| Ok((name.as_str(), tensor.to_dtype(DType::F32)?)))
-        .collect::<Result<Vec<_>>>()?;
-    // transformers refuses a file that does not name its framework.
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(tensors, Some(format), path)
-        .map_err(|error| Error::file(path, format!("cannot be written: {error}\nhint: is the disk full?")))?;
-    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("sync", path))
 }
 
 /// Consecutive tensors of together at most `limit` bytes.
@@ -83,9 +69,6 @@ mod tests {
         assert_eq!(back.len(), 5);
         assert_eq!(back["b"].to_vec1::<f32>().unwrap(), [0.0, 1.0]);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-        let bytes = std::fs::read(folder.path().join("model.safetensors")).unwrap();
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-        assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
     }
 
     #[test]
@@ -102,14 +85,5 @@ mod tests {
             assert_eq!(index["weight_map"][name], file);
             assert!(load(folder.path().join(file), &Device::Cpu).unwrap().contains_key(name));
         }
-    }
-
-    #[test]
-    fn halves_are_written_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let half = Tensor::new(&[0.5f32, 2.0], &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
-        write(folder.path(), &[("a".into(), half)], SHARD).unwrap();
-        let back = load(folder.path().join("model.safetensors"), &Device::Cpu).unwrap();
-        assert_eq!(back["a"].to_vec1::<f32>().unwrap(), [0.5, 2.0]);
     }
 }

@@ -22,7 +22,8 @@ pub struct InfoNce {
     pub temperature: f64,
     /// Whether other rows' documents are negatives; else only a row's own are.
     pub in_batch_negatives: bool,
-    /// Whether documents choose among queries too, the loss being the mean of both directions.
+    /// Whether documents choose among queries too, the loss being the mean of both directions. Only with in-batch negatives: else
+    /// a document has no query but its own.
     pub symmetric: bool,
     /// Candidates scoring above the positive by more than this cosine are left out.
     pub false_negative_margin: Option<f64>,

@@ -14,6 +14,7 @@ mod texts;
 mod work;
 
 use std::fmt::Write;
+use std::iter;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -46,6 +47,8 @@ const KEPT: usize = 1 << 24;
 pub struct Mine {
     /// What a negative must be.
     pub filter: Filter,
+    /// Whether a row tells the `scores` of its positive and its negatives, in this order: what margin_mse and kl learn from.
+    pub scores: bool,
     /// Where the rows go.
     pub output: PathBuf,
     /// Where embeddings and finished rows are kept.
@@ -71,7 +74,7 @@ impl Mine {
         let range_max = self.filter.range_max(inputs.most)?;
         let digests = (xxh3_64(model.as_bytes()), inputs.queries.digest(), inputs.documents.digest());
         let texts = xxh3_64(format!("{digests:x?}").as_bytes());
-        let settings = xxh3_64(format!("{:?} {:x}", self.filter, inputs.digest).as_bytes());
+        let settings = xxh3_64(self.settings(inputs).as_bytes());
         world.same("model, rows or settings", texts ^ settings)?;
         if inputs.blank > 0 {
             tracing::warn!("{} texts of the corpus are blank and left out", inputs.blank);
@@ -119,6 +122,11 @@ impl Mine {
         Ok(counts)
     }
 
+    /// What the rows follow from beside the texts and their embeddings.
+    fn settings(&self, inputs: &Inputs) -> String {
+        format!("{:?} {} {:x}", self.filter, self.scores, inputs.digest)
+    }
+
     /// The rows of some queries.
     fn block(
         &self,
@@ -164,7 +172,10 @@ impl Mine {
                     counts.differences.push(score - hit.score);
                 }
                 let positive = inputs.documents.get(number)?;
-                let row = json!({"query": asked, "positive": positive, "negatives": texts});
+                let mut row = json!({"query": asked, "positive": positive, "negatives": texts});
+                if self.scores {
+                    row["scores"] = iter::once(score).chain(negatives.iter().map(|hit| hit.score)).collect();
+                }
                 let _ = writeln!(text, "{row}");
             }
         }

@@ -49,6 +49,8 @@ pub struct Filter {
     pub sampling: Sampling,
     /// What random choices follow from.
     pub seed: u64,
+    /// Whether the positives stay in the ranking, which is to measure rerankers with then, and nothing to train on.
+    pub include_positives: bool,
 }
 
 /// Candidates that were dropped, by the reason.
@@ -122,7 +124,7 @@ impl Filter {
         let relative = self.relative_margin.map(|margin| lowest - lowest.abs() * margin);
         let mut left = Vec::with_capacity(hits.len());
         for &hit in hits {
-            let reason = if positives.contains(&hit.document) {
+            let reason = if !self.include_positives && positives.contains(&hit.document) {
                 &mut dropped.positive
             } else if self.absolute_margin.is_some_and(|margin| hit.score + margin > lowest) {
                 &mut dropped.absolute_margin
@@ -172,6 +174,7 @@ mod tests {
             max_score: None,
             sampling: Sampling::Top,
             seed: 1,
+            include_positives: false,
         }
     }
 

@@ -42,7 +42,7 @@ impl Place {
     }
 
     fn mine(&self, filter: Filter) -> Mine {
-        Mine { filter, output: self.path("out.jsonl"), work: self.path("work"), keep: false }
+        Mine { filter, scores: false, output: self.path("out.jsonl"), work: self.path("work"), keep: false }
     }
 
     fn encode(&self, texts: &[String]) -> Result<Tensor> {
@@ -58,11 +58,11 @@ impl Place {
         mine.run(&self.inputs(corpus), "lookup", &World::solo(), encode).unwrap()
     }
 
-    /// [query, positive, negatives] of the rows that were written.
+    /// [query, positive, negatives, scores] of the rows that were written.
     fn rows(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.path("out.jsonl")).unwrap();
         let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        rows.map(|row| json!([row["query"], row["positive"], row["negatives"]])).collect()
+        rows.map(|row| json!([row["query"], row["positive"], row["negatives"], row["scores"]])).collect()
     }
 }
 
@@ -79,6 +79,7 @@ fn filter(settings: &Value) -> Filter {
         max_score: number("max_score"),
         sampling: if settings["sampling_strategy"] == "random" { Sampling::Random } else { Sampling::Top },
         seed: 42,
+        include_positives: settings["include_positives"] == true,
     }
 }
 
@@ -86,15 +87,34 @@ fn filter(settings: &Value) -> Filter {
 fn negatives_are_those_of_sentence_transformers_for_every_parameter() {
     let golden = golden();
     let world = Place::new(&golden);
-    let (mut random, mut fewer) = (0, 0);
+    let (mut random, mut fewer, mut included) = (0, 0, 0);
     for case in golden["cases"].as_array().unwrap() {
         let filter = filter(&case["settings"]);
-        let counts = world.run(&world.mine(filter.clone()), case["corpus"].as_bool().unwrap());
-        let (rows, expected) = (world.rows(), case["rows"].as_array().unwrap());
+        let mine = Mine { scores: true, ..world.mine(filter.clone()) };
+        let counts = world.run(&mine, case["corpus"].as_bool().unwrap());
+        let (mut rows, expected) = (world.rows(), case["rows"].as_array().unwrap());
         assert_eq!(rows.len() as u64, counts.rows);
         fewer += counts.rows_with_fewer + counts.pairs_without;
+        if filter.include_positives {
+            // There they write only rows that have as many as were asked for.
+            rows.retain(|row| row[2].as_array().unwrap().len() == filter.negatives);
+            included += rows.iter().filter(|row| row[2].as_array().unwrap().contains(&row[1])).count();
+        }
         if filter.sampling == Sampling::Top {
-            assert_eq!(&rows, expected, "{}", case["settings"]);
+            assert_eq!(rows.len(), expected.len(), "{}", case["settings"]);
+            for (row, expected) in rows.iter().zip(expected) {
+                assert_eq!(
+                    row.as_array().unwrap()[..3],
+                    expected.as_array().unwrap()[..3],
+                    "{}",
+                    case["settings"]
+                );
+                let [scores, expected] = [row, expected].map(|row| row[3].as_array().unwrap());
+                assert_eq!(scores.len(), expected.len());
+                for (score, expected) in scores.iter().zip(expected) {
+                    assert!((score.as_f64().unwrap() - expected.as_f64().unwrap()).abs() < 1e-6, "{row}");
+                }
+            }
             continue;
         }
         assert_eq!(rows.len(), expected.len());
@@ -111,6 +131,7 @@ fn negatives_are_those_of_sentence_transformers_for_every_parameter() {
     }
     assert!(random > 20, "few of the random choices differ from the best: {random}");
     assert!(fewer > 50, "no limit leaves too few: {fewer}");
+    assert!(included > 20, "few of the positives are in their rankings: {included}");
     assert_eq!(fs::read_dir(world.folder.path()).unwrap().count(), 3, "nothing stays but the output");
 }
 
@@ -170,12 +191,12 @@ fn what_is_finished_is_not_done_again() {
     let digests = (xxh3_64(b"lookup"), inputs.queries.digest(), inputs.documents.digest());
     let texts = xxh3_64(format!("{digests:x?}").as_bytes());
     assert!(embeddings.iter().any(|path| name(path) == format!("embeddings-{texts:016x}")));
-    let settings = xxh3_64(format!("{:?} {:x}", mine.filter, inputs.digest).as_bytes());
+    let settings = xxh3_64(mine.settings(&inputs).as_bytes());
     let work = Work::open(&mine.work, texts, settings, &World::solo()).unwrap();
     work.write_block(0, b"{\"query\":1,\"positive\":2,\"negatives\":3}\n", &counts).unwrap();
     let same = |again: Counts| again.rows == counts.rows && again.dropped == counts.dropped;
     assert!(same(world.run(&mine, true)));
-    assert_eq!(world.rows(), [json!([1, 2, 3])]);
+    assert_eq!(world.rows(), [json!([1, 2, 3, null])]);
     assert!(same(world.run(&mine, true)));
     assert_eq!(world.rows(), rows, "finished rows are used once");
 

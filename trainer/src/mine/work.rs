@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use super::report::Counts;
 use crate::comm::World;
-use crate::{Error, Result};
+use crate::{Error, Result, pulse};
 
 pub(super) struct Work {
     folder: PathBuf,
@@ -76,6 +76,7 @@ impl Work {
             all.add(&counts);
             let mut rows = File::open(&path).map_err(Error::io("open", &path))?;
             std::io::copy(&mut rows, &mut file).map_err(Error::io("write", &draft))?;
+            pulse::beat();
         }
         file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::io("write", &draft))?;
         fs::rename(&draft, output).map_err(Error::io("rename", &draft))?;

@@ -14,6 +14,7 @@ pub mod adapter;
 pub mod bert;
 pub mod decoder;
 pub mod encoder;
+mod frozen;
 pub mod linear;
 pub mod mapped;
 pub mod modernbert;

@@ -6,6 +6,7 @@ use super::{Lengths, lasting, lengths, options};
 use crate::config::{Batching, Config, Init};
 use crate::memory::readable;
 use crate::model::{Folder, Model, Options};
+use crate::scaling::Load;
 use crate::{Error, Result, hub, model};
 
 /// Whether all data that the configuration names is there. What is on the hub is asked for when it is needed.
@@ -37,6 +38,8 @@ pub struct Outline<'a> {
     trained: usize,
     state: u64,
     lengths: Lengths,
+    /// What ranks share of a step, where every text is as long as it may be: no step has more.
+    pub load: Load,
     /// Rows an epoch and steps of the run, where every data set says its `samples`.
     planned: Option<(u64, u64)>,
 }
@@ -53,8 +56,17 @@ impl<'a> Outline<'a> {
         let model = Model::open(folder.clone(), &options)?;
         let lengths = lengths(config, &folder, &model)?;
         let (elements, trained) = (model.elements(), model.flat().len());
-        Ok(Self { config, elements, trained, state: lasting(&model), lengths, planned: planned(config) })
+        let load = Load { lengths: longest(config, lengths), width: model.width(), trained };
+        let state = lasting(&model);
+        Ok(Self { config, elements, trained, state, lengths, load, planned: planned(config) })
     }
+}
+
+/// Tokens of a step's queries and documents at most.
+fn longest(config: &Config, lengths: Lengths) -> Vec<usize> {
+    let rows = config.training.batch_size;
+    let documents = rows * (1 + config.data.negatives);
+    [vec![lengths.query; rows], vec![lengths.document; documents]].concat()
 }
 
 fn planned(config: &Config) -> Option<(u64, u64)> {
@@ -79,8 +91,7 @@ impl fmt::Display for Outline<'_> {
         writeln!(f, "model      {}: {all:.1} M parameters, {trained:.2} M trained", model.path)?;
         writeln!(f, "memory     {} for parameters and moments", readable(self.state))?;
         let documents = 1 + data.negatives;
-        let row = self.lengths.query + documents * self.lengths.document;
-        let step = (training.batch_size * row) as f64;
+        let step = self.load.lengths.iter().sum::<usize>() as f64;
         write!(
             f,
             "tokens     at most {step:.0} a step: {} rows with a query of {}",

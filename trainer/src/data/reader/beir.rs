@@ -55,15 +55,12 @@ impl Beir {
                     ));
                 }
             };
-            let Ok(score) = score.parse::<f64>() else {
-                let first = std::mem::take(&mut header);
-                return if first {
-                    Ok(())
-                } else {
-                    Err((number, format!("the score `{score}` is no number")))
-                };
+            let first = std::mem::take(&mut header);
+            let score = match score.parse::<f64>() {
+                Ok(score) if score.is_finite() => score,
+                Err(_) if first => return Ok(()),
+                _ => return Err((number, format!("the score `{score}` is no number"))),
             };
-            header = false;
             if score > 0.0 {
                 let number_of = |numbers: &HashMap<String, u32>, id: &str, file: &Path| {
                     numbers

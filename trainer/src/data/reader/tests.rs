@@ -228,6 +228,8 @@ fn a_beir_folder_gives_a_row_for_each_query_with_answers() {
     assert_eq!(message(), "/qrels/train.tsv:2: `q9` is not in /queries.jsonl");
     folder.write("qrels/train.tsv", b"q1\td2\t1\nq1\td2\thigh\n");
     assert_eq!(message(), "/qrels/train.tsv:2: the score `high` is no number");
+    folder.write("qrels/train.tsv", b"q1\td2\tinf\n");
+    assert_eq!(message(), "/qrels/train.tsv:1: the score `inf` is no number");
     folder.write("qrels/train.tsv", b"q1\td2\t0\n");
     assert_eq!(message(), "/qrels/train.tsv: has no relevant document, expected scores above 0");
     folder.write("qrels/train.tsv", b"q3\td2\t1\n");
