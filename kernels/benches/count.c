@@ -1,12 +1,21 @@
-// Counts what makes the host wait for the GPU: LD_PRELOADed before a program that links the driver's library. Counting
-// starts anew at each cuMemPoolSetAttribute, which a benchmark calls before what it measures; at exit the numbers since the
-// last one are printed.
+// Counts what makes the host wait for the GPU: LD_PRELOADed before a program that opens the driver's library. What lies between
+// the last cuMemPoolSetAttribute and the cuMemPoolGetAttribute after it is counted: a benchmark asks for a new peak before what it
+// measures, and for the peak after it. At exit the numbers are printed; with LODESTONE_WAITS a program that waited more often than
+// that ends with status 3, as one that measured nothing does.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
 
-static long stream_waits, context_waits, event_waits, reads, writes, allocations;
+static struct {
+    // Each of these waits.
+    long streams, contexts, events, reads, long_writes, allocations;
+    // These do not.
+    long writes, queued_allocations;
+} now, measured;
+static int measuring, found;
 
 static void* next(const char* name) { return dlsym(RTLD_NEXT, name); }
 
@@ -14,26 +23,56 @@ static void* next(const char* name) { return dlsym(RTLD_NEXT, name); }
     int name parameters {                                    \
         static int(*real) parameters;                        \
         if (!real) *(void**)&real = next(#name);             \
-        counter++;                                           \
+        now.counter++;                                       \
         return real arguments;                               \
     }
 
-COUNTED(stream_waits, cuStreamSynchronize, (void* stream), (stream))
-COUNTED(context_waits, cuCtxSynchronize, (void), ())
-COUNTED(event_waits, cuEventSynchronize, (void* event), (event))
+// Memory of the host that is not pinned: to the GPU up to 64 KiB are queued, longer copies may wait for the queue.
+#define QUEUED (64 << 10)
+#define WRITE(name, parameters, arguments)                   \
+    int name parameters {                                    \
+        static int(*real) parameters;                        \
+        if (!real) *(void**)&real = next(#name);             \
+        *(bytes > QUEUED ? &now.long_writes : &now.writes) += 1; \
+        return real arguments;                               \
+    }
+
+COUNTED(streams, cuStreamSynchronize, (void* stream), (stream))
+COUNTED(contexts, cuCtxSynchronize, (void), ())
+COUNTED(events, cuEventSynchronize, (void* event), (event))
 COUNTED(reads, cuMemcpyDtoHAsync_v2, (void* to, unsigned long long from, size_t bytes, void* stream), (to, from, bytes, stream))
 COUNTED(reads, cuMemcpyDtoH_v2, (void* to, unsigned long long from, size_t bytes), (to, from, bytes))
-COUNTED(writes, cuMemcpyHtoDAsync_v2, (unsigned long long to, const void* from, size_t bytes, void* stream), (to, from, bytes, stream))
-COUNTED(allocations, cuMemAllocAsync, (unsigned long long* to, size_t bytes, void* stream), (to, bytes, stream))
+WRITE(cuMemcpyHtoDAsync_v2, (unsigned long long to, const void* from, size_t bytes, void* stream), (to, from, bytes, stream))
+WRITE(cuMemcpyHtoD_v2, (unsigned long long to, const void* from, size_t bytes), (to, from, bytes))
+COUNTED(allocations, cuMemAlloc_v2, (unsigned long long* to, size_t bytes), (to, bytes))
+COUNTED(allocations, cuMemFree_v2, (unsigned long long at), (at))
+COUNTED(queued_allocations, cuMemAllocAsync, (unsigned long long* to, size_t bytes, void* stream), (to, bytes, stream))
 
 int cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
     static int (*real)(void*, int, void*);
     if (!real) *(void**)&real = next("cuMemPoolSetAttribute");
-    stream_waits = context_waits = event_waits = reads = writes = allocations = 0;
+    const int status = real(pool, attribute, value);
+    __builtin_memset(&now, 0, sizeof now);
+    measuring = 1;
+    return status;
+}
+
+int cuMemPoolGetAttribute(void* pool, int attribute, void* value) {
+    static int (*real)(void*, int, void*);
+    if (!real) *(void**)&real = next("cuMemPoolGetAttribute");
+    if (measuring) measured = now, measuring = 0, found = 1;
     return real(pool, attribute, value);
 }
 
 __attribute__((destructor)) static void report(void) {
-    fprintf(stderr, "waits      %ld for the stream, %ld for the context, %ld for events; %ld copies to the host, %ld from it, "
-            "%ld allocations\n", stream_waits, context_waits, event_waits, reads, writes, allocations);
+    const long waits = measured.streams + measured.contexts + measured.events + measured.reads + measured.long_writes + measured.allocations;
+    const char* most = getenv("LODESTONE_WAITS");
+    fprintf(stderr, "waits      %ld: %ld for the stream, %ld for the context, %ld for events, %ld copies to the host, %ld long ones from "
+            "it, %ld allocations; without a wait %ld copies and %ld allocations\n", waits, measured.streams, measured.contexts,
+            measured.events, measured.reads, measured.long_writes, measured.allocations, measured.writes, measured.queued_allocations);
+    if (!most || (found && waits <= atol(most))) return;
+    if (found) fprintf(stderr, "error: at most %s waits are expected\n", most);
+    else fprintf(stderr, "error: nothing was counted\n");
+    fflush(NULL);
+    _exit(3);
 }

@@ -3,7 +3,7 @@
 //!
 //! Correctness is the tests' matter, which run on the GPU with `LODESTONE_GPU=1`; `scripts/gpu.sh` does both.
 
-#![expect(clippy::print_stdout, reason = "a benchmark reports")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark reports")]
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::activation::{self, Activation};
@@ -13,9 +13,13 @@ use kernels::dropout::{self, Dropout};
 use kernels::embedding::{self, Tables};
 use kernels::infonce::{self, Candidates, InfoNce};
 use kernels::lora::{self, Adapter};
+use kernels::precision::{self, Precision};
 use kernels::{Packing, linear, norm, pool, rope};
+use std::process::ExitCode;
 use std::time::Instant;
 
+/// FLOPs of the largest product of a layer.
+const PRODUCT: f64 = 2.0 * (TOKENS * WIDTH * INNER) as f64;
 /// Of a chunk.
 const TOKENS: usize = 16_384;
 const WIDTH: usize = 4096;
@@ -25,10 +29,20 @@ const KV_HEADS: usize = 8;
 const HEAD_WIDTH: usize = 128;
 const RANK: usize = 8;
 
-fn main() -> Result<()> {
-    let device = kernels::open(0)?;
-    let bench = Bench { copied: 0.0, multiplied: 0.0, device };
-    bench.run()
+fn main() -> ExitCode {
+    let run = |device| Bench { copied: 0.0, multiplied: 0.0, device }.run();
+    match kernels::open(0).and_then(run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Where in candle an error came up says nothing about this machine.
+            let error = match error {
+                candle_core::Error::WithBacktrace { inner, .. } => *inner,
+                other => other,
+            };
+            eprintln!("error: the kernels cannot be measured: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 struct Bench {
@@ -45,39 +59,46 @@ impl Bench {
         let seconds = self.seconds(|| big.copy().map(drop))?;
         self.copied = 2.0 * bytes(&[&big]) / seconds;
         drop(big);
-        let (x, w) = (self.random((TOKENS, WIDTH), DType::BF16)?, self.random((INNER, WIDTH), DType::BF16)?);
-        let flops = 2.0 * (TOKENS * WIDTH * INNER) as f64;
-        self.multiplied = flops / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
-        println!(
-            "copy {:.0} GB/s, product {:.0} TFLOP/s in bf16; {TOKENS} tokens\n",
-            self.copied / 1e9,
-            self.multiplied / 1e12
-        );
-        println!("{:<34}{:>10}{:>12}{:>12}", "kernel", "µs", "of copy", "of product");
-        for dtype in [DType::BF16, DType::F16] {
+        println!("copy {:.0} GB/s; {TOKENS} tokens", self.copied / 1e9);
+        candle_core::cuda::set_gemm_reduced_precision_f32(true);
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            let (x, w) = (self.random((TOKENS, WIDTH), dtype)?, self.random((INNER, WIDTH), dtype)?);
+            self.multiplied = PRODUCT / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
+            drop((x, w));
+            let name = format!("{dtype:?}").to_lowercase();
+            println!("\nproduct {:.0} TFLOP/s in {name}", self.multiplied / 1e12);
+            println!("{:<38}{:>10}{:>12}{:>12}", "kernel", "µs", "of copy", "of product");
             self.layer(dtype)?;
         }
+        // The loss is of f32 that is never rounded.
+        candle_core::cuda::set_gemm_reduced_precision_f32(false);
+        let (x, w) = (self.random((TOKENS, WIDTH), DType::F32)?, self.random((INNER, WIDTH), DType::F32)?);
+        self.multiplied = PRODUCT / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
+        drop((x, w));
+        println!("\nproduct {:.0} TFLOP/s in f32 without TF32", self.multiplied / 1e12);
         self.head()
     }
 
     fn layer(&self, dtype: DType) -> Result<()> {
         let packing = packing();
-        let name = |what: &str| format!("{what}, {dtype:?}").to_lowercase();
         let [x, residual, dy] = [(); 3].map(|()| self.random((TOKENS, WIDTH), dtype));
         let (x, residual, dy) = (x?, residual?, dy?);
         let w = self.random(WIDTH, DType::F32)?;
         let stream = bytes(&[&x]);
-        self.moves(&name("rms norm + residual"), 4.0 * stream, || {
+        self.moves("rms norm + residual", 4.0 * stream, || {
             norm::rms_norm(&x, Some(&residual), &w, 1e-5).map(drop)
         })?;
         let (_, tape) = norm::rms_norm(&x, Some(&residual), &w, 1e-5)?;
-        self.moves(&name("rms norm, backward"), 4.0 * stream, || {
+        self.moves("rms norm, backward", 4.0 * stream, || {
             norm::rms_norm_backward(&tape, &w, &dy, Some(&residual), None).map(drop)
+        })?;
+        self.moves("layer norm + residual", 4.0 * stream, || {
+            norm::layer_norm(&x, Some(&residual), &w, Some(&w), 1e-5).map(drop)
         })?;
         let dw = self.random(WIDTH, DType::F32)?;
         // Any mean will do for the time that it takes.
         let tape = norm::Tape { mean: Some(tape.rstd.clone()), ..tape };
-        self.moves(&name("layer norm, backward with dw"), 3.0 * stream, || {
+        self.moves("layer norm, backward with dw", 3.0 * stream, || {
             norm::layer_norm_backward(&tape, &w, &dy, None, Some(&dw), Some(&w)).map(drop)
         })?;
 
@@ -87,71 +108,106 @@ impl Bench {
             self.random((TOKENS, KV_HEADS * HEAD_WIDTH), dtype)?,
         );
         let table = rope::Table::new(512, HEAD_WIDTH, 10_000.0);
-        self.moves(&name("rope, q and k"), 2.0 * bytes(&[&q, &k]), || {
+        self.moves("rope, q and k", 2.0 * bytes(&[&q, &k]), || {
             rope::forward_both(&q, &k, &packing, &table).map(drop)
         })?;
 
-        let attention = Attention {
-            heads: HEADS,
-            kv_heads: KV_HEADS,
-            head_width: HEAD_WIDTH,
-            scale: 1.0 / (HEAD_WIDTH as f32).sqrt(),
-            left: None,
-            right: Some(0),
-            dropout: None,
-        };
-        let pairs: f64 = packing.ranges().map(|r| (r.len() * (r.len() + 1) / 2) as f64).sum();
-        let product = 2.0 * pairs * (HEADS * HEAD_WIDTH) as f64;
-        self.computes(&name("attention, causal"), 2.0 * product, || {
-            attention::forward(&q, &k, &v, &packing, &attention).map(drop)
-        })?;
-        let (o, lse) = attention::forward(&q, &k, &v, &packing, &attention)?;
-        self.computes(&name("attention, causal, backward"), 5.0 * product, || {
-            attention::backward(&q, &k, &v, &o, &lse, &o, &packing, &attention).map(drop)
-        })?;
+        // MPNet's reach, at Mistral's width.
+        let bias = self.random((HEADS, 2 * 128 + 1), DType::F32)?;
+        let whole = usize::MAX;
+        for (what, left, right, bias) in [
+            ("causal", whole, 0, None),
+            ("both ways", whole, whole, None),
+            ("window of 129", 64, 64, None),
+            ("both ways, biased", whole, whole, Some(&bias)),
+        ] {
+            let bound = |reach| (reach < whole).then_some(reach);
+            let attention = Attention {
+                heads: HEADS,
+                kv_heads: KV_HEADS,
+                head_width: HEAD_WIDTH,
+                scale: 1.0 / (HEAD_WIDTH as f32).sqrt(),
+                left: bound(left),
+                right: bound(right),
+                dropout: None,
+            };
+            let of_row = |i: usize, n: usize| 1 + i.min(left) + (n - 1 - i).min(right);
+            let of_text = |n: usize| (0..n).map(|i| of_row(i, n)).sum::<usize>();
+            let pairs: usize = packing.ranges().map(|range| of_text(range.len())).sum();
+            let product = 2.0 * (pairs * HEADS * HEAD_WIDTH) as f64;
+            let forward = || match bias {
+                Some(bias) => attention::forward_biased(&q, &k, &v, bias, &packing, &attention),
+                None => attention::forward(&q, &k, &v, &packing, &attention),
+            };
+            self.computes(&format!("attention, {what}"), 2.0 * product, || forward().map(drop))?;
+            let (o, lse) = forward()?;
+            self.computes(&format!("attention, {what}, backward"), 5.0 * product, || match bias {
+                Some(bias) => {
+                    attention::backward_biased(&q, &k, &v, bias, &o, &lse, &o, &packing, &attention).map(drop)
+                }
+                None => attention::backward(&q, &k, &v, &o, &lse, &o, &packing, &attention).map(drop),
+            })?;
+        }
 
         let (gate, up) = (self.random((TOKENS, INNER), dtype)?, self.random((TOKENS, INNER), dtype)?);
         let inner = bytes(&[&gate]);
-        self.moves(&name("swiglu"), 3.0 * inner, || {
-            activation::gated(&gate, &up, Activation::Silu).map(drop)
-        })?;
-        self.moves(&name("swiglu, backward"), 5.0 * inner, || {
+        self.moves("swiglu", 3.0 * inner, || activation::gated(&gate, &up, Activation::Silu).map(drop))?;
+        self.moves("swiglu, backward", 5.0 * inner, || {
             activation::gated_backward(&gate, &up, &up, Activation::Silu).map(drop)
         })?;
-        self.moves(&name("gelu"), 2.0 * inner, || activation::forward(&gate, Activation::Gelu).map(drop))?;
+        self.moves("gelu", 2.0 * inner, || activation::forward(&gate, Activation::Gelu).map(drop))?;
+        self.moves("gelu, backward", 3.0 * inner, || {
+            activation::backward(&gate, &up, Activation::Gelu).map(drop)
+        })?;
 
         let d = Dropout { p: 0.1, seed: 1, step: 1, site: 1 };
-        self.moves(&name("dropout"), 2.0 * stream, || dropout::apply(&x, &packing, &d).map(drop))?;
+        self.moves("dropout", 2.0 * stream, || dropout::apply(&x, &packing, &d).map(drop))?;
 
         let word = self.random((32_000, WIDTH), dtype)?;
         let ids: Vec<u32> = (0..TOKENS as u32).map(|t| t * 7919 % 32_000).collect();
         let ids = Tensor::new(ids, &self.device)?;
         let tables = Tables { word: &word, position: None, position_offset: 0, kind: None };
-        self.moves(&name("embedding"), 2.0 * stream, || {
-            embedding::forward(&ids, &packing, &tables).map(drop)
-        })?;
+        self.moves("embedding", 2.0 * stream, || embedding::forward(&ids, &packing, &tables).map(drop))?;
         let dword = Tensor::zeros((32_000, WIDTH), DType::F32, &self.device)?;
-        self.moves(&name("embedding, backward"), 5.0 * stream, || {
+        self.moves("embedding, backward", 5.0 * stream, || {
             embedding::backward(&x, &ids, &packing, 0, Some(&dword), None, None)
         })?;
 
         let frozen = self.random((INNER, WIDTH), dtype)?;
-        let flops = 2.0 * (TOKENS * WIDTH * INNER) as f64;
-        self.computes(&name("linear"), flops, || linear::forward(&x, &frozen, None).map(drop))?;
-        self.computes(&name("linear, dx only"), flops, || linear::backward_input(&gate, &frozen).map(drop))?;
+        let bias = self.random(INNER, DType::F32)?;
+        self.computes("linear", PRODUCT, || linear::forward(&x, &frozen, None).map(drop))?;
+        self.computes("linear with bias", PRODUCT, || linear::forward(&x, &frozen, Some(&bias)).map(drop))?;
+        self.computes("linear, dx only", PRODUCT, || linear::backward_input(&gate, &frozen).map(drop))?;
+        let dw = Tensor::zeros((INNER, WIDTH), DType::F32, &self.device)?;
+        self.computes("linear, dw", PRODUCT, || linear::backward_weight(&x, &gate, &dw))?;
+        self.moves("linear, db", inner, || linear::backward_bias(&gate, &bias))?;
+        drop(dw);
+        let precision = match dtype {
+            DType::BF16 => Precision::Bf16,
+            DType::F16 => Precision::F16,
+            _ => Precision::F32,
+        };
+        if precision != Precision::F32 {
+            let weight = self.random((INNER, WIDTH), DType::F32)?;
+            self.moves("convert from f32", bytes(&[&weight, &frozen]), || {
+                precision::round(weight.clone(), precision).map(drop)
+            })?;
+        }
         let (a, b) = (self.random((RANK, WIDTH), DType::F32)?, self.random((INNER, RANK), DType::F32)?);
         let adapter = Adapter { a: &a, b: &b, scale: 4.0, dropout: None };
-        self.moves(&name("lora"), stream + 2.0 * inner, || {
-            lora::forward(&x, &up, &adapter, &packing).map(drop)
-        })?;
+        self.moves("lora", stream + 2.0 * inner, || lora::forward(&x, &up, &adapter, &packing).map(drop))?;
         let xa = lora::forward(&x, &up, &adapter, &packing)?;
         let (da, db) = (a.zeros_like()?, b.zeros_like()?);
-        self.moves(&name("lora, backward"), 3.0 * stream + 2.0 * inner, || {
+        self.moves("lora, backward", 3.0 * stream + 2.0 * inner, || {
             lora::backward(&x, &xa, &gate, &adapter, &packing, Some(&residual), &da, &db)
         })?;
 
         let spans: Vec<_> = packing.ranges().collect();
-        self.moves(&name("masked mean"), stream, || pool::forward(&x, &spans, true).map(drop))
+        self.moves("masked mean", stream, || pool::forward(&x, &spans, true).map(drop))?;
+        let (e, norms) = pool::forward(&x, &spans, true)?;
+        self.moves("masked mean, backward", 4.0 * (TOKENS * WIDTH) as f64, || {
+            pool::backward(&e, &norms, &spans, &e, TOKENS, true).map(drop)
+        })
     }
 
     fn head(&self) -> Result<()> {
@@ -174,21 +230,23 @@ impl Bench {
         let (p, g, m, v) = (p?, g?, m?, v?.abs()?);
         let adamw =
             AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-        self.moves("adamw", 7.0 * bytes(&[&p]), || adamw::step(&p, &g, &m, &v, count, 1, 1.0, &adamw))?;
-        self.moves("norm of gradients, to the host", bytes(&[&g]), || adamw::norm(&g).map(drop))
+        let losses = self.random(rows, DType::F32)?;
+        let scale = adamw::clip(&g, &losses, Some(1.0))?.scale;
+        self.moves("adamw", 7.0 * bytes(&[&p]), || adamw::step(&p, &g, &m, &v, count, 1, &scale, &adamw))?;
+        self.moves("norm of gradients", bytes(&[&g]), || adamw::clip(&g, &losses, Some(1.0)).map(drop))
     }
 
     fn moves(&self, name: &str, bytes: f64, f: impl FnMut() -> Result<()>) -> Result<()> {
         let seconds = self.seconds(f)?;
         let share = 100.0 * bytes / seconds / self.copied;
-        println!("{name:<34}{:>10.1}{share:>10.0} %", seconds * 1e6);
+        println!("{name:<38}{:>10.1}{share:>10.0} %", seconds * 1e6);
         Ok(())
     }
 
     fn computes(&self, name: &str, flops: f64, f: impl FnMut() -> Result<()>) -> Result<()> {
         let seconds = self.seconds(f)?;
         let share = 100.0 * flops / seconds / self.multiplied;
-        println!("{name:<34}{:>10.1}{:>12}{share:>10.0} %", seconds * 1e6, "");
+        println!("{name:<38}{:>10.1}{:>12}{share:>10.0} %", seconds * 1e6, "");
         Ok(())
     }
 

@@ -13,7 +13,6 @@ const MUTANTS: [(&str, &str, usize, &str); 3] = [
 fn main() {
     let sources = Path::new("../src");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    println!("cargo::rerun-if-changed={}", sources.display());
     println!("cargo::rerun-if-changed=emulator.hpp");
     println!("cargo::rerun-if-changed=emulator.cpp");
     println!("cargo::rerun-if-changed=faults.cu");
@@ -27,6 +26,9 @@ fn main() {
         })
         .map(|(text, name)| (name, text))
         .collect();
+    for (name, _) in &files {
+        println!("cargo::rerun-if-changed={}", sources.join(name).display());
+    }
 
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").include(".").define("EMULATOR", None).warnings(true).extra_warnings(true);

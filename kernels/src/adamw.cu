@@ -1,14 +1,17 @@
-// AdamW over the flat buffer, and the norm of its gradients; see adamw.rs.
+// AdamW over the flat buffer, and the norm of its gradients, which the host need not know; see adamw.rs.
 
 #include "common.cuh"
 
 constexpr int NORM_BLOCKS = 1024;
 
-struct Norm {
-    const float* grads;  // (P)
-    double* partials;    // (NORM_BLOCKS)
-    double* norm;        // (1)
-    int64_t count;
+struct Clip {
+    const float* grads;   // (P)
+    const float* losses;  // (B)
+    double* partials;     // (NORM_BLOCKS)
+    double* norm;         // (1)
+    float* scale;         // (1) min(1, max_norm / (norm + 1e-6)); NaN if the norm or a loss is not finite
+    int64_t count, rows;
+    double max_norm;  // infinite: no limit
 };
 
 __device__ __forceinline__ double sum_of_block(double x, Shared<double> scratch) {
@@ -21,29 +24,42 @@ __device__ __forceinline__ double sum_of_block(double x, Shared<double> scratch)
     return x;
 }
 
-__global__ void sum_squares(Norm a) {
+template <int V>
+__global__ void sum_squares(Clip a) {
     Arena arena;
     Shared<double> scratch = arena.take<double>(32);
     double sum = 0;
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < a.count; i += int64_t(gridDim.x) * blockDim.x) {
-        sum += double(a.grads[i]) * double(a.grads[i]);
+    for (int64_t at = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * V; at < a.count;
+         at += int64_t(gridDim.x) * blockDim.x * V) {
+        float g[V];
+        load<V>(a.grads + at, g);
+#pragma unroll
+        for (int i = 0; i < V; i++) sum += double(g[i]) * double(g[i]);
     }
     sum = sum_of_block(sum, scratch);
     if (threadIdx.x == 0) a.partials[blockIdx.x] = sum;
 }
 
-__global__ void root_of_sum(Norm a) {
+__global__ void norm_and_scale(Clip a) {
     Arena arena;
-    Shared<double> scratch = arena.take<double>(32);
-    double sum = 0;
+    Shared<double> scratch = arena.take<double>(64);
+    double sum = 0, nothing = 0;
     for (int i = threadIdx.x; i < NORM_BLOCKS; i += blockDim.x) sum += a.partials[i];
-    sum = sum_of_block(sum, scratch);
-    if (threadIdx.x == 0) *a.norm = sqrt(sum);
+    // 0 times what is not finite is NaN.
+    for (int64_t i = threadIdx.x; i < a.rows; i += blockDim.x) nothing += 0.0 * double(a.losses[i]);
+    sum = sum_of_block(sum, scratch.from(0, 32));
+    nothing = sum_of_block(nothing, scratch.from(32, 32));
+    if (threadIdx.x != 0) return;
+    const double norm = sqrt(sum);
+    *a.norm = norm;
+    *a.scale = float(fmin(a.max_norm / (norm + 1e-6), 1.0) + 0.0 * norm + nothing);
 }
 
-ENTRY(norm, Norm) {
-    const int error = launch(Launch(NORM_BLOCKS, 256, 32 * sizeof(double), stream), sum_squares, *arguments);
-    return error ? error : launch(Launch(1, 256, 32 * sizeof(double), stream), root_of_sum, *arguments);
+ENTRY(clip_of, Clip) {
+    const Clip& a = *arguments;
+    const Launch how(NORM_BLOCKS, 256, 32 * sizeof(double), stream);
+    const int error = whole_vectors<float>(a.count, a.grads) ? launch(how, sum_squares<4>, a) : launch(how, sum_squares<1>, a);
+    return error ? error : launch(Launch(1, 256, 64 * sizeof(double), stream), norm_and_scale, a);
 }
 
 struct AdamW {
@@ -51,12 +67,15 @@ struct AdamW {
     const float* grads;
     float* m;
     float* v;
+    const float* scale;  // (1) of the gradients; NaN: nothing is changed
     int64_t count, decayed;
-    float grad_scale, keep, weight1, beta2, weight2, correction2, epsilon, size;
+    float keep, weight1, beta2, weight2, correction2, epsilon, size;
 };
 
 template <int V>
 __global__ void adamw(AdamW a) {
+    const float scale = *a.scale;
+    if (scale != scale) return;
     for (int64_t at = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * V; at < a.count;
          at += int64_t(gridDim.x) * blockDim.x * V) {
         float p[V], g[V], m[V], v[V];
@@ -66,7 +85,7 @@ __global__ void adamw(AdamW a) {
         load<V>(a.v + at, v);
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            const float gradient = g[i] * a.grad_scale;
+            const float gradient = g[i] * scale;
             m[i] += a.weight1 * (gradient - m[i]);
             v[i] = a.beta2 * v[i] + a.weight2 * gradient * gradient;
             const float decayed = at + i < a.decayed ? p[i] * a.keep : p[i];

@@ -8,8 +8,8 @@
 //! ```
 
 use crate::simd::{GRAIN, vectorised};
-use crate::tensor::{expect_shape, read, write};
-use candle_core::{Result, Tensor, bail};
+use crate::tensor::{expect_shape, read, tensor, write};
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 #[cfg(any(test, gpu))]
@@ -30,8 +30,31 @@ pub struct AdamW {
     pub weight_decay: f64,
 }
 
+/// How long a gradient is, and what is done about it. Both numbers are where the gradient is: nobody waits for them.
+#[derive(Clone, Debug)]
+pub struct Clip {
+    /// (1) f64 ‖gradients‖₂. NaN and ∞ come through.
+    pub norm: Tensor,
+    /// (1) f32 that gradients are multiplied by: as torch's `clip_grad_norm_` min(1, max/(norm + 1e-6)). NaN, for which [`step`]
+    /// changes nothing, where the norm or a loss is not finite.
+    pub scale: Tensor,
+}
+
+/// What becomes of (P) gradients of `losses` (B); without `max_norm` they stay as long as they are.
+pub fn clip(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Result<Clip> {
+    #[cfg(gpu)]
+    if crate::gpu::runs(grads.device()) {
+        return gpu::clip(grads, losses, max_norm);
+    }
+    let norm = norm(grads)?;
+    let finite = norm.is_finite() && read::<f32>(losses)?.iter().all(|loss| loss.is_finite());
+    let scale = max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+    let scale = if finite { scale as f32 } else { f32::NAN };
+    Ok(Clip { norm: tensor(vec![norm], 1)?, scale: tensor(vec![scale], 1)? })
+}
+
 /// One step: changes `params` and the moments `m` and `v` in place; all (P), each in memory of its own. The first
-/// `decayed` elements decay; `step` counts from 1; gradients are multiplied by `grad_scale` first (clipping).
+/// `decayed` elements decay; `step` counts from 1; gradients are multiplied by `scale` (1) first, see [`Clip`].
 pub fn step(
     params: &Tensor,
     grads: &Tensor,
@@ -39,7 +62,7 @@ pub fn step(
     v: &Tensor,
     decayed: usize,
     step: u64,
-    grad_scale: f32,
+    scale: &Tensor,
     adamw: &AdamW,
 ) -> Result<()> {
     let &[count] = params.dims() else {
@@ -48,6 +71,7 @@ pub fn step(
     for (name, tensor) in [("grads", grads), ("m", m), ("v", v)] {
         expect_shape(name, tensor, &[count])?;
     }
+    expect_shape("scale", scale, &[1])?;
     if decayed > count {
         bail!("{decayed} of {count} parameters cannot decay");
     }
@@ -60,10 +84,14 @@ pub fn step(
     if places.windows(2).any(|pair| pair[0] == pair[1]) {
         bail!("`params`, `grads`, `m` and `v` must not be views of one storage");
     }
-    let factors = Factors::new(adamw, step, grad_scale);
+    let factors = Factors::new(adamw, step);
     #[cfg(gpu)]
     if crate::gpu::runs(params.device()) {
-        return gpu::step(params, grads, m, v, decayed, &factors);
+        return gpu::step(params, grads, m, v, decayed, scale, &factors);
+    }
+    let scale = read::<f32>(scale)?[0];
+    if scale.is_nan() {
+        return Ok(());
     }
     let grads = read::<f32>(grads)?;
     let mut result = Ok(());
@@ -81,7 +109,7 @@ pub fn step(
                 for (p, g, m, v, keep) in [(p0, g0, m0, v0, factors.keep), (p1, g1, m1, v1, 1.0)] {
                     vectorised(
                         #[inline(always)]
-                        || update_in_blocks(p, g, m, v, keep, &factors),
+                        || update_in_blocks(p, g, m, v, scale, keep, &factors),
                     );
                 }
             });
@@ -90,12 +118,13 @@ pub fn step(
     result
 }
 
-/// ‖grads‖₂ of (P) gradients. NaN and ∞ come through.
-pub fn norm(grads: &Tensor) -> Result<f64> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(grads.device()) {
-        return gpu::norm_of(grads);
-    }
+/// Whether all of (P) numbers are finite: no sum of squares of f32 overflows f64. A GPU is waited for.
+pub fn finite(values: &Tensor) -> Result<bool> {
+    let none = crate::zeros(0, DType::F32, values.device())?;
+    Ok(clip(values, &none, None)?.norm.to_vec1::<f64>()?[0].is_finite())
+}
+
+fn norm(grads: &Tensor) -> Result<f64> {
     let grads = read::<f32>(grads)?;
     // Blocks of a fixed size, added in their order: the same bits for any number of threads.
     let squares: Vec<f64> = grads.par_chunks(GRAIN).map(|block| vectorised(|| squares(block))).collect();
@@ -110,7 +139,6 @@ fn write_both(a: &Tensor, b: &Tensor, f: impl FnOnce(&mut [f32], &mut [f32])) ->
 
 /// [`AdamW`] in the types in which torch applies each factor.
 struct Factors {
-    grad_scale: f32,
     keep: f32,
     weight1: f32,
     beta2: f32,
@@ -121,11 +149,10 @@ struct Factors {
 }
 
 impl Factors {
-    fn new(adamw: &AdamW, step: u64, grad_scale: f32) -> Self {
+    fn new(adamw: &AdamW, step: u64) -> Self {
         let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = *adamw;
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Self {
-            grad_scale,
             keep: (1.0 - learning_rate * weight_decay) as f32,
             weight1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
@@ -143,13 +170,21 @@ const BLOCK: usize = 1024;
 /// Where gradient and moments are all 0, as in the rows of an embedding table whose tokens never came, the moments are not
 /// written: pages that never were take no memory.
 #[inline(always)]
-fn update_in_blocks(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], keep: f32, f: &Factors) {
+fn update_in_blocks(
+    p: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    scale: f32,
+    keep: f32,
+    f: &Factors,
+) {
     let moments = m.chunks_mut(BLOCK).zip(v.chunks_mut(BLOCK));
     for ((p, g), (m, v)) in p.chunks_mut(BLOCK).zip(g.chunks(BLOCK)).zip(moments) {
         if is_zero(g) && is_zero(m) && is_zero(v) {
             p.iter_mut().for_each(|p| *p *= keep);
         } else {
-            update(p, g, m, v, keep, f);
+            update(p, g, m, v, scale, keep, f);
         }
     }
 }
@@ -181,9 +216,9 @@ pub fn clear(grads: &Tensor) -> Result<()> {
 }
 
 #[inline(always)]
-fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], keep: f32, f: &Factors) {
+fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], scale: f32, keep: f32, f: &Factors) {
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-        let g = g * f.grad_scale;
+        let g = g * scale;
         // As torch's `lerp`, which goes from the nearer end.
         *m = if f.weight1 < 0.5 { *m + f.weight1 * (g - *m) } else { g - (g - *m) * (1.0 - f.weight1) };
         *v = *v * f.beta2 + f.weight2 * g * g;
@@ -209,7 +244,7 @@ fn squares(block: &[f32]) -> f64 {
 mod tests {
     use super::*;
     use crate::testing::{numbers, random, relative_error};
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     const ADAMW: AdamW =
         AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.99, epsilon: 1e-6, weight_decay: 0.1 };
@@ -222,7 +257,7 @@ mod tests {
         let one = |range: std::ops::Range<usize>| {
             let (p, g) = (vector(&vec![1.5; range.len()]), vector(&grads[range.clone()]));
             let (m, v) = (zeros(range.len()), zeros(range.len()));
-            step(&p, &g, &m, &v, range.len(), 1, 1.0, &ADAMW).unwrap();
+            step(&p, &g, &m, &v, range.len(), 1, &scale(1.0), &ADAMW).unwrap();
             clear(&g).unwrap();
             assert_eq!(numbers(&g), vec![0.0; range.len()]);
             numbers(&p)
@@ -232,6 +267,10 @@ mod tests {
         let pieces: Vec<f64> = (0..count).step_by(100).flat_map(|i| one(i..count.min(i + 100))).collect();
         assert_eq!(whole, pieces);
         assert_eq!(whole[BLOCK], f64::from(1.5f32 * (1.0f32 - 1e-3)));
+    }
+
+    fn scale(factor: f32) -> Tensor {
+        vector(&[factor])
     }
 
     fn vector(elements: &[f32]) -> Tensor {
@@ -292,7 +331,7 @@ mod tests {
     fn three_steps_equal_torch() {
         let (p, m, v) = (vector(&PARAMS), zeros(6), zeros(6));
         for (t, grads) in (1..).zip(&GRADS) {
-            step(&p, &vector(grads), &m, &v, 4, t, 0.5, &ADAMW).unwrap();
+            step(&p, &vector(grads), &m, &v, 4, t, &scale(0.5), &ADAMW).unwrap();
         }
         // Torch's compiler may fuse a product and a sum into one rounding: an ulp a step.
         for (got, want) in [(&p, PARAMS_AFTER), (&m, M_AFTER), (&v, V_AFTER)] {
@@ -308,7 +347,7 @@ mod tests {
         let run = |params: &Tensor, grads: &Tensor, decayed: usize| {
             let params = params.copy().unwrap();
             let (m, v) = (zeros(params.elem_count()), zeros(params.elem_count()));
-            step(&params, grads, &m, &v, decayed, 1, 1.0, &ADAMW).unwrap();
+            step(&params, grads, &m, &v, decayed, 1, &scale(1.0), &ADAMW).unwrap();
             [params, m, v].map(|x| numbers(&x)).concat()
         };
         let whole = run(&params, &grads, decayed);
@@ -326,7 +365,7 @@ mod tests {
         let all = random(1, 10);
         let before = numbers(&all);
         let (m, v) = (zeros(4), zeros(4));
-        step(&all.narrow(0, 3, 4).unwrap(), &random(2, 4), &m, &v, 0, 1, 1.0, &ADAMW).unwrap();
+        step(&all.narrow(0, 3, 4).unwrap(), &random(2, 4), &m, &v, 0, 1, &scale(1.0), &ADAMW).unwrap();
         for (i, (before, after)) in before.iter().zip(numbers(&all)).enumerate() {
             assert_eq!(*before != after, (3..7).contains(&i), "element {i}");
         }
@@ -335,14 +374,23 @@ mod tests {
     #[test]
     fn no_parameters_are_no_work_and_bad_arguments_are_refused() {
         let none = zeros(0);
-        step(&none, &zeros(0), &zeros(0), &zeros(0), 0, 1, 1.0, &ADAMW).unwrap();
+        step(&none, &zeros(0), &zeros(0), &zeros(0), 0, 1, &scale(1.0), &ADAMW).unwrap();
         assert_eq!(norm(&none).unwrap(), 0.0);
         let [p, g, m, v] = [0; 4].map(|_| zeros(3));
-        assert!(step(&p, &zeros(4), &m, &v, 0, 1, 1.0, &ADAMW).unwrap_err().to_string().contains("`grads`"));
-        assert!(step(&p, &g, &m, &v, 4, 1, 1.0, &ADAMW).unwrap_err().to_string().contains("4 of 3"));
-        assert!(step(&p, &g, &m, &v, 0, 0, 1.0, &ADAMW).unwrap_err().to_string().contains("count from 1"));
-        assert!(step(&p, &p, &m, &v, 0, 1, 1.0, &ADAMW).unwrap_err().to_string().contains("one storage"));
-        assert!(step(&zeros(6).reshape((2, 3)).unwrap(), &g, &m, &v, 0, 1, 1.0, &ADAMW).is_err());
+        assert!(
+            step(&p, &zeros(4), &m, &v, 0, 1, &scale(1.0), &ADAMW)
+                .unwrap_err()
+                .to_string()
+                .contains("`grads`")
+        );
+        assert!(step(&p, &g, &m, &v, 4, 1, &scale(1.0), &ADAMW).unwrap_err().to_string().contains("4 of 3"));
+        assert!(
+            step(&p, &g, &m, &v, 0, 0, &scale(1.0), &ADAMW).unwrap_err().to_string().contains("count from 1")
+        );
+        assert!(
+            step(&p, &p, &m, &v, 0, 1, &scale(1.0), &ADAMW).unwrap_err().to_string().contains("one storage")
+        );
+        assert!(step(&zeros(6).reshape((2, 3)).unwrap(), &g, &m, &v, 0, 1, &scale(1.0), &ADAMW).is_err());
     }
 
     #[test]
@@ -355,12 +403,36 @@ mod tests {
         assert!((norm(&huge).unwrap() / 5e30 - 1.0).abs() < 1e-6);
         assert!(norm(&vector(&[1.0, f32::NAN])).unwrap().is_nan());
         assert_eq!(norm(&vector(&[1.0, f32::NEG_INFINITY])).unwrap(), f64::INFINITY);
+        let finite = |values: &[f32]| finite(&vector(values)).unwrap();
+        assert!(finite(&[f32::MAX, f32::MIN]) && !finite(&[1.0, f32::NAN]) && !finite(&[f32::INFINITY, 0.0]));
+    }
+
+    #[test]
+    fn long_gradients_are_shortened_and_what_is_not_finite_changes_nothing() {
+        let (grads, losses) = (vector(&[3.0, 4.0]), vector(&[1.0, 2.0]));
+        let clipped = |grads: &Tensor, losses: &Tensor, max| {
+            let Clip { norm, scale } = clip(grads, losses, max).unwrap();
+            (norm.to_vec1::<f64>().unwrap()[0], scale.to_vec1::<f32>().unwrap()[0])
+        };
+        assert_eq!(clipped(&grads, &losses, None), (5.0, 1.0));
+        assert_eq!(clipped(&grads, &losses, Some(6.0)), (5.0, 1.0));
+        assert_eq!(clipped(&grads, &losses, Some(2.0)), (5.0, (2.0 / (5.0 + 1e-6)) as f32));
+        for none in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for (grads, losses) in [(&vector(&[none, 1.0]), &losses), (&grads, &vector(&[1.0, none]))] {
+                for max in [None, Some(2.0)] {
+                    let Clip { scale, .. } = clip(grads, losses, max).unwrap();
+                    let (p, m, v) = (vector(&[1.0, 2.0]), zeros(2), zeros(2));
+                    step(&p, grads, &m, &v, 2, 1, &scale, &ADAMW).unwrap();
+                    assert_eq!([&p, &m, &v].map(numbers), [vec![1.0, 2.0], vec![0.0; 2], vec![0.0; 2]]);
+                }
+            }
+        }
     }
 
     #[test]
     fn nan_in_a_gradient_reaches_its_parameter_only() {
         let (p, m, v) = (vector(&[1.0, 2.0]), zeros(2), zeros(2));
-        step(&p, &vector(&[f32::NAN, 1.0]), &m, &v, 2, 1, 1.0, &ADAMW).unwrap();
+        step(&p, &vector(&[f32::NAN, 1.0]), &m, &v, 2, 1, &scale(1.0), &ADAMW).unwrap();
         let p = numbers(&p);
         assert!(p[0].is_nan() && p[1].is_finite());
     }

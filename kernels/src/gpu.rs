@@ -141,10 +141,7 @@ impl Memory {
 
     /// A copy of `elements`, which a kernel reads.
     pub(crate) fn upload(device: &Device, elements: &[u32]) -> Result<Self> {
-        if elements.is_empty() {
-            return Self::new(device, DType::U32, 0);
-        }
-        Self::of(&Tensor::new(elements, device)?)
+        Self::of(&crate::upload(elements, device)?)
     }
 
     /// The tensor that owns what [`Memory::new`] made and a kernel has written.
@@ -265,7 +262,7 @@ impl Packing {
                 positions.extend(0..range.len() as u32);
             }
             let numbers: Vec<u32> = (0..count).map(|n| packing.number(n)).collect();
-            let copy = |elements: &[u32]| Tensor::new(elements, device);
+            let copy = |elements: &[u32]| crate::upload(elements, device);
             Ok([copy(&offsets)?, copy(&numbers)?, copy(&sequences)?, copy(&positions)?])
         };
         #[cfg(feature = "cuda")]

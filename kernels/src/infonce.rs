@@ -13,7 +13,7 @@
 
 use crate::matmul::{Matrix, Threads, multiply};
 use crate::simd::{dot, exp, vectorised};
-use crate::tensor::{matrix, read, tensor};
+use crate::tensor::{expect_shape, matrix, read, tensor};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -54,13 +54,20 @@ pub struct InfoNce<'a> {
     pub margin: Option<f32>,
 }
 
-/// What [`backward`] needs of [`forward`].
+/// What [`backward`] needs of [`forward`]; it stays where the embeddings are.
 #[derive(Clone, Debug)]
 pub struct Tape {
     /// (B) loss of each row.
-    pub losses: Vec<f32>,
+    pub losses: Tensor,
     /// (B) s_ip.
-    pub positive_scores: Vec<f32>,
+    pub positive_scores: Tensor,
+}
+
+impl Tape {
+    fn expect(&self, rows: usize) -> Result<()> {
+        expect_shape("losses", &self.losses, &[rows])?;
+        expect_shape("positive_scores", &self.positive_scores, &[rows])
+    }
 }
 
 /// The loss of each row of q (B, D) among the candidates c (M, D).
@@ -122,7 +129,9 @@ fn forward_in(tile: Tile, q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<T
             );
         });
     }
-    Ok(Tape { losses: sums.iter().map(Sum::loss).collect(), positive_scores })
+    let losses = sums.iter().map(Sum::loss).collect();
+    let rows = problem.rows;
+    Ok(Tape { losses: tensor(losses, rows)?, positive_scores: tensor(positive_scores, rows)? })
 }
 
 fn backward_in(
@@ -135,25 +144,25 @@ fn backward_in(
 ) -> Result<(Tensor, Tensor)> {
     let problem = Problem::new(tile, q, c, infonce)?;
     let Problem { rows: b, candidates: m, width: d, .. } = problem;
-    if tape.losses.len() != b || tape.positive_scores.len() != b {
-        bail!("the tape is of {} rows, expected {b}", tape.losses.len());
-    }
+    tape.expect(b)?;
     let (q, c) = (read::<f32>(q)?, read::<f32>(c)?);
+    let (losses, positive_scores) = (read::<f32>(&tape.losses)?, read::<f32>(&tape.positive_scores)?);
+    let (losses, positive_scores) = (&*losses, &*positive_scores);
     let (mut dq, mut dc) = (vec![0f32; b * d], vec![0f32; m * d]);
     let size = weight * infonce.scale;
     let differentiate = |i: usize, logits: &mut [f32]| {
-        let loss = tape.losses[i];
+        let loss = losses[i];
         vectorised(|| logits.iter_mut().for_each(|z| *z = size * exp(*z - loss)));
     };
     // softmax − 1 of the positive keeps its digits this way.
-    let of_positive = |i: usize| size * (-tape.losses[i]).exp_m1();
+    let of_positive = |i: usize| size * (-losses[i]).exp_m1();
 
     if let Some(lists) = &problem.only {
         let gradients: Vec<Vec<f32>> = (0..b)
             .into_par_iter()
             .map(|i| {
                 let mut scores = problem.listed_scores(i, lists, &q, &c);
-                problem.make_logits(tape.positive_scores[i], &mut scores);
+                problem.make_logits(positive_scores[i], &mut scores);
                 differentiate(i, &mut scores);
                 if let Some(at) = problem.positive_in(lists, i) {
                     scores[at] = of_positive(i);
@@ -182,7 +191,7 @@ fn backward_in(
         problem.for_each_tile(&q, &c, |rows, columns, scores| {
             let width = columns.len();
             scores.par_chunks_mut(width).zip(rows.clone()).for_each(|(scores, i)| {
-                problem.make_logits(tape.positive_scores[i], scores);
+                problem.make_logits(positive_scores[i], scores);
                 problem.hide(i, &columns, scores);
                 differentiate(i, scores);
                 let positive = infonce.positives[i] as usize;

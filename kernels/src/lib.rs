@@ -43,6 +43,7 @@ pub use gpu::emulate;
 #[cfg(feature = "cuda")]
 pub use gpu::libraries::{open_nccl, toolkit};
 pub use packing::Packing;
+pub use tensor::{upload, zeros};
 
 /// Whether ops on tensors of `device` run as kernels of a GPU, which take and give tensors of half precision.
 pub fn on_gpu(device: &candle_core::Device) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::Packing;
 use candle_core::{
-    CpuStorage, Device, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType,
+    CpuStorage, DType, Device, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType,
     backend::BackendStorage, bail,
 };
 use std::cell::RefCell;
@@ -74,6 +74,29 @@ fn contiguous(layout: &Layout) -> Result<Range<usize>> {
 /// A new CPU tensor that owns `elements`.
 pub(crate) fn tensor<T: WithDType>(elements: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(elements, shape.into(), &Device::Cpu)
+}
+
+/// Zeros on `device`: as `Tensor::zeros`, which cannot make an empty tensor on a GPU.
+pub fn zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    #[cfg(gpu)]
+    if !device.is_cpu() {
+        return crate::gpu::zeros(shape, dtype, device);
+    }
+    Tensor::zeros(shape, dtype, device)
+}
+
+/// Whole numbers on `device`. A GPU that is at work is not waited for: copies of up to 64 KiB are queued, so longer lists go in
+/// pieces.
+pub fn upload(elements: &[u32], device: &Device) -> Result<Tensor> {
+    const PIECE: usize = (64 << 10) / size_of::<u32>();
+    match elements.len() {
+        0 => zeros(0, DType::U32, device),
+        count if count <= PIECE || device.is_cpu() => Tensor::from_slice(elements, count, device),
+        _ => {
+            let pieces = elements.chunks(PIECE).map(|piece| Tensor::new(piece, device));
+            Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 0)
+        }
+    }
 }
 
 /// The two dimensions of a matrix called `name`.

@@ -60,12 +60,12 @@ pub fn encode(
     if members.is_empty() {
         // A rank without a sequence: there are more ranks than texts.
         let device = device::current()?;
-        let order = Tensor::from_vec(order, 0, &device)?;
-        let nothing = Tensor::zeros((0, model.width()), DType::F32, &device)?;
+        let order = kernels::upload(&order, &device)?;
+        let nothing = kernels::zeros((0, model.width()), DType::F32, &device)?;
         return Ok((nothing, Encoded { chunks, order, noise }));
     }
     let embeddings = Tensor::cat(&embeddings, 0)?;
-    let order = Tensor::from_vec(order, members.len(), embeddings.device())?;
+    let order = kernels::upload(&order, embeddings.device())?;
     let embeddings = embeddings.index_select(&order, 0)?;
     Ok((embeddings, Encoded { chunks, order, noise }))
 }
@@ -78,8 +78,11 @@ impl Encoded {
             return Ok(());
         }
         let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // undoes the order
-        let scale = scale(model, d)?;
-        let in_chunks = if scale == 1.0 { in_chunks } else { (in_chunks * f64::from(scale))? };
+        let scale = (model.precision() == Precision::F16).then(|| scale(d)).transpose()?;
+        let in_chunks = match &scale {
+            Some((up, _)) => in_chunks.broadcast_mul(up)?,
+            None => in_chunks,
+        };
         let mut end = self.order.elem_count();
         for (chunk, tape) in self.chunks.into_iter().rev() {
             let start = end - chunk.members.len();
@@ -92,8 +95,8 @@ impl Encoded {
             model.backward(&chunk, tape, &de, self.noise, gradients)?;
             pulse::beat();
         }
-        if scale != 1.0 {
-            gradients.scale(scale.recip())?;
+        if let Some((_, down)) = &scale {
+            gradients.scale(down)?;
         }
         Ok(())
     }
@@ -118,15 +121,18 @@ fn in_lanes<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + Sync) -> 
     Ok(done.into_iter().map(|(_, result)| result).collect())
 }
 
-/// What the gradient is multiplied by on its way through a model in f16, whose numbers end at 6e-8: the power of two that
-/// brings the largest element of d(embeddings) near 1. A function of d alone, so there is no scale to adapt or to save.
-fn scale(model: &Model, d: &Tensor) -> Result<f32> {
-    if model.precision() != Precision::F16 || d.elem_count() == 0 {
-        return Ok(1.0);
-    }
-    let largest = d.abs()?.max_all()?.to_scalar::<f32>()?;
-    let exponent = if largest.is_normal() { -largest.log2().floor() } else { 0.0 };
-    Ok(exponent.clamp(-60.0, 60.0).exp2())
+/// What the gradient is multiplied by on its way through a model in f16, whose numbers end at 6e-8, and by after it, (1) each: the
+/// power of two that brings the largest element of d(embeddings) near 1. A function of d alone, so there is no scale to adapt or to
+/// save; and found where d is.
+fn scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
+    const MOST: i32 = 60;
+    let powers: Vec<f32> = (-MOST..=MOST).map(|exponent| (exponent as f32).exp2()).collect(); // rising
+    let powers = Tensor::new(powers, d.device())?;
+    let below = powers.broadcast_le(&d.abs()?.max_all()?)?.to_dtype(DType::F32)?.sum_all()?;
+    // As many powers as are not above the largest element: the last of them is the one.
+    let place = (below - 1.0)?.clamp(0f32, 2.0 * MOST as f32)?.to_dtype(DType::U32)?.reshape(1)?;
+    let mirrored = (f64::from(2 * MOST) - &place.to_dtype(DType::F32)?)?.to_dtype(DType::U32)?;
+    Ok((powers.index_select(&mirrored, 0)?, powers.index_select(&place, 0)?))
 }
 
 /// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. The last chunks
@@ -150,6 +156,28 @@ fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, inputs: usize,
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_element_is_brought_near_one_by_powers_of_two() {
+        let device = candle_core::Device::Cpu;
+        let scale = |d: &[f32]| {
+            let (up, down) = super::scale(&Tensor::new(d, &device).unwrap()).unwrap();
+            (up.to_vec1::<f32>().unwrap()[0], down.to_vec1::<f32>().unwrap()[0])
+        };
+        for (largest, exponent) in [
+            (1.0, 0),
+            (1.999, 0),
+            (2.0, 1),
+            (3e-8, -25),
+            (0.75, -1),
+            (0.0, -60),
+            (1e30, 60),
+            (f32::INFINITY, 60),
+        ] {
+            let power = (exponent as f32).exp2();
+            assert_eq!(scale(&[0.1 * largest, -largest, 0.0]), (power.recip(), power), "{largest}");
+        }
+    }
 
     #[test]
     fn the_last_chunks_keep_their_tapes_as_long_as_they_fit() {

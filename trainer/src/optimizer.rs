@@ -25,17 +25,17 @@ impl Optimizer {
         Ok(Self { first: flat.zeros()?, second: flat.zeros()?, rule, decayed, max_norm })
     }
 
-    /// Updates the parameters from their gradients, whose global norm is `norm`. `step` counts from 1.
+    /// Updates the parameters from their gradients; returns the gradients' global norm (1), f64. If it or one of `losses` (B) is not
+    /// finite, nothing is updated. `step` counts from 1.
     pub fn step(
         &mut self,
         flat: &Flat,
         gradients: &Gradients,
-        norm: f64,
+        losses: &Tensor,
         step: u64,
         rate: f64,
-    ) -> Result<()> {
-        // torch divides by norm + 1e-6 and never scales up
-        let scale = self.max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+    ) -> Result<Tensor> {
+        let clip = adamw::clip(gradients.flat(), losses, self.max_norm)?;
         self.rule.learning_rate = rate;
         adamw::step(
             flat.values(),
@@ -44,9 +44,9 @@ impl Optimizer {
             &self.second,
             self.decayed,
             step,
-            scale as f32,
+            &clip.scale,
             &self.rule,
         )?;
-        Ok(())
+        Ok(clip.norm)
     }
 }

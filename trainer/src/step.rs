@@ -1,6 +1,6 @@
 //! One optimizer step: the numerics and nothing else.
 
-use kernels::adamw;
+use candle_core::{DType, Tensor};
 
 use crate::Result;
 use crate::comm::World;
@@ -65,13 +65,14 @@ impl Stepper<'_> {
         encoded.backward(model, &world.scatter(d, &share)?, gradients)?;
         world.sum(gradients)?;
 
-        let loss = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / rows as f64;
-        let grad_norm = adamw::norm(gradients.flat())?;
         let learning_rate = schedule.rate(step);
+        let norm = optimizer.step(model.flat(), gradients, &losses, step, learning_rate)?; // (1)
+
+        // All work is queued; here alone a GPU is waited for.
+        let found = Tensor::cat(&[norm, losses.to_dtype(DType::F64)?], 0)?.to_vec1::<f64>()?; // (1 + B)
+        let (grad_norm, losses) = (found[0], found[1..].iter().map(|&loss| loss as f32).collect());
+        let loss = found[1..].iter().sum::<f64>() / rows as f64;
         let applied = loss.is_finite() && grad_norm.is_finite();
-        if applied {
-            optimizer.step(model.flat(), gradients, grad_norm, step, learning_rate)?;
-        }
         Ok(Outcome { losses, loss, grad_norm, learning_rate, applied })
     }
 }

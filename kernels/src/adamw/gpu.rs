@@ -1,15 +1,19 @@
 //! Calls adamw.cu.
 
-use super::Factors;
+use super::{Clip, Factors};
 use crate::gpu::{Memory, entries};
 use candle_core::{DType, Result, Tensor, bail};
 
 #[repr(C)]
-struct Norm {
+struct ClipArguments {
     grads: *const f32,
+    losses: *const f32,
     partials: *mut f64,
     norm: *mut f64,
+    scale: *mut f32,
     count: i64,
+    rows: i64,
+    max_norm: f64,
 }
 
 #[repr(C)]
@@ -18,9 +22,9 @@ struct AdamW {
     grads: *const f32,
     m: *mut f32,
     v: *mut f32,
+    scale: *const f32,
     count: i64,
     decayed: i64,
-    grad_scale: f32,
     keep: f32,
     weight1: f32,
     beta2: f32,
@@ -31,7 +35,7 @@ struct AdamW {
 }
 
 entries! {
-    norm(Norm);
+    clip_of(ClipArguments);
     adamw(AdamW);
 }
 
@@ -45,24 +49,26 @@ pub(super) fn step(
     m: &Tensor,
     v: &Tensor,
     decayed: usize,
+    scale: &Tensor,
     factors: &Factors,
 ) -> Result<()> {
-    if [params, grads, m, v].iter().any(|tensor| tensor.dtype() != DType::F32) {
-        bail!("parameters, gradients and moments are f32");
+    if [params, grads, m, v, scale].iter().any(|tensor| tensor.dtype() != DType::F32) {
+        bail!("parameters, gradients, moments and their scale are f32");
     }
     if params.elem_count() == 0 {
         return Ok(());
     }
     let (p, g, m, v) =
         (Memory::mutable(params)?, Memory::of(grads)?, Memory::mutable(m)?, Memory::mutable(v)?);
+    let scale = Memory::of(scale)?;
     let arguments = AdamW {
         params: p.pointer(),
         grads: g.pointer(),
         m: m.pointer(),
         v: v.pointer(),
+        scale: scale.pointer(),
         count: params.elem_count() as i64,
         decayed: decayed as i64,
-        grad_scale: factors.grad_scale,
         keep: factors.keep,
         weight1: factors.weight1,
         beta2: factors.beta2,
@@ -75,31 +81,36 @@ pub(super) fn step(
     unsafe { adamw(params.device(), &arguments) }
 }
 
-/// ‖grads‖₂: the one number that a step brings to the host, with its losses.
-pub(super) fn norm_of(grads: &Tensor) -> Result<f64> {
-    if grads.dtype() != DType::F32 {
-        bail!("gradients are f32");
+/// As [`super::clip`].
+pub(super) fn clip(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Result<Clip> {
+    if grads.dtype() != DType::F32 || losses.dtype() != DType::F32 {
+        bail!("gradients and losses are f32");
     }
     let device = grads.device();
-    let (partials, result) =
-        (Memory::new(device, DType::F64, NORM_BLOCKS)?, Memory::new(device, DType::F64, 1)?);
-    let memory = Memory::of(grads)?;
-    let arguments = Norm {
-        grads: memory.pointer(),
+    let new = |dtype, count| Memory::new(device, dtype, count);
+    let (partials, norm, scale) = (new(DType::F64, NORM_BLOCKS)?, new(DType::F64, 1)?, new(DType::F32, 1)?);
+    let (from, of_rows) = (Memory::of(grads)?, Memory::of(losses)?);
+    let arguments = ClipArguments {
+        grads: from.pointer(),
+        losses: of_rows.pointer(),
         partials: partials.pointer(),
-        norm: result.pointer(),
+        norm: norm.pointer(),
+        scale: scale.pointer(),
         count: grads.elem_count() as i64,
+        rows: losses.elem_count() as i64,
+        max_norm: max_norm.unwrap_or(f64::INFINITY),
     };
     // SAFETY: the sizes that adamw.cu has.
-    unsafe { norm(device, &arguments)? };
-    result.tensor(1)?.get(0)?.to_scalar()
+    unsafe { clip_of(device, &arguments)? };
+    Ok(Clip { norm: norm.tensor(1)?, scale: scale.tensor(1)? })
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::AdamW;
     use super::*;
-    use crate::testing::{moved, numbers, place, random, relative_error};
+    use crate::testing::{moved, numbers, random, relative_error};
+    use candle_core::Device;
 
     #[test]
     fn steps_are_those_of_the_cpu() {
@@ -110,9 +121,10 @@ mod tests {
             let [p, m, v] = start().map(|x| moved(&x));
             for (n, seed) in (1..4).zip(10..) {
                 let g = random(seed, count);
-                super::super::step(&want_p, &g, &want_m, &want_v, decayed, n, 0.5, &adamw).unwrap();
-                let g = moved(&g);
-                step(&p, &g, &m, &v, decayed, &Factors::new(&adamw, n, 0.5)).unwrap();
+                let scale = Tensor::new(&[0.5f32], &Device::Cpu).unwrap();
+                super::super::step(&want_p, &g, &want_m, &want_v, decayed, n, &scale, &adamw).unwrap();
+                let (g, scale) = (moved(&g), moved(&scale));
+                step(&p, &g, &m, &v, decayed, &scale, &Factors::new(&adamw, n)).unwrap();
             }
             for (got, want) in [(&p, &want_p), (&m, &want_m), (&v, &want_v)] {
                 assert!(relative_error(got, &numbers(want)) < 3e-7, "{count}");
@@ -121,12 +133,42 @@ mod tests {
     }
 
     #[test]
-    fn norms_are_those_of_f64_and_nan_stays() {
+    fn norms_are_those_of_f64_and_clip_as_the_cpu_does() {
         for count in [0, 1, 7, 300_001] {
-            let g = random(1, count);
+            let (g, losses) = (random(1, count), random(2, 1000));
             let want = numbers(&g).iter().map(|g| g * g).sum::<f64>().sqrt();
-            assert!((norm_of(&moved(&g)).unwrap() - want).abs() <= 1e-12 * want, "{count}");
+            for max in [None, Some(0.5), Some(1e9)] {
+                let Clip { norm, scale } = clip(&moved(&g), &moved(&losses), max).unwrap();
+                let norm: f64 = norm.get(0).unwrap().to_scalar().unwrap();
+                assert!((norm - want).abs() <= 1e-12 * want, "{count}");
+                let want = super::super::clip(&g, &losses, max).unwrap().scale;
+                assert!(relative_error(&scale, &numbers(&want)) < 1e-7, "{count} {max:?}");
+            }
         }
-        assert!(norm_of(&Tensor::new(&[1.0, f32::NAN], place()).unwrap()).unwrap().is_nan());
+    }
+
+    #[test]
+    fn what_is_not_finite_changes_nothing() {
+        let adamw = AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.99, epsilon: 1e-6, weight_decay: 0.1 };
+        let (good, losses) = (random(1, 9), random(2, 300));
+        let with = |x: &Tensor, none: f32| {
+            let mut x = x.to_vec1::<f32>().unwrap();
+            *x.last_mut().unwrap() = none;
+            Tensor::new(x, &Device::Cpu).unwrap()
+        };
+        for none in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for (g, losses) in [(&with(&good, none), &losses), (&good, &with(&losses, none))] {
+                for max in [None, Some(0.5)] {
+                    let g = moved(g);
+                    let Clip { norm, scale } = clip(&g, &moved(losses), max).unwrap();
+                    let of_good: f64 = norm.get(0).unwrap().to_scalar().unwrap();
+                    assert_eq!(of_good.is_finite(), numbers(&g)[8].is_finite());
+                    let start = [3, 4, 5].map(|seed| random(seed, 9));
+                    let [p, m, v] = [0, 1, 2].map(|n| moved(&start[n]));
+                    step(&p, &g, &m, &v, 9, &scale, &Factors::new(&adamw, 1)).unwrap();
+                    assert_eq!([&p, &m, &v].map(numbers), [0, 1, 2].map(|n| numbers(&start[n])));
+                }
+            }
+        }
     }
 }

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
 pub use self::environment::{
     Place, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN, place, slurm_master,
@@ -164,7 +164,7 @@ impl World {
                 rows[piece * width..][..width].copy_from_slice(row);
             }
         }
-        Ok(Tensor::from_vec(rows, (share.count(), width), &Device::Cpu)?.to_device(embeddings.device())?)
+        placed(rows, (share.count(), width), embeddings.device())
     }
 
     /// (N, D) on every rank → the sum over ranks of the rows that this rank has encoded.
@@ -180,7 +180,7 @@ impl World {
         let parts: Vec<Vec<f32>> = share.ranks().map(rows_of).collect();
         let sum = self.total(&parts)?;
         let rows = share.of(self.rank).len();
-        Ok(Tensor::from_vec(sum, (rows, width), &Device::Cpu)?.to_device(gradient.device())?)
+        placed(sum, (rows, width), gradient.device())
     }
 
     /// The sum over ranks, in place.
@@ -204,8 +204,13 @@ impl World {
     }
 
     /// What each rank has for each row of its [`World::rows`] → the same for all rows, on every rank.
-    pub fn collect(&self, mine: Vec<f32>) -> Result<Vec<f32>> {
-        if self.size == 1 { Ok(mine) } else { Ok(self.all(&mine)?.concat()) }
+    pub fn collect(&self, mine: Tensor) -> Result<Tensor> {
+        if self.size == 1 {
+            return Ok(mine);
+        }
+        let all = self.all(&values(&mine)?)?.concat();
+        let rows = all.len();
+        placed(all, rows, mine.device())
     }
 
     /// The sequences that each rank has of `share` → all of them in order, on every rank.
@@ -357,6 +362,14 @@ impl World {
         );
         Error::Rank { rank, status: 1, message }
     }
+}
+
+/// Elements on `device`, where there may be none.
+fn placed(elements: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    if elements.is_empty() {
+        return Ok(kernels::zeros(shape, DType::F32, device)?);
+    }
+    Ok(Tensor::from_vec(elements, shape.into(), &Device::Cpu)?.to_device(device)?)
 }
 
 /// The elements, as f32 in memory of the processor.

@@ -125,7 +125,8 @@ fn rows_are_parts_of_all_in_the_order_of_the_ranks() {
     for worlds in worlds() {
         for count in [0, 1, 4, 11] {
             let collected = together(worlds.clone(), |world| {
-                world.collect(world.rows(count).map(|row| row as f32).collect()).unwrap()
+                let rows: Vec<f32> = world.rows(count).map(|row| row as f32).collect();
+                world.collect(Tensor::new(rows, &Device::Cpu).unwrap()).unwrap().to_vec1::<f32>().unwrap()
             });
             assert!(
                 collected.iter().all(|rows| *rows == (0..count).map(|row| row as f32).collect::<Vec<_>>())

@@ -25,14 +25,14 @@ pub struct CoSent {
 }
 
 impl CoSent {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and what they add to `share` times the gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and what they add to `share` times the gradient (N, D).
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
         share: f64,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         let count = table.queries.len();
         // Every row competes with all others, whoever has them.
         Pairs::own(table, 0..count).judge_all(embeddings, Measure::Cosine, |cosines| {

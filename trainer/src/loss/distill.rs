@@ -36,14 +36,14 @@ pub struct Kl {
 }
 
 impl MarginMse {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
     pub(super) fn evaluate(
         self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
         share: f64,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         Pairs::own(table, rows).judge(embeddings, Measure::Dot, share, |dots, scores| {
             let teacher = |column: usize| f64::from(scores[column]);
             let each = ((dots.len() - 1) as f64).recip();
@@ -61,14 +61,14 @@ impl MarginMse {
 }
 
 impl Kl {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
     pub(super) fn evaluate(
         self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
         share: f64,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         Pairs::own(table, rows).judge(embeddings, Measure::Dot, share, |dots, scores| {
             let student = log_softmax(dots.iter().map(|dot| dot / self.temperature));
             let teacher =

@@ -30,14 +30,14 @@ pub struct InfoNce {
 }
 
 impl InfoNce {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
         share: f64,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         let queries = index(&table.queries[rows.clone()], embeddings)?;
         let candidates = index(&table.candidates, embeddings)?;
         let q = embeddings.index_select(&queries, 0)?; // (B, D)
@@ -81,7 +81,7 @@ impl InfoNce {
             let tape = infonce::forward(&p, &q, &backward)?;
             let (dp, dq) = infonce::backward(&p, &q, &backward, &tape, share / directions)?;
             d = d.index_add(&positives, &dp, 0)?.index_add(&queries, &dq, 0)?;
-            losses.iter_mut().zip(&tape.losses).for_each(|(loss, other)| *loss = (*loss + other) / 2.0);
+            losses = ((losses + tape.losses)? / 2.0)?;
         }
         Ok((losses, d))
     }

@@ -8,7 +8,7 @@
 use candle_core::Tensor;
 
 use super::unit;
-use crate::Result;
+use crate::{Error, Result};
 
 /// Around any loss.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,19 +22,24 @@ impl Matryoshka {
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
-        loss: impl Fn(&Tensor) -> Result<(Vec<f32>, Tensor)>,
-    ) -> Result<(Vec<f32>, Tensor)> {
+        loss: impl Fn(&Tensor) -> Result<(Tensor, Tensor)>,
+    ) -> Result<(Tensor, Tensor)> {
         let (_, width) = embeddings.dims2()?;
-        let mut losses: Vec<f32> = Vec::new();
+        let mut losses: Option<Tensor> = None;
         let mut d = embeddings.zeros_like()?;
         for &(dim, weight) in &self.dims {
             let (e, lengths) = unit::forward(&embeddings.narrow(1, 0, dim)?.contiguous()?)?; // (N, dim)
             let (of_dim, de) = loss(&e)?;
-            losses.resize(of_dim.len(), 0.0);
-            losses.iter_mut().zip(of_dim).for_each(|(sum, loss)| *sum += weight as f32 * loss);
+            let of_dim = (of_dim * weight)?;
+            losses = Some(match losses {
+                Some(losses) => (losses + of_dim)?,
+                None => of_dim,
+            });
             let de = (unit::backward(&de, &e, &lengths)? * weight)?;
             d = (d + de.pad_with_zeros(1, 0, width - dim)?)?;
         }
+        let losses =
+            losses.ok_or_else(|| Error::Usage("loss.matryoshka: no dims, expected some".to_owned()))?;
         Ok((losses, d))
     }
 }

@@ -15,7 +15,7 @@ mod unit;
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 pub use cosent::CoSent;
 pub use distill::{Kl, MarginMse};
@@ -62,14 +62,14 @@ impl Losses {
         }
     }
 
-    /// embeddings (N, D) → the loss of each of the batch's rows `rows`, and what they add to d(mean loss)/d(embeddings) (N, D).
+    /// embeddings (N, D) → the loss of each of the batch's rows `rows` (B), and what they add to d(mean loss)/d(embeddings) (N, D).
     /// The mean is over all rows of the batch, whoever has the others.
     pub fn evaluate(
         &self,
         embeddings: &Tensor,
         tables: &[Table],
         rows: Range<usize>,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         match &self.matryoshka {
             Some(matryoshka) => matryoshka.evaluate(embeddings, |e| self.of_tables(e, tables, rows.clone())),
             None => self.of_tables(embeddings, tables, rows),
@@ -81,10 +81,10 @@ impl Losses {
         embeddings: &Tensor,
         tables: &[Table],
         rows: Range<usize>,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         let all: usize = tables.iter().map(|table| table.rows.len()).sum();
         let share = (all as f64).recip();
-        let mut losses = vec![0f32; rows.len()];
+        let mut losses = kernels::zeros(rows.len(), DType::F32, embeddings.device())?;
         let mut sum: Option<Tensor> = None;
         for table in tables {
             let place = |row: usize| table.rows.partition_point(|&other| (other as usize) < row);
@@ -97,9 +97,8 @@ impl Losses {
                 LossKind::MarginMse => self.margin_mse.evaluate(embeddings, table, mine.clone(), share)?,
                 LossKind::Kl => self.kl.evaluate(embeddings, table, mine.clone(), share)?,
             };
-            for (&row, loss) in table.rows[mine].iter().zip(of_rows) {
-                losses[row as usize - rows.start] = loss;
-            }
+            let places: Vec<u32> = table.rows[mine].iter().map(|&row| row - rows.start as u32).collect();
+            losses = losses.index_add(&index(&places, embeddings)?, &of_rows, 0)?;
             sum = Some(match sum {
                 Some(sum) => (sum + d)?,
                 None => d,
@@ -119,5 +118,5 @@ impl Default for Losses {
 
 /// Rows of `of`, where they are.
 fn index(indices: &[u32], of: &Tensor) -> Result<Tensor> {
-    Ok(Tensor::from_slice(indices, indices.len(), of.device())?)
+    Ok(kernels::upload(indices, of.device())?)
 }

@@ -1,6 +1,7 @@
 //! Losses that see two embeddings at a time: a measure of each pair, and its gradient.
 //!
-//! What a loss makes of the measures is a few numbers a row, computed on the host in f64; the embeddings stay where they are.
+//! What a loss makes of the measures is a few numbers a row, computed on the host in f64, which a GPU waits for; the embeddings
+//! stay where they are.
 
 use std::ops::Range;
 
@@ -59,7 +60,7 @@ impl<'t> Pairs<'t> {
         measure: Measure,
         share: f64,
         loss: impl Fn(&[f64], &[f32]) -> (f64, Vec<f64>),
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         self.judge_all(embeddings, measure, |values| {
             let rows = self.offsets.windows(2).zip(&self.scores);
             let (losses, changes): (Vec<f32>, Vec<Vec<f64>>) = rows
@@ -78,9 +79,10 @@ impl<'t> Pairs<'t> {
         embeddings: &Tensor,
         measure: Measure,
         loss: impl FnOnce(&[f64]) -> (Vec<f32>, Vec<f64>),
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         if self.queries.is_empty() {
-            return Ok((loss(&[]).0, embeddings.zeros_like()?));
+            let (losses, _) = loss(&[]);
+            return Ok((Tensor::new(losses, embeddings.device())?, embeddings.zeros_like()?));
         }
         let (queries, documents) = (index(&self.queries, embeddings)?, index(&self.documents, embeddings)?);
         let scaled = (measure == Measure::Cosine).then(|| unit::forward(embeddings)).transpose()?;
@@ -112,6 +114,6 @@ impl<'t> Pairs<'t> {
             Some((unit, lengths)) => unit::backward(&d, unit, lengths)?,
             None => d,
         };
-        Ok((losses, d))
+        Ok((Tensor::new(losses, d.device())?, d))
     }
 }

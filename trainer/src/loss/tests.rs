@@ -19,6 +19,11 @@ fn tensor(e: &Vectors) -> Tensor {
     Tensor::from_vec(values, (e.len(), e[0].len()), &Device::Cpu).unwrap()
 }
 
+fn evaluate(losses: &Losses, e: &Tensor, tables: &[Table], rows: Range<usize>) -> (Vec<f32>, Tensor) {
+    let (of_rows, d) = losses.evaluate(e, tables, rows).unwrap();
+    (of_rows.to_vec1().unwrap(), d)
+}
+
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
@@ -190,7 +195,7 @@ fn losses_are_their_formulas_and_gradients_their_differences() {
     for (name, losses, tables) in cases() {
         for unit_length in [false, true] {
             let mut e = random(14, 7, unit_length, 5);
-            let (of_rows, d) = losses.evaluate(&tensor(&e), &tables, 0..11).unwrap();
+            let (of_rows, d) = evaluate(&losses, &tensor(&e), &tables, 0..11);
             let mean = of_rows.iter().map(|&loss| f64::from(loss)).sum::<f64>() / 11.0;
             let expected = naive(&losses, &e, &tables);
             assert!((mean - expected).abs() < 1e-5 * expected.max(0.1), "{name}: {mean} and {expected}");
@@ -221,10 +226,10 @@ fn losses_are_their_formulas_and_gradients_their_differences() {
 fn the_ranks_parts_add_up_to_the_gradient() {
     for (name, losses, tables) in cases() {
         let e = tensor(&random(14, 7, true, 6));
-        let (whole, d) = losses.evaluate(&e, &tables, 0..11).unwrap();
+        let (whole, d) = evaluate(&losses, &e, &tables, 0..11);
         for bounds in [&[0, 6, 11][..], &[0, 3, 7, 11], &[0, 0, 1, 10, 11]] {
             let parts: Vec<_> =
-                bounds.windows(2).map(|two| losses.evaluate(&e, &tables, two[0]..two[1]).unwrap()).collect();
+                bounds.windows(2).map(|two| evaluate(&losses, &e, &tables, two[0]..two[1])).collect();
             let together: Vec<f32> = parts.iter().flat_map(|(of_rows, _)| of_rows.clone()).collect();
             for (part, whole) in together.iter().zip(&whole) {
                 assert!((part - whole).abs() < 1e-6 * whole.max(1.0), "{name}: {together:?} and {whole:?}");
@@ -295,7 +300,7 @@ fn losses_and_gradients_are_those_of_sentence_transformers() {
         };
         let rows = columns[0].len();
         let tables = [by_column(kind, rows, columns.len(), &case["labels"])];
-        let (of_rows, d) = losses.evaluate(&tensor(&columns.concat()), &tables, 0..rows).unwrap();
+        let (of_rows, d) = evaluate(&losses, &tensor(&columns.concat()), &tables, 0..rows);
         let mean = of_rows.iter().map(|&loss| f64::from(loss)).sum::<f64>() / rows as f64;
         let expected = case["loss"].as_f64().unwrap();
         assert!((mean - expected).abs() < 1e-5 * expected.max(0.1), "{name}: {mean}, expected {expected}");
@@ -330,7 +335,7 @@ fn equal_texts_and_equal_scores_are_no_trouble() {
         for distance in [Distance::Cosine, Distance::Euclidean, Distance::Manhattan] {
             let losses = Losses { triplet: Triplet { distance, margin: 0.5 }, ..options() };
             let e = tensor(&vec![vec![0.6, 0.8]]);
-            let (of_rows, d) = losses.evaluate(&e, std::slice::from_ref(&table), 0..2).unwrap();
+            let (of_rows, d) = evaluate(&losses, &e, std::slice::from_ref(&table), 0..2);
             let expected = match loss {
                 LossKind::InfoNce => 4f32.ln(),
                 LossKind::Triplet => 0.5,
@@ -349,7 +354,7 @@ fn what_is_not_a_number_is_seen() {
         let tables = [table((0..4).collect(), loss, 5, 3)];
         let mut e = random(5, 7, true, 5);
         e[tables[0].queries[0] as usize][0] = f64::NAN;
-        let (of_rows, _) = options().evaluate(&tensor(&e), &tables, 0..4).unwrap();
+        let (of_rows, _) = evaluate(&options(), &tensor(&e), &tables, 0..4);
         assert!(of_rows[0].is_nan(), "{loss}: {of_rows:?}");
     }
 }

@@ -26,14 +26,14 @@ pub struct Triplet {
 }
 
 impl Triplet {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows`, and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
         share: f64,
-    ) -> Result<(Vec<f32>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         let (measure, sign) = match self.distance {
             // A distance of 1 − cos.
             Distance::Cosine => (Measure::Cosine, -1.0),

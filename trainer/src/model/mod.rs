@@ -195,11 +195,11 @@ impl Model {
         gradients.settle()
     }
 
-    /// A tensor of a chunk where the parameters are.
-    fn placed(&self, tensor: &Tensor) -> Result<Tensor> {
-        Ok(match self.parameters.first() {
-            Some((_, parameter)) => tensor.to_device(parameter.value().device())?,
-            None => tensor.clone(),
+    /// A chunk's ids where the parameters are.
+    fn placed(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(match self.parameters.first().map(|(_, parameter)| parameter.value().device()) {
+            Some(device) if !device.is_cpu() => kernels::upload(&ids.to_vec1::<u32>()?, device)?,
+            _ => ids.clone(),
         })
     }
 

@@ -229,9 +229,9 @@ impl Gradients {
         Ok(adamw::clear(&self.flat)?)
     }
 
-    /// Multiplies all by `factor`.
-    pub fn scale(&self, factor: f32) -> Result<()> {
-        Ok(self.flat.slice_set(&(&self.flat * f64::from(factor))?, 0, 0)?)
+    /// Multiplies all by `factor` (1).
+    pub fn scale(&self, factor: &Tensor) -> Result<()> {
+        Ok(self.flat.slice_set(&self.flat.broadcast_mul(factor)?, 0, 0)?)
     }
 
     /// The place for one parameter's gradient, in its shape; none if it is frozen.

@@ -27,25 +27,15 @@ impl Relative {
 
     /// The bias of every distance, (H, 2·128 + 1).
     pub fn bias(&self, pass: &Pass) -> Result<Tensor> {
-        let table = pass.value(&self.weight)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        let heads = self.weight.value().dim(1)?;
-        let bias: Vec<f32> = (0..heads)
-            .flat_map(|h| (-REACH..=REACH).map(move |distance| (h, bucket(distance))))
-            .map(|(h, bucket)| table[bucket][h])
-            .collect();
-        Ok(Tensor::from_vec(bias, (heads, 2 * REACH as usize + 1), self.weight.value().device())?)
+        let table = pass.value(&self.weight)?.to_dtype(DType::F32)?;
+        Ok(table.index_select(&buckets(&table)?, 0)?.t()?.contiguous()?)
     }
 
     /// Adds the gradient of the bias to the table's.
     pub fn backward(&self, dbias: &Tensor, gradients: &Gradients) -> Result<()> {
         let Some(dweight) = gradients.of(&self.weight)? else { return Ok(()) };
-        let mut table = dweight.to_vec2::<f32>()?;
-        for (h, row) in dbias.to_vec2::<f32>()?.iter().enumerate() {
-            for (distance, d) in (-REACH..=REACH).zip(row) {
-                table[bucket(distance)][h] += d;
-            }
-        }
-        Ok(dweight.slice_set(&Tensor::new(table, dweight.device())?, 0, 0)?)
+        let sum = dweight.index_add(&buckets(&dweight)?, &dbias.t()?.contiguous()?, 0)?;
+        Ok(dweight.slice_set(&sum, 0, 0)?)
     }
 
     /// Whether it is trained.
@@ -57,6 +47,12 @@ impl Relative {
     pub fn visit(&mut self, name: &str, visit: &mut dyn Visit) -> Result<()> {
         visit.parameter(name, &mut self.weight)
     }
+}
+
+/// (2·128 + 1) of every distance, where `table` is.
+fn buckets(table: &Tensor) -> Result<Tensor> {
+    let all: Vec<u32> = (-REACH..=REACH).map(|distance| bucket(distance) as u32).collect();
+    Ok(kernels::upload(&all, table.device())?)
 }
 
 /// The row of the table for a key `distance` tokens after its query: on each side one row for each of the first eight

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Small runs on one GPU: the losses of a CPU, a resume to the bit, and two ranks over NCCL with the losses of one.
+
+    LODESTONE_GPU=1 scripts/gpu_runs.py [TRAINER]
+
+TRAINER is the program, built with the feature `cuda`; default: target/gpu/trainer, which scripts/gpu.sh build makes. Skipped, and
+so said, without LODESTONE_GPU. Needs python3 and nothing else.
+
+NCCL wants a GPU for each rank of a host, so each rank says that it is on a host of its own (NCCL_HOSTID).
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+STEPS = 50
+
+
+def config(place, model, **sections):
+    """50 steps of 4 rows, whose chunks are encoded twice. JSON is YAML."""
+    rows = GOLDEN / model / "rows.jsonl"
+    training = {"batch_size": 4, "epochs": 5, "learning_rate": 1e-3, "chunk_tokens": 64, "tape_memory": 0}
+    whole = {
+        "output": str(place / "run"),
+        "model": {"path": str(GOLDEN / model), "max_query_length": 24, "max_document_length": 24, "dropout": 0.1},
+        "data": {"train": [{"path": str(rows)}], "negatives": 1},
+        "training": training,
+        "checkpoint": {"every": STEPS // 2, "keep": 2},
+        "logging": {"tensorboard": False},
+    }
+    whole["model"] |= sections.pop("model_section", {})
+    path = place / "config.yaml"
+    path.write_text(json.dumps(whole | sections))
+    return path
+
+
+def start(trainer, path, *words, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [trainer, "train", str(path), *words, "--quiet"]
+    # A file, because a pipe that nobody reads would stop a rank.
+    said = tempfile.TemporaryFile("w+")
+    return subprocess.Popen(command, env=inherited | environment, stdout=said, stderr=said), said
+
+
+def finish(*started):
+    """What they said; ends the program if one of them fails."""
+    words = []
+    for process, said in started:
+        status = process.wait()
+        said.seek(0)
+        words.append(said.read())
+        if status != 0:
+            sys.exit(f"error: {' '.join(process.args)} ends with {status}\n{words[-1]}")
+    return words
+
+
+def curve(path):
+    lines = [json.loads(line) for line in (path.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    if len(lines) != STEPS:
+        sys.exit(f"error: {path} has {len(lines)} steps, expected {STEPS}")
+    return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+def compare(what, got, want, tolerance):
+    worst = max(abs(a - b) / abs(b) for pair in zip(got, want) for a, b in zip(*pair))
+    print(f"{what}: losses and norms of {STEPS} steps differ by {worst:.1e} at most")
+    if not worst <= tolerance:
+        sys.exit(f"error: {what}: expected {tolerance:.0e} at most")
+
+
+def run(trainer, place, device, model, **sections):
+    place.mkdir()
+    path = config(place, model, **sections)
+    finish(start(trainer, path, LODESTONE_DEVICE=device))
+    return path
+
+
+def main():
+    if not os.environ.get("LODESTONE_GPU"):
+        print("skipped: runs on a GPU (LODESTONE_GPU=1 asks for them)")
+        return
+    trainer = sys.argv[1] if len(sys.argv) > 1 else str(GOLDEN.parent.parent / "target" / "gpu" / "trainer")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
+        # In bf16 some roundings fall to the other side; 50 steps of training carry that on.
+        for dtype, tolerance in (("f32", 1e-3), ("bf16", 5e-2)):
+            sections = {"lora": lora, "model_section": {"dtype": dtype, "tf32": False}}
+            gpu, cpu = (run(trainer, folder / f"{device}-{dtype}", device, "mistral", **sections) for device in ("cuda", "cpu"))
+            compare(f"Mistral with LoRA in {dtype}, GPU beside CPU", curve(gpu), curve(cpu), tolerance)
+
+        whole = curve(gpu)
+        checkpoints = gpu.parent / "run" / "checkpoints"
+        last = checkpoints / f"step-{STEPS:06}"
+        bits = (last / "parameters.safetensors").read_bytes()
+        shutil.rmtree(last)
+        finish(start(trainer, gpu, "--resume", LODESTONE_DEVICE="cuda"))
+        same = bits == (last / "parameters.safetensors").read_bytes() and curve(gpu) == whole
+        print(f"resumed after step {STEPS // 2}: {'the same bits' if same else 'OTHER BITS'}")
+        if not same:
+            sys.exit("error: a resumed run is another than one that was not stopped")
+
+        sections = {"model_section": {"tf32": False}}
+        alone = run(trainer, folder / "alone", "cuda", "bert", **sections)
+        place = folder / "ranks"
+        place.mkdir()
+        path = config(place, "bert", **sections)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {
+            "LODESTONE_DEVICE": "cuda", "LODESTONE_NCCL": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        ranks = [start(trainer, path, RANK=str(rank), NCCL_HOSTID=f"host-{rank}", **common) for rank in (0, 1)]
+        if not all("nranks 2" in said for said in finish(*ranks)):
+            sys.exit("error: the ranks did not talk over NCCL")
+        compare("two ranks over NCCL beside one", curve(path), curve(alone), 1e-4)
+
+
+if __name__ == "__main__":
+    main()
