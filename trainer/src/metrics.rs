@@ -166,6 +166,11 @@ impl History {
     pub fn chosen(&self, metric: &str, patience: Option<u64>) -> u64 {
         let last = self.steps.last().and_then(|step| step["step"].as_u64()).unwrap_or(0);
         let evaluated = self.evaluations.last().map_or(0, |(step, _)| *step);
+        self.early(metric, patience).unwrap_or(last.max(evaluated))
+    }
+
+    /// The step of the best evaluation, where early stopping ended the run.
+    pub fn early(&self, metric: &str, patience: Option<u64>) -> Option<u64> {
         let mut best: Option<(u64, f64)> = None;
         let mut stale = 0;
         for (step, value) in
@@ -177,10 +182,8 @@ impl History {
                 (best, stale) = (Some((step, value)), 0);
             }
         }
-        match best.filter(|(step, _)| *step > 0 && patience.is_some_and(|patience| stale >= patience)) {
-            Some((step, _)) => step,
-            None => last.max(evaluated),
-        }
+        let (step, _) = best?;
+        (step > 0 && stale >= patience?).then_some(step)
     }
 }
 

@@ -67,7 +67,11 @@ impl Run {
         let model = plan.model()?;
         let identity = plan.identity(&model);
         let (state, resumed) = match if resume && world.first() { checkpoints.newest()? } else { None } {
-            Some((path, state)) if state.identity == identity => (state, Some(path)),
+            Some((path, mut state)) if state.identity == identity => {
+                // Checkpoints of old do not say; they were written after the evaluation.
+                state.evaluated.get_or_insert(state.step);
+                (state, Some(path))
+            }
             Some((path, state)) => {
                 return Err(Error::file(
                     path,
@@ -94,7 +98,11 @@ impl Run {
     pub fn go(mut self) -> Result<Summary> {
         let output = self.plan.config.output.clone();
         if self.world.first() {
-            let config = self.plan.config.to_yaml()?;
+            let mut config = self.plan.config.clone();
+            if let (Some(section), Some(settings)) = (&mut config.lora, self.model.lora()) {
+                settings.write_into(section);
+            }
+            let config = config.to_yaml()?;
             fs::write(output.join("config.yaml"), config)
                 .map_err(Error::io("write", output.join("config.yaml")))?;
         }

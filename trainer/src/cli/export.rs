@@ -42,14 +42,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::file(&args.run, "is not the folder of a run: it has no config.yaml"));
     }
     let config = Config::load(&config, &[])?;
+    // A run without evaluation has none.
+    let history = History::read(&args.run.join("metrics.jsonl"))?.unwrap_or_default();
     let checkpoints = Checkpoints::new(&args.run, config.checkpoint.keep);
     let checkpoint = match &args.checkpoint {
         Some(which) => checkpoints.find(which)?,
         None => {
             // As the run itself chose for OUTPUT/model.
-            let stale = checkpoints.newest()?.map_or(0, |(_, state)| state.stale);
-            let early = config.evaluation.patience.is_some_and(|patience| stale >= patience);
-            checkpoints.find(if early { "best" } else { "last" })?
+            let early = history.early(&config.evaluation.metric, config.evaluation.patience);
+            checkpoints.find(if early.is_some() { "best" } else { "last" })?
         }
     };
     let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
@@ -65,8 +66,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
     model.load_parameters(&checkpoint.join("parameters.safetensors"))?;
 
     let step = step(&checkpoint)?;
-    // A run without evaluation has none.
-    let history = History::read(&args.run.join("metrics.jsonl"))?.unwrap_or_default();
     let none = Map::new();
     let trained = Trained {
         config: &config,

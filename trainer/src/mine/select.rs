@@ -4,9 +4,9 @@
 //! positives and s a candidate's, of the `range_max + positives` best candidates
 //!
 //! ```text
-//! positives are left out             absolute margin a:  s + a > p         dropped
-//! max_score:  s > max  dropped       relative margin r:  s > p − |p|·r     dropped   (TopK-PercPos is r = 0.05)
-//! min_score:  s < min  dropped
+//! positives                          left out, unless asked for
+//! absolute margin a:  s + a > p      dropped       max_score:  s > max   dropped
+//! relative margin r:  s > p − |p|·r  dropped       min_score:  s < min   dropped       (TopK-PercPos is r = 0.05)
 //! ```
 //!
 //! and of what is left those from `range_min` up to `range_max`: the first of them, or some at random.

@@ -46,6 +46,13 @@ impl Settings {
             rslora: section.rslora.unwrap_or(rslora),
         }
     }
+
+    /// Says so in a section of a configuration.
+    pub fn write_into(self, section: &mut Lora) {
+        let Self { rank, alpha, dropout, rslora } = self;
+        (section.rank, section.alpha) = (Some(rank), Some(alpha));
+        (section.dropout, section.rslora) = (Some(dropout), Some(rslora));
+    }
 }
 
 /// An adapter of PEFT: its folder and its adapter_config.json.

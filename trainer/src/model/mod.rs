@@ -116,6 +116,11 @@ impl Model {
             (None, None) => None,
         };
         let adapters_only = lora.is_some();
+        if adapters_only && !options.model.freeze.is_empty() {
+            let message =
+                "model.freeze: the model has adapters, beside which everything is frozen: leave it out";
+            return Err(Error::Usage(message.to_owned()));
+        }
         let flat = Flat::adopt(
             |visit| encoder.visit(visit).and_then(|()| head.visit(visit)),
             |name| {
@@ -129,7 +134,9 @@ impl Model {
         )?;
         let precision = options.model.dtype.precision();
         let mut round = |_: &str, parameter: &mut Parameter| parameter.round(precision);
-        if precision != Precision::F32 && !options.dry {
+        // Where the whole model is trained and will be written, what is frozen keeps its digits, too.
+        let whole = options.trained && !adapters_only;
+        if precision != Precision::F32 && !options.dry && !whole {
             encoder.visit(&mut round)?;
             head.visit(&mut round)?;
         }

@@ -20,20 +20,27 @@ use crate::{Error, Result};
 pub struct Parameter {
     value: Tensor,
     slot: Option<Range<usize>>,
+    rounded: bool,
 }
 
 impl Parameter {
     /// A parameter that is not trained, until [`Flat::adopt`] says otherwise.
     pub fn frozen(value: Tensor) -> Self {
-        Self { value, slot: None }
+        Self { value, slot: None, rounded: false }
     }
 
     /// Rounds a parameter that is not trained, whose values nobody changes.
     pub fn round(&mut self, precision: Precision) -> Result<()> {
         if self.slot.is_none() {
             self.value = precision::round(self.value.clone(), precision)?;
+            self.rounded = true;
         }
         Ok(())
+    }
+
+    /// Whether its elements are in the precision that the model computes in.
+    pub fn is_rounded(&self) -> bool {
+        self.rounded
     }
 
     /// Its elements; of a trained parameter, a view of [`Flat::values`].
@@ -46,7 +53,7 @@ impl Parameter {
         let width = self.value.elem_count() / self.value.dim(0)?.max(1);
         let slot =
             self.slot.as_ref().map(|slot| slot.start + rows.start * width..slot.start + rows.end * width);
-        Ok(Self { value: self.value.narrow(0, rows.start, rows.len())?, slot })
+        Ok(Self { value: self.value.narrow(0, rows.start, rows.len())?, slot, rounded: self.rounded })
     }
 
     /// Its place in the flat buffer, if it is trained.
@@ -129,6 +136,7 @@ impl Flat {
                 *parameter = Parameter {
                     value: view.reshape(entry.shape.as_slice())?,
                     slot: Some(entry.slot.clone()),
+                    rounded: false,
                 };
             }
             Ok(())

@@ -43,12 +43,10 @@ impl Pass<'_> {
         Ok(precision::round(x, self.precision)?)
     }
 
-    /// A parameter's value in the precision of this pass. Those that are not trained have it already.
+    /// A parameter's value in the precision of this pass. Most that are not trained have it already.
     pub fn value(&self, parameter: &Parameter) -> Result<Tensor> {
-        match parameter.slot() {
-            Some(_) => self.round(parameter.value().clone()),
-            None => Ok(parameter.value().clone()),
-        }
+        let value = parameter.value().clone();
+        if parameter.is_rounded() { Ok(value) } else { self.round(value) }
     }
 
     /// Dropout, forward on x and backward on dx: the same mask.
