@@ -126,6 +126,10 @@ if [ -n "$features" ]; then
     "${toolkit[@]}" cargo clippy --locked --workspace --features "${features#,}" --all-targets -- -D warnings
     "${toolkit[@]}" cargo test --locked --workspace --features "${features#,}" --test system --test ranks -- "${tests[@]}"
 fi
+if mpi; then
+    say "ranks of MPI on several hosts"
+    as_root tests/hosts/run.sh target/debug mpi
+fi
 if [ ${#toolkit[@]} = 1 ]; then
     say "the kernels, as ptxas says"
     # A spill has failed the build already.

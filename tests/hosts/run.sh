@@ -2,11 +2,14 @@
 # A run over three hosts, which are network namespaces with a bridge between them. One is cut off in the middle of the training: all
 # must notice within the timeout and say which host is gone, and go on once the cable is back, to the losses of one rank.
 #
-#   tests/hosts/run.sh [FOLDER OF THE PROGRAMS]      default: target/debug; as root
+#   tests/hosts/run.sh [FOLDER OF THE PROGRAMS [launch|mpi]]      default: target/debug launch; as root
+#
+# `launch`: a launcher on each host starts its rank again by itself. `mpi`: mpirun starts them from the first host, twice.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 programs=$(cd "${1:-target/debug}" && pwd)
+way=${2:-launch}
 # In continuous integration nothing is skipped that can be had.
 skip() {
     echo "skipped: several hosts, because $1"
@@ -20,6 +23,11 @@ done
 id=ls$$
 ip netns add $id-probe 2>/dev/null || { echo "skipped: several hosts, because this machine forbids namespaces, even to root"; exit 0; }
 ip netns del $id-probe
+if [ $way = mpi ]; then
+    command -v mpirun >/dev/null 2>&1 || skip "there is no mpirun (Debian: openmpi-bin)"
+    ! OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=2 "$programs/trainer" train - 2>&1 | grep -q "features mpi" ||
+        skip "the programs were built without MPI"
+fi
 
 place=$(mktemp -d)
 hosts="0 1 2"
@@ -68,12 +76,39 @@ configuration parts
 
 timeout=4
 LODESTONE_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-export LODESTONE_TOKEN
-for host in $hosts; do
-    ip netns exec $id-$host "$programs/launch" --cpus 1 --quiet --restarts 5 --timeout $timeout --nodes 3 --node $host \
-        --rendezvous 10.253.77.1:29400 "$place/parts.yaml" >/dev/null 2>"$place/host-$host.log" &
+export LODESTONE_TOKEN LODESTONE_TIMEOUT=$timeout RAYON_NUM_THREADS=1
+
+# Runs a command on a host, under its name.
+cat >"$place/on" <<SH
+#!/bin/sh
+host=\$1
+shift
+exec ip netns exec $id-\$host unshare --uts sh -c 'hostname host-\$0 && exec "\$@"' \$host "\$@"
+SH
+# What mpirun takes for ssh: an address, and the words of a command line.
+cat >"$place/agent" <<SH
+#!/bin/sh
+host=\$((\${1##*.} - 1))
+shift
+exec "$place/on" \$host sh -c "\$*"
+SH
+chmod +x "$place/on" "$place/agent"
+
+start_launch() {
+    for host in $hosts; do
+        "$place/on" $host "$programs/launch" --cpus 1 --quiet --restarts 5 --timeout $timeout --nodes 3 --node $host \
+            --rendezvous 10.253.77.1:29400 "$place/parts.yaml" >/dev/null 2>"$place/host-$host.log" &
+        launchers+=($!)
+    done
+}
+start_mpi() {
+    "$place/on" 0 mpirun --allow-run-as-root --bind-to none --mca plm_rsh_agent "$place/agent" --mca btl tcp,self \
+        --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 -np 3 \
+        --host 10.253.77.1:1,10.253.77.2:1,10.253.77.3:1 -x LODESTONE_TIMEOUT -x RAYON_NUM_THREADS \
+        "$programs/trainer" train --quiet --resume "$place/parts.yaml" >/dev/null 2>>"$place/host-0.log" &
     launchers+=($!)
-done
+}
+start_$way
 
 steps() { grep -c '"loss"' "$place/parts/metrics.jsonl" 2>/dev/null || true; }
 reach() {
@@ -87,7 +122,10 @@ reach 100
 ip link set $id-2 down
 echo "host 10.253.77.3 is cut off after step $(steps)"
 cut=$(date +%s%N)
-named="rank 2: on 10.253.77.3 shows no sign of work for $timeout s"
+case $way in
+launch) named="rank 2: on 10.253.77.3 shows no sign of work for $timeout s" ;;
+mpi) named="rank 2: on host-2 has said nothing for $timeout s" ;;
+esac
 for _ in $(seq 200); do
     grep -q "$named" "$place/host-0.log" && break
     sleep 0.1
@@ -96,11 +134,28 @@ grep -q "$named" "$place/host-0.log" || fail "host 0 does not name the host that
 noticed=$((($(date +%s%N) - cut) / 1000000))
 echo "noticed and named $noticed ms later, with a timeout of $timeout s"
 [ $noticed -lt $(((timeout + 6) * 1000)) ] || fail "that is too late"
-for host in 1 2; do
-    grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || sleep $((timeout + 2))
-    grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || fail "host $host did not notice"
-done
-ip link set $id-2 up
+case $way in
+launch)
+    for host in 1 2; do
+        grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || sleep $((timeout + 2))
+        grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || fail "host $host did not notice"
+    done
+    ip link set $id-2 up
+    ;;
+mpi)
+    # mpirun cannot end what it cannot reach; once it can, it must.
+    ip link set $id-2 up
+    for _ in $(seq 300); do
+        kill -0 "${launchers[0]}" 2>/dev/null || break
+        sleep 0.1
+    done
+    ! kill -0 "${launchers[0]}" 2>/dev/null || fail "mpirun does not end"
+    wait "${launchers[0]}" && fail "mpirun calls it a success"
+    launchers=()
+    echo "mpirun has ended; it starts them again after step $(steps)"
+    start_mpi
+    ;;
+esac
 for launcher in "${launchers[@]}"; do
     wait "$launcher" || fail "a launcher ended with $?"
 done
