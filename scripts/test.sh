@@ -104,8 +104,8 @@ say "ranks on several hosts, and of SLURM"
 as_root tests/hosts/run.sh
 as_root tests/slurm/run.sh
 
-# Both features at once: each set of features compiles the workspace anew.
-features=
+# All features at once: each set of features compiles the workspace anew.
+features=kernels/emulator,trainer/emulator,tests/emulator
 tests=()
 toolkit=()
 if mpi; then
@@ -121,15 +121,17 @@ if [ "${LODESTONE_CUDA:-${CI:-}}" = 1 ] || [ "${LODESTONE_CUDA:-${CI:-}}" = true
 else
     echo "skipped: the programs for GPUs (LODESTONE_CUDA=1 builds them)"
 fi
-if [ -n "$features" ]; then
-    say "with the features ${features#,}: lints, then what they change"
-    "${toolkit[@]}" cargo clippy --locked --workspace --features "${features#,}" --all-targets -- -D warnings
-    "${toolkit[@]}" cargo test --locked --workspace --features "${features#,}" --test system --test ranks -- "${tests[@]}"
+say "with the features $features: lints, then what they change"
+"${toolkit[@]}" cargo clippy --locked --workspace --features "$features" --all-targets -- -D warnings
+if [ ${#tests[@]} != 0 ]; then
+    "${toolkit[@]}" cargo test --locked --workspace --features "$features" --test system --test ranks -- "${tests[@]}"
 fi
 if mpi; then
     say "ranks of MPI on several hosts"
     as_root tests/hosts/run.sh target/debug mpi
 fi
+say "the step as a GPU would compute it, by the kernels' own source"
+LODESTONE_DEVICE=emulator "${toolkit[@]}" cargo test --locked --workspace --features "$features" --test system -- parity::half parity::ten emulated::
 if [ ${#toolkit[@]} = 1 ]; then
     say "the kernels, as ptxas says"
     # A spill has failed the build already.

@@ -72,7 +72,10 @@ pub fn is_zero(parameter: &str, family: &str) -> bool {
 
 /// ‖a − b‖ / ‖b‖; ‖a‖ where b is all zeros.
 pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
-    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    // On a GPU half precision is a type of its own.
+    let values = |t: &Tensor| {
+        t.flatten_all().unwrap().to_dtype(candle_core::DType::F32).unwrap().to_vec1::<f32>().unwrap()
+    };
     let (a, b) = (values(a), values(b));
     assert_eq!(a.len(), b.len());
     let norm = |x: f64| x.sqrt();

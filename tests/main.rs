@@ -8,6 +8,8 @@
 
 // Adapters of PEFT go on here.
 mod adapters;
+// The kernels of a GPU, emulated, through a whole run.
+mod emulated;
 // Embeddings and metrics, against sentence-transformers on the same model.
 mod evaluate;
 // Written folders open again and embed alike.

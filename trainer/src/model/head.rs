@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use kernels::activation::{self, Activation};
 use kernels::pool;
 
@@ -75,14 +75,17 @@ impl Head {
         let (mut e, mut norms) = pool::forward(x, spans, self.normalize && plain)?;
         let mut dense = Vec::with_capacity(self.dense.len());
         for layer in &self.dense {
-            let (before, linear) = layer.linear.forward(&e, pass)?;
+            let x = pass.round(e)?;
+            let (before, linear) = layer.linear.forward(&x, pass)?;
             let y = pass.round(layer.function.forward(&before)?)?;
-            dense.push(DenseTape { x: e, before, y: y.clone(), linear });
+            dense.push(DenseTape { x, before, y: y.clone(), linear });
             e = y;
         }
         if self.normalize && !plain {
             (e, norms) = pool::forward(&e, &rows(spans.len()), true)?;
         }
+        // A dense layer's result is of half precision; embeddings are f32 everywhere.
+        let e = e.to_dtype(DType::F32)?;
         Ok((e.clone(), Tape { dense, embeddings: e, norms }))
     }
 
@@ -106,11 +109,12 @@ impl Head {
         }
         let mut pooled = embeddings;
         for (layer, tape) in self.dense.iter().zip(dense).rev() {
-            let dy = pass.round(layer.function.backward(&tape.before, &tape.y, &d)?)?;
+            let dy = pass.round(layer.function.backward(&tape.before, &tape.y, &pass.round(d)?)?)?;
             d = layer.linear.backward(&tape.x, &tape.linear, &dy, None, pass, gradients)?;
             pooled = tape.x;
         }
         // Without the scaling lengths play no part.
+        let (pooled, d) = (pooled.to_dtype(DType::F32)?, d.to_dtype(DType::F32)?);
         Ok(pool::backward(&pooled, &norms, spans, &d, tokens, false)?)
     }
 
