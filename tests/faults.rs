@@ -273,10 +273,11 @@ fn a_step_that_is_not_finite_is_skipped_if_it_may_be() {
         .map(|line| line["loss"].as_f64().is_some_and(f64::is_finite))
         .collect();
     assert_eq!(losses, [true, false, true]);
-    for (name, tensor) in tensors(&case.place.path().join("out/model/adapter_model.safetensors")) {
-        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert!(values.iter().all(|value| value.is_finite()), "{name}");
-    }
+    let adapters = tensors(&case.place.path().join("out/model/adapter_model.safetensors"));
+    let finite = |tensor: &Tensor| {
+        tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|value| value.is_finite())
+    };
+    assert!(!adapters.is_empty() && adapters.values().all(finite), "{adapters:?}");
 }
 
 #[test]
