@@ -35,7 +35,11 @@ launchers=()
 finish() {
     status=$?
     [ ${#launchers[@]} = 0 ] || kill -9 "${launchers[@]}" 2>/dev/null || true
-    for host in $hosts; do ip netns del $id-$host 2>/dev/null || true; done
+    for host in $hosts; do
+        # What mpirun could not reach any more would live on.
+        ip netns pids $id-$host 2>/dev/null | xargs -r kill -9 2>/dev/null || true
+        ip netns del $id-$host 2>/dev/null || true
+    done
     ip link del $id 2>/dev/null || true
     if [ $status != 0 ]; then
         for log in "$place"/*.log; do

@@ -115,7 +115,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    let rank = comm::place().ok().flatten().map_or(0, |place| place.rank);
+    let place = comm::place().ok().flatten();
+    let rank = place.as_ref().map_or(0, |place| place.rank);
     // One voice is enough: the others say what went wrong, and keep the rest in their logs.
     logging::start(cli.quiet, rank);
     if cli.quiet || rank > 0 {
@@ -128,7 +129,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let Err(Failure { error, status }) = done else { return ExitCode::SUCCESS };
     match error {
-        Error::Rank { rank: other, .. } if rank > 0 && rank != other => tracing::warn!("{error}"),
+        // Under MPI the first that notices ends all, before others may say it.
+        Error::Rank { rank: other, .. }
+            if rank > 0 && rank != other && place.is_some_and(|place| place.master.is_some()) =>
+        {
+            tracing::warn!("{error}");
+        }
         _ => tracing::error!("{error}"),
     }
     if !matches!(error, Error::Stopped { .. }) {

@@ -7,13 +7,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ::mpi::Threading;
-use ::mpi::datatype::{Partition, PartitionMut};
 use ::mpi::environment::{Universe, initialize_with_threading, processor_name};
+use ::mpi::request::StaticScope;
 use ::mpi::topology::SimpleCommunicator;
-use ::mpi::traits::{Communicator, CommunicatorCollectives, Destination, Source};
+use ::mpi::traits::{Communicator, Destination, Source};
 
 use super::{Failed, Place, Transport};
 use crate::{Error, Result};
+
+/// How long a rank that ends leaves to its own words and to those of the first.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// MPI, from its start to its end.
 pub(super) struct Mpi {
@@ -71,82 +74,99 @@ impl Mpi {
             }
             let process = world.process_at_rank(from as i32);
             while process.immediate_probe().is_none() {
-                if start.elapsed() > self.patience {
-                    let (host, waited) = (&self.hosts[from], self.patience.as_secs());
-                    let message = format!(
-                        "on {host} has said nothing for {waited} s: it hangs, or its host cannot be reached"
-                    );
-                    return Err(Error::Rank { rank: from, status: 1, message });
-                }
-                if start.elapsed() > EAGER {
-                    thread::sleep(EAGER / 4);
-                }
+                self.wait(start, from)?;
             }
             announced.push(process.receive::<u64>().0 as usize);
         }
         Ok(announced)
     }
 
-    fn cut(bytes: &[u8], lengths: &[usize]) -> Vec<Vec<u8>> {
-        let mut rest = bytes;
-        let mut piece = |&length: &usize| {
-            let (piece, after) = rest.split_at(length);
-            rest = after;
-            piece.to_vec()
-        };
-        lengths.iter().map(&mut piece).collect()
+    /// Sends `messages[of(k)]` to each rank k and receives `expected` bytes of each, all at once. No collective: there a host that is
+    /// cut off in the midst of one would be waited for without end, and none could be named.
+    fn trade(
+        &self,
+        messages: Vec<Box<[u8]>>,
+        of: impl Fn(usize) -> usize,
+        expected: &[usize],
+    ) -> Result<Vec<Vec<u8>>> {
+        let world = SimpleCommunicator::world();
+        let lengths = messages.iter().map(|message| message.len()).chain(expected.iter().copied());
+        if let Some(length) = lengths.max().filter(|&length| i32::try_from(length).is_err()) {
+            return Err(Error::Usage(format!(
+                "a message of {length} bytes is more than MPI takes at once\nhint: `launch` has no such limit"
+            )));
+        }
+        // MPI may look at buffers for as long as a request lives: after an error they stay for ever.
+        let messages: Vec<*mut [u8]> = messages.into_iter().map(Box::into_raw).collect();
+        // SAFETY: freed below, when all is sent.
+        let outgoing = |rank: usize| -> &'static [u8] { unsafe { &*messages[of(rank)] } };
+        let others = |length: &(usize, usize)| length.0 != self.rank && length.1 > 0;
+        let mut places: Vec<Option<*mut [u8]>> = vec![None; expected.len()];
+        let mut requests = Vec::new();
+        for (from, length) in expected.iter().copied().enumerate().filter(others) {
+            let place = Box::into_raw(vec![0; length].into_boxed_slice());
+            places[from] = Some(place);
+            // SAFETY: looked at again, and freed, when all is received.
+            let place: &'static mut [u8] = unsafe { &mut *place };
+            let request = world.process_at_rank(from as i32).immediate_receive_into(StaticScope, place);
+            requests.push((from, request));
+        }
+        let lengths = (0..expected.len()).map(|to| outgoing(to).len());
+        for (to, _) in lengths.enumerate().filter(others) {
+            let process = world.process_at_rank(to as i32);
+            requests.push((to, process.immediate_send(StaticScope, outgoing(to))));
+        }
+        let start = Instant::now();
+        while !requests.is_empty() {
+            let tested = requests.into_iter().map(|(rank, request)| (rank, request.test()));
+            requests = tested.filter_map(|(rank, done)| Some((rank, done.err()?))).collect();
+            let Some((rank, _)) = requests.first() else { break };
+            if let Err(error) = self.wait(start, *rank) {
+                requests.into_iter().for_each(std::mem::forget);
+                return Err(error);
+            }
+        }
+        let mine = outgoing(self.rank).to_vec();
+        // SAFETY: leaked above, and all is sent and received.
+        let free = |place: *mut [u8]| unsafe { Box::from_raw(place) };
+        messages.into_iter().for_each(|message| drop(free(message)));
+        let mut received: Vec<Vec<u8>> =
+            places.into_iter().map(|place| place.map(free).map(Vec::from).unwrap_or_default()).collect();
+        received[self.rank] = mine;
+        Ok(received)
     }
-}
 
-/// For messages of these lengths, and one byte: the address of an empty vector is 1, and that is Open MPI's `MPI_IN_PLACE`.
-fn room(lengths: &[usize]) -> Vec<u8> {
-    vec![0; lengths.iter().sum::<usize>() + 1]
-}
-
-/// Counts and places as MPI wants them.
-fn layout(lengths: &[usize]) -> Result<(Vec<i32>, Vec<i32>)> {
-    let all: usize = lengths.iter().sum();
-    if i32::try_from(all).is_err() {
-        return Err(Error::Usage(format!(
-            "a message of {all} bytes is more than MPI takes at once\nhint: `launch` has no such limit"
-        )));
+    /// A moment's wait for `rank`, if that has not been too long since `start`.
+    fn wait(&self, start: Instant, rank: usize) -> Result<()> {
+        if start.elapsed() > self.patience {
+            let (host, waited) = (&self.hosts[rank], self.patience.as_secs());
+            let message =
+                format!("on {host} has said nothing for {waited} s: it hangs, or its host cannot be reached");
+            return Err(Error::Rank { rank, status: 1, message });
+        }
+        if start.elapsed() > EAGER {
+            thread::sleep(EAGER / 4);
+        }
+        Ok(())
     }
-    let counts: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
-    let places = counts.iter().scan(0, |end, count| {
-        *end += count;
-        Some(*end - count)
-    });
-    let places = places.collect();
-    Ok((counts, places))
 }
 
 impl Transport for Mpi {
     fn exchange(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         let lengths: Vec<usize> = messages.iter().map(|message| message.len()).collect();
-        let (counts, places) = layout(&lengths)?;
         let expected = self.announce(&lengths)?;
-        let (counts_in, places_in) = layout(&expected)?;
-        let outgoing = [messages.concat(), vec![0]].concat();
-        let mut incoming = room(&expected);
-        SimpleCommunicator::world().all_to_all_varcount_into(
-            &Partition::new(&outgoing[..], counts, places),
-            &mut PartitionMut::new(&mut incoming[..], counts_in, places_in),
-        );
-        Ok(Self::cut(&incoming, &expected))
+        self.trade(messages.iter().map(|message| Box::from(*message)).collect(), |rank| rank, &expected)
     }
 
     fn gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
         let expected = self.announce(&vec![message.len(); self.hosts.len()])?;
-        let (counts, places) = layout(&expected)?;
-        let mut incoming = room(&expected);
-        let message = if message.is_empty() { &[0][..0] } else { message };
-        SimpleCommunicator::world()
-            .all_gather_varcount_into(message, &mut PartitionMut::new(&mut incoming[..], counts, places));
-        Ok(Self::cut(&incoming, &expected))
+        self.trade(vec![Box::from(message)], |_| 0, &expected)
     }
 
     fn abandon(&self, failed: &Failed) {
-        // mpirun ends the others; each has its own log.
+        // mpirun ends the others at once. What it has not forwarded by then is lost, and the first rank, whose voice it is, may be
+        // about to say the same.
+        thread::sleep(LAST_WORDS);
         SimpleCommunicator::world().abort(i32::from(failed.status));
     }
 
