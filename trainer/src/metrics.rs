@@ -189,7 +189,11 @@ impl History {
 
 /// Whether one of the metrics `names` is called so, or is a set's metric of that name.
 pub fn decides<'a>(mut names: impl Iterator<Item = &'a str>, metric: &str) -> bool {
-    names.any(|name| name == metric || name.strip_suffix(metric).is_some_and(|set| set.ends_with('_')))
+    names.any(|name| name == metric || is_of_set(name, metric))
+}
+
+fn is_of_set(name: &str, metric: &str) -> bool {
+    name.strip_suffix(metric).is_some_and(|set| set.ends_with('_'))
 }
 
 /// The value that decides between evaluations: the metric's mean over the sets that have it, or the metric that is called so in
@@ -198,8 +202,7 @@ pub fn deciding(scores: &Map<String, Value>, metric: &str) -> Option<f64> {
     if let Some(value) = scores.get(metric) {
         return value.as_f64();
     }
-    let ending = format!("_{metric}");
-    let of_sets = |name: &str| name.ends_with(&ending) && !nano::is_mean(name);
+    let of_sets = |name: &str| is_of_set(name, metric) && !nano::is_mean(name);
     let values: Vec<f64> =
         scores.iter().filter(|(name, _)| of_sets(name)).filter_map(|(_, value)| value.as_f64()).collect();
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)

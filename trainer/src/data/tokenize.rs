@@ -19,6 +19,19 @@ use tokenizers::{PostProcessor, TruncationDirection};
 use super::batch::Sequence;
 use crate::{Error, Result};
 
+/// What a folder may have of its tokenizer beside tokenizer_config.json.
+pub const FILES: [&str; 9] = [
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+];
+
 /// Texts that one task tokenises: enough to pay for handing it out.
 const TEXTS_PER_TASK: usize = 8;
 

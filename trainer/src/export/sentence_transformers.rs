@@ -13,19 +13,6 @@ use crate::data::tokenize;
 use crate::model::{Folder, Pooling};
 use crate::{Error, Result, tensors};
 
-/// The tokenizer's files, whichever of them a model has.
-const TOKENIZER: [&str; 9] = [
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-];
-
 /// Writes everything but weights, model card and `config.json` into `folder`. `source` is the folder that the model was trained from.
 pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()> {
     let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
@@ -58,7 +45,7 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
     });
     put(&folder.join("config_sentence_transformers.json"), &named)?;
 
-    for name in TOKENIZER {
+    for name in tokenize::FILES {
         let from = source.path.join(name);
         if from.exists() {
             std::fs::copy(&from, folder.join(name)).map_err(Error::io("copy", from))?;

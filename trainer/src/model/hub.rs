@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::Init;
+use crate::data::tokenize;
 use crate::hub::{Found, Hub, Repository, is_id};
 use crate::model::Folder;
 use crate::{Error, Result};
@@ -110,25 +111,15 @@ impl<'a> Wanted<'a> {
 fn is_small(name: &str) -> bool {
     let file = in_module(name).unwrap_or(name);
     let sentence = file.starts_with("sentence_") && file.ends_with("_config.json");
-    sentence
-        || [
-            "config.json",
-            "modules.json",
-            "config_sentence_transformers.json",
-            "adapter_config.json",
-            "model.safetensors.index.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "vocab.txt",
-            "vocab.json",
-            "merges.txt",
-            "tokenizer.model",
-            "sentencepiece.bpe.model",
-            "spiece.model",
-        ]
-        .contains(&file)
+    let settings = [
+        "config.json",
+        "modules.json",
+        "config_sentence_transformers.json",
+        "adapter_config.json",
+        "model.safetensors.index.json",
+        "tokenizer_config.json",
+    ];
+    sentence || settings.contains(&file) || tokenize::FILES.contains(&file)
 }
 
 /// The name inside a module's folder, `1_Pooling/config.json`: that of the transformer may be `0_Transformer`.

@@ -37,7 +37,7 @@ use self::params::{Flat, Gradients, Parameter};
 use self::pass::{Keep, Noise, Pass};
 use self::settings::Settings;
 use self::weights::Weights;
-use crate::config::{self, Freeze};
+use crate::config;
 use crate::data::batch::Sequence;
 use crate::{Error, Result, device};
 
@@ -127,7 +127,7 @@ impl Model {
                 let wanted = if adapters_only {
                     name.contains(".lora_")
                 } else {
-                    !frozen(&options.model.freeze, name)
+                    !frozen::is(name, &options.model.freeze)
                 };
                 options.trained && wanted
             },
@@ -348,15 +348,6 @@ impl Model {
     pub fn load_parameters(&self, path: &Path) -> Result<()> {
         self.flat.read(self.flat.values(), path, "")
     }
-}
-
-/// Whether a parameter is of a kind that is not to be trained.
-fn frozen(kinds: &[Freeze], name: &str) -> bool {
-    let norm = name.to_lowercase().contains("norm");
-    kinds.iter().any(|kind| match kind {
-        Freeze::Embeddings => name.starts_with("embed") && !norm,
-        Freeze::Norms => norm,
-    })
 }
 
 /// The longest text, in tokens, that a run with this configuration encodes.
