@@ -3,8 +3,8 @@
 
     LODESTONE_GPU=1 scripts/gpu_runs.py [TRAINER]
 
-TRAINER is the program, built with the feature `cuda`; default: target/gpu/trainer, which scripts/gpu.sh build makes. Skipped, and
-so said, without LODESTONE_GPU. Needs python3 and nothing else.
+TRAINER is the program, built with the feature `cuda`; default: target/gpu/trainer, which scripts/gpu.sh build makes, with a copy of
+this program and of the models that it trains beside it. Skipped, and so said, without LODESTONE_GPU. Needs python3 and nothing else.
 
 NCCL wants a GPU for each rank of a host, so each rank says that it is on a host of its own (NCCL_HOSTID).
 """
@@ -18,8 +18,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+HERE = Path(__file__).resolve().parent
+# In target/gpu, or in the repository.
+COPIED = (HERE / "golden").is_dir()
+GOLDEN = HERE / "golden" if COPIED else HERE.parent / "tests" / "golden"
+TRAINER = HERE / "trainer" if COPIED else HERE.parent / "target" / "gpu" / "trainer"
 STEPS = 50
+
+
+class Failed(Exception):
+    """A run that ends with an error, or differs from what it should be."""
 
 
 def config(place, model, **sections):
@@ -49,21 +57,21 @@ def start(trainer, path, *words, **environment):
 
 
 def finish(*started):
-    """What they said; ends the program if one of them fails."""
+    """What they said."""
     words = []
     for process, said in started:
         status = process.wait()
         said.seek(0)
         words.append(said.read())
         if status != 0:
-            sys.exit(f"error: {' '.join(process.args)} ends with {status}\n{words[-1]}")
+            raise Failed(f"{' '.join(process.args)} ends with {status}\n{words[-1]}")
     return words
 
 
 def curve(path):
     lines = [json.loads(line) for line in (path.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     if len(lines) != STEPS:
-        sys.exit(f"error: {path} has {len(lines)} steps, expected {STEPS}")
+        raise Failed(f"{path} has {len(lines)} steps, expected {STEPS}")
     return [(line["loss"], line["grad_norm"]) for line in lines]
 
 
@@ -71,7 +79,7 @@ def compare(what, got, want, tolerance):
     worst = max(abs(a - b) / abs(b) for pair in zip(got, want) for a, b in zip(*pair))
     print(f"{what}: losses and norms of {STEPS} steps differ by {worst:.1e} at most")
     if not worst <= tolerance:
-        sys.exit(f"error: {what}: expected {tolerance:.0e} at most")
+        raise Failed(f"{what}: expected {tolerance:.0e} at most")
 
 
 def run(trainer, place, device, model, **sections):
@@ -81,47 +89,66 @@ def run(trainer, place, device, model, **sections):
     return path
 
 
+def beside_a_cpu(trainer, folder, dtype, tolerance):
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
+    sections = {"lora": lora, "model_section": {"dtype": dtype, "tf32": False}}
+    gpu, cpu = (run(trainer, folder / f"{device}-{dtype}", device, "mistral", **sections) for device in ("cuda", "cpu"))
+    compare(f"Mistral with LoRA in {dtype}, GPU beside CPU", curve(gpu), curve(cpu), tolerance)
+
+
+def resumed(trainer, path):
+    whole = curve(path)
+    checkpoints = path.parent / "run" / "checkpoints"
+    last = checkpoints / f"step-{STEPS:06}"
+    bits = (last / "parameters.safetensors").read_bytes()
+    shutil.rmtree(last)
+    finish(start(trainer, path, "--resume", LODESTONE_DEVICE="cuda"))
+    same = bits == (last / "parameters.safetensors").read_bytes() and curve(path) == whole
+    print(f"resumed after step {STEPS // 2}: {'the same bits' if same else 'OTHER BITS'}")
+    if not same:
+        raise Failed("a resumed run is another than one that was not stopped")
+
+
+def two_ranks(trainer, folder):
+    sections = {"model_section": {"tf32": False}}
+    alone = run(trainer, folder / "alone", "cuda", "bert", **sections)
+    place = folder / "ranks"
+    place.mkdir()
+    path = config(place, "bert", **sections)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {
+        "LODESTONE_DEVICE": "cuda", "LODESTONE_NCCL": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port, "NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    ranks = [start(trainer, path, RANK=str(rank), NCCL_HOSTID=f"host-{rank}", **common) for rank in (0, 1)]
+    if not all("nranks 2" in said for said in finish(*ranks)):
+        raise Failed("the ranks did not talk over NCCL")
+    compare("two ranks over NCCL beside one", curve(path), curve(alone), 1e-4)
+
+
 def main():
     if not os.environ.get("LODESTONE_GPU"):
         print("skipped: runs on a GPU (LODESTONE_GPU=1 asks for them)")
         return
-    trainer = sys.argv[1] if len(sys.argv) > 1 else str(GOLDEN.parent.parent / "target" / "gpu" / "trainer")
+    trainer = sys.argv[1] if len(sys.argv) > 1 else str(TRAINER)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
+        failed = False
         # In bf16 some roundings fall to the other side; 50 steps of training carry that on.
-        for dtype, tolerance in (("f32", 1e-3), ("bf16", 5e-2)):
-            sections = {"lora": lora, "model_section": {"dtype": dtype, "tf32": False}}
-            gpu, cpu = (run(trainer, folder / f"{device}-{dtype}", device, "mistral", **sections) for device in ("cuda", "cpu"))
-            compare(f"Mistral with LoRA in {dtype}, GPU beside CPU", curve(gpu), curve(cpu), tolerance)
-
-        whole = curve(gpu)
-        checkpoints = gpu.parent / "run" / "checkpoints"
-        last = checkpoints / f"step-{STEPS:06}"
-        bits = (last / "parameters.safetensors").read_bytes()
-        shutil.rmtree(last)
-        finish(start(trainer, gpu, "--resume", LODESTONE_DEVICE="cuda"))
-        same = bits == (last / "parameters.safetensors").read_bytes() and curve(gpu) == whole
-        print(f"resumed after step {STEPS // 2}: {'the same bits' if same else 'OTHER BITS'}")
-        if not same:
-            sys.exit("error: a resumed run is another than one that was not stopped")
-
-        sections = {"model_section": {"tf32": False}}
-        alone = run(trainer, folder / "alone", "cuda", "bert", **sections)
-        place = folder / "ranks"
-        place.mkdir()
-        path = config(place, "bert", **sections)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = {
-            "LODESTONE_DEVICE": "cuda", "LODESTONE_NCCL": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        ranks = [start(trainer, path, RANK=str(rank), NCCL_HOSTID=f"host-{rank}", **common) for rank in (0, 1)]
-        if not all("nranks 2" in said for said in finish(*ranks)):
-            sys.exit("error: the ranks did not talk over NCCL")
-        compare("two ranks over NCCL beside one", curve(path), curve(alone), 1e-4)
+        for check, *arguments in (
+            (beside_a_cpu, folder, "f32", 1e-3),
+            (beside_a_cpu, folder, "bf16", 5e-2),
+            (resumed, folder / "cuda-bf16" / "config.yaml"),
+            (two_ranks, folder),
+        ):
+            try:
+                check(trainer, *arguments)
+            except (Failed, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                failed = True
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

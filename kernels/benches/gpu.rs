@@ -194,13 +194,16 @@ impl Bench {
             })?;
         }
         let (a, b) = (self.random((RANK, WIDTH), DType::F32)?, self.random((INNER, RANK), DType::F32)?);
-        let adapter = Adapter { a: &a, b: &b, scale: 4.0, dropout: None };
-        self.moves("lora", stream + 2.0 * inner, || lora::forward(&x, &up, &adapter, &packing).map(drop))?;
-        let xa = lora::forward(&x, &up, &adapter, &packing)?;
         let (da, db) = (a.zeros_like()?, b.zeros_like()?);
-        self.moves("lora, backward", 3.0 * stream + 2.0 * inner, || {
-            lora::backward(&x, &xa, &gate, &adapter, &packing, Some(&residual), &da, &db)
-        })?;
+        // What dropout keeps need not be in memory: the bytes are the same.
+        for (what, dropout) in [("lora", None), ("lora with dropout", Some(d))] {
+            let adapter = Adapter { a: &a, b: &b, scale: 4.0, dropout };
+            self.moves(what, stream + 2.0 * inner, || lora::forward(&x, &up, &adapter, &packing).map(drop))?;
+            let xa = lora::forward(&x, &up, &adapter, &packing)?;
+            self.moves(&format!("{what}, backward"), 3.0 * stream + 2.0 * inner, || {
+                lora::backward(&x, &xa, &gate, &adapter, &packing, Some(&residual), &da, &db)
+            })?;
+        }
 
         let spans: Vec<_> = packing.ranges().collect();
         self.moves("masked mean", stream, || pool::forward(&x, &spans, true).map(drop))?;

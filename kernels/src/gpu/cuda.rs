@@ -250,9 +250,6 @@ pub(super) fn multiply(
         adds: keep != 0.0,
         reduced,
     };
-    if k == 0 {
-        bail!("a product of no terms");
-    }
     let compute = match (a.dtype, reduced) {
         (DType::F32, true) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -274,13 +271,13 @@ pub(super) fn multiply(
             *matmul,
             (&raw const scale).cast(),
             (&raw const keep).cast(),
-            address(&b),
+            b.address(),
             *of_b,
-            address(&a),
+            a.address(),
             *of_a,
-            address(&c),
+            c.address(),
             *of_c,
-            address(&c),
+            c.address(),
             *of_c,
             &choice,
             workspace.pointer(),
@@ -293,14 +290,17 @@ pub(super) fn multiply(
     Ok(())
 }
 
-/// The first element of a matrix.
-fn address(x: &Matrix) -> *mut c_void {
-    x.memory.pointer::<u8>().wrapping_add(x.offset * x.dtype.size_in_bytes()).cast()
+/// Makes all elements of a matrix 0.
+pub(super) fn clear(device: &CudaDevice, x: Matrix) -> Result<()> {
+    let stream = stream(device)?;
+    // SAFETY: callers check that a matrix lies in its memory.
+    unsafe { driver::memset_d8_async(x.address().addr() as u64, 0, x.bytes(), stream.cast()) }
+        .map_err(candle_core::Error::wrap)
 }
 
 /// The power of two that divides a matrix's address, up to 256: vectors of memory are read only from their multiples.
 fn alignment(x: &Matrix) -> u32 {
-    1 << (address(x).addr().trailing_zeros()).min(8)
+    1 << x.address().addr().trailing_zeros().min(8)
 }
 
 /// A product's descriptors, freed when this goes.

@@ -156,6 +156,12 @@ pub(super) fn multiply(c: Matrix, keep: f32, scale: f32, a: Matrix, b: Matrix) -
     Ok(())
 }
 
+/// Makes all elements of a matrix 0.
+pub(super) fn clear(x: Matrix) {
+    // SAFETY: callers check that a matrix lies in its memory, which this call alone writes to.
+    unsafe { std::ptr::write_bytes(x.address().cast::<u8>(), 0, x.bytes()) }
+}
+
 enum Element {
     F32(*mut f32),
     Bf16(*mut bf16),

@@ -1,7 +1,7 @@
 //! Products of cuBLASLt, and linear.cu.
 
 use crate::gpu::product::{Matrix, multiply};
-use crate::gpu::{Any, AnyMut, Memory, entries, number_of, type_of};
+use crate::gpu::{Any, AnyMut, Memory, entries, number_of, type_of, zeros};
 use crate::tensor::{expect_shape, matrix};
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -139,8 +139,11 @@ pub(crate) fn backward_bias(dy: &Tensor, db: &Tensor) -> Result<()> {
 
 /// `x` rounded to `dtype`; itself if it is of it.
 pub(crate) fn converted(x: &Tensor, dtype: DType) -> Result<Tensor> {
-    if x.dtype() == dtype || x.elem_count() == 0 {
-        return x.to_dtype(dtype);
+    if x.dtype() == dtype {
+        return Ok(x.clone());
+    }
+    if x.elem_count() == 0 {
+        return zeros(x.shape(), dtype, x.device());
     }
     let (from, to) = (Memory::of(x)?, Memory::new(x.device(), dtype, x.elem_count())?);
     let arguments = Convert {

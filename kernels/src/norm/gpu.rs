@@ -50,8 +50,9 @@ entries! {
 /// Rows that blocks share their gradients of w and b over: `PARTIALS` of partials.cuh.
 const PARTIALS: usize = 512;
 
-/// Columns that a block can keep in its registers.
-const WIDEST: usize = 4096;
+/// Threads of a block, and accesses to memory of which a thread keeps the elements in registers: of norm.cu.
+const THREADS: usize = 1024;
+const ACCESSES: usize = 4;
 
 pub(super) fn forward<const CENTRED: bool>(
     x: &Tensor,
@@ -61,7 +62,7 @@ pub(super) fn forward<const CENTRED: bool>(
     eps: f64,
 ) -> Result<(Tensor, Tape)> {
     let (rows, width) = matrix("x", x)?;
-    expect_width(width, x.dtype())?;
+    expect_width("a norm", width, x.dtype(), THREADS)?;
     if let Some(residual) = residual {
         expect_like("residual", residual, x)?;
     }
@@ -100,7 +101,7 @@ pub(super) fn forward<const CENTRED: bool>(
 
 pub(super) fn again<const CENTRED: bool>(tape: &Tape, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (rows, width) = tape.shape::<CENTRED>()?;
-    expect_width(width, tape.sum.dtype())?;
+    expect_width("a norm", width, tape.sum.dtype(), THREADS)?;
     super::expect_vectors(&[("w", Some(w)), ("b", b)], width)?;
     let (w, b) = (&wide(w)?, b.map(wide).transpose()?);
     let device = tape.sum.device();
@@ -139,7 +140,7 @@ pub(super) fn backward<const CENTRED: bool>(
     db: Option<&Tensor>,
 ) -> Result<Tensor> {
     let (rows, width) = tape.shape::<CENTRED>()?;
-    expect_width(width, dy.dtype())?;
+    expect_backward_width(width, dy.dtype(), dw.is_some() || db.is_some())?;
     expect_like("dy", dy, &tape.sum)?;
     if let Some(dsum) = dsum {
         expect_like("dsum", dsum, dy)?;
@@ -182,14 +183,26 @@ pub(super) fn backward<const CENTRED: bool>(
     dx.tensor((rows, width))
 }
 
-fn expect_width(width: usize, dtype: DType) -> Result<()> {
-    // Rows of whole vectors have more room.
+/// `threads` are those of a block for rows of whole vectors, which have more room.
+fn expect_width(what: &str, width: usize, dtype: DType, threads: usize) -> Result<()> {
     let vector = 16 / dtype.size_in_bytes();
-    let widest = if width.is_multiple_of(vector) { WIDEST * vector } else { WIDEST };
+    let widest = ACCESSES * if width.is_multiple_of(vector) { threads * vector } else { THREADS };
     if width > widest {
-        bail!("a norm of rows of {width} {dtype:?}; a block of a GPU takes at most {widest}");
+        bail!("{what} of rows of {width} {dtype:?}; a block of a GPU takes at most {widest}");
     }
     Ok(())
+}
+
+/// A block has 65,536 registers, which a launch counts by four warps: fewer threads than [`THREADS`] where each needs many, as
+/// target/debug/ptxas.txt says.
+fn expect_backward_width(width: usize, dtype: DType, parameters: bool) -> Result<()> {
+    let (what, threads) = match (dtype, parameters) {
+        (DType::F32, false) => ("the backward of a norm", 896), // 72 registers
+        (_, false) => ("the backward of a norm", 512),          // 104
+        (DType::F32, true) => ("the backward of a trained norm", 512), // 102
+        (_, true) => ("the backward of a trained norm", 384),   // 165
+    };
+    expect_width(what, width, dtype, threads)
 }
 
 /// Fails unless the tensor called `name` has the shape and the element type of another.
@@ -292,8 +305,28 @@ pub(crate) mod tests {
         let (x, w) = (placed(1, (2, 8)), placed(2, 8));
         assert!(forward::<true>(&x, None, &placed(2, 7), None, EPS).is_err());
         assert!(forward::<true>(&x, Some(&each_type(&x, DType::BF16)), &w, None, EPS).is_err());
-        let wide = placed(1, (1, WIDEST + 1));
-        let error = forward::<true>(&wide, None, &placed(2, WIDEST + 1), None, EPS).unwrap_err().to_string();
+        let wide = placed(1, (1, 4097));
+        let error = forward::<true>(&wide, None, &placed(2, 4097), None, EPS).unwrap_err().to_string();
         assert!(error.contains("4097"), "{error}");
+    }
+
+    #[test]
+    fn the_widest_rows_go_backward_and_wider_ones_are_an_error() {
+        for (dtype, trained, widest) in [
+            (DType::F32, false, 14_336),
+            (DType::F32, true, 8192),
+            (DType::BF16, false, 16_384),
+            (DType::F16, true, 12_288),
+        ] {
+            let backward = |width: usize| {
+                let [x, dy] = [1, 2].map(|seed| each_type(&placed(seed, (1, width)), dtype));
+                let (w, dw) = (placed(3, width), placed(4, width));
+                let (_, tape) = forward::<false>(&x, None, &w, None, EPS).unwrap();
+                super::backward::<false>(&tape, &w, &dy, None, trained.then_some(&dw), None)
+            };
+            backward(widest).unwrap();
+            let error = backward(widest + 8).unwrap_err().to_string();
+            assert!(error.contains("backward") && error.contains(&widest.to_string()), "{error}");
+        }
     }
 }

@@ -68,8 +68,7 @@ struct LayerTape {
 /// What a layer adds to the stream is made of.
 #[derive(Debug)]
 struct Inside {
-    q: Heads,
-    k: Heads,
+    heads: Heads,
     v: Tensor,       // (T, G*K)
     o: Tensor,       // (T, H*K)
     log_sum: Tensor, // (H, T)
@@ -81,13 +80,13 @@ struct Inside {
     adapters: [linear::Tape; 6],
 }
 
-/// Queries (T, H*K) or keys (T, G*K).
+/// Queries (T, H*K) and keys (T, G*K).
 #[derive(Debug)]
 enum Heads {
     /// Turned by their positions.
-    Turned(Tensor),
+    Turned([Tensor; 2]),
     /// Not yet normed and turned.
-    Raw(norm::Tape),
+    Raw([norm::Tape; 2]),
 }
 
 /// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
@@ -211,11 +210,8 @@ impl Decoder {
         let (q, q_tape) = layer.query.forward(y, pass)?; // (T, H*K)
         let (k, k_tape) = layer.key.forward(y, pass)?; // (T, G*K)
         let (v, v_tape) = layer.value.forward(y, pass)?; // (T, G*K)
-        let [q_norm, k_norm] = layer.norms_of_heads();
-        let (turned_q, q) = self.turn(layer, q, q_norm, pass)?;
-        let (turned_k, k) = self.turn(layer, k, k_norm, pass)?;
-        let attention = self.attention(layer, pass);
-        let (o, log_sum) = attention::forward(&turned_q, &turned_k, &v, pass.packing, &attention)?;
+        let ([q, k], heads) = self.turn(layer, [q, k], pass)?;
+        let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
         let o = pass.round(o)?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
         let [norm_of_output, _] = layer.norms_of_additions();
@@ -225,7 +221,7 @@ impl Decoder {
         let (gate, gate_tape) = layer.gate.forward(&z, pass)?; // (T, F)
         let (up, up_tape) = layer.up.forward(&z, pass)?; // (T, F)
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
-        Ok(Inside { q, k, v, o, log_sum, output_norm, norm, gate, up, adapters })
+        Ok(Inside { heads, v, o, log_sum, output_norm, norm, gate, up, adapters })
     }
 
     /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
@@ -243,7 +239,7 @@ impl Decoder {
             Some(inside) => inside,
             None => self.inside(layer, &y, &tape.attention_norm, pass)?,
         };
-        let Inside { q: q_heads, k: k_heads, v, o, log_sum, output_norm, norm, gate, up, adapters } = inside;
+        let Inside { heads, v, o, log_sum, output_norm, norm, gate, up, adapters } = inside;
         let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape] = &adapters;
         let [norm_of_output, norm_of_down] = layer.norms_of_additions();
         let dd = normed_backward(&ds, norm_of_down, tape.down_norm.as_ref(), pass, gradients)?;
@@ -259,13 +255,10 @@ impl Decoder {
         let da = normed_backward(&ds, norm_of_output, output_norm.as_ref(), pass, gradients)?;
         let d_o = layer.output.backward(&o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
-        let [q_norm, k_norm] = layer.norms_of_heads();
-        let q = self.turned(layer, &q_heads, q_norm, pass)?;
-        let k = self.turned(layer, &k_heads, k_norm, pass)?;
+        let [q, k] = self.turned(layer, &heads, pass)?;
         let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
         let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
-        let dq = self.turn_back(layer, &dq, &q_heads, q_norm, pass, gradients)?;
-        let dk = self.turn_back(layer, &dk, &k_heads, k_norm, pass, gradients)?;
+        let [dq, dk] = self.turn_back(layer, [dq, dk], &heads, pass, gradients)?;
         if !below && !layer.attention_norm.trained() {
             for (linear, tape, d) in
                 [(&layer.query, q_tape, dq), (&layer.key, k_tape, dk), (&layer.value, v_tape, dv)]
@@ -280,47 +273,54 @@ impl Decoder {
         layer.attention_norm.backward(&tape.attention_norm, &dy, Some(&ds), pass, gradients).map(Some)
     }
 
-    /// Queries or keys as attention takes them, and what is kept of them.
-    fn turn(&self, layer: &Layer, x: Tensor, norm: Option<&Rms>, pass: &Pass) -> Result<(Tensor, Heads)> {
-        let table = &self.ropes[layer.sight.rotary];
-        match norm {
-            Some(norm) => {
-                let (x, tape) = norm.forward_heads(&x, pass)?;
-                Ok((pass.round(rope::forward(&x, pass.packing, table)?)?, Heads::Raw(tape)))
+    /// Queries and keys as attention takes them, and what is kept of them.
+    fn turn(&self, layer: &Layer, [q, k]: [Tensor; 2], pass: &Pass) -> Result<([Tensor; 2], Heads)> {
+        match &layer.head_norms {
+            Some([of_q, of_k]) => {
+                let (q, q_tape) = of_q.forward_heads(&q, pass)?;
+                let (k, k_tape) = of_k.forward_heads(&k, pass)?;
+                Ok((self.rotated(layer, [q, k], pass)?, Heads::Raw([q_tape, k_tape])))
             }
             None => {
-                let x = pass.round(rope::forward(&x, pass.packing, table)?)?;
-                Ok((x.clone(), Heads::Turned(x)))
+                let both = self.rotated(layer, [q, k], pass)?;
+                Ok((both.clone(), Heads::Turned(both)))
             }
         }
     }
 
     /// The first of what [`Self::turn`] returned, once more.
-    fn turned(&self, layer: &Layer, heads: &Heads, norm: Option<&Rms>, pass: &Pass) -> Result<Tensor> {
-        match (heads, norm) {
-            (Heads::Raw(tape), Some(norm)) => {
-                let x = norm.again(tape, pass)?;
-                let x = x.reshape((pass.packing.tokens(), x.elem_count() / pass.packing.tokens().max(1)))?;
-                pass.round(rope::forward(&x, pass.packing, &self.ropes[layer.sight.rotary])?)
+    fn turned(&self, layer: &Layer, heads: &Heads, pass: &Pass) -> Result<[Tensor; 2]> {
+        match (heads, &layer.head_norms) {
+            (Heads::Raw([q, k]), Some([of_q, of_k])) => {
+                let both = [of_q.again_heads(q, pass)?, of_k.again_heads(k, pass)?];
+                self.rotated(layer, both, pass)
             }
-            (Heads::Turned(x), _) => Ok(x.clone()),
+            (Heads::Turned(both), _) => Ok(both.clone()),
             (Heads::Raw(_), None) => Err(Error::Usage("a tape of another decoder".to_owned())),
         }
+    }
+
+    fn rotated(&self, layer: &Layer, [q, k]: [Tensor; 2], pass: &Pass) -> Result<[Tensor; 2]> {
+        let (q, k) = rope::forward_both(&q, &k, pass.packing, &self.ropes[layer.sight.rotary])?;
+        Ok([pass.round(q)?, pass.round(k)?])
     }
 
     fn turn_back(
         &self,
         layer: &Layer,
-        d: &Tensor,
+        [dq, dk]: [Tensor; 2],
         heads: &Heads,
-        norm: Option<&Rms>,
         pass: &Pass,
         gradients: &Gradients,
-    ) -> Result<Tensor> {
-        let d = pass.round(rope::backward(d, pass.packing, &self.ropes[layer.sight.rotary])?)?;
-        match (heads, norm) {
-            (Heads::Raw(tape), Some(norm)) => norm.backward_heads(tape, &d, pass, gradients),
-            _ => Ok(d),
+    ) -> Result<[Tensor; 2]> {
+        let (dq, dk) = rope::backward_both(&dq, &dk, pass.packing, &self.ropes[layer.sight.rotary])?;
+        let (dq, dk) = (pass.round(dq)?, pass.round(dk)?);
+        match (heads, &layer.head_norms) {
+            (Heads::Raw([q, k]), Some([of_q, of_k])) => Ok([
+                of_q.backward_heads(q, &dq, pass, gradients)?,
+                of_k.backward_heads(k, &dk, pass, gradients)?,
+            ]),
+            _ => Ok([dq, dk]),
         }
     }
 
@@ -434,10 +434,6 @@ fn normed_backward(
 }
 
 impl Layer {
-    fn norms_of_heads(&self) -> [Option<&Rms>; 2] {
-        self.head_norms.as_ref().map_or([None; 2], |[query, key]| [Some(query), Some(key)])
-    }
-
     fn norms_of_additions(&self) -> [Option<&Rms>; 2] {
         self.addition_norms.as_ref().map_or([None; 2], |[attention, down]| [Some(attention), Some(down)])
     }

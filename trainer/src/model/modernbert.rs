@@ -274,9 +274,8 @@ impl ModernBert {
             || rayon::join(|| key.forward(y, pass), || value.forward(y, pass)),
         );
         let ((q, q_tape), (k, k_tape), (v, v_tape)) = (q?, k?, v?); // (T, D)
-        let table = self.table(layer);
-        let q = pass.round(rope::forward(&q, pass.packing, table)?)?;
-        let k = pass.round(rope::forward(&k, pass.packing, table)?)?;
+        let (q, k) = rope::forward_both(&q, &k, pass.packing, self.table(layer))?;
+        let (q, k) = (pass.round(q)?, pass.round(k)?);
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
         let o = pass.round(o)?;
         let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
@@ -329,8 +328,8 @@ impl ModernBert {
         let attention = self.attention(layer, pass);
         let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
         let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
-        let dq = pass.round(rope::backward(&dq, pass.packing, self.table(layer))?)?;
-        let dk = pass.round(rope::backward(&dk, pass.packing, self.table(layer))?)?;
+        let (dq, dk) = rope::backward_both(&dq, &dk, pass.packing, self.table(layer))?;
+        let (dq, dk) = (pass.round(dq)?, pass.round(dk)?);
         let [query, key, value] = layer.attention_parts(shape.width)?;
         if !below && !layer.attention_norm.as_ref().is_some_and(LayerNorm::trained) {
             for (linear, tape, d) in [(query, q_tape, dq), (key, k_tape, dk), (value, v_tape, dv)] {

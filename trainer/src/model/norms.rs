@@ -1,6 +1,6 @@
 //! Norms with their parameters: layer norm, as encoders have it, and RMS norm, as decoders have it.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use kernels::norm;
 
 use super::params::{Gradients, Parameter, Visit};
@@ -117,6 +117,12 @@ impl Rms {
         pass.round(norm::rms_norm_again(tape, &self.factor(pass)?)?)
     }
 
+    /// What [`Self::forward_heads`] returned, once more.
+    pub fn again_heads(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
+        let (x, tokens) = (self.again(tape, pass)?, pass.packing.tokens());
+        Ok(x.reshape((tokens, x.elem_count() / tokens.max(1)))?)
+    }
+
     /// dy (T, D) → dx (T, D). `dsum` is what reaches x + residual from elsewhere.
     pub fn backward(
         &self,
@@ -152,14 +158,35 @@ impl Rms {
         visit.parameter(&format!("{name}.weight"), &mut self.weight)
     }
 
+    /// What x is multiplied by. 1 + w is f32, as in transformers: of a w near 0, a half would lose most digits.
     fn factor(&self, pass: &Pass) -> Result<Tensor> {
         let weight = pass.value(&self.weight)?;
-        Ok(if self.offset { (weight + 1.0)? } else { weight })
+        Ok(if self.offset { (weight.to_dtype(DType::F32)? + 1.0)? } else { weight })
     }
 
     /// (T, H·K) → (T·H, K), the same memory.
     fn in_heads(&self, x: &Tensor) -> Result<Tensor> {
         let width = self.weight.value().elem_count();
         Ok(x.reshape((x.elem_count() / width, width))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use kernels::Packing;
+    use kernels::precision::Precision;
+
+    #[test]
+    fn one_is_added_to_a_weight_of_a_half_in_f32() {
+        let packing = Packing::new(&[], vec![]);
+        let pass = Pass { packing: &packing, noise: None, precision: Precision::F32 };
+        // 1 + w would be 1 in bf16.
+        let w = 0.001_953_125f32;
+        let weight = Tensor::new(&[w, -w], &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+        let rms = Rms { weight: Parameter::frozen(weight), epsilon: 1e-6, offset: true };
+        let factor = rms.factor(&pass).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(factor, [1.0 + w, 1.0 - w]);
     }
 }
