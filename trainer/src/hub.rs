@@ -17,7 +17,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use ureq::config::RedirectAuthHeaders;
 
-use crate::{Error, Result};
+use crate::{Error, Result, pulse};
 
 /// Where files come from and where they are kept.
 pub(crate) struct Hub {
@@ -34,7 +34,7 @@ pub(crate) struct Hub {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Repository {
     kind: Kind,
-    /// `ORG/NAME`.
+    /// `ORG/NAME`, or of the oldest models `NAME`.
     pub(crate) id: String,
     /// A branch, a tag or a commit.
     revision: String,
@@ -81,7 +81,7 @@ impl Repository {
     /// Where the hub lists it.
     fn listing(&self) -> String {
         let kind = if self.kind == Kind::Model { "models" } else { "datasets" };
-        format!("/api/{kind}/{}/revision/{}", self.id, self.revision)
+        format!("/api/{kind}/{}/revision/{}", self.id, encoded(&self.revision))
     }
 
     /// Where the hub has its files.
@@ -93,11 +93,23 @@ impl Repository {
 
 /// `ORG/NAME` of letters, digits, `-`, `_` and `.`.
 pub(crate) fn is_id(text: &str) -> bool {
-    let valid = |part: &str| {
-        part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    text.split_once('/').is_some_and(|(org, name)| valid(org) && valid(name))
+    text.split_once('/').is_some_and(|(org, name)| is_name(org) && is_name(name))
+}
+
+/// A part of an id. `--` stands between them in the cache.
+pub(crate) fn is_name(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        && !text.contains("--")
+        && !text.contains("..")
+}
+
+/// A path or a revision as a URL has it.
+fn encoded(path: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+    path.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
 }
 
 /// What begins the path of a file in a data set on the hub.
@@ -153,14 +165,7 @@ impl Hub {
             cache: env("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
             token: token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()),
             offline,
-            agent: ureq::Agent::config_builder()
-                .user_agent(concat!("lodestone/", env!("CARGO_PKG_VERSION")))
-                // The hub redirects within itself before it hands over to its storage, which must not see the token.
-                .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-                .timeout_connect(Some(Duration::from_secs(20)))
-                .timeout_recv_response(Some(Duration::from_secs(60)))
-                .build()
-                .into(),
+            agent: agent(Duration::from_secs(60)),
             pause: Duration::from_secs(1),
         })
     }
@@ -202,32 +207,59 @@ impl Hub {
     /// # Errors
     /// No such repository, or no right to it; neither a network nor a whole copy in the cache.
     pub(crate) fn snapshot(&self, repository: &Repository, whole: impl Fn(&Path) -> bool) -> Result<Found> {
-        let id = &repository.id;
-        let home = self.home(repository);
+        self.first(std::slice::from_ref(repository), whole).map(|(_, found)| found)
+    }
+
+    /// The first of these repositories that there is, and the commit that it stands at, as [`Self::snapshot`] says it.
+    ///
+    /// # Errors
+    /// As there; the error names the first.
+    pub(crate) fn first<'a>(
+        &self,
+        repositories: &'a [Repository],
+        whole: impl Fn(&Path) -> bool,
+    ) -> Result<(&'a Repository, Found)> {
+        let [named, others @ ..] = repositories else {
+            return Err(Error::Usage("no repository is named".to_owned()));
+        };
+        let id = &named.id;
         let cached = || {
-            let commit = std::fs::read_to_string(home.join("refs").join(&repository.revision)).ok()?;
-            let path = home.join("snapshots").join(commit.trim());
-            whole(&path).then_some(path)
+            repositories.iter().find_map(|repository| {
+                let home = self.home(repository);
+                let commit = std::fs::read_to_string(home.join("refs").join(&repository.revision)).ok()?;
+                let path = home.join("snapshots").join(commit.trim());
+                whole(&path).then_some((repository, path))
+            })
         };
         if self.offline {
-            return cached().map(Found::Cached).ok_or_else(|| {
+            let found = cached().map(|(repository, path)| (repository, Found::Cached(path)));
+            return found.ok_or_else(|| {
                 let message = format!(
                     "not a folder, and not whole in the cache {}, and HF_HUB_OFFLINE is set\nhint: give a folder, or fetch \
                      it once without HF_HUB_OFFLINE",
-                    home.display()
+                    self.home(named).display()
                 );
                 Error::file(id, message)
             });
         }
-        let url = format!("{}{}", self.endpoint, repository.listing());
-        let info: Info = match self.get(&url, None) {
+        let url = |repository: &Repository| format!("{}{}", self.endpoint, repository.listing());
+        let (mut repository, mut answer) = (named, self.get(&url(named), None));
+        for other in others {
+            // To somebody without a name the hub answers 401 for what does not exist.
+            if !matches!(answer, Err(ureq::Error::StatusCode(401 | 404))) {
+                break;
+            }
+            (repository, answer) = (other, self.get(&url(other), None));
+        }
+        let url = url(repository);
+        let info: Info = match answer {
             Ok(mut response) => serde_json::from_reader(response.body_mut().as_reader())
                 .map_err(|error| Error::file(id, format!("{url}: unexpected answer: {error}")))?,
             Err(error) => {
                 return match cached() {
-                    Some(path) if !matches!(error, ureq::Error::StatusCode(_)) => {
+                    Some((repository, path)) if !matches!(error, ureq::Error::StatusCode(_)) => {
                         tracing::warn!("{}: {error}; going on with {}", self.endpoint, path.display());
-                        Ok(Found::Cached(path))
+                        Ok((repository, Found::Cached(path)))
                     }
                     _ => Err(self.refusal(id, &url, &error)),
                 };
@@ -236,11 +268,12 @@ impl Hub {
         if info.sha.is_empty() || !info.sha.chars().all(|c| c.is_ascii_alphanumeric()) {
             return Err(Error::file(id, format!("{url}: unexpected answer: commit {:?}", info.sha)));
         }
-        Ok(Found::Listed(Snapshot {
-            path: home.join("snapshots").join(&info.sha),
+        let listed = Snapshot {
+            path: self.home(repository).join("snapshots").join(&info.sha),
             names: info.siblings.into_iter().map(|sibling| sibling.rfilename).collect(),
             commit: info.sha,
-        }))
+        };
+        Ok((repository, Found::Listed(listed)))
     }
 
     /// Fetches those of `names` that the snapshot lacks. Ranks of one node ask for the same files at once: the first fetches,
@@ -257,7 +290,7 @@ impl Hub {
         create_dir_all(&snapshot.path)?;
         let lock = self.home(repository).join(".lock");
         let _lock = File::create(&lock)
-            .and_then(|file| file.lock().map(|()| file))
+            .and_then(|file| pulse::waiting(|| file.lock()).map(|()| file))
             .map_err(Error::io("lock", lock))?;
         names.iter().try_for_each(|name| self.file(repository, snapshot, name.as_ref()))
     }
@@ -282,6 +315,19 @@ pub(crate) enum Found {
     Cached(PathBuf),
     /// What the hub says now.
     Listed(Snapshot),
+}
+
+/// A server that sends nothing for `stall` is given up.
+fn agent(stall: Duration) -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .user_agent(concat!("lodestone/", env!("CARGO_PKG_VERSION")))
+        // The hub redirects within itself before it hands over to its storage, which must not see the token.
+        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+        .timeout_connect(Some(Duration::from_secs(20)))
+        .timeout_recv_response(Some(stall))
+        .timeout_per_read(Some(stall))
+        .build()
+        .into()
 }
 
 fn create_dir_all(path: &Path) -> Result<()> {
@@ -323,6 +369,34 @@ mod tests {
             error.contains("the data set has no such file; it has README.md, data/train.jsonl"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_download_that_stalls_goes_on_where_it_stopped() {
+        let text = "{}\n".repeat(1000);
+        let mut routes = routes();
+        routes.push(("/cdn/train", Answer::StallOnce(1500, text.clone().into())));
+        let server = Server::start(&routes);
+        let home = tempfile::tempdir().unwrap();
+        let hub = hub(&server.endpoint, home.path(), &[]);
+        let hub = Hub { agent: agent(Duration::from_secs(1)), ..hub };
+        let file = hub.data_file("org/set/data/train.jsonl").unwrap();
+        assert_eq!(std::fs::read_to_string(file).unwrap(), text);
+        assert_eq!(server.seen.lock().unwrap().last().unwrap().1, "bytes=1500-");
+    }
+
+    #[test]
+    fn names_of_files_are_encoded_in_urls() {
+        let name = "data/a#1 b.jsonl";
+        let server = Server::start(&[
+            ("/api/datasets/org/set/revision/v%231", listing(&[name])),
+            ("/datasets/org/set/resolve/abc123/data/a%231%20b.jsonl", body("{}\n")),
+        ]);
+        let home = tempfile::tempdir().unwrap();
+        let file = hub(&server.endpoint, home.path(), &[]).data_file("org/set@v#1/data/a#1 b.jsonl").unwrap();
+        assert!(file.ends_with(name), "{}", file.display());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "{}\n");
+        assert_eq!(encoded("a/é?%-._~"), "a/%C3%A9%3F%25-._~");
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! `trainer compare`.
 
+use std::fs;
 use std::path::PathBuf;
 
 use super::print;
 use super::sets::Sets;
-use crate::Result;
 use crate::comm::World;
 use crate::compare::Comparison;
 use crate::eval::{Bootstrap, EvalSet, Measured};
+use crate::{Error, Result};
 
 /// Measure two models on the same sets, and say how sure their difference is
 #[derive(Debug, clap::Args)]
@@ -39,6 +40,13 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let sets = args.sets.open()?;
+    // What is missing is told before hours are spent on the first; the tuned one is the likelier to lie here.
+    for model in [&args.tuned, &args.base] {
+        args.sets.encoding.find(model)?;
+    }
+    if world.first() {
+        fs::create_dir_all(&args.output).map_err(Error::io("create", &args.output))?;
+    }
     let base = measure(args, &args.base, "base", &sets, world)?;
     let tuned = measure(args, &args.tuned, "tuned", &sets, world)?;
     if !world.first() {
@@ -63,4 +71,45 @@ fn measure(args: &Args, model: &str, what: &str, sets: &[EvalSet], world: &World
             Ok(measured)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn what_is_missing_is_told_before_anything_is_measured() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
+        let place = tempfile::tempdir().unwrap();
+        // A model that measuring would refuse: it has no weights.
+        let base = place.path().join("base");
+        fs::create_dir(&base).unwrap();
+        for name in ["config.json", "tokenizer.json"] {
+            fs::copy(golden.join(name), base.join(name)).unwrap();
+        }
+        let set = golden.join("rows.jsonl");
+        let refused = |tuned: &str, output: &Path| {
+            let [base, set, output] =
+                [base.as_path(), set.as_path(), output].map(|path| path.to_str().unwrap());
+            let line = ["compare", "--base", base, "--tuned", tuned, "--set", set, "--output", output];
+            run(&Line::parse_from(line).args, &World::solo()).unwrap_err().to_string()
+        };
+        let output = place.path().join("results");
+        assert!(refused("/no/such", &output).contains("/no/such: no such model folder"));
+        let golden = golden.to_str().unwrap();
+        let taken = refused(golden, &set);
+        assert!(taken.contains("rows.jsonl: cannot create"), "{taken}");
+        assert!(refused(golden, &output).contains("has no model.safetensors"));
+        assert!(output.is_dir());
+    }
 }

@@ -73,7 +73,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     if count == 0 {
         return Err(Error::file(&args.input, "has no texts"));
     }
-    let mut options = options(args.random_weights);
+    let mut options = options(args.random_weights, args.max_length);
     options.model.dtype = match args.dtype {
         DtypeName::F32 => crate::config::Dtype::F32,
         DtypeName::Bf16 => crate::config::Dtype::Bf16,
@@ -122,10 +122,13 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     Ok(())
 }
 
-/// A model that is only used.
-pub(super) fn options(random_weights: bool) -> Options<'static> {
+/// A model that is only used, for texts of up to `max_length` tokens or as many as its folder says: so far go its tables of
+/// positions.
+pub(super) fn options(random_weights: bool, max_length: Option<usize>) -> Options<'static> {
     let init = if random_weights { config::Init::Random } else { config::Init::Pretrained };
-    Options { model: config::Model { init, ..config::Model::default() }, ..Options::default() }
+    let (max_query_length, max_document_length) = (max_length, max_length);
+    let model = config::Model { init, max_query_length, max_document_length, ..config::Model::default() };
+    Options { model, ..Options::default() }
 }
 
 /// For clap: a whole number above zero.
@@ -174,6 +177,37 @@ mod tests {
             Ok(())
         })?;
         Ok(seen)
+    }
+
+    #[test]
+    fn a_longer_max_length_than_the_folders_has_its_positions() {
+        for family in ["mistral", "modernbert"] {
+            let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(family);
+            let place = tempfile::tempdir().unwrap();
+            fs::create_dir(place.path().join("1_Pooling")).unwrap();
+            for name in [
+                "config.json",
+                "modules.json",
+                "1_Pooling/config.json",
+                "tokenizer.json",
+                "model.safetensors",
+            ] {
+                fs::copy(golden.join(name), place.path().join(name)).unwrap();
+            }
+            fs::write(place.path().join("sentence_bert_config.json"), r#"{"max_seq_length": 8}"#).unwrap();
+            let embedding = |length: Option<usize>| {
+                let opened = Opened::open(place.path().to_str().unwrap(), &options(false, length))?;
+                let mut embedder = opened.embedder();
+                embedder.limit(length)?;
+                Ok::<_, Error>(
+                    embedder.encode(&["a b c d e f g h i j k l m n"], Role::Text)?.to_vec2::<f32>()?,
+                )
+            };
+            assert_ne!(embedding(None).unwrap(), embedding(Some(64)).unwrap());
+            assert_ne!(embedding(None).unwrap(), embedding(Some(4)).unwrap());
+            let error = embedding(Some(65)).unwrap_err().to_string();
+            assert!(error.contains("has 64 positions"), "{error}");
+        }
     }
 
     #[test]

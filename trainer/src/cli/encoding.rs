@@ -4,10 +4,11 @@ use super::encode::{at_least_one, options};
 use crate::Result;
 use crate::comm::World;
 use crate::embed::{CHUNK_TOKENS, Embedder, Opened};
+use crate::model::{Folder, hub};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Encoding {
-    /// Put before each query. Default: what the model folder says
+    /// Put before each query, and before both texts of a scored pair. Default: what the model folder says
     #[arg(long, value_name = "TEXT")]
     query_prompt: Option<String>,
     /// Put before each document. Default: what the model folder says
@@ -35,9 +36,15 @@ impl Encoding {
             || *random_weights
     }
 
+    /// Fetches a model that is not here, and looks at its folder.
+    pub(super) fn find(&self, id_or_path: &str) -> Result<()> {
+        let init = options(self.random_weights, self.max_length).model.init;
+        Folder::open(&hub::resolve_for(id_or_path, init)?).map(drop)
+    }
+
     /// Opens a model.
     pub(super) fn model(&self, id_or_path: &str) -> Result<Opened> {
-        Opened::open(id_or_path, &options(self.random_weights))
+        Opened::open(id_or_path, &options(self.random_weights, self.max_length))
     }
 
     /// What embeds with it as the command line says.
@@ -47,7 +54,7 @@ impl Encoding {
         embedder.chunk_tokens = self.chunk_tokens;
         embedder.world = world.clone();
         if let Some(prompt) = &self.query_prompt {
-            embedder.query_prompt = prompt;
+            (embedder.query_prompt, embedder.text_prompt) = (prompt, prompt);
         }
         if let Some(prompt) = &self.document_prompt {
             embedder.document_prompt = prompt;

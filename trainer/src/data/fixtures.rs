@@ -27,7 +27,7 @@ pub(super) fn write_tokenizer(folder: &Path) {
 pub(super) fn tokenizer() -> Tokenizer {
     let folder = tempfile::tempdir().unwrap();
     write_tokenizer(folder.path());
-    Tokenizer::open(folder.path()).unwrap()
+    Tokenizer::open(folder.path(), false).unwrap()
 }
 
 /// A configuration with data sets of these jsonl texts, in file order and batches of 4.

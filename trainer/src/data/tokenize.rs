@@ -1,11 +1,11 @@
 //! Texts to token ids, as sentence-transformers 6 does it: the prompt and the text in one string, not stripped, special
 //! tokens by the tokenizer's own rule, cut to a length that includes them, never padded.
 //!
-//! `tokenizer.json` says nearly everything. Three settings that stand elsewhere change the ids: `do_lower_case` of
-//! `sentence_bert_config.json`, `truncation_side` of `tokenizer_config.json`, and there `add_eos_token` of the classes that
-//! honour it up to transformers 4, Llama's and its kin: e5-mistral was trained with the end token, and its `tokenizer.json`
-//! does not append it. transformers 5 leaves it out. What is trained here is written with a `tokenizer.json` that appends it
-//! ([`appending`]), so that every reader of it does the same.
+//! `tokenizer.json` says nearly everything. Three settings that stand elsewhere change the ids: `do_lower_case`, which the
+//! model folder tells ([`Tokenizer::open`]), `truncation_side` of `tokenizer_config.json`, and there `add_eos_token` of the
+//! classes that honour it up to transformers 4, Llama's and its kin: e5-mistral was trained with the end token, and its
+//! `tokenizer.json` does not append it. transformers 5 leaves it out. What is trained here is written with a
+//! `tokenizer.json` that appends it ([`appending`]), so that every reader of it does the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -56,11 +56,11 @@ pub struct Prompt {
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of the model folder `folder`.
+    /// Reads the tokenizer of the model folder `folder`; `lower_case` is what the settings beside it say of that.
     ///
     /// # Errors
     /// There is no `tokenizer.json`, or it is not one.
-    pub fn open(folder: &Path) -> Result<Self> {
+    pub fn open(folder: &Path, lower_case: bool) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
             return Err(missing(folder));
@@ -76,8 +76,8 @@ impl Tokenizer {
         }
         inner.with_truncation(None).map_err(wrong)?;
         inner.with_padding(None);
-        if settings_ask_lower_case(folder)? {
-            lower_case(&mut inner).map_err(wrong)?;
+        if lower_case {
+            put_lower_case(&mut inner).map_err(wrong)?;
         }
         let vocabulary = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         let special = inner
@@ -305,13 +305,8 @@ fn settings(path: &Path) -> Result<Value> {
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("this is not JSON: {e}")))
 }
 
-fn settings_ask_lower_case(folder: &Path) -> Result<bool> {
-    let settings = settings(&folder.join("sentence_bert_config.json"))?;
-    Ok(settings.get("do_lower_case").and_then(Value::as_bool).unwrap_or(false))
-}
-
 /// Lower case before all else, unless the tokenizer's own normalisation has it.
-fn lower_case(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
+fn put_lower_case(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
     let mut steps = vec![NormalizerWrapper::from(Lowercase)];
     match tokenizer.get_normalizer() {
         Some(NormalizerWrapper::Lowercase(_)) => return Ok(()),

@@ -17,7 +17,9 @@ pub(crate) enum Answer {
     Status(u16),
     /// Says the whole length, sends this many bytes and hangs up; the next time, answers as it should.
     CutOnce(usize, Vec<u8>),
-    /// The same, but by the next time the file is another one.
+    /// Says the whole length, sends this many bytes and then nothing; the next time, answers as it should.
+    StallOnce(usize, Vec<u8>),
+    /// As [`Self::CutOnce`], but by the next time the file is another one.
     CutThenChanged(usize, Vec<u8>, Vec<u8>),
 }
 
@@ -36,6 +38,7 @@ impl Server {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let log = seen.clone();
         std::thread::spawn(move || {
+            let mut stalled = Vec::new();
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
                 let [mut path, mut range, mut token, mut wanted] = [const { String::new() }; 4];
@@ -74,6 +77,12 @@ impl Server {
                     Answer::Status(status) => (format!("{status} Refused"), b"no".to_vec()),
                     Answer::CutOnce(count, body) => {
                         cut(&mut stream, count, &body);
+                        routes.insert(path, Answer::Body(body));
+                        continue;
+                    }
+                    Answer::StallOnce(count, body) => {
+                        cut(&mut stream, count, &body);
+                        stalled.push(stream);
                         routes.insert(path, Answer::Body(body));
                         continue;
                     }
@@ -116,7 +125,7 @@ pub(crate) fn listing(names: &[&str]) -> Answer {
     body(&serde_json::json!({"id": "org/name", "sha": "abc123", "siblings": siblings}).to_string())
 }
 
-/// Announces `body`, sends `count` bytes of it and hangs up.
+/// Announces `body` and sends `count` bytes of it.
 fn cut(stream: &mut TcpStream, count: usize, body: &[u8]) {
     let head = format!(
         "HTTP/1.1 200 OK\r\nConnection: close\r\nETag: {}\r\nContent-Length: {}\r\n\r\n",

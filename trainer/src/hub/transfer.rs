@@ -4,9 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use super::{Hub, Repository, Snapshot, create_dir_all};
+use super::{Hub, Repository, Snapshot, create_dir_all, encoded};
 use crate::progress::Progress;
-use crate::{Error, Result};
+use crate::{Error, Result, pulse};
 
 /// Attempts at one file.
 const ATTEMPTS: u32 = 4;
@@ -18,7 +18,7 @@ impl Hub {
         if target.exists() {
             return Ok(());
         }
-        let url = format!("{}{}/{}/{name}", self.endpoint, repository.files(), snapshot.commit);
+        let url = format!("{}{}/{}/{}", self.endpoint, repository.files(), snapshot.commit, encoded(name));
         let partial = snapshot.path.join(format!("{name}.incomplete"));
         if let Some(parent) = target.parent() {
             create_dir_all(parent)?;
@@ -33,6 +33,7 @@ impl Hub {
                 Err(Transfer::Network(error)) => {
                     tracing::warn!("{name}: {error}; trying again");
                     std::thread::sleep(self.pause * attempt);
+                    pulse::beat();
                 }
             }
         }
@@ -93,6 +94,7 @@ impl Hub {
         loop {
             let count =
                 reader.read(&mut buffer).map_err(|error| Transfer::Network(ureq::Error::Io(error)))?;
+            pulse::beat();
             if count == 0 {
                 break;
             }

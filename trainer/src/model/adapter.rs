@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use regex::Regex;
 use serde_json::Value;
 
+use super::bert::Bert;
 use super::encoder::Encoder;
 use super::folder::Folder;
 use super::linear::Adapter;
@@ -97,6 +98,7 @@ impl Source {
         let own = settings(&self.path, &self.config)?;
         let own =
             Settings { dropout: section.and_then(|section| section.dropout).unwrap_or(own.dropout), ..own };
+        let pooled = matches!(encoder, Encoder::Bert(_));
         let mut linears = encoder.linears();
         // Before a module's name stands the path of the model inside the classes that wrapped it: `base_model.model.`, with
         // another `model.` for a …ForCausalLM, `bert.` and the like.
@@ -136,6 +138,17 @@ impl Source {
             }
             linear.attach(beside(own, a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?));
             adapted.insert(name.clone());
+        }
+        if pooled {
+            // PEFT's `all-linear` means the pooler too, which no embedding goes through.
+            let (pooler, count) = (format!("{prefix}{}", Bert::CARRIED), tensors.len());
+            tensors.retain(|name, _| !name.starts_with(&pooler));
+            if tensors.len() < count {
+                tracing::info!(
+                    "{}: the pooler's adapter is left out: no embedding goes through it",
+                    path.display()
+                );
+            }
         }
         if let Some(name) = tensors.keys().next() {
             return Err(Error::file(&path, format!("has `{name}`, for which this model has no place")));
@@ -202,7 +215,7 @@ pub fn base(folder: &Folder) -> Result<PathBuf> {
     match &folder.adapter {
         Some(config) if !folder.path.join("model.safetensors").is_file() => {
             match config["base_model_name_or_path"].as_str() {
-                Some(base) => hub::resolve(base),
+                Some(base) => hub::resolve_base(base),
                 None => Err(Error::file(
                     folder.path.join("adapter_config.json"),
                     "lacks `base_model_name_or_path`, the model that the adapter belongs to",
@@ -211,6 +224,12 @@ pub fn base(folder: &Folder) -> Result<PathBuf> {
         }
         _ => Ok(folder.path.clone()),
     }
+}
+
+/// Refuses an adapter whose configuration this program does not read, before its tensors are there.
+pub(super) fn check(folder: &Path) -> Result<()> {
+    let source = Source::open(folder)?;
+    settings(&source.path, &source.config).map(drop)
 }
 
 fn beside(lora: Settings, a: Tensor, b: Tensor) -> Adapter {
@@ -317,6 +336,41 @@ mod tests {
         "layers.1.self_attn.q_proj",
         "layers.1.mlp.up_proj",
     ];
+
+    /// A golden adapter of BERT, with `more` among its tensors, on its model.
+    fn load_with(more: &[&str]) -> Result<crate::model::Model> {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
+        let place = tempfile::tempdir().unwrap();
+        let [config, weights] = ["adapter_config.json", "adapter_model.safetensors"];
+        std::fs::copy(golden.join("adapter").join(config), place.path().join(config)).unwrap();
+        let mut tensors =
+            candle_core::safetensors::load(golden.join("adapter").join(weights), &Device::Cpu).unwrap();
+        for name in more {
+            let shape = if name.contains("lora_A") { (4, 32) } else { (32, 4) };
+            tensors.insert((*name).to_owned(), Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
+        }
+        candle_core::safetensors::save(&tensors, place.path().join(weights)).unwrap();
+        let lora = Lora { path: Some(place.path().to_str().unwrap().to_owned()), ..Lora::default() };
+        let options = crate::model::Options { lora: Some(&lora), dry: true, ..Default::default() };
+        crate::model::Model::open(Folder::open(&golden).unwrap(), &options)
+    }
+
+    #[test]
+    fn the_poolers_adapter_is_left_out_and_nothing_else() {
+        let named = |model: crate::model::Model| {
+            model.adapters().into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        let dense = |module: &str| {
+            ["lora_A", "lora_B"].map(|part| format!("base_model.model.{module}.dense.{part}.weight"))
+        };
+        let pooler = dense("pooler");
+        let with = named(load_with(&pooler.each_ref().map(String::as_str)).unwrap());
+        assert_eq!(with, named(load_with(&[]).unwrap()));
+        assert_eq!(with.len(), 24);
+        let head = dense("classifier");
+        let error = load_with(&head.each_ref().map(String::as_str)).unwrap_err().to_string();
+        assert!(error.contains("`base_model.model.classifier.dense.lora_A.weight`, for which"), "{error}");
+    }
 
     #[test]
     fn targets_are_chosen_as_peft_does() {

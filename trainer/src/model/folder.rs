@@ -136,8 +136,12 @@ impl Folder {
                 format!("truncate_dim: {dimension} is not supported, expected null"),
             ));
         }
-        let prompts: BTreeMap<_, _> =
-            named.prompts.into_iter().map(|(name, prompt)| (name, prompt.unwrap_or_default())).collect();
+        let prompts: BTreeMap<_, _> = named
+            .prompts
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(name, prompt)| (name, prompt.unwrap_or_default()))
+            .collect();
         if let Some(name) = named.default_prompt_name.as_ref().filter(|name| !prompts.contains_key(*name)) {
             let place = path.join("config_sentence_transformers.json");
             let known: Vec<_> = prompts.keys().map(String::as_str).collect();
@@ -155,7 +159,7 @@ impl Folder {
             dense: stack.as_ref().map(|stack| stack.dense.clone()).unwrap_or_default(),
             include_prompt: stack.as_ref().is_none_or(|stack| stack.include_prompt),
             max_length: encoder.max_seq_length.or_else(|| tokenizer.max_length()),
-            lower_case: encoder.do_lower_case,
+            lower_case: encoder.do_lower_case.unwrap_or(false),
             prompts,
             default_prompt: named.default_prompt_name,
         })
@@ -244,7 +248,7 @@ impl Stack {
             transformer: folder.join(&transformer.path),
             dense: dense.iter().map(|module| Dense::open(folder, &module.path)).collect::<Result<_>>()?,
             pooling: config.pooling(&place)?,
-            include_prompt: config.include_prompt,
+            include_prompt: config.include_prompt.unwrap_or(true),
             normalize: normalize.is_some(),
         })
     }
@@ -255,8 +259,7 @@ impl Stack {
 struct DenseConfig {
     in_features: usize,
     out_features: usize,
-    #[serde(default = "yes")]
-    bias: bool,
+    bias: Option<bool>,
     activation_function: Option<String>,
     module_input_name: Option<String>,
     module_output_name: Option<String>,
@@ -288,7 +291,7 @@ impl Dense {
             return Err(Error::file(place, message));
         }
         let name = name.trim_end_matches('/').to_owned();
-        Ok(Self { name, path, inputs, outputs, bias: config.bias, function: *function })
+        Ok(Self { name, path, inputs, outputs, bias: config.bias.unwrap_or(true), function: *function })
     }
 }
 
@@ -296,8 +299,7 @@ impl Dense {
 #[derive(Deserialize)]
 struct PoolingConfig {
     pooling_mode: Option<Modes>,
-    #[serde(default = "yes")]
-    include_prompt: bool,
+    include_prompt: Option<bool>,
     #[serde(flatten)]
     others: BTreeMap<String, Value>,
 }
@@ -307,10 +309,6 @@ struct PoolingConfig {
 enum Modes {
     One(String),
     Many(Vec<String>),
-}
-
-fn yes() -> bool {
-    true
 }
 
 impl PoolingConfig {
@@ -351,8 +349,7 @@ struct NormalizeConfig {
 #[derive(Default, Deserialize)]
 struct Encoder {
     max_seq_length: Option<usize>,
-    #[serde(default)]
-    do_lower_case: bool,
+    do_lower_case: Option<bool>,
     transformer_task: Option<String>,
 }
 
@@ -390,8 +387,7 @@ impl TokenizerConfig {
 /// `config_sentence_transformers.json`.
 #[derive(Default, Deserialize)]
 struct Named {
-    #[serde(default)]
-    prompts: BTreeMap<String, Option<String>>,
+    prompts: Option<BTreeMap<String, Option<String>>>,
     default_prompt_name: Option<String>,
     truncate_dim: Option<usize>,
 }
@@ -404,8 +400,8 @@ fn base_config(folder: &Path, adapter: &Value) -> Result<Value> {
         let message = "lacks `base_model_name_or_path`, the model that the adapter belongs to";
         return Err(Error::file(place, message));
     };
-    let base =
-        super::hub::resolve(base).map_err(|error| Error::file(place, format!("its base model: {error}")))?;
+    let base = super::hub::resolve_base(base)
+        .map_err(|error| Error::file(place, format!("its base model: {error}")))?;
     read(&base.join("config.json"))?.ok_or_else(|| Error::file(base, "has no config.json"))
 }
 

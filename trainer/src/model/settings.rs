@@ -109,16 +109,20 @@ impl Settings {
 
     /// An activation by transformers' name.
     pub fn activation(&self, name: &str, default: &str) -> Result<Activation> {
-        match self.get(name).and_then(Value::as_str).unwrap_or(default) {
+        let expected = "supported are gelu, gelu_new, silu, relu";
+        let own = match self.get(name) {
+            None => default,
+            Some(Value::String(own)) => own,
+            Some(other) => return Err(self.wrong(format!("`{name}` is {other}, {expected}"))),
+        };
+        match own {
             "gelu" | "gelu_python" => Ok(Activation::Gelu),
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate" => {
                 Ok(Activation::GeluTanh)
             }
             "silu" | "swish" => Ok(Activation::Silu),
             "relu" => Ok(Activation::Relu),
-            other => {
-                Err(self.wrong(format!("`{name}` is `{other}`, supported are gelu, gelu_new, silu, relu")))
-            }
+            other => Err(self.wrong(format!("`{name}` is `{other}`, {expected}"))),
         }
     }
 
@@ -152,5 +156,26 @@ impl Settings {
             .filter(|&number| number > 0)
             .and_then(|number| usize::try_from(number).ok())
             .ok_or_else(|| self.wrong(format!("`{name}` is {value}, expected a whole number above 0")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_activation_is_a_name_or_the_familys_own() {
+        let read = |fields| Settings::new(Path::new("m"), fields).activation("hidden_act", "relu");
+        assert_eq!(read(json!({"hidden_act": "gelu_new"})).unwrap(), Activation::GeluTanh);
+        assert_eq!(read(json!({"hidden_act": null})).unwrap(), Activation::Relu);
+        assert_eq!(read(json!({})).unwrap(), Activation::Relu);
+        for (value, expected) in
+            [(json!("mish"), "`hidden_act` is `mish`"), (json!(["gelu"]), "`hidden_act` is [\"gelu\"]")]
+        {
+            let error = read(json!({"hidden_act": value})).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("supported are gelu"), "{error}");
+        }
     }
 }

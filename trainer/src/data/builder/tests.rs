@@ -96,7 +96,7 @@ fn a_text_without_tokens_names_its_row() {
         .replace(r#"{"type":"BertProcessing","sep":["[SEP]",2],"cls":["[CLS]",1]}"#, "null")
         .replace(r#"{"type":"Lowercase"}"#, bert);
     std::fs::write(&path, bare).unwrap();
-    let tokenizer = Tokenizer::open(folder.path()).unwrap();
+    let tokenizer = Tokenizer::open(folder.path(), false).unwrap();
     let mut files = Files::new(&["{\"query\": \"a\", \"positive\": \"b\"}\n"]);
     // Not blank, so the reader takes it, but this tokenizer drops what has no width.
     files.add("{\"query\": \"a\", \"positive\": \"\u{200b}\"}\n");

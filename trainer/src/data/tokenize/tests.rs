@@ -34,7 +34,7 @@ const UNCASED: &str = r#"{"type":"BertNormalizer","clean_text":true,"handle_chin
 const CASED: &str = r#"{"type":"BertNormalizer","clean_text":true,"handle_chinese_chars":true,"strip_accents":false,"lowercase":false}"#;
 
 fn bert() -> Tokenizer {
-    Tokenizer::open(folder(BERT, UNCASED, &[]).path()).unwrap()
+    Tokenizer::open(folder(BERT, UNCASED, &[]).path(), false).unwrap()
 }
 
 fn ids(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
@@ -57,7 +57,7 @@ fn cutting_equals_the_tokenizers_own_truncation() {
     for side in ["left", "right"] {
         let settings = format!(r#"{{"truncation_side":"{side}"}}"#);
         let folder = folder(BERT, UNCASED, &[("tokenizer_config.json", &settings)]);
-        let ours = Tokenizer::open(folder.path()).unwrap();
+        let ours = Tokenizer::open(folder.path(), false).unwrap();
         let text = "the cat sat : the cats sat query the cat ".repeat(5);
         for length in 3..60 {
             let mut theirs = tokenizers::Tokenizer::from_file(folder.path().join("tokenizer.json")).unwrap();
@@ -100,7 +100,7 @@ fn any_text_has_at_least_its_special_tokens() {
 
 #[test]
 fn a_text_without_any_token_is_an_error() {
-    let tokenizer = Tokenizer::open(folder("null", UNCASED, &[]).path()).unwrap();
+    let tokenizer = Tokenizer::open(folder("null", UNCASED, &[]).path(), false).unwrap();
     assert_eq!(ids(&tokenizer, "the"), [8]);
     let error = tokenizer.encode(&["the", " \n"], "", 8, true).unwrap_err().to_string();
     assert!(error.ends_with("tokenizer.json: knows no token of the text ` \\n`"), "{error}");
@@ -114,11 +114,12 @@ fn a_length_without_room_for_text_is_an_error() {
 
 #[test]
 fn the_settings_beside_it_may_ask_for_lower_case() {
-    let lower = [("sentence_bert_config.json", r#"{"max_seq_length": 8, "do_lower_case": true}"#)];
-    let as_is = [("sentence_bert_config.json", r#"{"max_seq_length": 8, "do_lower_case": false}"#)];
-    assert_eq!(ids(&Tokenizer::open(folder(BERT, CASED, &as_is).path()).unwrap(), "The cat"), [2, 1, 9, 3]);
-    assert_eq!(ids(&Tokenizer::open(folder(BERT, CASED, &lower).path()).unwrap(), "The cat"), [2, 8, 9, 3]);
-    assert_eq!(ids(&Tokenizer::open(folder(BERT, "null", &lower).path()).unwrap(), "The cat"), [2, 8, 9, 3]);
+    let ids = |normalizer: &str, lower_case: bool| {
+        ids(&Tokenizer::open(folder(BERT, normalizer, &[]).path(), lower_case).unwrap(), "The cat")
+    };
+    assert_eq!(ids(CASED, false), [2, 1, 9, 3]);
+    assert_eq!(ids(CASED, true), [2, 8, 9, 3]);
+    assert_eq!(ids("null", true), [2, 8, 9, 3]);
 }
 
 #[test]
@@ -133,11 +134,11 @@ fn the_end_is_appended_where_the_settings_of_llamas_kin_ask_for_it() {
         folder(processor, UNCASED, &[("tokenizer_config.json", &settings(class))])
     };
     let other = asked("PreTrainedTokenizerFast", first);
-    assert_eq!(ids(&Tokenizer::open(other.path()).unwrap(), "the cat"), [4, 8, 9]);
+    assert_eq!(ids(&Tokenizer::open(other.path(), false).unwrap(), "the cat"), [4, 8, 9]);
     assert_eq!(appending(other.path()).unwrap(), None);
     for (processor, expected) in [(first, &[4, 8, 9, 5][..]), ("null", &[8, 9, 5])] {
         let folder = asked("LlamaTokenizer", processor);
-        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path(), false).unwrap();
         assert_eq!(ids(&tokenizer, "the cat"), expected);
         // One token less of the text, as e5-mistral cuts: to one below the length, and then the end.
         let length = expected.len() - 1;
@@ -148,7 +149,7 @@ fn the_end_is_appended_where_the_settings_of_llamas_kin_ask_for_it() {
         let alone = tokenizers::Tokenizer::from_bytes(&written).unwrap();
         assert_eq!(alone.encode("the cat", true).unwrap().get_ids(), expected);
         std::fs::write(folder.path().join("tokenizer.json"), written).unwrap();
-        assert_eq!(ids(&Tokenizer::open(folder.path()).unwrap(), "the cat"), expected);
+        assert_eq!(ids(&Tokenizer::open(folder.path(), false).unwrap(), "the cat"), expected);
         assert_eq!(appending(folder.path()).unwrap(), None);
     }
 }
@@ -170,7 +171,7 @@ fn the_vocabulary_reaches_to_the_highest_id() {
 #[test]
 fn a_folder_without_tokenizer_json_says_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
-    let message = |folder: &Path| Tokenizer::open(folder).err().unwrap().to_string();
+    let message = |folder: &Path| Tokenizer::open(folder, false).err().unwrap().to_string();
     assert!(message(folder.path()).contains("has no tokenizer.json"));
     std::fs::write(folder.path().join("vocab.txt"), "").unwrap();
     let text = message(folder.path());

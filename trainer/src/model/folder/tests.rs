@@ -77,6 +77,30 @@ fn bare_transformer_leaves_pooling_open() {
 }
 
 #[test]
+fn null_is_the_default() {
+    let folder = folder(&[
+        ("modules.json", LEGACY),
+        ("1_Pooling/config.json", r#"{"pooling_mode_cls_token": true, "include_prompt": null}"#),
+        ("sentence_bert_config.json", r#"{"max_seq_length": null, "do_lower_case": null}"#),
+        ("config_sentence_transformers.json", r#"{"prompts": null, "default_prompt_name": null}"#),
+        ("config.json", "{}"),
+    ]);
+    let found = Folder::open(folder.path()).unwrap();
+    assert!(found.include_prompt && !found.lower_case && found.prompts.is_empty());
+    assert_eq!((found.max_length, found.text_prompt()), (None, ""));
+}
+
+#[test]
+fn lower_case_is_asked_for_under_any_name_of_the_settings() {
+    for name in
+        ["sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json"]
+    {
+        let folder = folder(&[(name, r#"{"do_lower_case": true}"#), ("config.json", "{}")]);
+        assert!(Folder::open(folder.path()).unwrap().lower_case, "{name}");
+    }
+}
+
+#[test]
 fn transformer_may_have_a_folder_of_its_own() {
     let modules = LEGACY.replacen(r#""path": """#, r#""path": "0_Transformer""#, 1);
     let folder = folder(&[
