@@ -340,6 +340,9 @@ fn ranks_find_each_other_in_the_environments_of_torchrun_and_srun() {
             ("SLURM_LOCALID", rank.to_string()),
             ("SLURM_NODEID", "0".to_owned()),
             ("SLURM_STEP_NUM_TASKS", "2".to_owned()),
+            // Of SLURM's plugin for MPI, which no program has to use.
+            ("PMI_RANK", rank.to_string()),
+            ("PMI_SIZE", "2".to_owned()),
             ("SLURM_STEP_TASKS_PER_NODE", "2".to_owned()),
             ("SLURM_STEP_NODELIST", "n1".to_owned()),
             ("MASTER_ADDR", "n1".to_owned()),

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 
 use clap::Parser;
+use trainer::comm::LONGEST_TIMEOUT;
 
 /// Starts a training run, or another of the trainer's commands, on one or many ranks, and brings them home.
 #[derive(Debug, Parser)]
@@ -35,7 +36,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "K", default_value_t = 0)]
     restarts: u32,
     /// How long a rank may show no sign of work before the run is ended
-    #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=LONGEST_TIMEOUT))]
     timeout: u64,
     /// Nodes that train together, as many ranks on each; LODESTONE_TOKEN is their secret. Default: 1, or srun's
     #[arg(long, value_name = "N", requires_all = ["node", "rendezvous"], value_parser = clap::value_parser!(u32).range(1..))]
@@ -214,6 +215,7 @@ mod tests {
             "launch --nodes 2 a.yaml",
             "launch --nodes 2 --node 2 --rendezvous h:1 a.yaml",
             "launch --timeout 0 a.yaml",
+            "launch --timeout 18446744073709551615 a.yaml",
             "launch --gpus 2 -- --quiet export --run r",
             "launch --nodes 2 --node 0 --rendezvous h:1 -- report r",
         ] {

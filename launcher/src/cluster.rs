@@ -43,6 +43,10 @@ impl Cluster {
             (Ok(secret), _) if !secret.is_empty() => secret,
             // Nobody but this launcher's ranks has to know it.
             (_, None) => Token::draw().map_err(cannot)?,
+            // Nobody from elsewhere can come.
+            (_, Some(meeting)) if comm::is_loopback(address(meeting).map_err(wrong)?.0.as_str()) => {
+                String::new()
+            }
             (_, Some(_)) => {
                 return Err(wrong(format!(
                     "{VARIABLE_TOKEN} is not set: on several nodes, ranks must know each other by a secret\n\
@@ -60,7 +64,8 @@ impl Cluster {
             Some(meeting) => {
                 let (host, port) = address(meeting).map_err(wrong)?;
                 if node == 0 {
-                    rendezvous::host(("0.0.0.0", port), size, Token::new(&secret)).map_err(|error| {
+                    let ip = if comm::is_loopback(&host) { "127.0.0.1" } else { "0.0.0.0" };
+                    rendezvous::host((ip, port), size, Token::new(&secret)).map_err(|error| {
                         wrong(format!("--rendezvous {meeting}: cannot listen there: {error}"))
                     })?;
                 }
@@ -195,9 +200,14 @@ mod tests {
     fn several_nodes_need_a_secret_and_an_address() {
         let nodes = |rendezvous: &str| Some(Nodes { count: 2, node: 1, rendezvous: rendezvous.to_owned() });
         if std::env::var(VARIABLE_TOKEN).is_err() {
-            let (message, status) = Cluster::new(&job(Hardware::Cpus(1), nodes("127.0.0.1:1"))).unwrap_err();
+            let (message, status) = Cluster::new(&job(Hardware::Cpus(1), nodes("192.0.2.1:1"))).unwrap_err();
             assert!(message.contains(VARIABLE_TOKEN) && status == 2, "{message}");
+            assert_eq!(Cluster::new(&job(Hardware::Cpus(1), nodes("127.0.0.1:1"))).unwrap().secret, "");
         }
+        let (port, free) = (free_port(), |address: &str, port| TcpListener::bind((address, port)).is_ok());
+        let first = Nodes { node: 0, ..nodes(&format!("localhost:{port}")).unwrap() };
+        Cluster::new(&job(Hardware::Cpus(1), Some(first))).unwrap();
+        assert!(free("127.0.0.2", port) && !free("127.0.0.1", port), "it listens to this host only");
         assert!(address("127.0.0.1").unwrap_err().contains("expected HOST:PORT"));
         assert!(address("no.such.host.invalid:7").unwrap_err().contains("no.such.host.invalid"));
         assert_eq!(address("127.0.0.1:7").unwrap(), ("127.0.0.1".to_owned(), 7));

@@ -27,6 +27,7 @@ use crate::spawn::Launcher;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    trainer::comm::open_files();
     let mut arguments = env::args_os().skip(1);
     if arguments.next().is_some_and(|first| first == rank::ARGUMENT) {
         return rank::run(arguments);

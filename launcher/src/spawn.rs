@@ -135,6 +135,9 @@ impl Launcher {
                 }
             } else if failed.is_some_and(|failed| failed.elapsed() > GRACE) {
                 ranks.iter_mut().for_each(|rank| rank.kill(Signal::KILL));
+            } else if let Some((local, _)) = hanging(&ranks, self.patience) {
+                // It does not come to hear the TERM either.
+                ranks[local].kill(Signal::KILL);
             }
             thread::sleep(LOOK);
         }
@@ -173,8 +176,8 @@ impl Rank {
         if pulse.ticks != last.ticks {
             *ticked = Instant::now();
         }
-        // Who waits for another rank has nothing to do, and preparing the first piece of work may take as long as a download.
-        if pulse.beats != last.beats || pulse.waiting || pulse.beats == 0 {
+        // Who waits for another rank has nothing to do.
+        if pulse.beats != last.beats || pulse.waiting {
             *beaten = Instant::now();
         }
         *last = pulse;
@@ -237,7 +240,10 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<(usize, &str)>) -> Ende
     };
     if let Some(signal) = status.signal() {
         let message = format!("{}{}", killed(*rank, signal), last(words));
-        return Ended { status: 128 + signal as u8, message: Some(message), failed: true };
+        // 128 + S says that a stop was asked for; a rank that was killed is a run that failed.
+        let asked = [SIGTERM, SIGINT, SIGUSR1].contains(&signal);
+        let status = if asked { 128 + signal as u8 } else { 1 };
+        return Ended { status, message: Some(message), failed: true };
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
     let failed = code != 2 && code < 128;
@@ -326,7 +332,7 @@ mod tests {
     #[test]
     fn a_rank_that_is_killed_is_named_whoever_ends_with_it() {
         let ended = run(&["sleep 2; exit 1", "kill -KILL $$", "echo lost rank 1 >&2; exit 1"]);
-        assert_eq!((ended.status, ended.failed), (137, true));
+        assert_eq!((ended.status, ended.failed), (1, true));
         let message = ended.message.unwrap();
         assert!(message.starts_with("rank 1 was killed by signal 9"), "{message}");
         assert!(!message.contains("its last lines"), "it has said nothing: {message}");
@@ -336,7 +342,7 @@ mod tests {
     fn the_last_lines_of_a_rank_that_dies_by_a_signal_are_shown() {
         let ended =
             run(&["sleep 600", "echo 'memory allocation of 7 bytes failed' >&2; echo >&2; kill -ABRT $$"]);
-        assert_eq!((ended.status, ended.failed), (134, true));
+        assert_eq!((ended.status, ended.failed), (1, true));
         assert_eq!(
             ended.message.unwrap(),
             "rank 1 was killed by signal 6 (SIGABRT)\nits last lines:\n  memory allocation of 7 bytes failed"

@@ -7,7 +7,8 @@ mod common;
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Output};
+use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
 
 use common::{
     checkpoints, configuration, dead, kill, launch, ranks, said, started, wait_for_step, wait_until,
@@ -112,7 +113,7 @@ fn a_rank_that_is_killed_ends_all_and_is_named() {
         let run = started(folder.path(), &["--cpus", "3"]);
         let processes = ranks(run.id());
         kill(processes[victim], Signal::KILL);
-        ends(run, &processes, 137, &format!("rank {victim} was killed by signal 9"));
+        ends(run, &processes, 1, &format!("rank {victim} was killed by signal 9"));
     }
 }
 
@@ -135,10 +136,26 @@ fn a_launcher_that_is_killed_leaves_no_rank_behind() {
 #[test]
 fn a_rank_that_hangs_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let run = started(folder.path(), &["--cpus", "3", "--timeout", "3"]);
+    let run = started(folder.path(), &["--cpus", "3", "--timeout", "6"]);
     let processes = ranks(run.id());
     kill(processes[1], Signal::STOP);
     ends(run, &processes, 1, "rank 1");
+}
+
+#[test]
+fn ranks_that_hang_before_their_first_piece_of_work_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = configuration(folder.path(), 1);
+    let rows = folder.path().join("rows.jsonl");
+    // A file that nobody writes to: to open it is to wait.
+    assert!(Command::new("mkfifo").arg(&rows).status().unwrap().success());
+    let text = fs::read_to_string(&config).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert/rows.jsonl");
+    fs::write(&config, text.replace(golden.to_str().unwrap(), rows.to_str().unwrap())).unwrap();
+    let start = Instant::now();
+    let run = launch(&["--cpus", "2", "--timeout", "3"]).arg(config).spawn().unwrap();
+    ends(run, &[], 1, "hangs: its work does not go on");
+    assert!(start.elapsed() < Duration::from_secs(30), "who hangs does not hear TERM");
 }
 
 #[test]

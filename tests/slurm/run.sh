@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # scripts/slurm/nodes.sbatch on a real SLURM: a cluster of two nodes on this host, in a folder of its own. A run on both nodes is
-# preempted, queued again, warned by USR1, queued again, and must end with the losses of an uninterrupted run.
+# preempted, queued again, warned by USR1, queued again, and must end with the losses of an uninterrupted run. Another is cancelled,
+# and must stay away.
 #
 #   tests/slurm/run.sh [FOLDER OF THE PROGRAMS]      default: target/debug; as root, on Debian
 #
@@ -108,9 +109,11 @@ YAML
 }
 configuration whole
 configuration parts
+configuration cancelled
 "$programs/launch" --cpus 1 --quiet "$place/whole.yaml"
 
-steps() { grep -c '"loss"' "$place/parts/metrics.jsonl" 2>/dev/null || true; }
+run=parts
+steps() { grep -c '"loss"' "$place/$run/metrics.jsonl" 2>/dev/null || true; }
 reach() {
     for _ in $(seq 1200); do
         [ "$(steps)" -ge "$1" ] 2>/dev/null && return
@@ -132,8 +135,11 @@ started_again() {
     fail "the job was not started again: $(state), $(restarts) restarts"
 }
 
-job=$(LAUNCH=$programs/launch OPTIONS="--cpus 2 --quiet" sbatch --parsable --partition low --gpus-per-node=0 --cpus-per-task=1 \
-    --time 30 --output "$place/job.log" scripts/slurm/nodes.sbatch "$place/parts.yaml")
+submit() {
+    LAUNCH=$programs/launch OPTIONS="--cpus 2 --quiet" sbatch --parsable --partition low --gpus-per-node=0 --cpus-per-task=1 \
+        --time 30 --output "$place/$run.job.log" scripts/slurm/nodes.sbatch "$place/$run.yaml"
+}
+job=$(submit)
 reach 50
 echo "job $job trains on two nodes, with $(ls "$place/parts/logs" | wc -l) ranks"
 sbatch --parsable --partition high --nodes 2 --output /dev/null --wrap "sleep 1" >/dev/null
@@ -149,6 +155,9 @@ for _ in $(seq 1200); do
     sleep 0.1
 done
 [ "$(state)" = COMPLETED ] || fail "the job ended as $(state)"
+# Each start went on with what the one before had saved.
+resumed=$(grep -c 'resumed after step' "$place/parts/logs/rank-0.log" || true)
+[ "$resumed" = "$(restarts)" ] || fail "of $(restarts) starts that followed the first, $resumed went on from a checkpoint"
 python3 - "$place" <<'PYTHON'
 import json, sys
 
@@ -162,3 +171,16 @@ worst = max(abs(a - b) / max(abs(b), 1e-2) for a, b in zip(parts, whole))
 assert worst < 1e-4, worst
 print(f"slurm: {len(parts)} losses within {worst:.1e} of those of an uninterrupted run on one rank")
 PYTHON
+
+run=cancelled
+job=$(submit)
+reach 50
+scancel "$job"
+for _ in $(seq 600); do
+    case $(state) in RUNNING | COMPLETING) sleep 0.1 ;; *) break ;; esac
+done
+# As long as a requeue would need.
+sleep 5
+[ "$(state)" = CANCELLED ] && [ "$(restarts)" = 0 ] || fail "a job that was cancelled is $(state), with $(restarts) restarts"
+ls "$place"/cancelled/checkpoints/*/DONE >/dev/null 2>&1 || fail "a job that was cancelled has saved nothing"
+echo "cancelled after step $(steps), with a checkpoint, and it stays away"

@@ -2,6 +2,8 @@
 
 // What went wrong, for the person at the terminal.
 pub mod error;
+// Signs of life, for those who wait.
+pub mod pulse;
 // A GPU, or the CPU.
 pub mod device;
 // Folders that are there whole or not at all.
@@ -18,8 +20,6 @@ pub mod split;
 pub mod model;
 // Embeddings in, loss and gradient out.
 pub mod loss;
-// Signs of life, for those who wait.
-pub mod pulse;
 // The ranks of a run.
 pub mod comm;
 // A batch of any size in the memory of a chunk.

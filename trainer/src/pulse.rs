@@ -1,6 +1,6 @@
 //! Signs of life. A launcher that sees none ends the run, and ranks that wait for another look at its.
 //!
-//! Whoever does a piece of work that takes a while (a chunk, a collective) beats once for it. A launcher gives its ranks a
+//! Whoever does a piece of work that takes a while (a chunk, a collective, a megabyte of rows) beats once for it. A launcher gives its ranks a
 //! file to write to, 24 bytes a rank: ticks of a clock thread, which stand still when the process does; beats, which stand still
 //! when its work does; and whether it waits for other ranks, whose fault it is then.
 

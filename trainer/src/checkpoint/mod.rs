@@ -72,6 +72,25 @@ pub struct Identity {
     pub parameters: usize,
 }
 
+impl Identity {
+    /// What this one has otherwise than `other`, in words.
+    pub fn differences(&self, other: &Self) -> String {
+        let fields = [
+            ("seed", self.seed.to_string(), other.seed.to_string()),
+            ("batch_size", self.batch_size.to_string(), other.batch_size.to_string()),
+            ("rows or order of rows", self.data.clone(), other.data.clone()),
+            ("trained numbers", self.parameters.to_string(), other.parameters.to_string()),
+        ];
+        let differ = fields.iter().filter(|(_, own, others)| own != others);
+        differ.map(|(what, own, others)| format!("{what} {own}, not {others}")).collect::<Vec<_>>().join("; ")
+    }
+
+    /// Whether a run with this one can go on as the other, which may have another number of steps.
+    pub fn allows(&self, other: &Self) -> bool {
+        *other == Self { steps: other.steps, ..self.clone() }
+    }
+}
+
 /// The checkpoints of one run.
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
@@ -201,10 +220,14 @@ impl Checkpoints {
             .filter(|path| is_whole(path))
             .collect();
         let spare = whole.len().saturating_sub(self.keep);
-        for path in &whole[..spare] {
-            if path.canonicalize().ok() != best {
-                fs::remove_dir_all(path).map_err(Error::io("remove", path))?;
-            }
+        for path in whole[..spare].iter().filter(|path| path.canonicalize().ok() != best) {
+            // Under another name first: what is half removed must not be taken for whole.
+            let old = path.file_name().unwrap_or_default().to_string_lossy();
+            let draft = self.folder.join(format!(".{old}.tmp"));
+            clear(&draft)?;
+            fs::rename(path, &draft).map_err(Error::io("remove", path))?;
+            sync(&self.folder)?;
+            clear(&draft)?;
         }
         Ok(())
     }
@@ -372,6 +395,24 @@ mod tests {
         assert!(checkpoints.find("step-4").is_ok());
         let message = checkpoints.find("step-3").unwrap_err().to_string();
         assert!(message.contains("no checkpoint `step-3`; there are step-2, step-4, step-5"), "{message}");
+    }
+
+    #[test]
+    fn what_was_left_half_removed_is_no_checkpoint_and_goes_with_the_next() {
+        let output = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(output.path(), 1);
+        let flat = flat([1.0, 2.0, 3.0]);
+        let path = save(&checkpoints, 1, &flat, &optimizer(&flat));
+        // Where the end of the process found it: renamed, and without some of its files.
+        let half = checkpoints.folder.join(".step-000001.tmp");
+        fs::rename(path, &half).unwrap();
+        fs::remove_file(half.join("parameters.safetensors")).unwrap();
+        assert!(half.join("DONE").is_file() && checkpoints.newest().unwrap().is_none());
+        for step in [2, 3] {
+            save(&checkpoints, step, &flat, &optimizer(&flat));
+        }
+        let left = fs::read_dir(&checkpoints.folder).unwrap().map(|entry| entry.unwrap().file_name());
+        assert_eq!(left.collect::<Vec<_>>(), ["step-000003"]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), srun (`SLURM_PROCID`, …), or mpirun (`OMPI_COMM_WORLD_RANK`, …; `PMI_RANK`, …).
 
 use std::env;
+use std::net::IpAddr;
 use std::num::NonZero;
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ pub const VARIABLE_NCCL: &str = "LODESTONE_NCCL";
 /// As long as torch's collectives wait.
 const TIMEOUT: u64 = 1800;
 
+/// The longest timeout, in seconds: a year. A clock has an end, too.
+pub const LONGEST_TIMEOUT: u64 = 365 * 24 * 3600;
+
 /// One of several processes that train together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -32,6 +36,8 @@ pub struct Place {
     pub local_rank: usize,
     /// How many are on this host.
     pub local_size: usize,
+    /// Whether that is known to be all of them: then nobody outside is listened to.
+    pub one_host: bool,
     /// Where they meet; none under mpirun, which has its own ways.
     pub master: Option<(String, u16)>,
     /// Whether the launcher waits there.
@@ -63,7 +69,7 @@ impl Place {
         match &self.secret {
             Some(secret) => Ok(Token::new(secret)),
             // Only this host can come.
-            None if self.local_size == self.size => Ok(Token::new("")),
+            None if self.one_host => Ok(Token::new("")),
             None => Err(Error::Usage(format!(
                 "{VARIABLE_TOKEN} is not set: on several hosts, ranks must know each other by a secret\n\
                  hint: set it to the same on all hosts, from `openssl rand -hex 16` say"
@@ -83,12 +89,17 @@ impl Place {
     }
 }
 
+/// Whether a host's name or address can only be reached from the same host.
+pub fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
 type Get<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 fn read(get: Get) -> Result<Option<Place>> {
     let place = if get("RANK").is_some() || get("WORLD_SIZE").is_some() {
         torchrun(get)?
-    } else if let Some(names) = MPI.iter().find(|names| get(names[1]).is_some()) {
+    } else if let Some(names) = MPI.iter().find(|names| get(names[1]).is_some() && !of_srun(get, names)) {
         mpirun(get, names)?
     } else if get("SLURM_STEP_NUM_TASKS").is_some() && get("SLURM_PROCID").is_some() {
         srun(get)?
@@ -108,7 +119,9 @@ fn torchrun(get: Get) -> Result<Place> {
     let (rank, size): (usize, usize) = (need(get, "RANK")?, need(get, "WORLD_SIZE")?);
     // Without them, as torch: every process on this host.
     let local_rank = number(get, "LOCAL_RANK")?.unwrap_or(rank);
-    let local_size = number(get, "LOCAL_WORLD_SIZE")?.unwrap_or(size);
+    let counted = number(get, "LOCAL_WORLD_SIZE")?;
+    let (local_size, one_host) =
+        (counted.unwrap_or(size), counted.is_some_and(|local_size| local_size == size));
     let hosted = get(VARIABLE_RENDEZVOUS).is_some();
     let master = if size > 1 {
         let port: u16 = need(get, "MASTER_PORT")?;
@@ -121,7 +134,10 @@ fn torchrun(get: Get) -> Result<Place> {
     };
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = Some((cores / local_size.max(1)).max(1));
-    common(get, Place { rank, size, local_rank, local_size, master, hosted, threads, ..Place::default() })
+    common(
+        get,
+        Place { rank, size, local_rank, local_size, one_host, master, hosted, threads, ..Place::default() },
+    )
 }
 
 /// Rank, size, rank and size on the host: of Open MPI, and of MPICH and Intel MPI.
@@ -135,6 +151,13 @@ const MPI: [[&str; 4]; 2] = [
     ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
 ];
 
+/// Whether it was srun that set MPI's variables: its plugin pmi2 gives them to every step, with MPI or without.
+fn of_srun(get: Get, [rank, size, ..]: &[&str; 4]) -> bool {
+    [("SLURM_PROCID", *rank), ("SLURM_STEP_NUM_TASKS", *size)]
+        .into_iter()
+        .all(|(slurm, mpi)| get(slurm).is_some_and(|value| get(mpi) == Some(value)))
+}
+
 fn mpirun(get: Get, [rank, size, local_rank, local_size]: &[&str; 4]) -> Result<Place> {
     let (rank, size): (usize, usize) = (need(get, rank)?, need(get, size)?);
     if size > 1 && !cfg!(feature = "mpi") {
@@ -145,7 +168,35 @@ fn mpirun(get: Get, [rank, size, local_rank, local_size]: &[&str; 4]) -> Result<
     }
     let local_rank = number(get, local_rank)?.unwrap_or(rank);
     let local_size = number(get, local_size)?.unwrap_or(size);
-    common(get, Place { rank, size, local_rank, local_size, ..Place::default() })
+    let one_host = local_size == size;
+    let threads = Some(share_of_cores(local_size));
+    common(get, Place { rank, size, local_rank, local_size, one_host, threads, ..Place::default() })
+}
+
+/// Cores for one of so many ranks, which mpirun may have bound: each to cores of its own, or some to the same.
+fn share_of_cores(ranks: usize) -> usize {
+    let mine = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let parent = std::os::unix::process::parent_id().to_string();
+    let cores = |process: &str| {
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+        listed(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim())
+    };
+    // Whoever started the ranks is not bound itself.
+    let all = match (cores("self"), cores(&parent)) {
+        (Some(own), Some(all)) if own < all => all,
+        _ => mine,
+    };
+    (all / ranks.max(1)).clamp(1, mine)
+}
+
+/// `0-3,8` → 5.
+fn listed(list: &str) -> Option<usize> {
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        Some((last + 1).saturating_sub(first))
+    };
+    list.split(',').map(count).sum()
 }
 
 fn srun(get: Get) -> Result<Place> {
@@ -162,7 +213,16 @@ fn srun(get: Get) -> Result<Place> {
     let threads = Some(number(get, "SLURM_CPUS_PER_TASK")?.unwrap_or(1).max(1));
     common(
         get,
-        Place { rank, size, local_rank, local_size, master: Some(master), threads, ..Place::default() },
+        Place {
+            rank,
+            size,
+            local_rank,
+            local_size,
+            one_host: local_size == size,
+            master: Some(master),
+            threads,
+            ..Place::default()
+        },
     )
 }
 
@@ -199,14 +259,15 @@ fn repeated(list: &str) -> impl Iterator<Item = usize> + '_ {
 }
 
 fn common(get: Get, place: Place) -> Result<Place> {
-    let timeout = number(get, VARIABLE_TIMEOUT)?.unwrap_or(TIMEOUT).max(1);
+    let timeout = number(get, VARIABLE_TIMEOUT)?.unwrap_or(TIMEOUT).clamp(1, LONGEST_TIMEOUT);
+    let one_host = place.one_host || place.master.as_ref().is_some_and(|(host, _)| is_loopback(host));
     let gpu = get(VARIABLE_NCCL).is_some_and(|value| value != "0");
     if gpu && !cfg!(feature = "cuda") {
         return Err(Error::Usage(format!(
             "{VARIABLE_NCCL}: this build has no NCCL\nhint: build with `--features cuda`"
         )));
     }
-    Ok(Place { gpu, secret: get(VARIABLE_TOKEN), timeout: Duration::from_secs(timeout), ..place })
+    Ok(Place { gpu, one_host, secret: get(VARIABLE_TOKEN), timeout: Duration::from_secs(timeout), ..place })
 }
 
 impl Default for Place {
@@ -216,6 +277,7 @@ impl Default for Place {
             size: 1,
             local_rank: 0,
             local_size: 1,
+            one_host: true,
             master: None,
             hosted: false,
             secret: None,
@@ -286,6 +348,9 @@ mod tests {
         for (list, first) in [("n1", "n1"), ("n1,n2", "n1"), ("n[1,3]", "n1"), ("a[9],b", "a9")] {
             assert_eq!(first_node(list), first);
         }
+        // Its plugin pmi2 is not mpirun.
+        let pmi = format!("{variables} PMI_RANK=4 PMI_SIZE=5 PMI_FD=9");
+        assert_eq!(of(&pmi).unwrap().unwrap().master, Some(("gpu07".to_owned(), 20_193)));
     }
 
     #[test]
@@ -324,9 +389,35 @@ mod tests {
 
     #[test]
     fn several_hosts_need_a_secret() {
-        let place = Place { size: 4, local_size: 2, ..Place::default() };
-        assert!(place.token().unwrap_err().to_string().contains(VARIABLE_TOKEN));
-        assert!(Place { local_size: 4, ..place.clone() }.token().is_ok());
-        assert!(Place { secret: Some("s".to_owned()), ..place }.token().is_ok());
+        let token = |host: &str, more: &str| {
+            let variables =
+                format!("RANK=1 WORLD_SIZE=4 LOCAL_RANK=1 MASTER_ADDR={host} MASTER_PORT=7 {more}");
+            let place = of(&variables).unwrap().unwrap();
+            assert_eq!(place.one_host, place.secret.is_none() && place.token().is_ok());
+            place.token().map(drop).map_err(|error| error.to_string())
+        };
+        // Nobody says that all are here.
+        for more in ["LOCAL_WORLD_SIZE=2", ""] {
+            assert!(token("10.0.0.1", more).unwrap_err().contains(VARIABLE_TOKEN));
+            assert!(token("10.0.0.1", &format!("{more} {VARIABLE_TOKEN}=s")).is_ok());
+            assert!(token("127.0.0.1", more).is_ok() && token("localhost", more).is_ok());
+        }
+        assert!(token("10.0.0.1", "LOCAL_WORLD_SIZE=4").is_ok());
+    }
+
+    #[test]
+    fn a_timeout_that_no_clock_reaches_is_cut() {
+        let place =
+            of(&format!("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 {VARIABLE_TIMEOUT}={}", u64::MAX));
+        assert_eq!(place.unwrap().unwrap().timeout, Duration::from_secs(LONGEST_TIMEOUT));
+    }
+
+    #[test]
+    fn ranks_of_mpirun_share_the_cores() {
+        let mine = std::thread::available_parallelism().unwrap().get();
+        assert!((1..=mine).contains(&share_of_cores(1)));
+        assert_eq!(share_of_cores(usize::MAX), 1);
+        assert_eq!(["0", "0-3,8", "2-2,5-6"].map(|list| listed(list).unwrap()), [1, 5, 3]);
+        assert_eq!(listed("x"), None);
     }
 }

@@ -13,9 +13,12 @@ use crate::{Error, Result};
 
 /// How a message leaves.
 pub(super) trait Line: std::fmt::Debug + Send {
-    /// Hands over a message; false if nobody takes it.
-    fn send(&mut self, message: &Message) -> bool;
+    /// Hands over a message; false if nobody takes it. As long as that is so `go_on` is asked, with whether a part of it has gone.
+    fn send(&mut self, message: &Message, go_on: GoOn) -> bool;
 }
+
+/// Whether to wait any longer.
+pub(super) type GoOn<'a> = &'a mut dyn FnMut(bool) -> bool;
 
 /// What goes over a line.
 #[derive(Clone, Debug)]
@@ -40,13 +43,18 @@ pub(super) enum Arrived {
 pub(super) struct Life {
     beats: AtomicU64,
     since: Mutex<Instant>,
+    failed: Mutex<Option<Failed>>,
     ended: AtomicBool,
 }
 
 impl Life {
     pub(super) fn new() -> Arc<Self> {
-        let ended = AtomicBool::new(false);
-        Arc::new(Self { beats: AtomicU64::new(u64::MAX), since: Mutex::new(Instant::now()), ended })
+        Arc::new(Self {
+            beats: AtomicU64::new(u64::MAX),
+            since: Mutex::new(Instant::now()),
+            failed: Mutex::new(None),
+            ended: AtomicBool::new(false),
+        })
     }
 
     /// Nothing more will come of it.
@@ -54,14 +62,19 @@ impl Life {
         self.ended.store(true, Ordering::Relaxed);
     }
 
+    /// Its last word, which is to be heard before it is its turn.
+    pub(super) fn has_failed(&self, failed: &Failed) {
+        *lock(&self.failed) = Some(failed.clone());
+    }
+
     /// Its work goes on.
     pub(super) fn touch(&self) {
         *lock(&self.since) = Instant::now();
     }
 
-    /// It has done so many pieces of work. Before the first it prepares itself, which may take as long as a download takes.
+    /// It has done so many pieces of work.
     pub(super) fn has_done(&self, beats: u64) {
-        if self.beats.swap(beats, Ordering::Relaxed) != beats || beats == 0 {
+        if self.beats.swap(beats, Ordering::Relaxed) != beats {
             self.touch();
         }
     }
@@ -94,17 +107,17 @@ pub(super) struct Mesh {
 }
 
 /// Between two looks at the others' signs of life.
-const LOOK: Duration = Duration::from_millis(200);
+pub(super) const LOOK: Duration = Duration::from_millis(200);
+/// How long a rank that takes nothing may hold up the last word to those after it.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 impl Transport for Mesh {
     fn exchange(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         let size = self.peers.len();
         // Everybody begins with the next rank, so that nobody is overrun.
         for to in (1..size).map(|distance| (self.rank + distance) % size) {
-            if let Some(peer) = &self.peers[to]
-                && !lock(&peer.line).send(&Message::Data(messages[to]))
-            {
-                return Err(self.ended(to, peer));
+            if let Some(peer) = &self.peers[to] {
+                self.send(to, peer, messages[to])?;
             }
         }
         let receive = |(from, peer): (usize, &Option<Peer>)| match peer {
@@ -120,7 +133,8 @@ impl Transport for Mesh {
 
     fn abandon(&self, failed: &Failed) {
         for peer in self.peers.iter().flatten() {
-            lock(&peer.line).send(&Message::Failed(failed));
+            let start = Instant::now();
+            lock(&peer.line).send(&Message::Failed(failed), &mut |_| start.elapsed() < LAST_WORD);
         }
     }
 
@@ -157,6 +171,26 @@ impl Mesh {
             patience: Duration::MAX,
         };
         lines.into_iter().zip(ends).enumerate().map(mesh).collect()
+    }
+
+    fn send(&self, to: usize, peer: &Peer, message: &[u8]) -> Result<()> {
+        let (mut start, mut looked, mut lost) = (Instant::now(), Instant::now(), None);
+        let sent = lock(&peer.line).send(&Message::Data(message), &mut |_| {
+            // This process was stopped for a while itself, and heard nobody.
+            if looked.elapsed() > 5 * LOOK {
+                start = Instant::now();
+            }
+            looked = Instant::now();
+            lost = self.failed().or_else(|| self.silent(to, peer, start));
+            lost.is_none()
+        });
+        if sent { Ok(()) } else { Err(lost.unwrap_or_else(|| self.ended(to, peer))) }
+    }
+
+    /// The last word of any rank.
+    fn failed(&self) -> Option<Error> {
+        let mut lives = self.peers.iter().flatten().filter_map(|peer| peer.life.as_ref());
+        lives.find_map(|life| lock(&life.failed).clone()).map(Error::from)
     }
 
     fn receive(&self, from: usize, peer: &Peer) -> Result<Vec<u8>> {
@@ -210,7 +244,7 @@ fn at(host: &str) -> String {
 
 /// A channel to another thread.
 impl Line for Sender<Arrived> {
-    fn send(&mut self, message: &Message) -> bool {
+    fn send(&mut self, message: &Message, _: GoOn) -> bool {
         let arrived = match *message {
             Message::Data(bytes) => Arrived::Data(bytes.to_vec()),
             Message::Failed(failed) => Arrived::Failed(failed.clone()),

@@ -29,8 +29,10 @@ use bytemuck::Pod;
 use candle_core::{DType, Device, Shape, Tensor};
 
 pub use self::environment::{
-    Place, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN, place, slurm_master,
+    LONGEST_TIMEOUT, Place, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN,
+    is_loopback, place, slurm_master,
 };
+pub use self::tcp::open_files;
 use crate::data::batch::Sequence;
 use crate::data::builder::Part;
 use crate::data::share::Share;
@@ -103,9 +105,10 @@ impl World {
         }
         #[cfg(feature = "mpi")]
         if place.master.is_none() {
-            return Self::over(mpi::Mpi::start(&place)?, &place);
+            return Self::over(pulse::waiting(|| mpi::Mpi::start(&place))?, &place);
         }
-        Self::over(tcp::connect(&place)?, &place)
+        // Those who meet give up by themselves, and know better who is missing.
+        Self::over(pulse::waiting(|| tcp::connect(&place))?, &place)
     }
 
     fn over(transport: impl Transport + 'static, place: &Place) -> Result<Self> {

@@ -109,7 +109,16 @@ pub fn host(address: impl ToSocketAddrs, size: usize, token: Token) -> io::Resul
         }
     })?;
     thread::Builder::new().name("rendezvous".to_owned()).spawn(move || {
-        for socket in listener.incoming().flatten() {
+        for socket in listener.incoming() {
+            let socket = match socket {
+                Ok(socket) => socket,
+                Err(error) => {
+                    tracing::warn!("the rendezvous cannot let anybody in: {error}");
+                    // It may have too many files open, and does not come to have less by asking again at once.
+                    thread::sleep(WORD);
+                    continue;
+                }
+            };
             let (came, token) = (Arc::clone(&came), token.clone());
             // Each in a thread of its own: a stranger who says nothing must not hold up the others.
             let welcome = move || {
@@ -203,12 +212,7 @@ pub(super) fn join(
     let text = |error: io::Error| error.to_string();
     let here = host.local_addr().map_err(text)?.ip();
     let there = host.peer_addr().map_err(text)?.ip();
-    let interface = match (here.is_loopback(), place.local_size == place.size) {
-        (false, _) | (true, true) => here,
-        // The others come from elsewhere.
-        (true, false) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-    };
-    let listener = TcpListener::bind((interface, 0)).map_err(text)?;
+    let listener = TcpListener::bind((interface(here, place.one_host), 0)).map_err(text)?;
     let port = listener.local_addr().map_err(text)?.port();
     let about = [place.rank as u32, place.size as u32, u32::from(port)];
     host.write_all(&about.map(u32::to_le_bytes).concat()).map_err(text)?;
@@ -258,13 +262,25 @@ pub(super) fn join(
                     sockets[rank as usize] = Some(socket);
                 }
             }
-            Err(_) if Instant::now() > deadline => {
-                return Err(format!("rank {missing} came, but did not connect"));
+            Err(error) if Instant::now() > deadline => {
+                return Err(match error.kind() {
+                    io::ErrorKind::WouldBlock => format!("rank {missing} came, but did not connect"),
+                    _ => format!("rank {missing} came, but cannot be let in: {error}"),
+                });
             }
             Err(_) => thread::sleep(LOOK),
         }
     }
     Ok(sockets)
+}
+
+/// Where the other ranks reach one that reaches the rendezvous from `here`.
+fn interface(here: IpAddr, one_host: bool) -> IpAddr {
+    match (here.is_loopback(), one_host) {
+        (false, _) | (true, true) => here,
+        // The others come from elsewhere.
+        (true, false) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    }
 }
 
 /// Connects, as soon as somebody listens.
@@ -302,4 +318,17 @@ fn hear(host: &mut TcpStream, deadline: Instant) -> io::Result<(u8, String)> {
     let mut word = vec![0; u32::from_le_bytes(length) as usize];
     host.read_exact(&mut word).map_err(timed_out)?;
     Ok((kind, String::from_utf8_lossy(&word).into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_of_one_host_listen_to_nobody_outside() {
+        let [inside, outside] = ["127.0.0.1", "10.0.0.7"].map(|address| address.parse::<IpAddr>().unwrap());
+        assert_eq!(interface(inside, true), inside);
+        assert!(interface(inside, false).is_unspecified());
+        assert_eq!(interface(outside, false), outside);
+    }
 }

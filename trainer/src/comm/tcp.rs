@@ -10,9 +10,11 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit, setrlimit};
+
 use super::Failed;
 use super::environment::Place;
-use super::mesh::{Arrived, Life, Line, Mesh, Message, Peer};
+use super::mesh::{Arrived, GoOn, LOOK, Life, Line, Mesh, Message, Peer};
 use super::rendezvous;
 use crate::{Error, Result, pulse};
 
@@ -23,15 +25,23 @@ const BEATS: u64 = 2;
 /// Bytes between two signs that a long message still arrives.
 const PIECE: usize = 1 << 20;
 
+/// Lets this process, and those that it starts, open as many files as the system permits: a rank has two for each other one, and
+/// the usual limit of 1024 is low for the sake of programs that are not this one.
+pub fn open_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where it may not, it is said once there are too many.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
 /// Meets the other ranks where the environment says, and connects to each.
 pub(super) fn connect(place: &Place) -> Result<Mesh> {
     let token = place.token()?;
     let (host, port) = place.master.clone().unwrap_or_default();
-    let one_host = place.local_size == place.size;
     // On one host nobody outside is listened to, whatever its name resolves to.
-    let host = if one_host { "127.0.0.1".to_owned() } else { host };
+    let host = if place.one_host { "127.0.0.1".to_owned() } else { host };
     if place.rank == 0 && !place.hosted {
-        let ip = if one_host { "127.0.0.1" } else { "0.0.0.0" };
+        let ip = if place.one_host { "127.0.0.1" } else { "0.0.0.0" };
         rendezvous::host((ip, port), place.size, token.clone()).map_err(|error| failed(place, &format!(
             "cannot listen on {ip}:{port} for the other ranks: {error}\nhint: another MASTER_PORT may be free"
         )))?;
@@ -52,21 +62,21 @@ fn failed(place: &Place, message: &str) -> Error {
 }
 
 /// The mesh over sockets to the other ranks; none for this one.
-fn mesh(rank: usize, sockets: Vec<Option<TcpStream>>, patience: Duration) -> io::Result<Mesh> {
-    let peers = sockets.into_iter().map(|socket| socket.map(|socket| peer(socket, patience)).transpose());
+pub(super) fn mesh(rank: usize, sockets: Vec<Option<TcpStream>>, patience: Duration) -> io::Result<Mesh> {
+    let peers = sockets.into_iter().map(|socket| socket.map(peer).transpose());
     let peers: Vec<Option<Peer>> = peers.collect::<io::Result<_>>()?;
     let lines: Vec<_> = peers.iter().flatten().map(|peer| Arc::downgrade(&peer.line)).collect();
     let pause = (patience / 8).clamp(Duration::from_millis(20), Duration::from_secs(1));
-    thread::Builder::new().name("beats".to_owned()).spawn(move || beat(&lines, pause))?;
+    thread::Builder::new().name("beats".to_owned()).spawn(move || beat(&lines, pause, patience))?;
     Ok(Mesh { rank, peers, patience })
 }
 
-fn peer(socket: TcpStream, patience: Duration) -> io::Result<Peer> {
+fn peer(socket: TcpStream) -> io::Result<Peer> {
     let host = socket.peer_addr()?.ip().to_string();
     socket.set_nodelay(true)?;
     socket.set_read_timeout(None)?;
-    // A rank that takes nothing for so long will not take it later.
-    socket.set_write_timeout(Some(patience))?;
+    // Who sends looks up from it now and then.
+    socket.set_write_timeout(Some(LOOK))?;
     let (sender, inbox) = channel();
     let life = Life::new();
     let (reader, known) = (socket.try_clone()?, Arc::clone(&life));
@@ -75,7 +85,8 @@ fn peer(socket: TcpStream, patience: Duration) -> io::Result<Peer> {
         let _ended = read(reader, &sender, &known);
         known.end();
     })?;
-    Ok(Peer { host, line: Arc::new(Mutex::new(Socket(socket))), inbox: Mutex::new(inbox), life: Some(life) })
+    let line = Arc::new(Mutex::new(Socket { socket, torn: false }));
+    Ok(Peer { host, line, inbox: Mutex::new(inbox), life: Some(life) })
 }
 
 /// Takes in what arrives, for as long as the other side lives.
@@ -97,7 +108,13 @@ fn read(mut socket: TcpStream, inbox: &Sender<Arrived>, life: &Life) -> io::Resu
             }
             life.touch();
         }
-        let arrived = if kind == DATA { Arrived::Data(bytes) } else { Arrived::Failed(last_word(&bytes)) };
+        let arrived = if kind == DATA {
+            Arrived::Data(bytes)
+        } else {
+            let failed = last_word(&bytes);
+            life.has_failed(&failed);
+            Arrived::Failed(failed)
+        };
         if inbox.send(arrived).is_err() {
             return Ok(());
         }
@@ -105,14 +122,16 @@ fn read(mut socket: TcpStream, inbox: &Sender<Arrived>, life: &Life) -> io::Resu
 }
 
 /// Tells the others that this process lives and works.
-fn beat(lines: &[Weak<Mutex<dyn Line>>], pause: Duration) {
+fn beat(lines: &[Weak<Mutex<dyn Line>>], pause: Duration, patience: Duration) {
     loop {
         let mut any = false;
         for line in lines.iter().filter_map(Weak::upgrade) {
             any = true;
             // A line that is just used shows as much.
             if let Ok(mut line) = line.try_lock() {
-                line.send(&Message::Beats(pulse::beats()));
+                let start = Instant::now();
+                // The next one will do; but half a sign would tear the line.
+                line.send(&Message::Beats(pulse::beats()), &mut |begun| begun && start.elapsed() < patience);
             }
         }
         if !any {
@@ -134,39 +153,61 @@ fn last_word(bytes: &[u8]) -> Failed {
 }
 
 #[derive(Debug)]
-struct Socket(TcpStream);
+struct Socket {
+    socket: TcpStream,
+    /// A frame was given up in its midst: nothing that follows could be told from the rest of it.
+    torn: bool,
+}
 
 impl Socket {
-    fn frame(&mut self, kind: u64, length: u64, bytes: &[u8]) -> io::Result<()> {
+    fn frame(&mut self, kind: u64, length: u64, bytes: &[u8], go_on: GoOn) -> bool {
         let mut header = [0; 16];
         header[..8].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&length.to_le_bytes());
         // Small messages leave in one piece.
         if bytes.len() < PIECE {
-            return self.0.write_all(&[&header, bytes].concat());
+            return self.put(&[&header, bytes].concat(), false, go_on);
         }
-        self.0.write_all(&header)?;
-        self.0.write_all(bytes)
+        self.put(&header, false, go_on) && self.put(bytes, true, go_on)
+    }
+
+    /// Hands over all of a piece, the first of a frame or not, or says that nobody takes it.
+    fn put(&mut self, bytes: &[u8], begun: bool, go_on: GoOn) -> bool {
+        let mut left = bytes;
+        while !left.is_empty() && !self.torn {
+            match self.socket.write(left) {
+                Ok(count) if count > 0 => left = &left[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock
+                        && go_on(begun || left.len() < bytes.len()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.torn = begun || left.len() < bytes.len();
+                    return false;
+                }
+                _ => self.torn = true,
+            }
+        }
+        !self.torn
     }
 }
 
 impl Line for Socket {
-    fn send(&mut self, message: &Message) -> bool {
-        let sent = match *message {
-            Message::Data(bytes) => self.frame(DATA, bytes.len() as u64, bytes),
-            Message::Beats(beats) => self.frame(BEATS, beats, &[]),
+    fn send(&mut self, message: &Message, go_on: GoOn) -> bool {
+        match *message {
+            Message::Data(bytes) => self.frame(DATA, bytes.len() as u64, bytes, go_on),
+            Message::Beats(beats) => self.frame(BEATS, beats, &[], go_on),
             Message::Failed(Failed { rank, status, message }) => {
                 let bytes = [&(*rank as u32).to_le_bytes(), &[*status][..], message.as_bytes()].concat();
-                self.frame(FAILED, bytes.len() as u64, &bytes)
+                self.frame(FAILED, bytes.len() as u64, &bytes, go_on)
             }
-        };
-        sent.is_ok()
+        }
     }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
         // The thread that reads has the other handle.
-        let _ = self.0.shutdown(std::net::Shutdown::Both);
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 }

@@ -1,8 +1,8 @@
 //! The same tests over every transport that runs without other processes: threads, and sockets between threads.
 
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::rendezvous::Token;
 use super::*;
@@ -221,6 +221,57 @@ fn a_rank_that_hangs_is_named_once_patience_is_over() {
     assert!(message.starts_with("rank 1: on 127.0.0.1 shows no sign of work"), "{message}");
 }
 
+/// Rank 0 of as many, connected to sockets of which nobody reads.
+fn deaf(others: usize, patience: Duration) -> (World, Vec<TcpStream>) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let (mut sockets, mut ends) = (vec![None], Vec::new());
+    for _ in 0..others {
+        ends.push(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        sockets.push(Some(listener.accept().unwrap().0));
+    }
+    let mesh = tcp::mesh(0, sockets, patience).unwrap();
+    (World { rank: 0, size: others + 1, transport: Some(Arc::new(mesh)) }, ends)
+}
+
+/// More than the system keeps for a socket.
+const LONG: usize = 64 << 20;
+
+#[test]
+fn who_sends_to_a_host_that_is_gone_notices_after_the_timeout() {
+    let (world, _ends) = deaf(1, Duration::from_secs(1));
+    let start = Instant::now();
+    let message = world.all(&vec![0u8; LONG]).unwrap_err().to_string();
+    assert!(message.starts_with("rank 1: on 127.0.0.1 shows no sign of work for 1 s"), "{message}");
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    // What is half sent stays so: a word in its midst would be taken for a part of it.
+    let start = Instant::now();
+    world.abandon(&Error::Usage("no memory".to_owned()), 1);
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn who_sends_hears_another_rank_fail() {
+    let (world, mut ends) = deaf(2, Duration::from_secs(600));
+    let word = [&2u32.to_le_bytes()[..], &[7], b"no memory"].concat();
+    let frame = [&1u64.to_le_bytes()[..], &(word.len() as u64).to_le_bytes(), &word].concat();
+    std::io::Write::write_all(&mut ends[1], &frame).unwrap();
+    let error = world.all(&vec![0u8; LONG]).unwrap_err();
+    assert!(matches!(error, Error::Rank { rank: 2, status: 7, .. }), "{error:?}");
+}
+
+#[test]
+fn ranks_of_one_host_meet_where_nobody_outside_can_come() {
+    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let place = |rank| Place { hosted: false, secret: None, ..place(rank, 2, port) };
+    let connect = |rank| tcp::connect(&place(rank)).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| connect(1));
+        connect(0);
+    });
+    let free = |address| TcpListener::bind((address, port)).is_ok();
+    assert!(free("127.0.0.2") && !free("127.0.0.1"));
+}
+
 #[test]
 fn whoever_does_not_hold_the_token_is_turned_away_and_disturbs_nobody() {
     let address = rendezvous::host(("127.0.0.1", 0), 2, Token::new("of the tests")).unwrap();
@@ -228,8 +279,8 @@ fn whoever_does_not_hold_the_token_is_turned_away_and_disturbs_nobody() {
     let message = tcp::connect(&stranger).unwrap_err().to_string();
     assert!(message.contains("LODESTONE_TOKEN differs"), "{message}");
     // One who says nothing, and one who talks nonsense.
-    let _silent = std::net::TcpStream::connect(address).unwrap();
-    std::io::Write::write_all(&mut std::net::TcpStream::connect(address).unwrap(), &[7; 200]).unwrap();
+    let _silent = TcpStream::connect(address).unwrap();
+    std::io::Write::write_all(&mut TcpStream::connect(address).unwrap(), &[7; 200]).unwrap();
     let wrong = Place { size: 3, local_size: 3, ..place(2, 3, address.port()) };
     let message = tcp::connect(&wrong).unwrap_err().to_string();
     assert!(message.contains("this is rank 2 of 3, but 2 are expected"), "{message}");

@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::file::DataFile;
 use super::{records, table};
 use crate::data::row::Row;
-use crate::{Error, Result};
+use crate::{Error, Result, pulse};
 
 /// An open folder.
 pub(super) struct Beir {
@@ -90,6 +90,7 @@ impl Beir {
             for document in documents {
                 beir.corpus.text(*document)?;
             }
+            pulse::beat();
         }
         Ok(beir)
     }

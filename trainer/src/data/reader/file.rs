@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::parquet;
-use crate::{Error, Result};
+use crate::{Error, Result, pulse};
 
 /// How a file's text is cut into rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +121,12 @@ impl DataFile {
 
 fn unpack(path: &Path, mut packed: impl Read) -> Result<File> {
     let mut plain = tempfile::tempfile().map_err(Error::io("unpack", path))?;
-    std::io::copy(&mut packed, &mut plain).map_err(Error::io("unpack", path))?;
+    while std::io::copy(&mut (&mut packed).take(BUFFER as u64), &mut plain)
+        .map_err(Error::io("unpack", path))?
+        > 0
+    {
+        pulse::beat();
+    }
     Ok(plain)
 }
 
@@ -134,6 +139,7 @@ struct At<'a> {
 impl Read for At<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let count = self.file.read_at(buffer, self.offset)?;
+        pulse::beat();
         self.offset += count as u64;
         Ok(count)
     }

@@ -37,6 +37,19 @@ impl Source {
     /// It cannot be read; its name does not say what it is; columns are missing or ambiguous; a row is malformed, is not
     /// UTF-8, has no positive, an empty text, or not what its kind and loss need (with its line); there is one class only.
     pub fn open(set: &DataSet) -> Result<Self> {
+        Self::with(set, Schema::new(set))
+    }
+
+    /// Opens a file of pairs or triplets whose every row is an answer to its query, or a BEIR folder.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; there is a column that may say otherwise of a row.
+    pub fn answers(path: &Path, kind: Kind) -> Result<Self> {
+        let set = DataSet { path: path.to_owned(), kind: Some(kind), ..DataSet::default() };
+        Self::with(&set, Schema::answers(kind))
+    }
+
+    fn with(set: &DataSet, schema: Schema) -> Result<Self> {
         let path: &Path = &set.path;
         if path.is_dir() {
             let beir = beir::Beir::open(path)?;
@@ -56,7 +69,7 @@ impl Source {
                 format!("expected a {} file, each also .gz or .zst, or a BEIR folder", Format::NAMES),
             )
         })?;
-        Ok(Self(Inner::Table(Box::new(table::Table::open(path, format, Schema::new(set))?))))
+        Ok(Self(Inner::Table(Box::new(table::Table::open(path, format, schema)?))))
     }
 
     /// What the rows are.
@@ -64,6 +77,14 @@ impl Source {
         match &self.0 {
             Inner::Table(table) => table.kind(),
             Inner::Beir(_) => Kind::Pairs,
+        }
+    }
+
+    /// Whether any row has columns of negatives.
+    pub fn negatives(&self) -> bool {
+        match &self.0 {
+            Inner::Table(table) => table.negatives(),
+            Inner::Beir(_) => false,
         }
     }
 

@@ -15,7 +15,7 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::{Error, Result, pulse};
 
 /// Writes the rows of a file into a temporary one, a line each; values that are neither text, number, truth nor a list of these
 /// are left out.
@@ -40,6 +40,7 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
             .map_err(std::io::Error::from)
             .and_then(|()| lines.write_all(b"\n"))
             .map_err(Error::io("unpack", path))?;
+        pulse::beat();
     }
     lines.into_inner().map_err(|error| Error::io("unpack", path)(error.into_error()))
 }

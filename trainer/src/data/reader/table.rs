@@ -20,6 +20,7 @@ pub(super) struct Table {
     digest: u64,
     parser: Parser,
     kind: Kind,
+    negatives: bool,
     dropped: Dropped,
     labels: Option<Labels>,
 }
@@ -101,6 +102,7 @@ impl Table {
             digest: digest.digest(),
             parser,
             kind: found.kind.unwrap_or(Kind::Pairs),
+            negatives: found.negatives,
             dropped: found.dropped,
             labels,
         })
@@ -116,6 +118,10 @@ impl Table {
 
     pub(super) fn kind(&self) -> Kind {
         self.kind
+    }
+
+    pub(super) fn negatives(&self) -> bool {
+        self.negatives
     }
 
     pub(super) fn labels(&self) -> Option<&Labels> {
