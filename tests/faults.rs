@@ -77,6 +77,18 @@ fn keys_and_values_of_the_configuration() {
         let sets = json!({"metric": metric, "sets": [{"path": rows, "kind": kind}]});
         Case::new().set("evaluation", sets).refused(&["config.yaml:1", "evaluation.metric", metric, known]);
     }
+    let sets = json!({"sets": [{"path": rows}, {"path": rows, "kind": "triplet"}]});
+    Case::new().set("evaluation", sets).refused(&[
+        "evaluation.sets.1",
+        "two sets are called `rows`",
+        "`name`",
+    ]);
+    // Each row's own document alone: the loss would be 0 whatever the model does.
+    let pairs = "{\"query\": \"a\", \"positive\": \"b\"}\n".repeat(8);
+    let lonely = Case::new().rows("pairs.jsonl", pairs).set("loss.in_batch_negatives", json!(false));
+    lonely.refused(&["loss.in_batch_negatives", "pairs has no negatives", "always be 0", "trainer mine"]);
+    let none = Case::new().set("loss.in_batch_negatives", json!(false)).set("data.negatives", json!(0));
+    none.refused(&["loss.in_batch_negatives", "rows has no negatives"]);
     let output = program("trainer").args(["train", "/no/such/config.yaml"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("/no/such/config.yaml"));

@@ -54,6 +54,7 @@ def main():
     cases = [
         # The embeddings have length 1 already: the gradient through the scaling is not the loss's.
         case("info_nce", losses.MultipleNegativesRankingLoss(model, scale=20.0, similarity_fct=dot_score), 3, unit=True),
+        case("info_nce any length", losses.MultipleNegativesRankingLoss(model, scale=20.0), 3),
         case("cosent", losses.CoSENTLoss(model, scale=20.0), 2, scores),
         case("margin_mse", losses.MarginMSELoss(model), 4, teacher, unit=True),
         case("margin_mse one", losses.MarginMSELoss(model), 3, teacher[:, 0]),

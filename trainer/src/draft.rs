@@ -17,9 +17,10 @@ pub(crate) struct Draft {
 
 impl Draft {
     /// # Errors
-    /// Something has that name.
+    /// Something has that name, other than an empty folder.
     pub(crate) fn free(target: &Path) -> Result<()> {
         match target.symlink_metadata() {
+            Ok(_) if is_empty(target) => Ok(()),
             Ok(_) => Err(Error::file(target, "is already there, expected the name of a folder to be made")),
             Err(_) => Ok(()),
         }
@@ -62,6 +63,11 @@ impl Draft {
     pub(crate) fn finish(self) -> Result<()> {
         fs::rename(self.folder(), &self.target).map_err(Error::io("create", &self.target))
     }
+}
+
+/// Whether this is a folder with nothing in it.
+pub(crate) fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// A file of lines in a draft.

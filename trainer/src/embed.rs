@@ -40,7 +40,7 @@ impl Opened {
     /// tokens than the model.
     pub fn open(id_or_path: &str, options: &Options) -> Result<Self> {
         let folder = Folder::open(&hub::resolve_for(id_or_path, options.model.init)?)?;
-        let tokenizer = Tokenizer::open(&folder.path)?;
+        let tokenizer = Tokenizer::open(&folder.path, folder.lower_case)?;
         let model = Model::open(folder, options)?;
         if tokenizer.vocabulary() > model.vocabulary() {
             let (tokens, rows) = (tokenizer.vocabulary(), model.vocabulary());
@@ -60,6 +60,7 @@ impl Opened {
             tokenizer: &self.tokenizer,
             query_prompt: folder.query_prompt(),
             document_prompt: folder.document_prompt(),
+            text_prompt: folder.text_prompt(),
             max_query_length: longest,
             max_document_length: longest,
             chunk_tokens: CHUNK_TOKENS,
@@ -85,6 +86,8 @@ pub struct Embedder<'a> {
     pub query_prompt: &'a str,
     /// Put before documents.
     pub document_prompt: &'a str,
+    /// Put before texts that are neither.
+    pub text_prompt: &'a str,
     /// Tokens of a query at most, the prompt and special tokens included.
     pub max_query_length: usize,
     /// Tokens of a document, or of any other text, at most.
@@ -143,7 +146,7 @@ impl Embedder<'_> {
         let (prompt, max_length) = match role {
             Role::Query => (self.query_prompt, self.max_query_length),
             Role::Document => (self.document_prompt, self.max_document_length),
-            Role::Text => (self.model.folder().text_prompt(), self.max_document_length),
+            Role::Text => (self.text_prompt, self.max_document_length),
         };
         let (unique, places) = distinct(texts);
         let include_prompt = self.model.folder().include_prompt;

@@ -173,8 +173,8 @@ impl History {
     pub fn early(&self, metric: &str, patience: Option<u64>) -> Option<u64> {
         let mut best: Option<(u64, f64)> = None;
         let mut stale = 0;
-        for (step, value) in
-            self.evaluations.iter().filter_map(|(step, scores)| Some((*step, deciding(scores, metric)?)))
+        let of_trained = self.evaluations.iter().filter(|(step, _)| *step > 0);
+        for (step, value) in of_trained.filter_map(|(step, scores)| Some((*step, deciding(scores, metric)?)))
         {
             if best.is_some_and(|(_, most)| value <= most) {
                 stale += 1;
@@ -183,7 +183,7 @@ impl History {
             }
         }
         let (step, _) = best?;
-        (step > 0 && stale >= patience?).then_some(step)
+        (stale >= patience?).then_some(step)
     }
 }
 
@@ -256,7 +256,8 @@ mod tests {
         let scores = |value: f64| {
             json!({"a_m": value, "b_m": value, "NanoBEIR_mean_m": 9.0}).as_object().unwrap().clone()
         };
-        let evaluations = [0.1, 0.4, 0.3, 0.2].iter().zip([0, 10, 20, 30]);
+        // What the run began with is none of its steps, however good it is.
+        let evaluations = [0.9, 0.4, 0.3, 0.2].iter().zip([0, 10, 20, 30]);
         let history = History {
             steps: vec![json!({"step": 30}).as_object().unwrap().clone()],
             evaluations: evaluations.map(|(value, step)| (step, scores(*value))).collect(),

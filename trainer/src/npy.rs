@@ -32,6 +32,9 @@ impl Writer {
         let Some(name) = target.file_name() else {
             return Err(Error::Usage(format!("--output: {} is no name for a file", target.display())));
         };
+        if let Some(parent) = target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
         let draft = target.with_file_name(format!(".{}.tmp", name.display()));
         let mut file = BufWriter::new(File::create(&draft).map_err(Error::io("create", &draft))?);
         file.write_all(&header(rows, width)).map_err(Error::io("write", &draft))?;

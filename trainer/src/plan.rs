@@ -3,9 +3,11 @@
 mod outline;
 
 use std::fmt;
+use std::fs;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::checkpoint::{Identity, State};
 use crate::config::{self, Config};
@@ -60,6 +62,8 @@ pub struct Prompts {
     pub query: String,
     /// Before documents.
     pub document: String,
+    /// Before both texts of a scored pair.
+    pub text: String,
 }
 
 /// The longest texts in tokens, prompts and special tokens included.
@@ -104,7 +108,7 @@ impl Plan {
         device::current()?;
         inputs(&config)?;
         let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
-        let tokenizer = Tokenizer::open(&folder.path)?;
+        let tokenizer = Tokenizer::open(&folder.path, folder.lower_case)?;
         // Only shapes are looked at here: the weights are read once, when the run starts.
         let model = Model::open(folder.clone(), &Options { dry: true, ..options(&config) })?;
         if tokenizer.vocabulary() > model.vocabulary() {
@@ -126,7 +130,7 @@ impl Plan {
         }
         let mixture = Mixture::open(&config)?;
         let all = mixture.batches() * config.training.epochs;
-        let steps = config.training.max_steps.map_or(all, |max| max.min(all));
+        let steps = config.training.max_steps.unwrap_or(all);
         let schedule = Schedule {
             shape: config.training.schedule,
             peak: config.training.learning_rate,
@@ -138,16 +142,29 @@ impl Plan {
             .sets
             .iter()
             .map(|set| {
-                let own = |prompt: &Option<String>, folders: &str| {
-                    prompt.clone().unwrap_or_else(|| folders.to_owned())
-                };
+                // As the model that the run writes will have them.
+                let data = &config.data;
+                let queries = data.common_prompt(|set| &set.query_prompt).unwrap_or(folder.query_prompt());
+                let documents =
+                    data.common_prompt(|set| &set.document_prompt).unwrap_or(folder.document_prompt());
+                let own = |given: &Option<String>, else_: &str| given.as_deref().unwrap_or(else_).to_owned();
                 let prompts = Prompts {
-                    query: own(&set.query_prompt, folder.query_prompt()),
-                    document: own(&set.document_prompt, folder.document_prompt()),
+                    query: own(&set.query_prompt, queries),
+                    document: own(&set.document_prompt, documents),
+                    text: own(&set.query_prompt, folder.text_prompt()),
                 };
                 Ok((EvalSet::open(set)?, prompts))
             })
             .collect::<Result<Vec<_>>>()?;
+        for (i, (set, _)) in sets.iter().enumerate() {
+            if sets[..i].iter().any(|(other, _)| other.name() == set.name()) {
+                let message = format!(
+                    "two sets are called `{}`, and so would be their metrics\nhint: give each a `name`",
+                    set.name()
+                );
+                return Err(config.error(&format!("evaluation.sets.{i}"), message));
+            }
+        }
         let known = metric_names(&sets);
         if !known.is_empty() && !metrics::decides(known.iter().map(String::as_str), &config.evaluation.metric)
         {
@@ -193,6 +210,40 @@ impl Plan {
         }
     }
 
+    /// The configuration with what it leaves to a default that follows from other values.
+    pub fn resolved(&self) -> Config {
+        let mut config = self.config.clone();
+        let training = &mut config.training;
+        if training.warmup_steps.is_none() {
+            training.warmup_ratio.get_or_insert(config::Training::WARMUP_RATIO);
+        }
+        for (set, opened) in config.data.train.iter_mut().zip(self.mixture.sets()) {
+            set.name.clone_from(&opened.name);
+        }
+        for (set, (opened, _)) in config.evaluation.sets.iter_mut().zip(&self.sets) {
+            opened.name().clone_into(&mut set.name);
+        }
+        config
+    }
+
+    /// What all ranks must have alike, wherever each of them has its files: the configuration without places, and the tokenizer.
+    ///
+    /// # Errors
+    /// The tokenizer's file is gone.
+    pub fn alike(&self) -> Result<(Config, u64)> {
+        let mut config = self.config.clone();
+        config.output.clear();
+        config.model.path.clear();
+        config.data.train.iter_mut().for_each(|set| set.path.clear());
+        config.evaluation.sets.iter_mut().for_each(|set| set.path.clear());
+        if let Some(lora) = &mut config.lora {
+            lora.path = None;
+        }
+        let path = self.folder.path.join("tokenizer.json");
+        let tokenizer = fs::read(&path).map_err(Error::io("read", path))?;
+        Ok((config, xxh3_64(&tokenizer)))
+    }
+
     /// The batches from where `state` stands to the end of the run, tokenised in part.
     pub fn batches(&self, state: &State, part: Part) -> Result<Loader> {
         Loader::start(
@@ -200,7 +251,7 @@ impl Plan {
             Arc::clone(&self.tokenizer),
             batch_options(&self.config, &self.folder, self.lengths),
             state.cursor.clone(),
-            self.steps - state.step,
+            self.steps.saturating_sub(state.step),
             part,
         )
     }

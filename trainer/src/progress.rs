@@ -6,7 +6,7 @@ use std::io::IsTerminal;
 use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::metrics::Step;
 
@@ -35,23 +35,26 @@ pub fn suspend<R>(f: impl FnOnce() -> R) -> R {
 pub struct Progress {
     bar: ProgressBar,
     lines: bool,
+    /// When this began, and how much was done by then: only what came since tells the pace.
+    begun: (Instant, u64),
     last: Instant,
+    ended: bool,
     recent: VecDeque<(f64, f64)>, // tokens and seconds of the last steps
 }
 
 impl Progress {
     /// Work of `total` pieces, of which `done` are done, called `what`.
     pub fn new(what: &str, total: u64, done: u64) -> Self {
-        let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta} left");
+        let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} left");
         let bar = ProgressBar::new(total).with_prefix(what.to_owned()).with_position(done);
         let bar = BARS.add(bar);
-        bar.reset_eta();
         if let Ok(style) = style {
             bar.set_style(style.progress_chars("━╸─"));
         }
         let quiet = QUIET.lock().is_ok_and(|quiet| *quiet);
         let lines = !quiet && !std::io::stderr().is_terminal();
-        Self { bar, lines, last: Instant::now(), recent: VecDeque::new() }
+        let now = Instant::now();
+        Self { bar, lines, begun: (now, done), last: now, ended: false, recent: VecDeque::new() }
     }
 
     /// Shows an optimizer step.
@@ -63,18 +66,17 @@ impl Progress {
         let (tokens, seconds) =
             self.recent.iter().fold((0.0, 0.0), |(tokens, seconds), (t, s)| (tokens + t, seconds + s));
         let rate = tokens / seconds.max(1e-9);
-        self.bar.set_message(format!("loss {:.4} · {rate:.0} tokens/s ·", step.loss));
         self.bar.set_position(step.step);
-        self.line(&format!("loss {:.4}, {rate:.0} tokens/s", step.loss));
+        self.tell([format!("loss {:.4}", step.loss), format!("{rate:.0} tokens/s")]);
     }
 
-    /// Shows that `done` more pieces are done.
+    /// Shows that `done` more pieces are done, as far as there are so many.
     pub fn advance(&mut self, done: u64) {
-        self.bar.inc(done);
-        let rate = self.bar.per_sec();
+        self.bar.inc(done.min(self.left()));
+        let (since, before) = self.begun;
+        let rate = (self.position() - before) as f64 / since.elapsed().as_secs_f64().max(1e-9);
         let digits = if rate < 10.0 { 1 } else { 0 };
-        self.bar.set_message(format!("{rate:.digits$}/s ·"));
-        self.line(&format!("{rate:.digits$}/s"));
+        self.tell([format!("{rate:.digits$}/s")]);
     }
 
     /// How many pieces are done.
@@ -82,15 +84,26 @@ impl Progress {
         self.bar.position()
     }
 
-    fn line(&mut self, message: &str) {
-        let (position, length) = (self.bar.position(), self.bar.length().unwrap_or(0));
-        if !self.lines || (self.last.elapsed() < PAUSE && position < length) {
+    fn left(&self) -> u64 {
+        self.bar.length().unwrap_or(0).saturating_sub(self.position())
+    }
+
+    fn tell<const N: usize>(&mut self, facts: [String; N]) {
+        let (since, before) = self.begun;
+        let done = self.position().saturating_sub(before).max(1);
+        let seconds = since.elapsed().mul_f64(self.left() as f64 / done as f64).as_secs();
+        self.bar.set_message(format!(
+            "{} · {}",
+            facts.join(" · "),
+            HumanDuration(Duration::from_secs(seconds))
+        ));
+        let ends = self.left() == 0;
+        if !self.lines || self.ended || (self.last.elapsed() < PAUSE && !ends) {
             return;
         }
-        self.last = Instant::now();
-        let left = self.bar.eta().as_secs();
-        let message = if message.is_empty() { String::new() } else { format!(", {message}") };
-        tracing::info!("{} {position}/{length}{message}, {left} s left", self.bar.prefix());
+        (self.last, self.ended) = (Instant::now(), ends);
+        let (what, length) = (self.bar.prefix(), self.bar.length().unwrap_or(0));
+        tracing::info!("{what} {}/{length}, {}, {seconds} s left", self.position(), facts.join(", "));
     }
 }
 

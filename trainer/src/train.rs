@@ -67,7 +67,16 @@ impl Run {
         let model = plan.model()?;
         let identity = plan.identity(&model);
         let (state, resumed) = match if resume && world.first() { checkpoints.newest()? } else { None } {
-            Some((path, mut state)) if state.identity == identity => {
+            Some((path, mut state)) if state.identity.allows(&identity) => {
+                if state.identity.steps != identity.steps {
+                    tracing::warn!(
+                        "{} is of a run of {} steps, this one has {}: the learning rate goes on as in a run of so many",
+                        path.display(),
+                        state.identity.steps,
+                        identity.steps
+                    );
+                    state.identity = identity.clone();
+                }
                 // Checkpoints of old do not say; they were written after the evaluation.
                 state.evaluated.get_or_insert(state.step);
                 (state, Some(path))
@@ -76,8 +85,8 @@ impl Run {
                 return Err(Error::file(
                     path,
                     format!(
-                        "belongs to another run: it has {:?}, the configuration makes {identity:?}",
-                        state.identity
+                        "belongs to another run: the configuration has {}\nhint: another `output` starts a new one",
+                        identity.differences(&state.identity)
                     ),
                 ));
             }
@@ -87,7 +96,7 @@ impl Run {
             claim(output)?;
         }
         let json = |error: serde_json::Error| Error::file(output, format!("the state of the run: {error}"));
-        let all = (&identity, model.flat().entries().len(), model.frozen_digest()?);
+        let all = (plan.alike()?, &identity, model.flat().entries().len(), model.frozen_digest()?);
         world.same("configuration, data or model", xxh3_64(&serde_json::to_vec(&all).map_err(json)?))?;
         let of_first = world.of_first(serde_json::to_vec(&state).map_err(json)?)?;
         let state = if world.first() { state } else { serde_json::from_slice(&of_first).map_err(json)? };
@@ -98,7 +107,7 @@ impl Run {
     pub fn go(mut self) -> Result<Summary> {
         let output = self.plan.config.output.clone();
         if self.world.first() {
-            let mut config = self.plan.config.clone();
+            let mut config = self.plan.resolved();
             if let (Some(section), Some(settings)) = (&mut config.lora, self.model.lora()) {
                 settings.write_into(section);
             }
@@ -148,7 +157,7 @@ impl Run {
             model,
             gradients: Gradients::zeros(model.flat())?,
             optimizer: Optimizer::new(model.flat(), rule, training.decay_all, clip)?,
-            losses: Losses::new(&config.loss),
+            losses: Losses::new(&config.loss, model.normalize()),
             schedule: plan.schedule,
             budget: plan.budget,
             seed: config.seed,
@@ -156,7 +165,7 @@ impl Run {
         };
         if let Some(path) = resumed {
             checkpoint::restore(path, state, model.flat(), &stepper.optimizer)?;
-            if state.best.is_some_and(|best| best.step > 0 && best.step == state.step) {
+            if state.best.is_some_and(|best| best.step == state.step) {
                 // A kill may have come between the checkpoint and its link.
                 checkpoints.mark_best(state.step)?;
             }
@@ -178,7 +187,7 @@ impl Run {
         if evaluation_due(plan, state.step) && state.evaluated != Some(state.step) {
             // A stop does not wait for the evaluation that its step asks for.
             let best = evaluate(plan, model, world, state, &mut told)?;
-            if best && state.step > 0 && world.first() {
+            if best && world.first() {
                 checkpoints.mark_best(state.step)?;
             }
         }
@@ -241,7 +250,7 @@ impl Run {
     /// The best step, where early stopping ended the run there.
     fn early(&self) -> Option<u64> {
         stale(&self.plan, &self.state)?;
-        self.state.best.map(|best| best.step).filter(|&step| step > 0)
+        self.state.best.map(|best| best.step)
     }
 }
 
@@ -277,9 +286,9 @@ fn stale(plan: &Plan, state: &State) -> Option<u64> {
     plan.config.evaluation.patience.filter(|&patience| state.stale >= patience).map(|_| state.stale)
 }
 
-/// Counts an evaluation; true if it is the best so far.
+/// Counts an evaluation; true if it is the best so far. The model that the run began with is none of its results.
 fn judge(state: &mut State, value: Option<f64>) -> bool {
-    let Some(value) = value else { return false };
+    let Some(value) = value.filter(|_| state.step > 0) else { return false };
     if state.best.is_some_and(|best| value <= best.value) {
         state.stale += 1;
         return false;
@@ -325,6 +334,7 @@ fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
             tokenizer: &plan.tokenizer,
             query_prompt: &prompts.query,
             document_prompt: &prompts.document,
+            text_prompt: &prompts.text,
             max_query_length: plan.lengths.query,
             max_document_length: plan.lengths.document,
             chunk_tokens: plan.embed_tokens,

@@ -112,7 +112,7 @@ fn peaks(layers: usize, rows: usize, more: serde_json::Value) -> (f64, f64) {
         model: &model,
         gradients: Gradients::zeros(model.flat()).unwrap(),
         optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0)).unwrap(),
-        losses: Losses::new(&plan.config.loss),
+        losses: Losses::new(&plan.config.loss, model.normalize()),
         schedule: plan.schedule,
         budget: plan.budget,
         seed: 1,

@@ -98,7 +98,7 @@ impl From<Error> for Failure {
             Error::Usage(_) | Error::Config { .. } | Error::Row { .. } | Error::File { .. } => {
                 Self::before(error)
             }
-            Error::Io { action: "open" | "read", .. } => Self::before(error),
+            Error::Io { action: "open" | "read" | "unpack", .. } => Self::before(error),
             _ => Self::during(error),
         }
     }

@@ -51,8 +51,7 @@ impl Origins {
     /// `command line`, or `FILE:LINE` of the field, or of the nearest one above it that is in the file.
     fn origin(&self, field: &str) -> String {
         let parts: Vec<&str> = field.split('.').collect();
-        if self.overridden.iter().any(|o| o.len() <= parts.len() && o.iter().zip(&parts).all(|(a, b)| a == b))
-        {
+        if self.overridden.iter().any(|set| set.iter().zip(&parts).all(|(a, b)| a == b)) {
             return "command line".to_owned();
         }
         if self.path.as_os_str().is_empty() {

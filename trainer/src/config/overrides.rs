@@ -49,10 +49,12 @@ pub(super) fn apply(tree: &mut Value, argument: &str) -> Result<Vec<String>> {
     Ok(parts)
 }
 
-/// `query: ` is meant as text: YAML's mapping in lines makes no sense in an argument.
+/// `query: ` is meant as text: YAML's mapping in lines makes no sense in an argument. So is what is no YAML, unless it begins like
+/// something that is.
 fn value(text: &str) -> std::result::Result<Value, serde_yaml::Error> {
-    match serde_yaml::from_str(text)? {
-        Value::Mapping(_) if !text.trim_start().starts_with('{') => Ok(Value::String(text.to_owned())),
-        value => Ok(value),
+    let plain = !text.trim_start().starts_with(['{', '[', '"', '\'']);
+    match serde_yaml::from_str(text) {
+        Ok(Value::Mapping(_)) | Err(_) if plain => Ok(Value::String(text.to_owned())),
+        value => value,
     }
 }

@@ -99,6 +99,18 @@ pub struct Data {
     pub no_duplicates: bool,
 }
 
+impl Data {
+    /// The prompt that all data sets have alike, where they have one: it can stand for the run.
+    pub fn common_prompt<'a>(&'a self, of: impl Fn(&'a DataSet) -> &'a String) -> Option<&'a str> {
+        let first = of(self.train.first()?);
+        self.train
+            .iter()
+            .all(|set| of(set) == first)
+            .then_some(first.as_str())
+            .filter(|prompt| !prompt.is_empty())
+    }
+}
+
 impl Default for Data {
     fn default() -> Self {
         Self {
@@ -257,7 +269,8 @@ impl Default for Loss {
 pub struct Training {
     /// Times that the rows are gone through. Default: 1.
     pub epochs: u64,
-    /// Optimizer steps at most. Default: null, as many as the epochs have.
+    /// Optimizer steps of the run, whatever `epochs` says: where they are more, the rows are gone through again. Default: null, as many
+    /// as the epochs have.
     pub max_steps: Option<u64>,
     /// Rows per optimizer step, over all ranks. Default: 64.
     pub batch_size: usize,
@@ -315,7 +328,8 @@ impl Default for Training {
 
 impl Training {
     /// The share of the steps in which the rate goes up, where no number of steps is given.
-    const WARMUP_RATIO: f64 = 0.1;
+    /// Of `warmup_ratio`, where nothing is said of a warm-up.
+    pub const WARMUP_RATIO: f64 = 0.1;
 
     /// Steps in which the rate goes up, in a run of `total`: ceil(total · ratio), as transformers counts them.
     pub fn warmup(&self, total: u64) -> u64 {

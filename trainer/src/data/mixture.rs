@@ -47,6 +47,21 @@ struct Lane {
     batches: u64,
 }
 
+/// Names that were made from files may be alike: the second `train` is called `train-2`.
+fn distinct_names(sets: &mut [Set]) {
+    for i in 1..sets.len() {
+        let (before, rest) = sets.split_at_mut(i);
+        let name = &mut rest[0].name;
+        let taken = |name: &str| before.iter().any(|other| other.name == name);
+        let free = |number: usize| Some(format!("{name}-{number}")).filter(|name| !taken(name));
+        if taken(name)
+            && let Some(other) = (2..).find_map(free)
+        {
+            *name = other;
+        }
+    }
+}
+
 /// The rows of one step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Picked {
@@ -68,7 +83,8 @@ impl Mixture {
         let opened: Vec<Result<Set>> =
             config.data.train.par_iter().enumerate().map(|(i, set)| Set::open(config, i, set)).collect();
         // In the order of the configuration, so that the same error comes first every time.
-        let sets: Vec<Set> = opened.into_iter().collect::<Result<_>>()?;
+        let mut sets: Vec<Set> = opened.into_iter().collect::<Result<_>>()?;
+        distinct_names(&mut sets);
         let rows = sets.iter().map(|set| set.rows).sum();
         let batch_size = config.training.batch_size as u64;
         if rows < batch_size {

@@ -49,6 +49,8 @@ pub(super) struct Schema {
     columns: Columns,
     kind: Option<Kind>,
     loss: Option<LossKind>,
+    /// Whether every row must be an answer: a column that may say otherwise is refused.
+    answers: bool,
 }
 
 const QUERY: [&str; 5] = ["query", "anchor", "question", "premise", "sentence1"];
@@ -64,7 +66,12 @@ const TEACHER: [&str; 5] = ["scores", "score", "teacherscores", "labels", "label
 
 impl Schema {
     pub(super) fn new(set: &DataSet) -> Self {
-        Self { columns: set.columns.clone(), kind: set.kind, loss: set.loss }
+        Self { columns: set.columns.clone(), kind: set.kind, loss: set.loss, answers: false }
+    }
+
+    /// For rows of which each is an answer, as a command line names them.
+    pub(super) fn answers(kind: Kind) -> Self {
+        Self { kind: Some(kind), answers: true, ..Self::default() }
     }
 
     /// For the rows after one of this kind: a file has rows of one kind.
@@ -134,7 +141,14 @@ impl Schema {
         let any = |aliases: &[&str]| names.iter().any(|name| aliases.iter().any(|alias| is(name, alias)));
         let column = |aliases: &[&str]| names.iter().find(|name| aliases.iter().any(|alias| is(name, alias)));
         if let Some(kind) = self.kind {
-            return Ok(kind);
+            let scored = any(&FIRST[..3]) && any(&SECOND[..3]);
+            return match column(if scored { &["label", "score"] } else { &["label"] }) {
+                Some(name) if self.answers => Err(format!(
+                    "has a column `{name}` beside two texts, which may say that one does not answer the other\n\
+                     hint: keep the rows that do, without that column"
+                )),
+                _ => Ok(kind),
+            };
         }
         if text.is_some() || label.is_some() {
             return Ok(Kind::Labelled);

@@ -35,6 +35,8 @@ pub struct Set {
     pub rows: u64,
     pub(super) source: Source,
     chosen: Chosen,
+    /// Whether a row's positives and negatives take turns.
+    turns: bool,
     /// With a weight that is not whole an epoch sees a window of the samples; this scatters it over the file.
     window: Option<Permutation>,
     seed: u64,
@@ -106,6 +108,14 @@ impl Set {
                 config.error("data.negatives", format!("expected at least 1 for the loss `{loss}`, found 0"))
             );
         }
+        let none = config.data.negatives == 0 || (kind != Kind::Labelled && !source.negatives());
+        if loss == LossKind::InfoNce && !config.loss.in_batch_negatives && none {
+            let message = format!(
+                "data set {name} has no negatives, and loss.in_batch_negatives is false: its loss would always be 0\n\
+                 hint: `trainer mine` finds some, and data.negatives takes them"
+            );
+            return Err(config.error("loss.in_batch_negatives", message));
+        }
         let dropped = source.dropped();
         if dropped.negatives > 0 {
             let at = source.error(dropped.first, "the first");
@@ -133,6 +143,7 @@ impl Set {
             rows,
             source,
             chosen,
+            turns: config.data.shuffle,
             window,
             seed: config.seed,
             number: index as u64,
@@ -142,8 +153,8 @@ impl Set {
     /// What stands at place `within` of the set's rows in an epoch.
     pub(super) fn example(&self, dataset: u32, epoch: u64, within: u64, negatives: usize) -> Result<Example> {
         let turn = epoch * self.rows + within;
-        // How often this sample was seen before: its positives and negatives take turns.
-        let pass = turn / self.samples;
+        // How often this sample was seen before: its positives and negatives take turns, but not in the order of the file.
+        let pass = if self.turns { turn / self.samples } else { 0 };
         let mut sample = turn % self.samples;
         if let Some(window) = &self.window {
             sample = window.at(sample);

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::pairwise::{Similarity, Triplets};
 use super::retrieval::Retrieval;
-use crate::config::{DataSet, Kind};
+use crate::config::Kind;
 use crate::data::reader::{self, Source};
 use crate::{Error, Result};
 
@@ -79,7 +79,7 @@ fn for_each_id(numbers: HashMap<String, u32>, mut each: impl FnMut(String, u32))
 
 /// A file of pairs as a set of its own: every distinct query is asked, every distinct positive is a document.
 pub(super) fn pairs(path: &Path) -> Result<Retrieval> {
-    let source = rows(path, Kind::Pairs)?;
+    let source = Source::answers(path, Kind::Pairs)?;
     let (mut queries, mut documents) = (Numbered::default(), Numbered::default());
     let mut relevant: Vec<Vec<u32>> = Vec::new();
     for index in 0..source.len() {
@@ -100,7 +100,7 @@ pub(super) fn pairs(path: &Path) -> Result<Retrieval> {
 
 /// A file of triplets; a row with several positives or negatives gives each combination.
 pub(super) fn triplets(path: &Path) -> Result<Triplets> {
-    let source = rows(path, Kind::Triplets)?;
+    let source = Source::answers(path, Kind::Triplets)?;
     let mut set = Triplets::default();
     for index in 0..source.len() {
         let row = source.row(index)?;
@@ -146,10 +146,6 @@ pub(super) fn similarity(path: &Path) -> Result<Similarity> {
         return Err(Error::file(path, "has fewer than two rows: no correlation"));
     }
     Ok(set)
-}
-
-fn rows(path: &Path, kind: Kind) -> Result<Source> {
-    Source::open(&DataSet { path: path.to_owned(), kind: Some(kind), ..DataSet::default() })
 }
 
 /// The first field with one of these names, in any case, `_` and `-` left aside.
@@ -361,6 +357,19 @@ mod tests {
         std::fs::write(&one, [&rows[0], &rows[3]].map(String::as_str).concat()).unwrap();
         let error = pairs(&one).unwrap_err().to_string();
         assert!(error.contains("one.jsonl: has one document only, expected two or more"), "{error}");
+    }
+
+    #[test]
+    fn rows_that_may_be_no_answers_are_refused() {
+        let folder = folder(&[
+            ("label.jsonl", "{\"question\": \"a\", \"answer\": \"b\", \"label\": 0}\n"),
+            ("score.csv", "sentence1,sentence2,score\na,b,0.1\n"),
+        ]);
+        for (name, column) in [("label.jsonl", "label"), ("score.csv", "score")] {
+            let error = pairs(&folder.path().join(name)).unwrap_err().to_string();
+            assert!(error.contains(&format!("has a column `{column}` beside two texts")), "{error}");
+            assert!(error.contains("keep the rows that do"), "{error}");
+        }
     }
 
     #[test]

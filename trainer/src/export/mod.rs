@@ -116,7 +116,7 @@ pub fn adapter(
 
 /// Lets `write` fill a folder under a temporary name, then renames it to `target`.
 fn publish(target: &Path, replace: bool, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    if target.exists() && !replace {
+    if target.exists() && !replace && !crate::draft::is_empty(target) {
         let message =
             "is there already, and nothing is overwritten\nhint: give another folder, or remove this one";
         return Err(Error::file(target, message));
@@ -299,10 +299,10 @@ mod tests {
         let (_keep, source) = source();
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("model");
-        fs::create_dir(&target).unwrap();
+        put_text(&target, "a file").unwrap();
         let error = model(&target, false, &source, &about(), vec![]).unwrap_err().to_string();
         assert!(error.contains("is there already"), "{error}");
-        fs::remove_dir(&target).unwrap();
+        fs::remove_file(&target).unwrap();
         let failed = publish(&target, false, |draft| {
             put_text(&draft.join("a"), "b")?;
             Err(Error::file(draft, "no space left"))

@@ -64,10 +64,9 @@ fn about(model: &Model, trained: &Trained) -> About {
         pooling: model.pooling(),
         normalize: model.normalize(),
         max_length: length(section.max_query_length).max(length(section.max_document_length)),
-        query_prompt: common(&data.train, |set| &set.query_prompt)
-            .unwrap_or(folder.query_prompt())
-            .to_owned(),
-        document_prompt: common(&data.train, |set| &set.document_prompt)
+        query_prompt: data.common_prompt(|set| &set.query_prompt).unwrap_or(folder.query_prompt()).to_owned(),
+        document_prompt: data
+            .common_prompt(|set| &set.document_prompt)
             .unwrap_or(folder.document_prompt())
             .to_owned(),
         scores: scores(trained),
@@ -76,12 +75,6 @@ fn about(model: &Model, trained: &Trained) -> About {
         loss: trained.config.loss.kind.to_string(),
         config: trained.config.to_yaml().unwrap_or_default(),
     }
-}
-
-/// What all data sets have alike; one prompt cannot stand for several.
-fn common<'a>(sets: &'a [DataSet], of: impl Fn(&'a DataSet) -> &'a String) -> Option<&'a str> {
-    let first = of(sets.first()?);
-    sets.iter().all(|set| of(set) == first).then_some(first)
 }
 
 fn scores(trained: &Trained) -> Vec<(String, Option<f64>, Option<f64>)> {
@@ -144,14 +137,18 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::config::Data;
 
     #[test]
     fn a_prompt_is_written_only_if_all_data_have_it() {
-        let sets = ["query: ", "query: ", ""]
-            .map(|prompt| DataSet { query_prompt: prompt.into(), ..DataSet::default() });
-        let prompt = |sets| common(sets, |set: &DataSet| &set.query_prompt);
-        assert_eq!(prompt(&sets[..2]), Some("query: "));
-        assert_eq!(prompt(&sets), None);
+        let prompt = |prompts: &[&str]| {
+            let set = |prompt: &&str| DataSet { query_prompt: (*prompt).into(), ..DataSet::default() };
+            let data = Data { train: prompts.iter().map(set).collect(), ..Data::default() };
+            data.common_prompt(|set| &set.query_prompt).map(str::to_owned)
+        };
+        assert_eq!(prompt(&["query: ", "query: "]).as_deref(), Some("query: "));
+        assert_eq!(prompt(&["query: ", "query: ", ""]), None);
+        assert_eq!(prompt(&[""]), None, "the folder's stays");
         assert_eq!(prompt(&[]), None);
     }
 

@@ -42,11 +42,13 @@ pub struct Losses {
     pub kl: Kl,
     /// Whether shorter embeddings are judged too.
     pub matryoshka: Option<Matryoshka>,
+    /// Whether embeddings come with length 1. InfoNCE compares cosines, whatever the model returns.
+    pub unit: bool,
 }
 
 impl Losses {
-    /// As the configuration has them.
-    pub fn new(loss: &config::Loss) -> Self {
+    /// As the configuration has them, for embeddings that come with length 1 or not (`unit`).
+    pub fn new(loss: &config::Loss, unit: bool) -> Self {
         Self {
             info_nce: InfoNce {
                 temperature: loss.temperature,
@@ -59,6 +61,7 @@ impl Losses {
             margin_mse: MarginMse,
             kl: Kl { temperature: loss.temperature, teacher_temperature: loss.teacher_temperature },
             matryoshka: loss.matryoshka.as_ref().map(|matryoshka| Matryoshka { dims: matryoshka.pairs() }),
+            unit,
         }
     }
 
@@ -91,7 +94,14 @@ impl Losses {
             let mine = place(rows.start)..place(rows.end);
             let (of_rows, d) = match table.loss {
                 _ if mine.is_empty() => continue,
-                LossKind::InfoNce => self.info_nce.evaluate(embeddings, table, mine.clone(), share)?,
+                LossKind::InfoNce if self.unit => {
+                    self.info_nce.evaluate(embeddings, table, mine.clone(), share)?
+                }
+                LossKind::InfoNce => {
+                    let (e, lengths) = unit::forward(embeddings)?; // (N, D), (N, 1)
+                    let (of_rows, d) = self.info_nce.evaluate(&e, table, mine.clone(), share)?;
+                    (of_rows, unit::backward(&d, &e, &lengths)?)
+                }
                 LossKind::Triplet => self.triplet.evaluate(embeddings, table, mine.clone(), share)?,
                 LossKind::CoSent => self.cosent.evaluate(embeddings, table, mine.clone(), share)?,
                 LossKind::MarginMse => self.margin_mse.evaluate(embeddings, table, mine.clone(), share)?,
@@ -112,7 +122,7 @@ impl Losses {
 /// Those of the defaults of a configuration.
 impl Default for Losses {
     fn default() -> Self {
-        Self::new(&config::Loss::default())
+        Self::new(&config::Loss::default(), true)
     }
 }
 

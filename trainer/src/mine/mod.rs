@@ -85,7 +85,7 @@ impl Mine {
         let documents = embed(&inputs.documents, "documents", Role::Document, &work, world, &mut encode)?;
 
         let count = inputs.queries.len();
-        let k = range_max + inputs.most;
+        let k = range_max.saturating_add(inputs.most).min(inputs.documents.len());
         let block = count.div_ceil(16).clamp(256, BLOCK).min((KEPT / (2 * k)).max(1));
         let blocks = count.div_ceil(block);
         let range = |number: usize| number * block..count.min((number + 1) * block);

@@ -203,12 +203,13 @@ impl Sample<'_> {
             Some(encode) => self.dense(encode)?,
             None => vec![Vec::new(); self.queries.len()],
         };
+        let most = self.most();
         let (mut taken, mut positives) = (BTreeSet::new(), BTreeSet::new());
         for (query, dense) in self.queries.iter().zip(dense) {
             let own: HashSet<u32> = query.relevant.iter().map(|(number, ..)| *number).collect();
             positives.extend(own.iter().copied());
-            let words = self.words.best(&query.text, self.nano.negatives + own.len())?;
-            let (found, of_words) = in_turn(&words, &dense, &own, self.nano.negatives);
+            let words = self.words.best(&query.text, most + own.len())?;
+            let (found, of_words) = in_turn(&words, &dense, &own, most);
             counts.bm25 += of_words;
             counts.dense += found.len() - of_words;
             taken.extend(found);
@@ -255,6 +256,11 @@ impl Sample<'_> {
         Ok(counts)
     }
 
+    /// Negatives a query at most.
+    fn most(&self) -> usize {
+        self.nano.negatives.min(self.documents)
+    }
+
     /// For each query the documents that the model finds, best first; its answers may be among them.
     fn dense(&self, encode: &mut Encode<'_>) -> Result<Vec<Vec<u32>>> {
         let texts: Vec<String> = self.queries.iter().map(|query| query.text.clone()).collect();
@@ -262,7 +268,7 @@ impl Sample<'_> {
         let width = queries.dim(1)?;
         let queries = queries.flatten_all()?.to_vec1::<f32>()?;
         let answers = self.queries.iter().map(|query| query.relevant.len()).max().unwrap_or(0);
-        let mut best = TopK::new(self.queries.len(), self.nano.negatives + answers);
+        let mut best = TopK::new(self.queries.len(), self.most() + answers);
         let mut progress = Progress::new("embedding documents", self.documents as u64, 0);
         let (mut portion, mut numbers, mut number) = (Vec::new(), Vec::new(), 0u32);
         let mut embed = |portion: &mut Vec<String>, numbers: &mut Vec<u32>| -> Result<()> {

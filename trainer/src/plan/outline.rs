@@ -80,7 +80,7 @@ fn planned(config: &Config) -> Option<(u64, u64)> {
         Batching::PerDataset => rows.iter().map(|rows| rows.div_ceil(batch)).sum(),
     };
     let steps = batches * config.training.epochs;
-    Some((all, config.training.max_steps.map_or(steps, |max| max.min(steps))))
+    Some((all, config.training.max_steps.unwrap_or(steps)))
 }
 
 impl fmt::Display for Outline<'_> {

@@ -55,6 +55,18 @@ fn without_shuffling_rows_come_in_file_order() {
 }
 
 #[test]
+fn data_sets_of_one_file_name_are_told_apart() {
+    let mut files = files(&[4, 4, 4, 4]);
+    let path = files.config.data.train[1].path.clone();
+    files.config.data.train[2].path.clone_from(&path);
+    files.config.data.train[3].path = path;
+    files.config.data.train[0].name = "set1-2".to_owned();
+    let mixture = open(&files);
+    let names: Vec<&str> = mixture.sets().iter().map(|set| set.name.as_str()).collect();
+    assert_eq!(names, ["set1-2", "set1", "set1-3", "set1-4"]);
+}
+
+#[test]
 fn every_row_comes_once_an_epoch_in_another_order_each() {
     for seed in 0..20 {
         for batching in [Batching::Mixed, Batching::PerDataset] {
@@ -268,17 +280,22 @@ fn weights_repeat_rows_or_take_a_part_of_them() {
 #[test]
 fn positives_and_negatives_take_turns() {
     let mut files = files(&[4]);
-    files.config.data.shuffle = false;
     files.config.data.negatives = 2;
-    let mixture = open(&files);
-    let mut walk = mixture.walk(&Cursor::default()).unwrap();
-    for (positive, negatives) in [("p", ["x", "y"]), ("r", ["z", "x"]), ("p", ["y", "z"]), ("r", ["x", "y"])]
-    {
-        let picked = walk.step().unwrap();
-        let example = &picked.examples[1];
+    let second = |mixture: &Mixture| -> Vec<Example> {
+        let mut walk = mixture.walk(&Cursor::default()).unwrap();
+        let row = |picked: Picked| picked.examples.into_iter().find(|example| example.row.row == 1).unwrap();
+        (0..4).map(|_| row(walk.step().unwrap())).collect()
+    };
+    let turns = [("p", ["x", "y"]), ("r", ["z", "x"]), ("p", ["y", "z"]), ("r", ["x", "y"])];
+    for (example, (positive, negatives)) in second(&open(&files)).into_iter().zip(turns) {
         assert_eq!(example.known, ["p0.1", "r0.1"]);
         assert_eq!(example.known[example.positive], format!("{positive}0.1"));
         assert_eq!(example.negatives, negatives.map(|n| format!("{n}0.1")));
+    }
+    // In the order of the file every epoch is alike.
+    files.config.data.shuffle = false;
+    for example in second(&open(&files)) {
+        assert_eq!((example.positive, example.negatives), (0, vec!["x0.1".to_owned(), "y0.1".to_owned()]));
     }
     files.config.data.negatives = 5;
     let picked = open(&files).walk(&Cursor::default()).unwrap().step().unwrap();
@@ -454,7 +471,6 @@ fn a_teachers_scores_turn_with_their_negatives() {
     let row =
         "{\"query\":\"q\",\"positive\":\"p\",\"negatives\":[\"x1\",\"x2\",\"x3\"],\"scores\":[9,1,2,3]}\n";
     files.add(&row.repeat(4)).loss = Some(LossKind::Kl);
-    files.config.data.shuffle = false;
     files.config.data.negatives = 2;
     let mixture = open(&files);
     let mut walk = mixture.walk(&Cursor::default()).unwrap();
