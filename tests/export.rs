@@ -1,10 +1,11 @@
 //! What is written opens again and embeds alike.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use serde_json::{Map, Value};
-use tests::{FAMILIES, copy};
+use serde_json::{Map, Value, json};
+use tests::{FAMILIES, copy, program, stderr, write_config};
 use trainer::config::Config;
 use trainer::embed::{Opened, Role};
 use trainer::export::{self, Trained};
@@ -31,11 +32,11 @@ fn adapter(name: &str) -> tempfile::TempDir {
     let place = tempfile::tempdir().unwrap();
     copy(&golden(name), place.path());
     copy(&golden(name).join("adapter"), place.path());
-    std::fs::remove_file(place.path().join("model.safetensors")).unwrap();
+    fs::remove_file(place.path().join("model.safetensors")).unwrap();
     let path = place.path().join("adapter_config.json");
-    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     config["base_model_name_or_path"] = golden(name).to_str().unwrap().into();
-    std::fs::write(&path, config.to_string()).unwrap();
+    fs::write(&path, config.to_string()).unwrap();
     place
 }
 
@@ -92,10 +93,10 @@ fn what_is_written_opened_and_written_again_has_the_same_bits() {
         let (one, two) = (place.path().join("one"), place.path().join("two"));
         write(&golden(name), false, &one);
         write(&one, false, &two);
-        let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+        let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
         assert!(weights(&one) == weights(&two), "{name}: other weights");
         for file in ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"] {
-            let text = |folder: &Path| std::fs::read_to_string(folder.join(file)).unwrap();
+            let text = |folder: &Path| fs::read_to_string(folder.join(file)).unwrap();
             assert_eq!(text(&one), text(&two), "{name}: {file}");
         }
     }
@@ -109,7 +110,7 @@ fn text_embeddings_inference_reads_what_is_written() {
         let target = place.path().join("model");
         write(&golden(name), false, &target);
         let read = |file: &str| -> Value {
-            let text = std::fs::read(target.join(file)).unwrap_or_else(|_| panic!("{name} has no {file}"));
+            let text = fs::read(target.join(file)).unwrap_or_else(|_| panic!("{name} has no {file}"));
             serde_json::from_slice(&text).unwrap()
         };
         let config = read("config.json");
@@ -151,4 +152,35 @@ fn text_embeddings_inference_reads_what_is_written() {
             }
         }
     }
+}
+
+#[test]
+fn a_configuration_alone_is_a_model_whose_weights_are_drawn() {
+    let place = tempfile::tempdir().unwrap();
+    let shape = place.path().join("shape");
+    fs::create_dir(&shape).unwrap();
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(golden("bert").join("config.json")).unwrap()).unwrap();
+    config["vocab_size"] = json!(300);
+    fs::write(shape.join("config.json"), config.to_string()).unwrap();
+    let mut run = tests::config(&shape, &golden("bert").join("rows.jsonl"), &place.path().join("out"));
+    run["model"]["init"] = json!("random");
+    run["training"]["max_steps"] = json!(2);
+    let output = program("trainer").arg("train").arg(write_config(place.path(), &run)).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    // What is written is whole: its tokenizer makes a token of every byte.
+    let texts = place.path().join("texts.txt");
+    fs::write(&texts, "one\ntwo\n").unwrap();
+    let npy = place.path().join("new/x.npy");
+    let output = program("trainer")
+        .args(["encode", "--model"])
+        .arg(place.path().join("out/model"))
+        .arg("--input")
+        .arg(&texts)
+        .arg("--output")
+        .arg(&npy)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(npy.exists());
 }

@@ -40,7 +40,7 @@ impl Opened {
     /// tokens than the model.
     pub fn open(id_or_path: &str, options: &Options) -> Result<Self> {
         let folder = Folder::open(&hub::resolve_for(id_or_path, options.model.init)?)?;
-        let tokenizer = Tokenizer::open(&folder.path, folder.lower_case)?;
+        let tokenizer = Tokenizer::open_for(&folder.path, folder.lower_case, options.model.init)?;
         let model = Model::open(folder, options)?;
         if tokenizer.vocabulary() > model.vocabulary() {
             let (tokens, rows) = (tokenizer.vocabulary(), model.vocabulary());

@@ -108,7 +108,7 @@ impl Plan {
         device::current()?;
         inputs(&config)?;
         let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
-        let tokenizer = Tokenizer::open(&folder.path, folder.lower_case)?;
+        let tokenizer = Tokenizer::open_for(&folder.path, folder.lower_case, config.model.init)?;
         // Only shapes are looked at here: the weights are read once, when the run starts.
         let model = Model::open(folder.clone(), &Options { dry: true, ..options(&config) })?;
         if tokenizer.vocabulary() > model.vocabulary() {
@@ -240,7 +240,9 @@ impl Plan {
             lora.path = None;
         }
         let path = self.folder.path.join("tokenizer.json");
-        let tokenizer = fs::read(&path).map_err(Error::io("read", path))?;
+        // Without one a token is a byte.
+        let tokenizer =
+            if path.exists() { fs::read(&path).map_err(Error::io("read", path))? } else { Vec::new() };
         Ok((config, xxh3_64(&tokenizer)))
     }
 

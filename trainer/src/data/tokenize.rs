@@ -12,11 +12,13 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokenizers::normalizers::{Lowercase, NormalizerWrapper, Sequence as Normalizers};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{PostProcessor, TruncationDirection};
 
 use super::batch::Sequence;
+use crate::config::Init;
 use crate::{Error, Result};
 
 /// What a folder may have of its tokenizer beside tokenizer_config.json.
@@ -65,9 +67,25 @@ impl Tokenizer {
         if !path.is_file() {
             return Err(missing(folder));
         }
+        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        Self::new(path, &text, &settings(&folder.join("tokenizer_config.json"))?, lower_case)
+    }
+
+    /// As [`Self::open`]; but where weights are drawn from a seed, a folder needs no tokenizer: a token is a byte then.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_for(folder: &Path, lower_case: bool, init: Init) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if init == Init::Random && !path.exists() {
+            return Self::new(path, of_bytes().as_bytes(), &Value::Null, lower_case);
+        }
+        Self::open(folder, lower_case)
+    }
+
+    fn new(path: PathBuf, text: &[u8], settings: &Value, lower_case: bool) -> Result<Self> {
         let wrong = |e: tokenizers::Error| Error::file(&path, format!("this is not a tokenizer: {e}"));
-        let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(wrong)?;
-        let settings = settings(&folder.join("tokenizer_config.json"))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(wrong)?;
         let mut cut = inner.get_truncation().map_or(TruncationDirection::Right, |cut| cut.direction);
         match settings.get("truncation_side").and_then(Value::as_str) {
             Some("left") => cut = TruncationDirection::Left,
@@ -86,7 +104,7 @@ impl Tokenizer {
             .filter(|(_, token)| token.special)
             .map(|(id, _)| *id)
             .collect();
-        let end = end(&inner, &settings).map_err(wrong)?;
+        let end = end(&inner, settings).map_err(wrong)?;
         let added =
             inner.get_post_processor().map_or(0, |p| p.added_tokens(false)) + usize::from(end.is_some());
         Ok(Self { inner, path, vocabulary, special, added, end, cut })
@@ -195,6 +213,21 @@ fn end(tokenizer: &tokenizers::Tokenizer, settings: &Value) -> tokenizers::Resul
     let id = tokenizer.token_to_id(token);
     let last = tokenizer.encode_fast("", true)?.get_ids().last().copied();
     Ok(id.filter(|_| last != id))
+}
+
+/// The text of a `tokenizer.json` that makes a token of every byte.
+pub fn of_bytes() -> String {
+    let bytes: BTreeSet<char> = ByteLevel::alphabet().into_iter().collect();
+    let vocabulary: Map<String, Value> =
+        bytes.iter().enumerate().map(|(id, byte)| (byte.to_string(), id.into())).collect();
+    json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    })
+    .to_string()
 }
 
 /// The text of a folder's `tokenizer.json`, changed so that it appends the end token by itself; none where it need not be.

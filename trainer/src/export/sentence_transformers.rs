@@ -51,6 +51,9 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
             std::fs::copy(&from, folder.join(name)).map_err(Error::io("copy", from))?;
         }
     }
+    if !source.path.join("tokenizer.json").exists() {
+        put_text(&folder.join("tokenizer.json"), &tokenize::of_bytes())?;
+    }
     if let Some(text) = tokenize::appending(&source.path)? {
         put_text(&folder.join("tokenizer.json"), &text)?;
     }

@@ -113,6 +113,17 @@ fn a_length_without_room_for_text_is_an_error() {
 }
 
 #[test]
+fn weights_that_are_drawn_need_no_tokenizer() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(Tokenizer::open_for(folder.path(), false, Init::Pretrained).is_err());
+    let tokenizer = Tokenizer::open_for(folder.path(), false, Init::Random).unwrap();
+    assert_eq!(tokenizer.vocabulary(), 256);
+    let (two, three) = (ids(&tokenizer, "ab"), ids(&tokenizer, "aé"));
+    assert_eq!((two.len(), three.len(), two[0]), (2, 3, three[0]), "a token is a byte");
+    assert_eq!(tokenizer.encode(&["abc"], "q ", 4, true).unwrap()[0].ids.len(), 4);
+}
+
+#[test]
 fn the_settings_beside_it_may_ask_for_lower_case() {
     let ids = |normalizer: &str, lower_case: bool| {
         ids(&Tokenizer::open(folder(BERT, normalizer, &[]).path(), lower_case).unwrap(), "The cat")
