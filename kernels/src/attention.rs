@@ -14,6 +14,7 @@
 #[cfg(any(test, gpu))]
 pub(crate) mod gpu;
 mod head;
+mod scores;
 
 use crate::rows::add;
 use crate::tensor::{expect_shape, matrix, read, tensor};
