@@ -71,7 +71,7 @@ pub fn encode(
 }
 
 impl Encoded {
-    /// Second pass: d(embeddings) (N, D) → the gradients of everything trained. Chunks run from the last to the first whatever
+    /// Second pass: d(embeddings) (N, D) → the gradients of everything trained. Chunks run in the order of the first pass whatever
     /// was kept, so that the order of every sum, and with it every bit, is the same with any amount of memory.
     pub fn backward(self, model: &Model, d: &Tensor, gradients: &Gradients) -> Result<()> {
         if self.chunks.is_empty() {
@@ -83,11 +83,10 @@ impl Encoded {
             Some((up, _)) => in_chunks.broadcast_mul(up)?,
             None => in_chunks,
         };
-        let mut end = self.order.elem_count();
-        for (chunk, tape) in self.chunks.into_iter().rev() {
-            let start = end - chunk.members.len();
+        let mut start = 0;
+        for (chunk, tape) in self.chunks {
             let de = in_chunks.narrow(0, start, chunk.members.len())?;
-            end = start;
+            start += chunk.members.len();
             let tape = match tape {
                 Some(tape) => tape,
                 None => model.record(&chunk, self.noise)?,
@@ -135,13 +134,14 @@ fn scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((powers.index_select(&mirrored, 0)?, powers.index_select(&place, 0)?))
 }
 
-/// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. The last chunks
-/// keep something first, because they are the first to run backward, and inputs come first, because they spare most a byte.
+/// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. The first chunks
+/// keep something first: they run backward first, and have the longest texts, whose attention costs most to compute again. Inputs come
+/// first, because they spare most a byte.
 fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, inputs: usize, whole: usize) -> Vec<Keep> {
     let mut keeps = vec![Keep::Nothing; cuts.len()];
     let mut left = bytes;
     for (keep, price) in [(Keep::Inputs, inputs), (Keep::Whole, whole - inputs)] {
-        for (n, cut) in cuts.iter().enumerate().rev() {
+        for (n, cut) in cuts.iter().enumerate() {
             let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
             match left.checked_sub((tokens * price) as u64) {
                 Some(rest) => left = rest,
@@ -180,17 +180,17 @@ mod tests {
     }
 
     #[test]
-    fn the_last_chunks_keep_their_tapes_as_long_as_they_fit() {
+    fn the_first_chunks_keep_their_tapes_as_long_as_they_fit() {
         use Keep::{Inputs, Nothing, Whole};
         let sequences: Vec<Sequence> =
             [4, 3, 2, 1].iter().map(|&n| Sequence { ids: vec![0; n], skip: 0 }).collect();
         let cuts = [vec![0], vec![1], vec![2, 3]]; // of 4, 3 and 3 tokens
         let keeps = |bytes| super::share(&cuts, &sequences, bytes, 10, 15);
-        assert_eq!(keeps(29), [Nothing; 3]);
-        assert_eq!(keeps(30), [Nothing, Nothing, Inputs]);
-        assert_eq!(keeps(99), [Nothing, Inputs, Inputs]);
-        assert_eq!(keeps(114), [Inputs; 3]);
-        assert_eq!(keeps(115), [Inputs, Inputs, Whole]);
+        assert_eq!(keeps(39), [Nothing; 3]);
+        assert_eq!(keeps(40), [Inputs, Nothing, Nothing]);
+        assert_eq!(keeps(99), [Inputs, Inputs, Nothing]);
+        assert_eq!(keeps(119), [Inputs; 3]);
+        assert_eq!(keeps(120), [Whole, Inputs, Inputs]);
         assert_eq!(keeps(150), [Whole; 3]);
     }
 }
