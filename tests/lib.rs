@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -92,6 +93,13 @@ pub fn program(name: &str) -> Command {
         let test = std::env::current_exe().unwrap();
         let folder = test.ancestors().nth(2).unwrap().to_owned();
         let mut build = Command::new(env!("CARGO"));
+        // What cargo tells a test of its package: `ring` would be built anew for it, and half a minute of what needs it.
+        let of_package = |(name, _): &(OsString, _)| {
+            ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| name.to_string_lossy().starts_with(prefix))
+        };
+        for (name, _) in std::env::vars_os().filter(of_package) {
+            build.env_remove(name);
+        }
         build.args(["build", "--quiet", "--locked", "--workspace", "--bins"]);
         if folder.ends_with("release") {
             build.arg("--release");
