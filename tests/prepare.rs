@@ -1,6 +1,7 @@
 //! Data are prepared by `trainer split`, `mine` and `nano`, as their users meet them.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::thread::sleep;
@@ -210,6 +211,31 @@ fn a_nano_set_is_opened_by_evaluate() {
         let score = scores[format!("{name}_cosine_ndcg@10")].as_f64().unwrap();
         assert!((0.0..=1.0).contains(&score), "{scores}");
     }
+}
+
+#[test]
+fn a_nano_set_that_is_stopped_leaves_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    beir(&place.path().join("large"));
+    let document = |i| format!("{}\n", json!({"_id": format!("more{i}"), "text": format!("radon: {i}")}));
+    let corpus = place.path().join("large/corpus.jsonl");
+    let answers = fs::read_to_string(&corpus).unwrap();
+    fs::write(&corpus, answers + &(0..24_000).map(document).collect::<String>()).unwrap();
+    let mut command = program("trainer");
+    command.args(["nano", "--set", "large", "--output", "small", "--model"]).arg(golden("bert"));
+    let mut child = command.current_dir(place.path()).spawn().unwrap();
+    let names = || {
+        let entries = fs::read_dir(place.path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
+    };
+    let began = Instant::now();
+    while !names().iter().any(|name| place.path().join(name).join("words").is_dir()) {
+        assert!(began.elapsed() < Duration::from_secs(240), "nothing was begun");
+        sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().signal(), Some(15));
+    assert_eq!(names(), ["large"]);
 }
 
 #[test]

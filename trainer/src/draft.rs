@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use crate::signals::Begun;
 use crate::{Error, Result};
 
-/// A folder that is being written. Dropped before it is finished, it leaves nothing.
+/// A folder that is being written. Dropped or stopped before it is finished, it leaves nothing.
 #[derive(Debug)]
 pub(crate) struct Draft {
     target: PathBuf,
     place: TempDir,
+    _begun: Begun,
 }
 
 impl Draft {
@@ -33,7 +35,8 @@ impl Draft {
             target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         let place = tempfile::Builder::new().prefix(".draft-").tempdir_in(parent);
-        let draft = Self { target: target.to_owned(), place: place.map_err(Error::io("write to", parent))? };
+        let place = place.map_err(Error::io("write to", parent))?;
+        let draft = Self { target: target.to_owned(), _begun: Begun::new(place.path())?, place };
         fs::create_dir(draft.folder()).map_err(Error::io("create", draft.folder()))?;
         Ok(draft)
     }

@@ -2,7 +2,8 @@
 //! standard error is no terminal.
 
 use std::collections::VecDeque;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Read};
+use std::path::Path;
 use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
@@ -52,7 +53,7 @@ impl Progress {
             bar.set_style(style.progress_chars("━╸─"));
         }
         let quiet = QUIET.lock().is_ok_and(|quiet| *quiet);
-        let lines = !quiet && !std::io::stderr().is_terminal();
+        let lines = !quiet && !io::stderr().is_terminal();
         let now = Instant::now();
         Self { bar, lines, begun: (now, done), last: now, ended: false, recent: VecDeque::new() }
     }
@@ -110,5 +111,98 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// Work that is mostly done before anybody wonders: it shows itself when that takes longer.
+#[derive(Debug)]
+pub struct Patient {
+    what: String,
+    total: u64,
+    done: u64,
+    last: Instant,
+    shown: Option<Progress>,
+}
+
+/// How long it does not.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two changes of what is shown: rows go by faster than numbers can be written.
+const BLINK: Duration = Duration::from_millis(100);
+
+impl Patient {
+    /// Work of `total` pieces, called `what`.
+    pub fn new(what: String, total: u64) -> Self {
+        Self { what, total, done: 0, last: Instant::now(), shown: None }
+    }
+
+    /// `done` more pieces are done.
+    pub fn advance(&mut self, done: u64) {
+        self.done += done;
+        if self.last.elapsed() < if self.shown.is_some() { BLINK } else { PATIENCE } {
+            return;
+        }
+        self.last = Instant::now();
+        match &mut self.shown {
+            Some(progress) => progress.advance(self.done - progress.position()),
+            None => self.shown = Some(Progress::new(&self.what, self.total, self.done)),
+        }
+    }
+}
+
+/// A file that is read from its beginning to its end, and how much of it was.
+#[derive(Debug)]
+pub struct Watched<R> {
+    inner: R,
+    bytes: u64,
+    progress: Patient,
+}
+
+const MB: u64 = 1_000_000;
+
+impl<R: Read> Watched<R> {
+    /// `verb` says what is done with the `bytes` of the file at `path`.
+    pub fn new(inner: R, verb: &str, path: &Path, bytes: u64) -> Self {
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+        Self { inner, bytes: 0, progress: Patient::new(format!("{verb} {name}, MB"), bytes / MB) }
+    }
+}
+
+impl<R: Read> Read for Watched<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        let before = self.bytes / MB;
+        self.bytes += count as u64;
+        self.progress.advance(self.bytes / MB - before);
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patient_progress_shows_itself_once_it_takes_long_with_what_is_done_by_then() {
+        let mut progress = Patient::new("rows".to_owned(), 10);
+        progress.advance(3);
+        assert!(progress.shown.is_none());
+        let later = |progress: &mut Patient, done| {
+            progress.last -= PATIENCE;
+            progress.advance(done);
+            progress.shown.as_ref().map(Progress::position)
+        };
+        assert_eq!(later(&mut progress, 2), Some(5));
+        assert_eq!(later(&mut progress, 4), Some(9));
+    }
+
+    #[test]
+    fn watched_bytes_are_those_of_the_file() {
+        let text = vec![7u8; 2_500_000];
+        let mut file = Watched::new(&text[..], "reading", Path::new("a/b.jsonl"), text.len() as u64);
+        let mut read = Vec::new();
+        file.read_to_end(&mut read).unwrap();
+        assert_eq!(read, text);
+        assert_eq!((file.progress.done, file.progress.total), (2, 2));
+        assert_eq!(file.progress.what, "reading b.jsonl, MB");
     }
 }

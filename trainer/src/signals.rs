@@ -1,9 +1,13 @@
-//! TERM, INT and USR1 ask a run to stop: it finishes the step, writes a checkpoint and ends.
+//! TERM, INT and USR1 ask a run to stop: it finishes the step, writes a checkpoint and ends. Other work ends at once, and takes what
+//! it had begun with it.
 
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::{fs, thread};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::low_level::emulate_default_handler;
 
 use crate::{Error, Result};
 
@@ -28,6 +32,44 @@ impl Signals {
         match self.0.load(Ordering::Relaxed) {
             0 => None,
             signal => i32::try_from(signal).ok(),
+        }
+    }
+}
+
+/// A folder that TERM and INT remove before they end the program.
+#[derive(Debug)]
+pub(crate) struct Begun(PathBuf);
+
+/// All of them; none where nobody listens yet.
+static BEGUN: Mutex<Option<Vec<PathBuf>>> = Mutex::new(None);
+
+impl Begun {
+    pub(crate) fn new(folder: &Path) -> Result<Self> {
+        let mut begun = BEGUN.lock().unwrap_or_else(PoisonError::into_inner);
+        if begun.is_none() {
+            let listen = Error::io("listen to signals of", "this process");
+            let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(listen)?;
+            thread::spawn(move || {
+                for signal in signals.forever() {
+                    let begun = BEGUN.lock().unwrap_or_else(PoisonError::into_inner);
+                    for folder in begun.iter().flatten() {
+                        // Elsewhere first: nothing more is written there. Who notices waits for the lock until the program ends.
+                        let gone = folder.with_extension("gone");
+                        let _ = fs::rename(folder, &gone).and_then(|()| fs::remove_dir_all(&gone));
+                    }
+                    let _ = emulate_default_handler(signal);
+                }
+            });
+        }
+        begun.get_or_insert_default().push(folder.to_owned());
+        Ok(Self(folder.to_owned()))
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        if let Some(begun) = &mut *BEGUN.lock().unwrap_or_else(PoisonError::into_inner) {
+            begun.retain(|folder| *folder != self.0);
         }
     }
 }

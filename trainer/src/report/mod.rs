@@ -101,6 +101,7 @@ fn describe(output: &Path) -> Result<Value> {
         },
         "totals": {
             "steps": last.unwrap_or(0),
+            "logged": history.steps.len(),
             "tokens": sum("tokens"),
             "seconds": sum("seconds"),
         },

@@ -60,8 +60,8 @@ function summary() {
     const tiles = [tile(name("steps"), run.totals.steps.toLocaleString("en"))];
     if (loss.length > 0) tiles.push(tile(name("loss"), shown(loss[loss.length - 1]), `from ${shown(loss[0])}`));
     if (!several) {
-      const { tokens, seconds } = run.totals;
-      tiles.push(tile("tokens", counted(tokens)));
+      const { steps, logged, tokens, seconds } = run.totals;
+      tiles.push(tile("tokens", counted(tokens), logged < steps ? `in the ${logged} steps that were logged` : ""));
       if (seconds > 0) tiles.push(tile("time in steps", duration(seconds), `${counted(Math.round(tokens / seconds))} tokens/s`));
     }
     document.getElementById("summary").append(...tiles);

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::parquet;
+use crate::progress::Watched;
 use crate::{Error, Result, pulse};
 
 /// How a file's text is cut into rows.
@@ -65,10 +66,12 @@ impl DataFile {
         }
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("gz" | "GZ") => {
-                file = unpack(path, flate2::read::MultiGzDecoder::new(BufReader::new(file)))?
+                let packed = Watched::new(file, "unpacking", path, metadata.len());
+                file = unpack(path, flate2::read::MultiGzDecoder::new(BufReader::new(packed)))?;
             }
             Some("zst" | "ZST") => {
-                let packed = zstd::Decoder::new(file).map_err(Error::io("unpack", path))?;
+                let packed = Watched::new(file, "unpacking", path, metadata.len());
+                let packed = zstd::Decoder::new(packed).map_err(Error::io("unpack", path))?;
                 file = unpack(path, packed)?;
             }
             _ => {}
@@ -87,7 +90,8 @@ impl DataFile {
 
     /// The text from its beginning.
     pub(super) fn stream(&self) -> impl std::io::BufRead + '_ {
-        BufReader::with_capacity(BUFFER, At { file: &self.file, offset: 0 })
+        let text = At { file: &self.file, offset: 0 };
+        BufReader::with_capacity(BUFFER, Watched::new(text, "reading", &self.path, self.len))
     }
 
     /// Some of the text.

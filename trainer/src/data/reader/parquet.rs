@@ -15,6 +15,7 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
+use crate::progress::Patient;
 use crate::{Error, Result, pulse};
 
 /// Writes the rows of a file into a temporary one, a line each; values that are neither text, number, truth nor a list of these
@@ -30,6 +31,9 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
     let projection = Type::group_type_builder(schema.name()).with_fields(fields).build().map_err(wrong)?;
     let plain = tempfile::tempfile().map_err(Error::io("unpack", path))?;
     let mut lines = BufWriter::with_capacity(1 << 20, plain);
+    let rows = u64::try_from(reader.metadata().file_metadata().num_rows()).unwrap_or_default();
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    let mut progress = Patient::new(format!("unpacking {name}"), rows);
     for (number, row) in reader.get_row_iter(Some(projection)).map_err(wrong)?.enumerate() {
         let row = row.map_err(|error| Error::Row {
             path: path.to_owned(),
@@ -40,6 +44,7 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
             .map_err(std::io::Error::from)
             .and_then(|()| lines.write_all(b"\n"))
             .map_err(Error::io("unpack", path))?;
+        progress.advance(1);
         pulse::beat();
     }
     lines.into_inner().map_err(|error| Error::io("unpack", path)(error.into_error()))
