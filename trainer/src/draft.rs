@@ -55,8 +55,11 @@ impl Draft {
     /// A file of the folder.
     pub(crate) fn file(&self, name: &str) -> Result<Lines> {
         let path = self.folder().join(name);
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        // Not `create_dir_all`: it would bring back a draft that a signal has taken away.
+        if let Some(parent) = path.parent()
+            && !parent.is_dir()
+        {
+            fs::create_dir(parent).map_err(Error::io("create", parent))?;
         }
         let file = File::create(&path).map_err(Error::io("create", &path))?;
         Ok(Lines { file: BufWriter::new(file), path })

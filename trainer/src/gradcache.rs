@@ -134,20 +134,19 @@ fn scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((powers.index_select(&mirrored, 0)?, powers.index_select(&place, 0)?))
 }
 
-/// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. The first chunks
-/// keep something first: they run backward first, and have the longest texts, whose attention costs most to compute again. Inputs come
-/// first, because they spare most a byte.
+/// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. Inputs come
+/// first, because they spare most a byte; the first chunks come first, because they have the longest texts, whose attention costs most
+/// to compute again, and none after one that does not fit: what is kept must be gone when a chunk is first encoded again.
 fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, inputs: usize, whole: usize) -> Vec<Keep> {
     let mut keeps = vec![Keep::Nothing; cuts.len()];
     let mut left = bytes;
     for (keep, price) in [(Keep::Inputs, inputs), (Keep::Whole, whole - inputs)] {
-        for (n, cut) in cuts.iter().enumerate() {
+        for (kept, cut) in keeps.iter_mut().zip(cuts) {
             let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
             match left.checked_sub((tokens * price) as u64) {
-                Some(rest) => left = rest,
+                Some(rest) => (*kept, left) = (keep, rest),
                 None => return keeps,
             }
-            keeps[n] = keep;
         }
     }
     keeps

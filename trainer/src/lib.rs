@@ -4,6 +4,10 @@
 pub mod error;
 // Signs of life, for those who wait.
 pub mod pulse;
+// A polite request to stop.
+pub mod signals;
+// Bars, or lines where there is no terminal.
+pub mod progress;
 // A GPU, or the CPU.
 pub mod device;
 // Folders that are there whole or not at all.
@@ -52,10 +56,6 @@ pub mod metrics;
 pub mod samples;
 // The same numbers for TensorBoard.
 pub mod tensorboard;
-// Bars, or lines where there is no terminal.
-pub mod progress;
-// A polite request to stop.
-pub mod signals;
 // Two models on the same sets.
 pub mod compare;
 // What is free, and how it is shared out.

@@ -77,7 +77,7 @@ fn of_layer(model: &Model, tokens: usize) -> u64 {
 /// Bytes of activations at the peak of a step: of a batch of `tokens` in `sequences`, in chunks of `chunk` tokens, with `tapes` bytes
 /// for tapes, which go to whole chunks as `gradcache` shares them out: inputs first.
 ///
-/// Kept tapes are gone when the first chunk is encoded again, because they run backward first. Embeddings are f32, and while a
+/// Kept tapes are gone when a chunk is first encoded again, because theirs run backward before it. Embeddings are f32, and while a
 /// chunk runs backward there are those of the batch, their gradient, and the same in the order of the chunks.
 pub fn of_step(model: &Model, tokens: usize, sequences: usize, chunk: usize, tapes: u64) -> u64 {
     let chunk = chunk.clamp(1, tokens.max(1));

@@ -4,16 +4,17 @@
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Read};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::metrics::Step;
-
 /// All bars of this process; logs are written around them.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 static QUIET: Mutex<bool> = Mutex::new(false);
+/// How many there are.
+static SHOWN: AtomicUsize = AtomicUsize::new(0);
 
 /// Between two lines where there is no terminal.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -55,20 +56,21 @@ impl Progress {
         let quiet = QUIET.lock().is_ok_and(|quiet| *quiet);
         let lines = !quiet && !io::stderr().is_terminal();
         let now = Instant::now();
+        SHOWN.fetch_add(1, Ordering::Relaxed);
         Self { bar, lines, begun: (now, done), last: now, ended: false, recent: VecDeque::new() }
     }
 
-    /// Shows an optimizer step.
-    pub fn step(&mut self, step: &Step) {
-        self.recent.push_back((step.tokens as f64, step.seconds));
+    /// Shows optimizer step `step`, its loss, and in how many seconds it went over how many tokens.
+    pub fn step(&mut self, step: u64, loss: f64, tokens: usize, seconds: f64) {
+        self.recent.push_back((tokens as f64, seconds));
         if self.recent.len() > 20 {
             self.recent.pop_front();
         }
         let (tokens, seconds) =
             self.recent.iter().fold((0.0, 0.0), |(tokens, seconds), (t, s)| (tokens + t, seconds + s));
         let rate = tokens / seconds.max(1e-9);
-        self.bar.set_position(step.step);
-        self.tell([format!("loss {:.4}", step.loss), format!("{rate:.0} tokens/s")]);
+        self.bar.set_position(step);
+        self.tell([format!("loss {loss:.4}"), format!("{rate:.0} tokens/s")]);
     }
 
     /// Shows that `done` more pieces are done, as far as there are so many.
@@ -111,10 +113,11 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+        SHOWN.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Work that is mostly done before anybody wonders: it shows itself when that takes longer.
+/// Work that is mostly done before anybody wonders: it shows itself when that takes longer, and nothing else does.
 #[derive(Debug)]
 pub struct Patient {
     what: String,
@@ -138,14 +141,17 @@ impl Patient {
     /// `done` more pieces are done.
     pub fn advance(&mut self, done: u64) {
         self.done += done;
-        if self.last.elapsed() < if self.shown.is_some() { BLINK } else { PATIENCE } {
-            return;
+        let ends = self.done >= self.total;
+        match &mut self.shown {
+            Some(progress) if ends || self.last.elapsed() >= BLINK => {
+                progress.advance(self.done - progress.position());
+            }
+            None if !ends && self.last.elapsed() >= PATIENCE && SHOWN.load(Ordering::Relaxed) == 0 => {
+                self.shown = Some(Progress::new(&self.what, self.total, self.done));
+            }
+            _ => return,
         }
         self.last = Instant::now();
-        match &mut self.shown {
-            Some(progress) => progress.advance(self.done - progress.position()),
-            None => self.shown = Some(Progress::new(&self.what, self.total, self.done)),
-        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! TERM, INT and USR1 ask a run to stop: it finishes the step, writes a checkpoint and ends. Other work ends at once, and takes what
-//! it had begun with it.
+//! TERM, INT and USR1 ask a run to stop: it finishes the step, writes a checkpoint and ends. Other work ends at once; TERM and INT also
+//! remove what it had begun.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,7 +36,7 @@ impl Signals {
     }
 }
 
-/// A folder that TERM and INT remove before they end the program.
+/// A folder that TERM and INT remove before they end the program: not for a run, which finishes its step.
 #[derive(Debug)]
 pub(crate) struct Begun(PathBuf);
 

@@ -215,7 +215,7 @@ impl Run {
             state.tokens += batch.tokens() as u64;
             state.cursor = batch.cursor.clone();
             let line = line(plan, &batch, &outcome, step, seconds);
-            progress.step(&line);
+            progress.step(step, line.loss, line.tokens, seconds);
             if let Some(told) = &mut told
                 && (step % config.logging.every.max(1) == 0 || step == plan.steps)
             {

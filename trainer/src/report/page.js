@@ -61,8 +61,10 @@ function summary() {
     if (loss.length > 0) tiles.push(tile(name("loss"), shown(loss[loss.length - 1]), `from ${shown(loss[0])}`));
     if (!several) {
       const { steps, logged, tokens, seconds } = run.totals;
-      tiles.push(tile("tokens", counted(tokens), logged < steps ? `in the ${logged} steps that were logged` : ""));
-      if (seconds > 0) tiles.push(tile("time in steps", duration(seconds), `${counted(Math.round(tokens / seconds))} tokens/s`));
+      const part = logged < steps ? [`in the ${logged.toLocaleString("en")} steps that were logged`] : [];
+      tiles.push(tile("tokens", counted(tokens), ...part));
+      const rate = `${counted(Math.round(tokens / seconds))} tokens/s`;
+      if (seconds > 0) tiles.push(tile("time in steps", duration(seconds), [rate, ...part].join(", ")));
     }
     document.getElementById("summary").append(...tiles);
   }
