@@ -117,7 +117,7 @@ impl Drop for Progress {
     }
 }
 
-/// Work that is mostly done before anybody wonders: it shows itself when that takes longer, and nothing else does.
+/// Work on a file, mostly done before anybody wonders: it shows itself when that takes longer, and nothing else does.
 #[derive(Debug)]
 pub struct Patient {
     what: String,
@@ -133,9 +133,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const BLINK: Duration = Duration::from_millis(100);
 
 impl Patient {
-    /// Work of `total` pieces, called `what`.
-    pub fn new(what: String, total: u64) -> Self {
-        Self { what, total, done: 0, last: Instant::now(), shown: None }
+    /// Of `total` `unit`s of the file at `path`; `verb` says what is done with it.
+    pub fn new(verb: &str, path: &Path, unit: &str, total: u64) -> Self {
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+        Self { what: format!("{verb} {name}, {unit}"), total, done: 0, last: Instant::now(), shown: None }
     }
 
     /// `done` more pieces are done.
@@ -168,8 +169,7 @@ const MB: u64 = 1_000_000;
 impl<R: Read> Watched<R> {
     /// `verb` says what is done with the `bytes` of the file at `path`.
     pub fn new(inner: R, verb: &str, path: &Path, bytes: u64) -> Self {
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-        Self { inner, bytes: 0, progress: Patient::new(format!("{verb} {name}, MB"), bytes / MB) }
+        Self { inner, bytes: 0, progress: Patient::new(verb, path, "MB", bytes / MB) }
     }
 }
 
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn patient_progress_shows_itself_once_it_takes_long_with_what_is_done_by_then() {
-        let mut progress = Patient::new("rows".to_owned(), 10);
+        let mut progress = Patient::new("reading", Path::new("a/b.jsonl"), "rows", 10);
         progress.advance(3);
         assert!(progress.shown.is_none());
         let later = |progress: &mut Patient, done| {

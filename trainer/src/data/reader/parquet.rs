@@ -32,8 +32,7 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
     let plain = tempfile::tempfile().map_err(Error::io("unpack", path))?;
     let mut lines = BufWriter::with_capacity(1 << 20, plain);
     let rows = u64::try_from(reader.metadata().file_metadata().num_rows()).unwrap_or_default();
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-    let mut progress = Patient::new(format!("unpacking {name}"), rows);
+    let mut progress = Patient::new("unpacking", path, "rows", rows);
     for (number, row) in reader.get_row_iter(Some(projection)).map_err(wrong)?.enumerate() {
         let row = row.map_err(|error| Error::Row {
             path: path.to_owned(),
