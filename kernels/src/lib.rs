@@ -26,6 +26,7 @@ pub mod precision;
 pub mod rope;
 pub mod topk;
 
+mod block;
 #[cfg(any(test, gpu))]
 mod gpu;
 mod matmul;

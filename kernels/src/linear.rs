@@ -3,8 +3,8 @@
 //! Backward: dx = dy·W, dW = dyᵀ·x, dbias = Σ_t dy. Each is asked for alone, because a frozen weight has no gradient
 //! and nothing is computed for it.
 
-use crate::matmul::{Matrix, Threads, multiply, product};
-use crate::rows::{add, new_rows, new_rows_and_sums};
+use crate::matmul::{Matrix, Threads, multiply, product, product_and_bias};
+use crate::rows::{add, new_rows_and_sums};
 use crate::tensor::{expect_shape, matrix, read, tensor, write};
 use candle_core::{Result, Tensor};
 
@@ -28,12 +28,7 @@ pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
     let y = match bias {
         Some(bias) => {
             expect_shape("bias", bias, &[outputs])?;
-            let bias = read::<f32>(bias)?;
-            let bias = &*bias;
-            // Adding to rows of biases spares a pass over y after the product.
-            let [mut y] = new_rows(tokens, [outputs], |_, [y]| [y.fill(bias.iter().copied())]);
-            multiply(&mut y, outputs, 1.0, 1.0, a, b, Threads::All);
-            y
+            product_and_bias(a, b, &read::<f32>(bias)?)
         }
         None => product(a, b),
     };

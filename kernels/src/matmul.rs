@@ -1,9 +1,12 @@
-//! The matrix product: the `gemm` crate on slices.
+//! The matrix product: cut into pieces for the threads, each of which is computed panel by panel.
+
+mod panel;
 
 use std::ops::Range;
 
-use gemm::Parallelism;
 use rayon::prelude::*;
+
+use self::panel::{Geometry, Panels, Piece};
 
 /// A matrix in a slice, read by strides.
 #[derive(Clone, Copy)]
@@ -77,66 +80,138 @@ pub(crate) fn multiply(
 ) {
     assert!(extent(a.rows, b.columns, stride) <= dst.len(), "a product inside its slice");
     // SAFETY: the result lies in `dst`, as just checked, and its elements are initialised, so they may be read.
-    unsafe { gemm(dst.as_mut_ptr(), stride, keep, scale, a, b, threads) }
+    unsafe { compute(Target(dst.as_mut_ptr()), stride, Start::Kept(keep), scale, a, b, threads) }
 }
 
 /// `a·b`, rows end to end, on all threads.
 pub(crate) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
+    new(a, b, Start::Kept(0.0))
+}
+
+/// As [`product`], with `bias` added to each row.
+///
+/// # Panics
+/// If the bias has not an element for each column.
+pub(crate) fn product_and_bias(a: Matrix, b: Matrix, bias: &[f32]) -> Vec<f32> {
+    assert_eq!(bias.len(), b.columns, "the bias of a product");
+    new(a, b, Start::Row(bias))
+}
+
+fn new(a: Matrix, b: Matrix, start: Start) -> Vec<f32> {
     let len = a.rows * b.columns;
     let mut dst = Vec::with_capacity(len);
-    // SAFETY: the capacity holds the result; with `keep` 0 its elements are only written, and each of them is.
+    // SAFETY: the capacity holds the result; with such a start its elements are only written, and each of them is.
     unsafe {
-        gemm(dst.as_mut_ptr(), b.columns, 0.0, 1.0, a, b, Threads::All);
+        compute(Target(dst.as_mut_ptr()), b.columns, start, 1.0, a, b, Threads::All);
         dst.set_len(len);
     }
     dst
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Start<'a> {
+    /// So many times what is there; with 0 that is not read.
+    Kept(f32),
+    /// This, in each row.
+    Row(&'a [f32]),
+}
+
+impl Start<'_> {
+    fn columns(self, range: Range<usize>) -> Self {
+        match self {
+            Self::Kept(_) => self,
+            Self::Row(row) => Self::Row(&row[range]),
+        }
+    }
+}
+
 /// # Safety
-/// `dst` is valid for writes of the whole result, and also for reads unless `keep` is 0.
-unsafe fn gemm(dst: *mut f32, stride: usize, keep: f32, scale: f32, a: Matrix, b: Matrix, threads: Threads) {
+/// `dst` is valid for writes of the whole result, and also for reads if some of what is there is kept.
+unsafe fn compute(
+    dst: Target,
+    stride: usize,
+    start: Start,
+    scale: f32,
+    a: Matrix,
+    b: Matrix,
+    threads: Threads,
+) {
     assert_eq!(a.columns, b.rows, "the inner dimensions of a product");
-    let (rows, columns) = (a.rows, b.columns);
-    let dst = Target(dst);
-    // One join a product: `gemm` itself would share out each of its blocks. Both factors are packed by every thread, so the
-    // longer side is cut and the smaller factor packed twice.
-    let by_rows = rows >= columns;
-    let (length, tile) = if by_rows { (rows, TILE_ROWS) } else { (columns, TILE_COLUMNS) };
-    let pieces = match threads {
-        Threads::All if rows * columns * a.columns >= WORTH_A_THREAD => pieces(length),
+    let threads = match threads {
+        Threads::All if a.rows * b.columns * a.columns >= WORTH_A_THREAD => rayon::current_num_threads(),
         _ => 1,
     };
-    let step = length.div_ceil(pieces).next_multiple_of(tile);
-    let piece = |start: usize| {
-        let range = start..length.min(start + step);
-        // SAFETY: a `Matrix` lies inside its slice, and the caller vouches for `dst`; no reference to it exists here, and no
-        // other piece has these rows or columns of it.
-        unsafe {
-            if by_rows {
-                one(dst.at(start * stride), stride, keep, scale, a.rows(range), b);
-            } else {
-                one(dst.at(start), stride, keep, scale, a, b.columns(range));
-            }
+    let geometry = Geometry::of_processor();
+    let deep = DEEP * geometry.depth;
+    for k in cut(a.columns, deep) {
+        let start = if k.start == 0 { start } else { Start::Kept(1.0) };
+        let (a, b) = (a.columns(k.clone()), b.rows(k.clone()));
+        for columns in cut(b.columns, (PACKED / k.len().max(1)).max(1).next_multiple_of(geometry.columns())) {
+            let start = start.columns(columns.clone());
+            let dst = Target(dst.at(columns.start));
+            Panels::pack(geometry, b.columns(columns), threads > 1, |b| {
+                let grid = Grid::new(geometry, a.rows, b.columns(), threads);
+                let piece = |i: usize| {
+                    let (rows, columns) = grid.piece(i);
+                    let c = dst.at(rows.start * stride + columns.start);
+                    let start = start.columns(columns.clone());
+                    // SAFETY: the caller vouches for `dst`, and no other piece has these rows and columns of it.
+                    unsafe { Piece::compute(c, stride, start, scale, a.rows(rows), b, columns) };
+                };
+                if threads > 1 {
+                    (0..grid.pieces()).into_par_iter().for_each(piece);
+                } else {
+                    (0..grid.pieces()).for_each(piece);
+                }
+            });
         }
-    };
-    if step >= length {
-        piece(0);
-    } else {
-        (0..length.div_ceil(step)).into_par_iter().for_each(|i| piece(i * step));
     }
 }
 
 /// Multiplications below which a second thread costs more than it saves.
 const WORTH_A_THREAD: usize = 1 << 18;
-/// Rows and columns of which a piece has a multiple: whole tiles of `gemm`'s microkernels (6 rows; 2 or 4 vectors of up to 16).
-const TILE_ROWS: usize = 6;
-const TILE_COLUMNS: usize = 64;
+/// So many times the depth of a panel are packed at a time, and so many elements: 8 MiB.
+const DEEP: usize = 4;
+const PACKED: usize = 1 << 21;
+/// Rows of a piece, whose panels of a stay in the second cache.
+const ROWS: usize = 128;
 
-/// Into how many pieces a side of this length is cut: as many for every thread, several if they stay so long that packing the
-/// other factor costs little beside the product. Then a thread that is held up leaves some of its share to the others.
-fn pieces(length: usize) -> usize {
-    let threads = rayon::current_num_threads();
-    threads * (length / (256 * threads)).clamp(1, 4)
+/// The pieces of a product, each the work of one task.
+struct Grid {
+    rows: usize,
+    columns: usize,
+    row_step: usize,
+    column_step: usize,
+}
+
+impl Grid {
+    /// Several pieces for every thread, so that one that is held up leaves some of its share to the others. Each packs its rows of a,
+    /// so columns are cut only where there are too few rows.
+    fn new(geometry: Geometry, rows: usize, columns: usize, threads: usize) -> Self {
+        let (height, width) = (geometry.height, geometry.columns());
+        let most = ROWS / height * height;
+        let wanted = if threads > 1 { 4 * threads } else { 1 };
+        let row_step = rows.div_ceil(wanted).next_multiple_of(height).clamp(height, most);
+        let cuts = (wanted / 2).div_ceil(rows.div_ceil(row_step).max(1));
+        let column_step = columns.div_ceil(cuts.max(1)).next_multiple_of(width).max(4 * width);
+        Self { rows, columns, row_step, column_step }
+    }
+
+    fn pieces(&self) -> usize {
+        self.rows.div_ceil(self.row_step) * self.columns.div_ceil(self.column_step)
+    }
+
+    fn piece(&self, i: usize) -> (Range<usize>, Range<usize>) {
+        let across = self.columns.div_ceil(self.column_step);
+        let range = |i: usize, step: usize, end: usize| i * step..end.min((i + 1) * step);
+        (range(i / across, self.row_step, self.rows), range(i % across, self.column_step, self.columns))
+    }
+}
+
+/// `0..length` in pieces of `step`; at least one, which may be empty.
+fn cut(length: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..length.max(1)).step_by(step).map(move |start| start..length.min(start + step))
 }
 
 /// Where a product goes, in several pieces at once.
@@ -151,35 +226,6 @@ unsafe impl Sync for Target {}
 impl Target {
     fn at(self, offset: usize) -> *mut f32 {
         self.0.wrapping_add(offset)
-    }
-}
-
-/// # Safety
-/// As [`gemm`].
-unsafe fn one(dst: *mut f32, stride: usize, keep: f32, scale: f32, a: Matrix, b: Matrix) {
-    // SAFETY: handed on.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.columns,
-            a.columns,
-            dst,
-            1,
-            stride as isize,
-            keep != 0.0,
-            a.elements.as_ptr(),
-            a.column_stride as isize,
-            a.row_stride as isize,
-            b.elements.as_ptr(),
-            b.column_stride as isize,
-            b.row_stride as isize,
-            keep,
-            scale,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
     }
 }
 
@@ -204,17 +250,62 @@ mod tests {
 
     #[test]
     fn products_equal_the_reference_for_odd_and_empty_shapes() {
-        for (m, k, n) in [(1, 1, 1), (3, 7, 5), (7, 1023, 3), (65, 33, 17), (3, 0, 2), (0, 3, 2), (2, 3, 0)] {
+        let small = [(1, 1, 1), (3, 7, 5), (7, 1023, 3), (65, 33, 17), (3, 0, 2), (0, 3, 2), (2, 3, 0)];
+        // Several pieces, and of b more rows than are packed at a time, or more columns.
+        for (m, k, n) in small.into_iter().chain([(300, 20, 70), (140, 1700, 33), (2, 1500, 1500)]) {
             let (a, b) = (random(1, (m, k)), random(2, (k, n)));
-            let (x, y) =
-                (a.flatten_all().unwrap().to_vec1().unwrap(), b.flatten_all().unwrap().to_vec1().unwrap());
-            let c = product(Matrix::new(&x, m, k), Matrix::new(&y, k, n));
-            let c = Tensor::from_vec(c, (m, n), &Device::Cpu).unwrap();
-            // k additions in f32 err by about √k half ulp of the result.
-            assert!(
-                relative_error(&c, &reference(&numbers(&a), &numbers(&b), m, k, n)) < 1e-6,
-                "{m} {k} {n}"
-            );
+            let wanted = reference(&numbers(&a), &numbers(&b), m, k, n);
+            let elements = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let [x, y] = [&a, &b].map(elements);
+            let [across_x, across_y] = [&a, &b].map(|x| elements(&x.t().unwrap().contiguous().unwrap()));
+            let ways = [
+                (Matrix::new(&x, m, k), Matrix::new(&y, k, n)),
+                (Matrix::new(&x, m, k), Matrix::new(&across_y, n, k).transposed()),
+                (Matrix::new(&across_x, k, m).transposed(), Matrix::new(&y, k, n)),
+                (Matrix::new(&across_x, k, m).transposed(), Matrix::new(&across_y, n, k).transposed()),
+            ];
+            for (way, (a, b)) in ways.into_iter().enumerate() {
+                let c = Tensor::from_vec(product(a, b), (m, n), &Device::Cpu).unwrap();
+                // k additions in f32 err by about √k half ulp of the result.
+                assert!(relative_error(&c, &wanted) < 1e-6, "{m} {k} {n}, way {way}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_starts_as_asked_wherever_its_panels_end() {
+        for (m, k, n) in [(5, 3, 2), (13, 1700, 45), (150, 40, 64)] {
+            let (a, b, c, bias) = (random(1, (m, k)), random(2, (k, n)), random(3, (m, n)), random(4, n));
+            let sums = reference(&numbers(&a), &numbers(&b), m, k, n);
+            let elements = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let [x, y, bias] = [&a, &b, &bias].map(elements);
+            let (x, y) = (Matrix::new(&x, m, k), Matrix::new(&y, k, n));
+            for (keep, scale) in [(0.0, 1.0), (1.0, 1.0), (0.0, 0.5), (-2.0, 0.5)] {
+                let wanted: Vec<f64> =
+                    numbers(&c).iter().zip(&sums).map(|(c, sum)| keep * c + scale * sum).collect();
+                for threads in [Threads::One, Threads::All] {
+                    let mut dst = elements(&c);
+                    multiply(&mut dst, n, keep as f32, scale as f32, x, y, threads);
+                    let dst = Tensor::from_vec(dst, (m, n), &Device::Cpu).unwrap();
+                    assert!(relative_error(&dst, &wanted) < 1e-6, "{m} {k} {n}, {keep} {scale} {threads:?}");
+                }
+            }
+            let wanted: Vec<f64> =
+                sums.iter().enumerate().map(|(i, sum)| sum + f64::from(bias[i % n])).collect();
+            let y = Tensor::from_vec(product_and_bias(x, y, &bias), (m, n), &Device::Cpu).unwrap();
+            assert!(relative_error(&y, &wanted) < 1e-6, "{m} {k} {n}, bias");
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_alone_and_among_others() {
+        let (m, k, n) = (200, 900, 70);
+        let (a, b) = (random(1, (m, k)), random(2, (k, n)));
+        let [a, b] = [a, b].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
+        let all = product(a, b);
+        for row in [0, 5, 127, 199] {
+            assert_eq!(product(a.rows(row..row + 1), b), all[row * n..][..n], "row {row}");
         }
     }
 

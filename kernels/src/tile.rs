@@ -1,11 +1,11 @@
 //! Work on tiles that lie in the cache: products of a few dozen rows, transposes, powers, scratch memory.
 //!
-//! The `gemm` crate copies its operands into panels first, which pays from a few hundred rows on. Attention
-//! multiplies tiles that are in the cache already and often have ten rows: in a [`Product`] a block of C stays in
-//! registers while rows of B stream past, and elements of A are broadcast from wherever they lie.
+//! Copying factors into panels, as `matmul` does, pays from a few hundred rows on. Attention multiplies tiles that are in the cache
+//! already and often have ten rows: a [`Product`] reads them where they lie.
 
+use crate::block::{Block, MOST_ROWS, Onto, rows_of_pair};
 use pulp::{Simd, WithSimd};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::f32::consts::LN_2;
 
 /// C (m, n) = A (m, k) · B (k, n), or added to C. Rows of B and C are contiguous, A has any strides.
@@ -39,12 +39,12 @@ impl WithSimd for Product<'_> {
         assert!(k == 0 || (m - 1) * a_row + (k - 1) * a_column < self.a.len());
         assert!(k == 0 || (k - 1) * b_row + n <= self.b.len());
 
-        let (vectors, most) = (n / S::F32_LANES, if S::REGISTER_COUNT >= 32 { 12 } else { 6 });
+        let vectors = n / S::F32_LANES;
         let mut column = 0;
         while column < vectors {
             let pair = column + 1 < vectors;
             // Blocks of equal height: a last one of two rows would leave the multipliers waiting.
-            let blocks = m.div_ceil(if pair { most } else { 12 });
+            let blocks = m.div_ceil(if pair { rows_of_pair::<S>() } else { MOST_ROWS });
             let mut row = 0;
             for block in 0..blocks {
                 let height = (m - row).div_ceil(blocks - block);
@@ -53,87 +53,20 @@ impl WithSimd for Product<'_> {
                     self.b.as_ptr().wrapping_add(column * S::F32_LANES),
                     self.c.as_mut_ptr().wrapping_add(row * c_row + column * S::F32_LANES),
                 );
-                let operands = Operands { k, a, a_row, a_column, b, b_row, c, c_row, add };
+                let onto = if add { Onto::Sum } else { Onto::Nothing };
+                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, onto };
                 // SAFETY: rows row..row+height of A and C and this block's columns of B and C lie inside
                 // their slices by the assertions above.
                 unsafe {
                     if pair {
-                        operands.rows::<S, 2>(simd, height)
+                        block.compute::<S, 2>(simd, height)
                     } else {
-                        operands.rows::<S, 1>(simd, height)
+                        block.compute::<S, 1>(simd, height)
                     }
                 }
                 row += height;
             }
             column += if pair { 2 } else { 1 };
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Operands {
-    k: usize,
-    a: *const f32,
-    a_row: usize,
-    a_column: usize,
-    b: *const f32,
-    b_row: usize,
-    c: *mut f32,
-    c_row: usize,
-    add: bool,
-}
-
-impl Operands {
-    /// # Safety
-    /// As [`Self::block`], with `height` from 1 to 12 rows (6 where there are 16 registers and WIDTH is 2).
-    #[inline(always)]
-    unsafe fn rows<S: Simd, const WIDTH: usize>(self, simd: S, height: usize) {
-        macro_rules! height {
-            ($($h:literal),*) => {
-                match height {
-                    $($h if $h <= 6 || WIDTH == 1 || S::REGISTER_COUNT >= 32 => {
-                        // SAFETY: handed on.
-                        unsafe { self.block::<S, $h, WIDTH>(simd) }
-                    })*
-                    _ => unreachable!("a block of {height} rows"),
-                }
-            };
-        }
-        height!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
-    }
-
-    /// # Safety
-    /// HEIGHT rows of A and C, `k` columns of A and rows of B, and WIDTH vectors from B's and C's pointers
-    /// must lie in memory that is valid to read, and C's to write.
-    #[inline(always)]
-    unsafe fn block<S: Simd, const HEIGHT: usize, const WIDTH: usize>(self, simd: S) {
-        let mut sums = [[simd.splat_f32s(0.0); WIDTH]; HEIGHT];
-        let (mut a, mut b) = (self.a, self.b);
-        for _ in 0..self.k {
-            // SAFETY: see above; unaligned reads and writes throughout.
-            unsafe {
-                let mut vectors = [simd.splat_f32s(0.0); WIDTH];
-                for (j, vector) in vectors.iter_mut().enumerate() {
-                    *vector = b.add(j * S::F32_LANES).cast::<S::f32s>().read_unaligned();
-                }
-                for (i, row) in sums.iter_mut().enumerate() {
-                    let x = simd.splat_f32s(*a.add(i * self.a_row));
-                    for (sum, vector) in row.iter_mut().zip(vectors) {
-                        *sum = simd.mul_add_e_f32s(x, vector, *sum);
-                    }
-                }
-            }
-            a = a.wrapping_add(self.a_column);
-            b = b.wrapping_add(self.b_row);
-        }
-        for (i, row) in sums.iter().enumerate() {
-            for (j, &sum) in row.iter().enumerate() {
-                // SAFETY: see above.
-                unsafe {
-                    let c = self.c.add(i * self.c_row + j * S::F32_LANES).cast::<S::f32s>();
-                    c.write_unaligned(if self.add { simd.add_f32s(c.read_unaligned(), sum) } else { sum });
-                }
-            }
         }
     }
 }
@@ -171,7 +104,7 @@ pub(crate) fn transpose<'a>(
 
 /// Four rows of one width; an empty one stands for zeros.
 #[inline(always)]
-fn transpose_four(out: &mut [f32], stride: usize, scale: f32, rows: [&[f32]; 4]) {
+pub(crate) fn transpose_four(out: &mut [f32], stride: usize, scale: f32, rows: [&[f32]; 4]) {
     let width = rows[0].len();
     let piece = |row: &[f32], x: usize| {
         if row.is_empty() { [0.0; 4] } else { [row[x], row[x + 1], row[x + 2], row[x + 3]] }
@@ -237,14 +170,14 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 }
 
 thread_local! {
-    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static SCRATCH: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Hands `f` memory of this thread that stays allocated between calls. Its contents are arbitrary.
+/// Hands `f` memory of this thread that stays allocated between calls. Its contents are arbitrary. `f` may ask for more.
 pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
-    let mut scratch = SCRATCH.take();
+    let mut scratch = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
     let result = f(&mut scratch);
-    SCRATCH.set(scratch);
+    SCRATCH.with_borrow_mut(|all| all.push(scratch));
     result
 }
 

@@ -1,0 +1,173 @@
+//! The microkernel of every product on a CPU: a block of C stays in registers while rows of B stream past, and elements of A
+//! are broadcast from wherever they lie.
+
+use pulp::Simd;
+
+/// Rows of the highest block.
+pub(crate) const MOST_ROWS: usize = 12;
+
+/// Rows of a block two vectors wide, as many as leave registers for a row of B and an element of A.
+pub(crate) const fn rows_of_pair<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 { MOST_ROWS } else { 6 }
+}
+
+/// What the sums of a block are added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Onto {
+    Nothing,
+    /// C.
+    Sum,
+    /// This row, in each row of C.
+    Row(*const f32),
+    /// `keep` times C, which is not read if that is 0; and of the sums, so many times.
+    Scaled {
+        keep: f32,
+        scale: f32,
+    },
+}
+
+/// A block of C with its rows of A and its columns of B. Rows of B and C are contiguous, A has any strides.
+#[derive(Clone, Copy)]
+pub(crate) struct Block {
+    pub(crate) k: usize,
+    pub(crate) a: *const f32,
+    pub(crate) a_row: usize,
+    pub(crate) a_column: usize,
+    pub(crate) b: *const f32,
+    pub(crate) b_row: usize,
+    pub(crate) c: *mut f32,
+    pub(crate) c_row: usize,
+    pub(crate) onto: Onto,
+}
+
+impl Block {
+    /// Computes `height` rows of WIDTH vectors.
+    ///
+    /// # Safety
+    /// That many rows of A and C, `k` columns of A and rows of B, and WIDTH vectors from the pointers of B, C and the row that
+    /// C starts as must lie in memory that is valid to read, and C's to write.
+    ///
+    /// # Panics
+    /// If the block is higher than [`MOST_ROWS`] or, two vectors wide, than [`rows_of_pair`].
+    #[inline(always)]
+    pub(crate) unsafe fn compute<S: Simd, const WIDTH: usize>(self, simd: S, height: usize) {
+        macro_rules! height {
+            ($($h:literal),*) => {
+                match height {
+                    $($h if WIDTH == 1 || $h <= rows_of_pair::<S>() => {
+                        // SAFETY: handed on.
+                        unsafe { self.rows::<S, $h, WIDTH>(simd) }
+                    })*
+                    _ => unreachable!("a block of {height} rows"),
+                }
+            };
+        }
+        height!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
+    }
+
+    /// # Safety
+    /// As [`Self::compute`], of HEIGHT rows.
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const HEIGHT: usize, const WIDTH: usize>(self, simd: S) {
+        // SAFETY: handed on.
+        let sums = unsafe {
+            match self.a_row {
+                // The distances of rows that lie beside each other are then part of the instructions.
+                1 => self.sums::<S, HEIGHT, WIDTH>(simd, 1),
+                a_row => self.sums::<S, HEIGHT, WIDTH>(simd, a_row),
+            }
+        };
+        // SAFETY: C holds the block, as does the row; what is unaligned is read and written as such.
+        unsafe {
+            match self.onto {
+                Onto::Nothing => self.write(sums, |_, _, sum| sum),
+                Onto::Sum => self.write(sums, |c, _, sum| simd.add_f32s(c.read_unaligned(), sum)),
+                Onto::Row(row) => {
+                    let row = row.cast::<S::f32s>();
+                    self.write(sums, |_, j, sum| simd.add_f32s(row.add(j).read_unaligned(), sum));
+                }
+                Onto::Scaled { keep, scale } => {
+                    let (factor, scale) = (simd.splat_f32s(keep), simd.splat_f32s(scale));
+                    self.write(sums, |c, _, sum| {
+                        let sum = simd.mul_f32s(scale, sum);
+                        match keep == 0.0 {
+                            true => sum,
+                            false => simd.add_f32s(simd.mul_f32s(factor, c.read_unaligned()), sum),
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::rows`], of A and B.
+    #[inline(always)]
+    unsafe fn sums<S: Simd, const HEIGHT: usize, const WIDTH: usize>(
+        self,
+        simd: S,
+        a_row: usize,
+    ) -> [[S::f32s; WIDTH]; HEIGHT] {
+        let mut sums = [[simd.splat_f32s(0.0); WIDTH]; HEIGHT];
+        let (mut column, mut b) = (0, self.b);
+        for _ in 0..self.k {
+            // SAFETY: see above; unaligned reads.
+            unsafe {
+                let mut vectors = [simd.splat_f32s(0.0); WIDTH];
+                for (j, vector) in vectors.iter_mut().enumerate() {
+                    *vector = b.add(j * S::F32_LANES).cast::<S::f32s>().read_unaligned();
+                }
+                for (i, row) in sums.iter_mut().enumerate() {
+                    let x = simd.splat_f32s(*self.a.add(column + i * a_row));
+                    for (sum, vector) in row.iter_mut().zip(vectors) {
+                        *sum = simd.mul_add_e_f32s(x, vector, *sum);
+                    }
+                }
+            }
+            column += self.a_column;
+            b = b.wrapping_add(self.b_row);
+        }
+        sums
+    }
+
+    /// Writes to C what `value` makes of a place in it, of its vector's number in the row, and of the sum.
+    ///
+    /// # Safety
+    /// C holds HEIGHT rows of WIDTH vectors.
+    #[inline(always)]
+    unsafe fn write<V: Copy, const HEIGHT: usize, const WIDTH: usize>(
+        self,
+        sums: [[V; WIDTH]; HEIGHT],
+        value: impl Fn(*mut V, usize, V) -> V,
+    ) {
+        for (i, row) in sums.into_iter().enumerate() {
+            for (j, sum) in row.into_iter().enumerate() {
+                // SAFETY: see above.
+                unsafe {
+                    let c = self.c.add(i * self.c_row).cast::<V>().add(j);
+                    c.write_unaligned(value(c, j, sum));
+                }
+            }
+        }
+    }
+
+    /// Writes to the first elements of row `i` what [`Self::compute`] would with `sums`: for a block that reaches beyond C.
+    ///
+    /// # Safety
+    /// As many elements of C, and of the row that it starts as, are valid.
+    pub(crate) unsafe fn write_row(self, i: usize, sums: &[f32]) {
+        for (j, &sum) in sums.iter().enumerate() {
+            // SAFETY: see above.
+            unsafe {
+                let c = self.c.add(i * self.c_row + j);
+                *c = match self.onto {
+                    Onto::Nothing => sum,
+                    Onto::Sum => *c + sum,
+                    Onto::Row(row) => *row.add(j) + sum,
+                    Onto::Scaled { keep: 0.0, scale } => scale * sum,
+                    Onto::Scaled { keep, scale } => keep * *c + scale * sum,
+                };
+            }
+        }
+    }
+}
