@@ -5,10 +5,12 @@ use pulp::Simd;
 
 /// Rows of the highest block.
 pub(crate) const MOST_ROWS: usize = 12;
+/// Rows of the highest block that is two vectors wide, where there are 16 registers.
+pub(crate) const MOST_ROWS_OF_16: usize = 6;
 
 /// Rows of a block two vectors wide, as many as leave registers for a row of B and an element of A.
 pub(crate) const fn rows_of_pair<S: Simd>() -> usize {
-    if S::REGISTER_COUNT >= 32 { MOST_ROWS } else { 6 }
+    if S::REGISTER_COUNT >= 32 { MOST_ROWS } else { MOST_ROWS_OF_16 }
 }
 
 /// What the sums of a block are added to.

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use self::panel::{Geometry, Panels, Piece};
 
-/// A matrix in a slice, read by strides.
+/// A matrix in a slice, read by strides, one of which is 1.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
     elements: &'a [f32],
@@ -35,12 +35,17 @@ impl<'a> Matrix<'a> {
 
     /// Some of its rows.
     fn rows(self, range: Range<usize>) -> Self {
-        Self { elements: &self.elements[range.start * self.row_stride..], rows: range.len(), ..self }
+        Self { elements: self.from(range.start * self.row_stride), rows: range.len(), ..self }
     }
 
     /// Some of its columns.
     fn columns(self, range: Range<usize>) -> Self {
-        Self { elements: &self.elements[range.start * self.column_stride..], columns: range.len(), ..self }
+        Self { elements: self.from(range.start * self.column_stride), columns: range.len(), ..self }
+    }
+
+    /// A matrix without rows or columns has nothing at any offset.
+    fn from(self, offset: usize) -> &'a [f32] {
+        &self.elements[offset.min(self.elements.len())..]
     }
 
     /// The same elements with rows and columns exchanged.
@@ -68,7 +73,7 @@ pub(crate) enum Threads {
 /// not read: a NaN in it does not stay.
 ///
 /// # Panics
-/// If the inner dimensions differ, or `dst` is shorter than the result: ops check the shapes that input can reach.
+/// If the inner dimensions differ, rows of `dst` overlap, or it is shorter than the result: ops check the shapes that input can reach.
 pub(crate) fn multiply(
     dst: &mut [f32],
     stride: usize,
@@ -79,13 +84,14 @@ pub(crate) fn multiply(
     threads: Threads,
 ) {
     assert!(extent(a.rows, b.columns, stride) <= dst.len(), "a product inside its slice");
+    assert!(a.rows < 2 || b.columns <= stride, "rows of a product that do not overlap");
     // SAFETY: the result lies in `dst`, as just checked, and its elements are initialised, so they may be read.
-    unsafe { compute(Target(dst.as_mut_ptr()), stride, Start::Kept(keep), scale, a, b, threads) }
+    unsafe { write(Target(dst.as_mut_ptr()), stride, Start::Kept(keep), scale, a, b, threads) }
 }
 
 /// `a·b`, rows end to end, on all threads.
 pub(crate) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
-    new(a, b, Start::Kept(0.0))
+    new_product(a, b, Start::Kept(0.0))
 }
 
 /// As [`product`], with `bias` added to each row.
@@ -94,15 +100,15 @@ pub(crate) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
 /// If the bias has not an element for each column.
 pub(crate) fn product_and_bias(a: Matrix, b: Matrix, bias: &[f32]) -> Vec<f32> {
     assert_eq!(bias.len(), b.columns, "the bias of a product");
-    new(a, b, Start::Row(bias))
+    new_product(a, b, Start::Row(bias))
 }
 
-fn new(a: Matrix, b: Matrix, start: Start) -> Vec<f32> {
+fn new_product(a: Matrix, b: Matrix, start: Start) -> Vec<f32> {
     let len = a.rows * b.columns;
     let mut dst = Vec::with_capacity(len);
     // SAFETY: the capacity holds the result; with such a start its elements are only written, and each of them is.
     unsafe {
-        compute(Target(dst.as_mut_ptr()), b.columns, start, 1.0, a, b, Threads::All);
+        write(Target(dst.as_mut_ptr()), b.columns, start, 1.0, a, b, Threads::All);
         dst.set_len(len);
     }
     dst
@@ -127,8 +133,8 @@ impl Start<'_> {
 }
 
 /// # Safety
-/// `dst` is valid for writes of the whole result, and also for reads if some of what is there is kept.
-unsafe fn compute(
+/// `dst` is valid for writes of the whole result, whose rows do not overlap, and also for reads if some of what is there is kept.
+unsafe fn write(
     dst: Target,
     stride: usize,
     start: Start,
@@ -157,10 +163,10 @@ unsafe fn compute(
                     let c = dst.at(rows.start * stride + columns.start);
                     let start = start.columns(columns.clone());
                     // SAFETY: the caller vouches for `dst`, and no other piece has these rows and columns of it.
-                    unsafe { Piece::compute(c, stride, start, scale, a.rows(rows), b, columns) };
+                    unsafe { Piece::write(c, stride, start, scale, a.rows(rows), b, columns) };
                 };
                 if threads > 1 {
-                    (0..grid.pieces()).into_par_iter().for_each(piece);
+                    (0..grid.pieces()).into_par_iter().with_max_len(1).for_each(piece);
                 } else {
                     (0..grid.pieces()).for_each(piece);
                 }
@@ -174,8 +180,10 @@ const WORTH_A_THREAD: usize = 1 << 18;
 /// So many times the depth of a panel are packed at a time, and so many elements: 8 MiB.
 const DEEP: usize = 4;
 const PACKED: usize = 1 << 21;
-/// Rows of a piece, whose panels of a stay in the second cache.
-const ROWS: usize = 128;
+/// Rows of a piece, at least so many blocks: a panel of b that was brought to the first cache is used again. At most, because panels of
+/// a stay in the second cache.
+const LEAST_BLOCKS: usize = 4;
+const MOST_ROWS: usize = 128;
 
 /// The pieces of a product, each the work of one task.
 struct Grid {
@@ -190,9 +198,11 @@ impl Grid {
     /// so columns are cut only where there are too few rows.
     fn new(geometry: Geometry, rows: usize, columns: usize, threads: usize) -> Self {
         let (height, width) = (geometry.height, geometry.columns());
-        let most = ROWS / height * height;
         let wanted = if threads > 1 { 4 * threads } else { 1 };
-        let row_step = rows.div_ceil(wanted).next_multiple_of(height).clamp(height, most);
+        let row_step = rows
+            .div_ceil(wanted)
+            .next_multiple_of(height)
+            .clamp(LEAST_BLOCKS * height, MOST_ROWS / height * height);
         let cuts = (wanted / 2).div_ceil(rows.div_ceil(row_step).max(1));
         let column_step = columns.div_ceil(cuts.max(1)).next_multiple_of(width).max(4 * width);
         Self { rows, columns, row_step, column_step }
@@ -251,8 +261,11 @@ mod tests {
     #[test]
     fn products_equal_the_reference_for_odd_and_empty_shapes() {
         let small = [(1, 1, 1), (3, 7, 5), (7, 1023, 3), (65, 33, 17), (3, 0, 2), (0, 3, 2), (2, 3, 0)];
+        let empty = [(0, 3100, 2), (2, 3100, 0), (300, 0, 2), (300, 0, 70)];
         // Several pieces, and of b more rows than are packed at a time, or more columns.
-        for (m, k, n) in small.into_iter().chain([(300, 20, 70), (140, 1700, 33), (2, 1500, 1500)]) {
+        for (m, k, n) in
+            small.into_iter().chain(empty).chain([(300, 20, 70), (140, 1700, 33), (2, 1500, 1500)])
+        {
             let (a, b) = (random(1, (m, k)), random(2, (k, n)));
             let wanted = reference(&numbers(&a), &numbers(&b), m, k, n);
             let elements = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -274,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_product_starts_as_asked_wherever_its_panels_end() {
-        for (m, k, n) in [(5, 3, 2), (13, 1700, 45), (150, 40, 64)] {
+        for (m, k, n) in [(5, 3, 2), (13, 1700, 45), (150, 40, 64), (3, 700, 203), (2, 1500, 1500)] {
             let (a, b, c, bias) = (random(1, (m, k)), random(2, (k, n)), random(3, (m, n)), random(4, n));
             let sums = reference(&numbers(&a), &numbers(&b), m, k, n);
             let elements = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -284,8 +297,15 @@ mod tests {
                 let wanted: Vec<f64> =
                     numbers(&c).iter().zip(&sums).map(|(c, sum)| keep * c + scale * sum).collect();
                 for threads in [Threads::One, Threads::All] {
-                    let mut dst = elements(&c);
-                    multiply(&mut dst, n, keep as f32, scale as f32, x, y, threads);
+                    // In a window of a wider matrix, whose other elements stay as they are.
+                    let mut wide = vec![9.0; m * (n + 3)];
+                    for (wide, c) in wide.chunks_exact_mut(n + 3).zip(elements(&c).chunks_exact(n)) {
+                        wide[1..=n].copy_from_slice(c);
+                    }
+                    multiply(&mut wide[1..], n + 3, keep as f32, scale as f32, x, y, threads);
+                    let rows = wide.chunks_exact(n + 3);
+                    assert!(rows.clone().all(|row| [row[0], row[n + 1], row[n + 2]] == [9.0; 3]));
+                    let dst: Vec<f32> = rows.flat_map(|row| row[1..=n].to_vec()).collect();
                     let dst = Tensor::from_vec(dst, (m, n), &Device::Cpu).unwrap();
                     assert!(relative_error(&dst, &wanted) < 1e-6, "{m} {k} {n}, {keep} {scale} {threads:?}");
                 }

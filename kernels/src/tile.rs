@@ -186,6 +186,9 @@ pub(crate) fn split<const N: usize>(scratch: &mut Vec<f32>, sizes: [usize; N]) -
     const LINE: usize = 64 / size_of::<f32>();
     let total = sizes.iter().map(|size| size.next_multiple_of(LINE)).sum::<usize>() + LINE;
     if scratch.len() < total {
+        // Neither more than is asked for nor a copy of what was there.
+        scratch.clear();
+        scratch.reserve_exact(total);
         scratch.resize(total, 0.0);
     }
     let start = scratch.as_ptr().align_offset(64).min(LINE);

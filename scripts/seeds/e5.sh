@@ -11,4 +11,4 @@ step "$bin/launch" --resume "$root/configs/e5-base.yaml" model.path="$model" out
     data.train.0.path="$output/qa/train.csv" evaluation.sets.0.path="$output/qa/validation.csv" evaluation.every=50 \
     model.max_query_length=64 model.max_document_length=128 training.epochs=1 data.train.0.samples=1500 "$@"
 step "$bin/trainer" compare --base "$model" --tuned "$output/run/model" --set "$output/qa/test.csv" \
-    --query-prompt 'query: ' --document-prompt 'passage: ' --output "$output"
+    --query-prompt 'query: ' --document-prompt 'passage: ' --max-length 128 --output "$output"

@@ -1,7 +1,8 @@
 //! The inside of a product: both factors are copied into panels that the microkernel reads from end to end.
 //!
 //! As in Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a panel of b, two vectors wide, stays in
-//! the first cache while panels of a, as high as a block of the microkernel, stream past it from the second.
+//! the first cache while panels of a, as high as a block of the microkernel, stream past it from the second. Where a has few rows, packing
+//! b costs more than the product; nothing here is made for one token alone.
 
 use std::ops::Range;
 
@@ -9,7 +10,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{Matrix, Start, cut};
-use crate::block::{Block, Onto, rows_of_pair};
+use crate::block::{Block, MOST_ROWS, MOST_ROWS_OF_16, Onto, rows_of_pair};
 use crate::simd;
 use crate::tile::{split, transpose, transpose_four, with_scratch};
 
@@ -23,8 +24,8 @@ pub(super) struct Geometry {
     pub(super) depth: usize,
 }
 
-/// Of a panel of b: three quarters of a first cache.
-const PANEL_BYTES: usize = 24 << 10;
+/// Of a panel of b, as deep as it is used at a time: three quarters of a first cache.
+const DEPTH_BYTES: usize = 24 << 10;
 
 impl Geometry {
     pub(super) fn of_processor() -> Self {
@@ -42,7 +43,7 @@ impl Geometry {
 
     fn of<S: Simd>() -> Self {
         let lanes = S::F32_LANES;
-        Self { lanes, height: rows_of_pair::<S>(), depth: PANEL_BYTES / size_of::<f32>() / (2 * lanes) }
+        Self { lanes, height: rows_of_pair::<S>(), depth: DEPTH_BYTES / size_of::<f32>() / (2 * lanes) }
     }
 
     /// Columns of a panel of b.
@@ -72,7 +73,7 @@ impl Panels<'_> {
                 let b = b.columns(first..columns.min(first + geometry.columns()));
                 simd::vectorised(
                     #[inline(always)]
-                    || pack_columns(panel, b, geometry.lanes),
+                    || pack_columns(panel, b, geometry),
                 );
             };
             if on_all_threads {
@@ -92,53 +93,75 @@ impl Panels<'_> {
 
 /// A panel of b: `lanes` or twice as many columns, beside each other in each of its rows.
 #[inline(always)]
-fn pack_columns(panel: &mut [f32], b: Matrix, lanes: usize) {
+fn pack_columns(panel: &mut [f32], b: Matrix, Geometry { lanes, depth, .. }: Geometry) {
     let width = b.columns.next_multiple_of(lanes);
     if b.row_stride == 1 && lanes.is_multiple_of(4) {
-        let column = |j: usize| &b.elements[j * b.column_stride..][..b.rows];
-        transpose(panel, width, (b.columns, b.rows), lanes, 1.0, column);
+        // A part at a time, which stays in the first cache while four columns after four are added to it.
+        for (part, rows) in panel.chunks_mut(depth * width).zip(cut(b.rows, depth)) {
+            transpose(
+                part,
+                width,
+                (b.columns, rows.len()),
+                lanes,
+                1.0,
+                #[inline(always)]
+                |j| &b.elements[j * b.column_stride..][rows.clone()],
+            );
+        }
         return;
     }
     for (l, row) in panel.chunks_exact_mut(width).enumerate() {
-        let (row, rest) = row.split_at_mut(b.columns);
         let from = &b.elements[l * b.row_stride..];
-        if b.column_stride == 1 {
-            row.copy_from_slice(&from[..b.columns]);
-        } else {
-            row.iter_mut().enumerate().for_each(|(j, element)| *element = from[j * b.column_stride]);
+        if b.column_stride == 1 && b.columns == width && lanes.is_multiple_of(4) {
+            // In fours, because the copy of a run whose length is not known is a call.
+            let (row, from) = (row.as_chunks_mut::<4>().0, from[..width].as_chunks::<4>().0);
+            row.iter_mut().zip(from).for_each(|(row, from)| *row = *from);
+            continue;
         }
-        rest.fill(0.0);
+        for (j, element) in row.iter_mut().enumerate() {
+            *element = if j < b.columns { from[j * b.column_stride] } else { 0.0 };
+        }
     }
 }
 
 /// Panels of a, one after another: `HEIGHT` rows, beside each other in each column. Rows that the last one lacks are arbitrary.
-/// `panels` is three elements longer than they.
+/// `panels` is [`SPILL`] elements longer than they.
 #[inline(always)]
 fn pack_rows<const HEIGHT: usize>(panels: &mut [f32], a: Matrix) {
     let size = HEIGHT * a.columns;
+    if size == 0 {
+        return;
+    }
+    if a.row_stride == 1 {
+        // Column by column as they lie, not panel by panel: columns may be far apart.
+        for l in 0..a.columns {
+            let column = &a.elements[l * a.column_stride..][..a.rows];
+            let (whole, rest) = column.as_chunks::<HEIGHT>();
+            for (i, rows) in whole.iter().enumerate() {
+                panels[i * size + l * HEIGHT..][..HEIGHT].copy_from_slice(rows);
+            }
+            for (i, row) in rest.iter().enumerate() {
+                panels[whole.len() * size + l * HEIGHT + i] = *row;
+            }
+        }
+        return;
+    }
     for first in (0..a.rows).step_by(HEIGHT) {
-        let panel = &mut panels[first / HEIGHT * size..][..size + 3];
+        let panel = &mut panels[first / HEIGHT * size..][..size + SPILL];
         let rows = HEIGHT.min(a.rows - first);
-        if a.row_stride == 1 {
-            for (l, column) in panel.chunks_exact_mut(HEIGHT).enumerate().take(a.columns) {
-                let from = &a.elements[l * a.column_stride + first..];
-                match from.first_chunk::<HEIGHT>() {
-                    Some(from) => column.copy_from_slice(from),
-                    None => column[..rows].copy_from_slice(&from[..rows]),
-                }
-            }
-        } else {
-            // From the last row up: of four rows beyond the height, what spills into the next column is then overwritten.
-            for four in (0..rows).step_by(4).rev() {
-                let row = |r: usize| match four + r < rows {
-                    true => &a.elements[(first + four + r) * a.row_stride..][..a.columns],
-                    false => &[],
-                };
-                transpose_four(&mut panel[four..], HEIGHT, 1.0, [row(0), row(1), row(2), row(3)]);
-            }
+        // From the last row up: of four rows beyond the height, what spills into the next column is then overwritten.
+        for four in (0..rows).step_by(4).rev() {
+            let row = |r: usize| match four + r < rows {
+                true => &a.elements[(first + four + r) * a.row_stride..][..a.columns],
+                false => &[],
+            };
+            transpose_four(&mut panel[four..], HEIGHT, 1.0, [row(0), row(1), row(2), row(3)]);
         }
     }
 }
+
+/// Elements that four rows can reach beyond the end of a panel, if only one of them is in it.
+const SPILL: usize = 3;
 
 /// Some rows and columns of a product.
 pub(super) struct Piece<'a> {
@@ -157,7 +180,10 @@ impl Piece<'_> {
     ///
     /// # Safety
     /// `c` is valid for writes of the piece, and also for reads if some of what is there is kept.
-    pub(super) unsafe fn compute(
+    ///
+    /// # Panics
+    /// If the row that it starts as is not as long as the piece.
+    pub(super) unsafe fn write(
         c: *mut f32,
         stride: usize,
         start: Start,
@@ -166,7 +192,23 @@ impl Piece<'_> {
         b: &Panels,
         columns: Range<usize>,
     ) {
+        if let Start::Row(row) = start {
+            assert_eq!(row.len(), columns.len(), "the row that a piece starts as");
+        }
         with_scratch(|scratch| simd::dispatch(Piece { c, stride, start, scale, a, b, columns, scratch }));
+    }
+
+    /// What the columns from `first` are added to, from the rows of b that start at `depth`.
+    #[inline(always)]
+    fn onto(start: Start, scale: f32, first: usize, depth: usize) -> Onto {
+        let kept = if depth > 0 { Start::Kept(1.0) } else { start };
+        match (kept, scale) {
+            (Start::Kept(0.0), 1.0) => Onto::Nothing,
+            (Start::Kept(1.0), 1.0) => Onto::Sum,
+            (Start::Kept(keep), scale) => Onto::Scaled { keep, scale },
+            (Start::Row(row), 1.0) => Onto::Row(row[first..].as_ptr()),
+            (Start::Row(_), scale) => unreachable!("{scale} times a product onto a row"),
+        }
     }
 }
 
@@ -178,61 +220,53 @@ impl WithSimd for Piece<'_> {
         let Self { c, stride, start, scale, a, b, columns, scratch } = self;
         let Geometry { lanes, height, depth } = b.geometry;
         let width = b.geometry.columns();
-        assert_eq!(lanes, S::F32_LANES, "panels for these vectors");
+        assert!(lanes == S::F32_LANES, "panels for these vectors");
         // Where few columns read it, a is read in place.
         let in_place = columns.len() <= 2 * width;
-        let blocks = a.rows.div_ceil(height);
-        let [panels, corner] = split(
-            scratch,
-            [if in_place { 0 } else { blocks * height * depth.min(a.columns) + 3 }, height * width],
-        );
+        let packed =
+            if in_place { 0 } else { a.rows.next_multiple_of(height) * depth.min(a.columns) + SPILL };
+        let [panels, corner] = split(scratch, [packed, MOST_ROWS * width]);
         for k in cut(a.columns, depth) {
             let a = a.columns(k.clone());
-            if !in_place {
-                match height {
-                    12 => pack_rows::<12>(panels, a),
-                    _ => pack_rows::<6>(panels, a),
-                }
+            match height {
+                _ if in_place => {}
+                MOST_ROWS => pack_rows::<MOST_ROWS>(panels, a),
+                MOST_ROWS_OF_16 => pack_rows::<MOST_ROWS_OF_16>(panels, a),
+                _ => unreachable!("panels of {height} rows"),
             }
             for first in columns.clone().step_by(width) {
                 let whole = width.min(b.columns.next_multiple_of(lanes) - first);
                 let valid = width.min(columns.end - first);
                 let panel = &b.elements[first * b.rows + k.start * whole..][..k.len() * whole];
-                let onto = match (start, scale) {
-                    (_, 1.0) if k.start > 0 => Onto::Sum,
-                    (_, scale) if k.start > 0 => Onto::Scaled { keep: 1.0, scale },
-                    (Start::Kept(0.0), 1.0) => Onto::Nothing,
-                    (Start::Kept(1.0), 1.0) => Onto::Sum,
-                    (Start::Kept(keep), scale) => Onto::Scaled { keep, scale },
-                    (Start::Row(row), _) => Onto::Row(row[first - columns.start..].as_ptr()),
-                };
-                for row in (0..a.rows).step_by(height) {
-                    let rows = height.min(a.rows - row);
-                    let (elements, a_row, a_column) = if in_place {
-                        (&a.elements[row * a.row_stride..], a.row_stride, a.column_stride)
+                let first = first - columns.start;
+                let onto = Self::onto(start, scale, first, k.start);
+                // A block one vector wide may be higher, and must be to keep the multipliers busy.
+                let step = if in_place && whole == lanes { MOST_ROWS } else { height };
+                for row in (0..a.rows).step_by(step) {
+                    let rows = step.min(a.rows - row);
+                    let (a, a_row, a_column) = if in_place {
+                        (a.rows(row..row + rows).elements, a.row_stride, a.column_stride)
                     } else {
                         (&panels[row * k.len()..], 1, height)
                     };
-                    let block = Block {
-                        k: k.len(),
-                        a: elements.as_ptr(),
-                        a_row,
-                        a_column,
-                        b: panel.as_ptr(),
-                        b_row: whole,
-                        c: c.wrapping_add(row * stride + first - columns.start),
-                        c_row: stride,
-                        onto,
+                    let (k, a, b) = (k.len(), a.as_ptr(), panel.as_ptr());
+                    let c = c.wrapping_add(row * stride + first);
+                    let block = Block { k, a, a_row, a_column, b, b_row: whole, c, c_row: stride, onto };
+                    // What would reach beyond C goes to `corner` first.
+                    let inside = if valid == whole {
+                        block
+                    } else {
+                        Block { c: corner.as_mut_ptr(), c_row: whole, onto: Onto::Nothing, ..block }
                     };
-                    // SAFETY: a `Matrix` lies inside its slice and a panel has `whole` elements, one or two vectors, in each of its
-                    // rows; the caller vouches for C, and `corner` holds what would reach beyond it.
+                    // SAFETY: a `Matrix` lies inside its slice, and a panel has `whole` elements, one vector or two, in each row;
+                    // the caller vouches for C, and a row that it starts as has an element for each of its columns.
                     unsafe {
-                        if valid == whole {
-                            compute(simd, block, whole, rows);
+                        if whole == lanes {
+                            inside.compute::<S, 1>(simd, rows);
                         } else {
-                            let sums =
-                                Block { c: corner.as_mut_ptr(), c_row: whole, onto: Onto::Nothing, ..block };
-                            compute(simd, sums, whole, rows);
+                            inside.compute::<S, 2>(simd, rows);
+                        }
+                        if valid < whole {
                             for (i, sums) in corner.chunks_exact(whole).enumerate().take(rows) {
                                 block.write_row(i, &sums[..valid]);
                             }
@@ -244,41 +278,54 @@ impl WithSimd for Piece<'_> {
     }
 }
 
-/// # Safety
-/// As [`Block::compute`].
-#[inline(always)]
-unsafe fn compute<S: Simd>(simd: S, block: Block, columns: usize, rows: usize) {
-    // SAFETY: handed on.
-    unsafe {
-        if columns == S::F32_LANES {
-            block.compute::<S, 1>(simd, rows);
-        } else {
-            block.compute::<S, 2>(simd, rows);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// What a processor without AVX2 runs.
+    /// What processors with other vectors run.
+    fn products_are_right<S: Simd>(simd: S) {
+        for (m, k, n) in [(14, 5, 9), (25, 30, 70), (3, 2, 40)] {
+            let a: Vec<f32> = (0..m * k).map(|i| (i * 7 % 11) as f32 - 5.0).collect();
+            let b: Vec<f32> = (0..k * n).map(|i| (i * 5 % 13) as f32 - 6.0).collect();
+            let mut c = vec![f32::NAN; m * n];
+            // Of several parts.
+            let geometry = Geometry { depth: 13, ..Geometry::of::<S>() };
+            Panels::pack(geometry, Matrix::new(&b, k, n), false, |panels| {
+                let start = Start::Kept(0.0);
+                let (a, columns, mut scratch) = (Matrix::new(&a, m, k), 0..n, Vec::new());
+                let (c, scratch) = (c.as_mut_ptr(), &mut scratch);
+                Piece { c, stride: n, start, scale: 1.0, a, b: panels, columns, scratch }.with_simd(simd);
+            });
+            let sum = |i: usize, j: usize| (0..k).map(|l| a[i * k + l] * b[l * n + j]).sum::<f32>();
+            // Whole numbers, exact in f32.
+            assert!((0..m).all(|i| (0..n).all(|j| c[i * n + j] == sum(i, j))), "{m} {k} {n}");
+        }
+    }
+
     #[test]
-    fn products_without_vectors_are_the_same() {
-        let (m, k, n) = (14, 5, 9);
-        let a: Vec<f32> = (0..m * k).map(|i| (i * 7 % 11) as f32 - 5.0).collect();
-        let b: Vec<f32> = (0..k * n).map(|i| (i * 5 % 13) as f32 - 6.0).collect();
-        let mut c = vec![f32::NAN; m * n];
-        let geometry = Geometry::of::<pulp::Scalar>();
-        Panels::pack(geometry, Matrix::new(&b, k, n), false, |panels| {
-            let start = Start::Kept(0.0);
-            let (a, columns, mut scratch) = (Matrix::new(&a, m, k), 0..n, Vec::new());
-            let (c, scratch) = (c.as_mut_ptr(), &mut scratch);
-            Piece { c, stride: n, start, scale: 1.0, a, b: panels, columns, scratch }
-                .with_simd(pulp::Scalar::new());
-        });
-        let sum = |i: usize, j: usize| (0..k).map(|l| a[i * k + l] * b[l * n + j]).sum::<f32>();
-        // Whole numbers, exact in f32.
-        assert!((0..m).all(|i| (0..n).all(|j| c[i * n + j] == sum(i, j))));
+    fn products_are_right_with_vectors_of_any_width() {
+        products_are_right(pulp::Scalar::new());
+        products_are_right(pulp::Scalar128b);
+        products_are_right(pulp::Scalar512b);
+    }
+
+    #[test]
+    fn panels_hold_the_rows_of_a_column_beside_each_other() {
+        fn check<const HEIGHT: usize>(rows: usize, columns: usize) {
+            let a: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
+            let across: Vec<f32> = (0..rows * columns).map(|i| a[i % rows * columns + i / rows]).collect();
+            for a in [Matrix::new(&a, rows, columns), Matrix::new(&across, columns, rows).transposed()] {
+                let mut panels = vec![f32::NAN; rows.next_multiple_of(HEIGHT) * columns + SPILL];
+                pack_rows::<HEIGHT>(&mut panels, a);
+                for (r, l) in (0..rows).flat_map(|r| (0..columns).map(move |l| (r, l))) {
+                    let place = r / HEIGHT * HEIGHT * columns + l * HEIGHT + r % HEIGHT;
+                    assert_eq!(panels[place], (r * columns + l) as f32, "{rows} × {columns}: {r}, {l}");
+                }
+            }
+        }
+        for (rows, columns) in [(1, 1), (6, 3), (25, 7), (36, 5)] {
+            check::<MOST_ROWS>(rows, columns);
+            check::<MOST_ROWS_OF_16>(rows, columns);
+        }
     }
 }

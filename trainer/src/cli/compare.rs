@@ -41,10 +41,12 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let sets = args.sets.open()?;
     // What is missing is told before hours are spent on the first; the tuned one is the likelier to lie here.
-    for model in [&args.tuned, &args.base] {
-        args.sets.encoding.find(model)?;
-    }
+    let [tuned, base] = [&args.tuned, &args.base].map(|model| args.sets.encoding.find(model));
+    let (tuned, base) = (tuned?, base?);
     if world.first() {
+        if let Some(warning) = args.sets.encoding.lengths_differ(&base, &tuned) {
+            tracing::warn!("{warning}");
+        }
         fs::create_dir_all(&args.output).map_err(Error::io("create", &args.output))?;
     }
     let base = measure(args, &args.base, "base", &sets, world)?;
@@ -80,6 +82,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::model::Folder;
 
     #[derive(Parser)]
     struct Line {
@@ -111,5 +114,19 @@ mod tests {
         assert!(taken.contains("rows.jsonl: cannot create"), "{taken}");
         assert!(refused(golden, &output).contains("has no model.safetensors"));
         assert!(output.is_dir());
+    }
+
+    #[test]
+    fn models_that_read_unlike_parts_of_a_text_are_told_of() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
+        let base = Folder::open(&golden).unwrap();
+        let tuned = Folder { max_length: Some(7), ..Folder::open(&golden).unwrap() };
+        let told = |flags: &[&str], tuned: &Folder| {
+            let line = ["compare", "--base", "a", "--tuned", "b", "--set", "c"];
+            Line::parse_from(line.iter().chain(flags)).args.sets.encoding.lengths_differ(&base, tuned)
+        };
+        assert!(told(&[], &tuned).unwrap().contains("the tuned model 7 tokens: --max-length"));
+        assert_eq!(told(&["--max-length", "7"], &tuned), None);
+        assert_eq!(told(&[], &base), None);
     }
 }

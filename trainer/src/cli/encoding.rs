@@ -37,9 +37,23 @@ impl Encoding {
     }
 
     /// Fetches a model that is not here, and looks at its folder.
-    pub(super) fn find(&self, id_or_path: &str) -> Result<()> {
+    pub(super) fn find(&self, id_or_path: &str) -> Result<Folder> {
         let init = options(self.random_weights, self.max_length).model.init;
-        Folder::open(&hub::resolve_for(id_or_path, init)?).map(drop)
+        Folder::open(&hub::resolve_for(id_or_path, init)?)
+    }
+
+    /// What to know of two models that would read unlike parts of a text: the one that reads more has an advantage of its own.
+    pub(super) fn lengths_differ(&self, base: &Folder, tuned: &Folder) -> Option<String> {
+        let reads = |folder: &Folder| {
+            folder.max_length.map_or("all that it has positions for".to_owned(), |n| format!("{n} tokens"))
+        };
+        (self.max_length.is_none() && base.max_length != tuned.max_length).then(|| {
+            format!(
+                "of a text the base reads {}, the tuned model {}: --max-length N compares them on the same part",
+                reads(base),
+                reads(tuned)
+            )
+        })
     }
 
     /// Opens a model.
