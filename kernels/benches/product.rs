@@ -15,6 +15,9 @@ use candle_core::{Device, Tensor};
 use gemm::Parallelism;
 use kernels::linear;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const TOKENS: usize = 1000;
 const TURNS: usize = 41;
 

@@ -71,6 +71,16 @@ impl Block {
     /// As [`Self::compute`], of HEIGHT rows.
     #[inline(always)]
     unsafe fn rows<S: Simd, const HEIGHT: usize, const WIDTH: usize>(self, simd: S) {
+        #[cfg(target_arch = "x86_64")]
+        for i in 0..HEIGHT {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let row = self.c.wrapping_add(i * self.c_row).cast::<i8>();
+            // SAFETY: nothing is read.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(row);
+                _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(WIDTH * S::F32_LANES * 4 - 1));
+            }
+        }
         // SAFETY: handed on.
         let sums = unsafe {
             match self.a_row {
@@ -112,22 +122,33 @@ impl Block {
     ) -> [[S::f32s; WIDTH]; HEIGHT] {
         let mut sums = [[simd.splat_f32s(0.0); WIDTH]; HEIGHT];
         let (mut column, mut b) = (0, self.b);
-        for _ in 0..self.k {
-            // SAFETY: see above; unaligned reads.
-            unsafe {
-                let mut vectors = [simd.splat_f32s(0.0); WIDTH];
-                for (j, vector) in vectors.iter_mut().enumerate() {
-                    *vector = b.add(j * S::F32_LANES).cast::<S::f32s>().read_unaligned();
-                }
-                for (i, row) in sums.iter_mut().enumerate() {
-                    let x = simd.splat_f32s(*self.a.add(column + i * a_row));
-                    for (sum, vector) in row.iter_mut().zip(vectors) {
-                        *sum = simd.mul_add_e_f32s(x, vector, *sum);
+        macro_rules! step {
+            () => {
+                // SAFETY: see above; unaligned reads.
+                unsafe {
+                    let mut vectors = [simd.splat_f32s(0.0); WIDTH];
+                    for (j, vector) in vectors.iter_mut().enumerate() {
+                        *vector = b.add(j * S::F32_LANES).cast::<S::f32s>().read_unaligned();
+                    }
+                    for (i, row) in sums.iter_mut().enumerate() {
+                        let x = simd.splat_f32s(*self.a.add(column + i * a_row));
+                        for (sum, vector) in row.iter_mut().zip(vectors) {
+                            *sum = simd.mul_add_e_f32s(x, vector, *sum);
+                        }
                     }
                 }
-            }
-            column += self.a_column;
-            b = b.wrapping_add(self.b_row);
+                column += self.a_column;
+                b = b.wrapping_add(self.b_row);
+            };
+        }
+        for _ in 0..self.k / 4 {
+            step!();
+            step!();
+            step!();
+            step!();
+        }
+        for _ in 0..self.k % 4 {
+            step!();
         }
         sums
     }

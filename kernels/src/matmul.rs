@@ -149,11 +149,10 @@ unsafe fn write(
         _ => 1,
     };
     let geometry = Geometry::of_processor();
-    let deep = DEEP * geometry.depth;
-    for k in cut(a.columns, deep) {
+    for k in cut(a.columns, geometry.depth, 1) {
         let start = if k.start == 0 { start } else { Start::Kept(1.0) };
         let (a, b) = (a.columns(k.clone()), b.rows(k.clone()));
-        for columns in cut(b.columns, (PACKED / k.len().max(1)).max(1).next_multiple_of(geometry.columns())) {
+        for columns in cut(b.columns, PACKED / k.len().max(1), geometry.columns()) {
             let start = start.columns(columns.clone());
             let dst = Target(dst.at(columns.start));
             Panels::pack(geometry, b.columns(columns), threads > 1, |b| {
@@ -177,9 +176,8 @@ unsafe fn write(
 
 /// Multiplications below which a second thread costs more than it saves.
 const WORTH_A_THREAD: usize = 1 << 18;
-/// So many times the depth of a panel are packed at a time, and so many elements: 8 MiB.
-const DEEP: usize = 4;
-const PACKED: usize = 1 << 21;
+/// Elements of b that are packed at a time: 4 MiB.
+const PACKED: usize = 1 << 20;
 /// Rows of a piece, at least so many blocks: a panel of b that was brought to the first cache is used again. At most, because panels of
 /// a stay in the second cache.
 const LEAST_BLOCKS: usize = 4;
@@ -219,8 +217,9 @@ impl Grid {
     }
 }
 
-/// `0..length` in pieces of `step`; at least one, which may be empty.
-fn cut(length: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+/// `0..length` in even pieces, about `most` long, of whole `unit`s; at least one, which may be empty.
+fn cut(length: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = length.div_ceil(length.div_ceil(most.max(1)).max(1)).max(1).next_multiple_of(unit);
     (0..length.max(1)).step_by(step).map(move |start| start..length.min(start + step))
 }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{Matrix, Start, cut};
+use super::{Matrix, Start};
 use crate::block::{Block, MOST_ROWS, MOST_ROWS_OF_16, Onto, rows_of_pair};
 use crate::simd;
 use crate::tile::{split, transpose, transpose_four, with_scratch};
@@ -20,12 +20,12 @@ pub(super) struct Geometry {
     lanes: usize,
     /// Rows of a panel of a.
     pub(super) height: usize,
-    /// Rows of b, and columns of a, that are summed up in registers before C is touched.
+    /// Rows of b, and columns of a, at most: they are summed up in registers before C is touched.
     pub(super) depth: usize,
 }
 
-/// Of a panel of b, as deep as it is used at a time: three quarters of a first cache.
-const DEPTH_BYTES: usize = 24 << 10;
+/// Of a panel of b: three quarters of a first cache.
+const PANEL_BYTES: usize = 20 << 10;
 
 impl Geometry {
     pub(super) fn of_processor() -> Self {
@@ -43,7 +43,7 @@ impl Geometry {
 
     fn of<S: Simd>() -> Self {
         let lanes = S::F32_LANES;
-        Self { lanes, height: rows_of_pair::<S>(), depth: DEPTH_BYTES / size_of::<f32>() / (2 * lanes) }
+        Self { lanes, height: rows_of_pair::<S>(), depth: PANEL_BYTES / size_of::<f32>() / (2 * lanes) }
     }
 
     /// Columns of a panel of b.
@@ -67,18 +67,17 @@ impl Panels<'_> {
         let (rows, columns) = (b.rows, b.columns);
         with_scratch(|scratch| {
             let [elements] = split(scratch, [rows * columns.next_multiple_of(geometry.lanes)]);
-            let size = (rows * geometry.columns()).max(1);
-            let pack = |(i, panel): (usize, &mut [f32])| {
-                let first = i * geometry.columns();
-                let b = b.columns(first..columns.min(first + geometry.columns()));
+            let group = GROUP * geometry.columns();
+            let pack = |(i, panels): (usize, &mut [f32])| {
+                let b = b.columns(i * group..columns.min((i + 1) * group));
                 simd::vectorised(
                     #[inline(always)]
-                    || pack_columns(panel, b, geometry),
+                    || pack_columns(panels, b, geometry),
                 );
             };
+            let size = (rows * group).max(1);
             if on_all_threads {
-                let grain = (simd::GRAIN / size).max(1);
-                elements.par_chunks_mut(size).enumerate().with_min_len(grain).for_each(pack);
+                elements.par_chunks_mut(size).enumerate().with_max_len(1).for_each(pack);
             } else {
                 elements.chunks_mut(size).enumerate().for_each(pack);
             }
@@ -91,35 +90,46 @@ impl Panels<'_> {
     }
 }
 
-/// A panel of b: `lanes` or twice as many columns, beside each other in each of its rows.
+/// Panels of b that are packed together: of a row of b several lines of the cache are then read at once.
+const GROUP: usize = 8;
+
+/// Panels of b, one after another: two vectors of columns, or what is left of them, beside each other in each of its rows.
 #[inline(always)]
-fn pack_columns(panel: &mut [f32], b: Matrix, Geometry { lanes, depth, .. }: Geometry) {
-    let width = b.columns.next_multiple_of(lanes);
+fn pack_columns(panels: &mut [f32], b: Matrix, geometry: Geometry) {
+    let lanes = geometry.lanes;
+    let size = (b.rows * geometry.columns()).max(1);
     if b.row_stride == 1 && lanes.is_multiple_of(4) {
-        // A part at a time, which stays in the first cache while four columns after four are added to it.
-        for (part, rows) in panel.chunks_mut(depth * width).zip(cut(b.rows, depth)) {
+        for (i, panel) in panels.chunks_mut(size).enumerate() {
+            let first = i * geometry.columns();
+            let columns = geometry.columns().min(b.columns - first);
+            let width = columns.next_multiple_of(lanes);
             transpose(
-                part,
+                panel,
                 width,
-                (b.columns, rows.len()),
+                (columns, b.rows),
                 lanes,
                 1.0,
                 #[inline(always)]
-                |j| &b.elements[j * b.column_stride..][rows.clone()],
+                |j| &b.elements[(first + j) * b.column_stride..][..b.rows],
             );
         }
         return;
     }
-    for (l, row) in panel.chunks_exact_mut(width).enumerate() {
+    for l in 0..b.rows {
         let from = &b.elements[l * b.row_stride..];
-        if b.column_stride == 1 && b.columns == width && lanes.is_multiple_of(4) {
-            // In fours, because the copy of a run whose length is not known is a call.
-            let (row, from) = (row.as_chunks_mut::<4>().0, from[..width].as_chunks::<4>().0);
-            row.iter_mut().zip(from).for_each(|(row, from)| *row = *from);
-            continue;
-        }
-        for (j, element) in row.iter_mut().enumerate() {
-            *element = if j < b.columns { from[j * b.column_stride] } else { 0.0 };
+        for first in (0..b.columns).step_by(geometry.columns()) {
+            let columns = geometry.columns().min(b.columns - first);
+            let width = columns.next_multiple_of(lanes);
+            let row = &mut panels[first * b.rows + l * width..][..width];
+            if b.column_stride == 1 && columns == width && lanes.is_multiple_of(4) {
+                // In fours, because the copy of a run whose length is not known is a call.
+                let (row, from) = (row.as_chunks_mut::<4>().0, from[first..][..width].as_chunks::<4>().0);
+                row.iter_mut().zip(from).for_each(|(row, from)| *row = *from);
+                continue;
+            }
+            for (j, element) in row.iter_mut().enumerate() {
+                *element = if j < columns { from[(first + j) * b.column_stride] } else { 0.0 };
+            }
         }
     }
 }
@@ -198,11 +208,10 @@ impl Piece<'_> {
         with_scratch(|scratch| simd::dispatch(Piece { c, stride, start, scale, a, b, columns, scratch }));
     }
 
-    /// What the columns from `first` are added to, from the rows of b that start at `depth`.
+    /// What the columns from `first` are added to.
     #[inline(always)]
-    fn onto(start: Start, scale: f32, first: usize, depth: usize) -> Onto {
-        let kept = if depth > 0 { Start::Kept(1.0) } else { start };
-        match (kept, scale) {
+    fn onto(start: Start, scale: f32, first: usize) -> Onto {
+        match (start, scale) {
             (Start::Kept(0.0), 1.0) => Onto::Nothing,
             (Start::Kept(1.0), 1.0) => Onto::Sum,
             (Start::Kept(keep), scale) => Onto::Scaled { keep, scale },
@@ -218,58 +227,53 @@ impl WithSimd for Piece<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { c, stride, start, scale, a, b, columns, scratch } = self;
-        let Geometry { lanes, height, depth } = b.geometry;
-        let width = b.geometry.columns();
-        assert!(lanes == S::F32_LANES, "panels for these vectors");
+        let Geometry { lanes, height, .. } = b.geometry;
+        let (depth, width) = (b.rows, b.geometry.columns());
+        assert!(lanes == S::F32_LANES && depth == a.columns, "panels for these vectors and for this a");
         // Where few columns read it, a is read in place.
         let in_place = columns.len() <= 2 * width;
-        let packed =
-            if in_place { 0 } else { a.rows.next_multiple_of(height) * depth.min(a.columns) + SPILL };
+        let packed = if in_place { 0 } else { a.rows.next_multiple_of(height) * depth + SPILL };
         let [panels, corner] = split(scratch, [packed, MOST_ROWS * width]);
-        for k in cut(a.columns, depth) {
-            let a = a.columns(k.clone());
-            match height {
-                _ if in_place => {}
-                MOST_ROWS => pack_rows::<MOST_ROWS>(panels, a),
-                MOST_ROWS_OF_16 => pack_rows::<MOST_ROWS_OF_16>(panels, a),
-                _ => unreachable!("panels of {height} rows"),
-            }
-            for first in columns.clone().step_by(width) {
-                let whole = width.min(b.columns.next_multiple_of(lanes) - first);
-                let valid = width.min(columns.end - first);
-                let panel = &b.elements[first * b.rows + k.start * whole..][..k.len() * whole];
-                let first = first - columns.start;
-                let onto = Self::onto(start, scale, first, k.start);
-                // A block one vector wide may be higher, and must be to keep the multipliers busy.
-                let step = if in_place && whole == lanes { MOST_ROWS } else { height };
-                for row in (0..a.rows).step_by(step) {
-                    let rows = step.min(a.rows - row);
-                    let (a, a_row, a_column) = if in_place {
-                        (a.rows(row..row + rows).elements, a.row_stride, a.column_stride)
+        match height {
+            _ if in_place => {}
+            MOST_ROWS => pack_rows::<MOST_ROWS>(panels, a),
+            MOST_ROWS_OF_16 => pack_rows::<MOST_ROWS_OF_16>(panels, a),
+            _ => unreachable!("panels of {height} rows"),
+        }
+        for first in columns.clone().step_by(width) {
+            let whole = width.min(b.columns.next_multiple_of(lanes) - first);
+            let valid = width.min(columns.end - first);
+            let panel = &b.elements[first * depth..][..depth * whole];
+            let first = first - columns.start;
+            let onto = Self::onto(start, scale, first);
+            // A block one vector wide may be higher, and must be to keep the multipliers busy.
+            let step = if in_place && whole == lanes { MOST_ROWS } else { height };
+            for row in (0..a.rows).step_by(step) {
+                let rows = step.min(a.rows - row);
+                let (a, a_row, a_column) = if in_place {
+                    (a.rows(row..row + rows).elements, a.row_stride, a.column_stride)
+                } else {
+                    (&panels[row * depth..], 1, height)
+                };
+                let (a, b, c) = (a.as_ptr(), panel.as_ptr(), c.wrapping_add(row * stride + first));
+                let block = Block { k: depth, a, a_row, a_column, b, b_row: whole, c, c_row: stride, onto };
+                // What would reach beyond C goes to `corner` first.
+                let inside = if valid == whole {
+                    block
+                } else {
+                    Block { c: corner.as_mut_ptr(), c_row: whole, onto: Onto::Nothing, ..block }
+                };
+                // SAFETY: a `Matrix` lies inside its slice, and a panel has `whole` elements, one vector or two, in each row; the
+                // caller vouches for C, and a row that it starts as has an element for each of its columns.
+                unsafe {
+                    if whole == lanes {
+                        inside.compute::<S, 1>(simd, rows);
                     } else {
-                        (&panels[row * k.len()..], 1, height)
-                    };
-                    let (k, a, b) = (k.len(), a.as_ptr(), panel.as_ptr());
-                    let c = c.wrapping_add(row * stride + first);
-                    let block = Block { k, a, a_row, a_column, b, b_row: whole, c, c_row: stride, onto };
-                    // What would reach beyond C goes to `corner` first.
-                    let inside = if valid == whole {
-                        block
-                    } else {
-                        Block { c: corner.as_mut_ptr(), c_row: whole, onto: Onto::Nothing, ..block }
-                    };
-                    // SAFETY: a `Matrix` lies inside its slice, and a panel has `whole` elements, one vector or two, in each row;
-                    // the caller vouches for C, and a row that it starts as has an element for each of its columns.
-                    unsafe {
-                        if whole == lanes {
-                            inside.compute::<S, 1>(simd, rows);
-                        } else {
-                            inside.compute::<S, 2>(simd, rows);
-                        }
-                        if valid < whole {
-                            for (i, sums) in corner.chunks_exact(whole).enumerate().take(rows) {
-                                block.write_row(i, &sums[..valid]);
-                            }
+                        inside.compute::<S, 2>(simd, rows);
+                    }
+                    if valid < whole {
+                        for (i, sums) in corner.chunks_exact(whole).enumerate().take(rows) {
+                            block.write_row(i, &sums[..valid]);
                         }
                     }
                 }
@@ -288,9 +292,7 @@ mod tests {
             let a: Vec<f32> = (0..m * k).map(|i| (i * 7 % 11) as f32 - 5.0).collect();
             let b: Vec<f32> = (0..k * n).map(|i| (i * 5 % 13) as f32 - 6.0).collect();
             let mut c = vec![f32::NAN; m * n];
-            // Of several parts.
-            let geometry = Geometry { depth: 13, ..Geometry::of::<S>() };
-            Panels::pack(geometry, Matrix::new(&b, k, n), false, |panels| {
+            Panels::pack(Geometry::of::<S>(), Matrix::new(&b, k, n), false, |panels| {
                 let start = Start::Kept(0.0);
                 let (a, columns, mut scratch) = (Matrix::new(&a, m, k), 0..n, Vec::new());
                 let (c, scratch) = (c.as_mut_ptr(), &mut scratch);
