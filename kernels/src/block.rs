@@ -71,16 +71,7 @@ impl Block {
     /// As [`Self::compute`], of HEIGHT rows.
     #[inline(always)]
     unsafe fn rows<S: Simd, const HEIGHT: usize, const WIDTH: usize>(self, simd: S) {
-        #[cfg(target_arch = "x86_64")]
-        for i in 0..HEIGHT {
-            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let row = self.c.wrapping_add(i * self.c_row).cast::<i8>();
-            // SAFETY: nothing is read.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(row);
-                _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(WIDTH * S::F32_LANES * 4 - 1));
-            }
-        }
+        self.fetch(HEIGHT, WIDTH * S::F32_LANES);
         // SAFETY: handed on.
         let sums = unsafe {
             match self.a_row {
@@ -112,6 +103,23 @@ impl Block {
         }
     }
 
+    /// Has C brought to the first cache meanwhile: what is added to it would else wait for it.
+    #[inline(always)]
+    fn fetch(self, rows: usize, columns: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for i in 0..rows {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let row = self.c.wrapping_add(i * self.c_row);
+            // SAFETY: nothing is read, and any address is allowed. A row of a block begins and ends in two lines at most.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(row.cast());
+                _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(columns - 1).cast());
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (rows, columns);
+    }
+
     /// # Safety
     /// As [`Self::rows`], of A and B.
     #[inline(always)]
@@ -122,6 +130,7 @@ impl Block {
     ) -> [[S::f32s; WIDTH]; HEIGHT] {
         let mut sums = [[simd.splat_f32s(0.0); WIDTH]; HEIGHT];
         let (mut column, mut b) = (0, self.b);
+        // Not a closure, which would be called rather than inlined.
         macro_rules! step {
             () => {
                 // SAFETY: see above; unaligned reads.
@@ -141,13 +150,15 @@ impl Block {
                 b = b.wrapping_add(self.b_row);
             };
         }
-        for _ in 0..self.k / 4 {
+        // Four at a time only in the block that nearly all of a large product is made of: more would take minutes to compile.
+        let fours = if WIDTH == 2 && HEIGHT == rows_of_pair::<S>() { self.k / 4 } else { 0 };
+        for _ in 0..fours {
             step!();
             step!();
             step!();
             step!();
         }
-        for _ in 0..self.k % 4 {
+        for _ in 4 * fours..self.k {
             step!();
         }
         sums
