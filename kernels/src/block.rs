@@ -13,19 +13,18 @@ pub(crate) const fn rows_of_pair<S: Simd>() -> usize {
     if S::REGISTER_COUNT >= 32 { MOST_ROWS } else { MOST_ROWS_OF_16 }
 }
 
+/// Whether this is the block that nearly all of a large product is made of.
+const fn fills_the_registers<S: Simd>(height: usize, width: usize) -> bool {
+    width == 2 && height == rows_of_pair::<S>()
+}
+
 /// What the sums of a block are added to.
 #[derive(Clone, Copy)]
 pub(crate) enum Onto {
-    Nothing,
-    /// C.
-    Sum,
+    /// So many times C, which is not read if that is 0.
+    Kept(f32),
     /// This row, in each row of C.
     Row(*const f32),
-    /// `keep` times C, which is not read if that is 0; and of the sums, so many times.
-    Scaled {
-        keep: f32,
-        scale: f32,
-    },
 }
 
 /// A block of C with its rows of A and its columns of B. Rows of B and C are contiguous, A has any strides.
@@ -40,6 +39,7 @@ pub(crate) struct Block {
     pub(crate) c: *mut f32,
     pub(crate) c_row: usize,
     pub(crate) onto: Onto,
+    pub(crate) scale: f32,
 }
 
 impl Block {
@@ -76,28 +76,29 @@ impl Block {
         let sums = unsafe {
             match self.a_row {
                 // The distances of rows that lie beside each other are then part of the instructions.
-                1 => self.sums::<S, HEIGHT, WIDTH>(simd, 1),
+                1 if fills_the_registers::<S>(HEIGHT, WIDTH) => self.sums::<S, HEIGHT, WIDTH>(simd, 1),
                 a_row => self.sums::<S, HEIGHT, WIDTH>(simd, a_row),
             }
         };
-        // SAFETY: C holds the block, as does the row; what is unaligned is read and written as such.
-        unsafe {
-            match self.onto {
-                Onto::Nothing => self.write(sums, |_, _, sum| sum),
-                Onto::Sum => self.write(sums, |c, _, sum| simd.add_f32s(c.read_unaligned(), sum)),
-                Onto::Row(row) => {
-                    let row = row.cast::<S::f32s>();
-                    self.write(sums, |_, j, sum| simd.add_f32s(row.add(j).read_unaligned(), sum));
-                }
-                Onto::Scaled { keep, scale } => {
-                    let (factor, scale) = (simd.splat_f32s(keep), simd.splat_f32s(scale));
-                    self.write(sums, |c, _, sum| {
-                        let sum = simd.mul_f32s(scale, sum);
-                        match keep == 0.0 {
-                            true => sum,
-                            false => simd.add_f32s(simd.mul_f32s(factor, c.read_unaligned()), sum),
+        // One loop for all that sums are added to: more would be most of the code.
+        let (base, base_row, keep) = match self.onto {
+            Onto::Kept(keep) => (self.c.cast_const(), self.c_row, keep),
+            Onto::Row(row) => (row, 0, 1.0),
+        };
+        let (factor, scale) = (simd.splat_f32s(keep), simd.splat_f32s(self.scale));
+        for (i, row) in sums.into_iter().enumerate() {
+            for (j, sum) in row.into_iter().enumerate() {
+                let sum = simd.mul_f32s(scale, sum);
+                // SAFETY: C holds the block, as does the row; what is unaligned is read and written as such.
+                unsafe {
+                    let value = match keep == 0.0 {
+                        true => sum,
+                        false => {
+                            let base = base.add(i * base_row).cast::<S::f32s>().add(j).read_unaligned();
+                            simd.add_f32s(simd.mul_f32s(factor, base), sum)
                         }
-                    });
+                    };
+                    self.c.add(i * self.c_row).cast::<S::f32s>().add(j).write_unaligned(value);
                 }
             }
         }
@@ -150,8 +151,8 @@ impl Block {
                 b = b.wrapping_add(self.b_row);
             };
         }
-        // Four at a time only in the block that nearly all of a large product is made of: more would take minutes to compile.
-        let fours = if WIDTH == 2 && HEIGHT == rows_of_pair::<S>() { self.k / 4 } else { 0 };
+        // Four at a time only in this block: of all they would take minutes to compile.
+        let fours = if fills_the_registers::<S>(HEIGHT, WIDTH) { self.k / 4 } else { 0 };
         for _ in 0..fours {
             step!();
             step!();
@@ -164,27 +165,6 @@ impl Block {
         sums
     }
 
-    /// Writes to C what `value` makes of a place in it, of its vector's number in the row, and of the sum.
-    ///
-    /// # Safety
-    /// C holds HEIGHT rows of WIDTH vectors.
-    #[inline(always)]
-    unsafe fn write<V: Copy, const HEIGHT: usize, const WIDTH: usize>(
-        self,
-        sums: [[V; WIDTH]; HEIGHT],
-        value: impl Fn(*mut V, usize, V) -> V,
-    ) {
-        for (i, row) in sums.into_iter().enumerate() {
-            for (j, sum) in row.into_iter().enumerate() {
-                // SAFETY: see above.
-                unsafe {
-                    let c = self.c.add(i * self.c_row).cast::<V>().add(j);
-                    c.write_unaligned(value(c, j, sum));
-                }
-            }
-        }
-    }
-
     /// Writes to the first elements of row `i` what [`Self::compute`] would with `sums`: for a block that reaches beyond C.
     ///
     /// # Safety
@@ -194,12 +174,11 @@ impl Block {
             // SAFETY: see above.
             unsafe {
                 let c = self.c.add(i * self.c_row + j);
+                let sum = self.scale * sum;
                 *c = match self.onto {
-                    Onto::Nothing => sum,
-                    Onto::Sum => *c + sum,
+                    Onto::Kept(0.0) => sum,
+                    Onto::Kept(keep) => keep * *c + sum,
                     Onto::Row(row) => *row.add(j) + sum,
-                    Onto::Scaled { keep: 0.0, scale } => scale * sum,
-                    Onto::Scaled { keep, scale } => keep * *c + scale * sum,
                 };
             }
         }

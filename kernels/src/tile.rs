@@ -53,8 +53,8 @@ impl WithSimd for Product<'_> {
                     self.b.as_ptr().wrapping_add(column * S::F32_LANES),
                     self.c.as_mut_ptr().wrapping_add(row * c_row + column * S::F32_LANES),
                 );
-                let onto = if add { Onto::Sum } else { Onto::Nothing };
-                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, onto };
+                let onto = Onto::Kept(if add { 1.0 } else { 0.0 });
+                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, onto, scale: 1.0 };
                 // SAFETY: rows row..row+height of A and C and this block's columns of B and C lie inside
                 // their slices by the assertions above.
                 unsafe {

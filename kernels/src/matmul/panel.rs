@@ -207,18 +207,6 @@ impl Piece<'_> {
         }
         with_scratch(|scratch| simd::dispatch(Piece { c, stride, start, scale, a, b, columns, scratch }));
     }
-
-    /// What the columns from `first` are added to.
-    #[inline(always)]
-    fn onto(start: Start, scale: f32, first: usize) -> Onto {
-        match (start, scale) {
-            (Start::Kept(0.0), 1.0) => Onto::Nothing,
-            (Start::Kept(1.0), 1.0) => Onto::Sum,
-            (Start::Kept(keep), scale) => Onto::Scaled { keep, scale },
-            (Start::Row(row), 1.0) => Onto::Row(row[first..].as_ptr()),
-            (Start::Row(_), scale) => unreachable!("{scale} times a product onto a row"),
-        }
-    }
 }
 
 impl WithSimd for Piece<'_> {
@@ -245,7 +233,10 @@ impl WithSimd for Piece<'_> {
             let valid = width.min(columns.end - first);
             let panel = &b.elements[first * depth..][..depth * whole];
             let first = first - columns.start;
-            let onto = Self::onto(start, scale, first);
+            let onto = match start {
+                Start::Kept(keep) => Onto::Kept(keep),
+                Start::Row(row) => Onto::Row(row[first..].as_ptr()),
+            };
             // A block one vector wide may be higher, and must be to keep the multipliers busy.
             let step = if in_place && whole == lanes { MOST_ROWS } else { height };
             for row in (0..a.rows).step_by(step) {
@@ -256,12 +247,13 @@ impl WithSimd for Piece<'_> {
                     (&panels[row * depth..], 1, height)
                 };
                 let (a, b, c) = (a.as_ptr(), panel.as_ptr(), c.wrapping_add(row * stride + first));
-                let block = Block { k: depth, a, a_row, a_column, b, b_row: whole, c, c_row: stride, onto };
+                let (k, b_row, c_row) = (depth, whole, stride);
+                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, onto, scale };
                 // What would reach beyond C goes to `corner` first.
                 let inside = if valid == whole {
                     block
                 } else {
-                    Block { c: corner.as_mut_ptr(), c_row: whole, onto: Onto::Nothing, ..block }
+                    Block { c: corner.as_mut_ptr(), c_row: whole, onto: Onto::Kept(0.0), scale: 1.0, ..block }
                 };
                 // SAFETY: a `Matrix` lies inside its slice, and a panel has `whole` elements, one vector or two, in each row; the
                 // caller vouches for C, and a row that it starts as has an element for each of its columns.
