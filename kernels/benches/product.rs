@@ -1,10 +1,10 @@
 //! The products of a linear layer beside those of the `gemm` crate, which candle uses: forward, dx and dW, on one thread, in turn.
 //!
 //! ```text
-//! cargo bench --workspace --bench product
+//! MIMALLOC_PURGE_DELAY=-1 cargo bench --workspace --bench product
 //! ```
 //!
-//! Prints GFLOP/s, the median of 41 turns of each, and their ratio; `gemm` writes into memory that is there, ours returns a new tensor. The layers are those of MiniLM and of BERT's base size, on a chunk.
+//! The variable keeps memory that was freed, as the programs do. //! Prints GFLOP/s, the median of 41 turns of each, and their ratio; `gemm` writes into memory that is there, ours returns a new tensor. The layers are those of MiniLM and of BERT's base size, on a chunk.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports")]
 

@@ -1,5 +1,5 @@
-//! The microkernel of every product on a CPU: a block of C stays in registers while rows of B stream past, and elements of A
-//! are broadcast from wherever they lie.
+//! The microkernel of the ops' products on a CPU, of `matmul` and of `tile`: a block of C stays in registers while rows of B stream past,
+//! and elements of A are broadcast from wherever they lie.
 
 use pulp::Simd;
 

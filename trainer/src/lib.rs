@@ -22,6 +22,8 @@ pub mod data;
 pub mod split;
 // Encoders with a written backward.
 pub mod model;
+// What is free, and how it is shared out.
+pub mod memory;
 // Embeddings in, loss and gradient out.
 pub mod loss;
 // The ranks of a run.
@@ -50,16 +52,14 @@ pub mod nano;
 pub mod checkpoint;
 // Model folders that other programs open.
 pub mod export;
+// Event files of TensorBoard.
+pub mod tensorboard;
 // What a run measured, line by line.
 pub mod metrics;
 // What a few queries find, before and after.
 pub mod samples;
-// The same numbers for TensorBoard.
-pub mod tensorboard;
 // Two models on the same sets.
 pub mod compare;
-// What is free, and how it is shared out.
-pub mod memory;
 // What more ranks would make of a run.
 pub mod scaling;
 // What a run will do.

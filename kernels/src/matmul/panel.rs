@@ -24,7 +24,7 @@ pub(super) struct Geometry {
     pub(super) depth: usize,
 }
 
-/// Of a panel of b: three quarters of a first cache.
+/// Of a panel of b: five eighths of a first cache of 32 KiB, which leaves room for rows of a and of C.
 const PANEL_BYTES: usize = 20 << 10;
 
 impl Geometry {
@@ -52,7 +52,7 @@ impl Geometry {
     }
 }
 
-/// A factor b (K, N) in panels of some of its columns and all of its rows, one after another. The last one is filled up with zeros to
+/// A factor b (k, n) in panels of some of its columns and all of its rows, one after another. The last one is filled up with zeros to
 /// whole vectors.
 pub(super) struct Panels<'a> {
     geometry: Geometry,

@@ -20,10 +20,10 @@ pub use sections::{
     Training,
 };
 pub use values::{
-    Batching, Bytes, Distance, Dtype, Every, Freeze, Init, Kind, LossKind, Names, Schedule, SetKind, Targets,
+    Batching, Bytes, Distance, Dtype, Every, Freeze, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind,
+    Targets,
 };
 
-pub use crate::model::Pooling;
 use crate::{Error, Result};
 
 /// A whole configuration file.

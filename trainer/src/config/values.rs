@@ -43,6 +43,18 @@ choice! {
 }
 
 choice! {
+    /// `model.pooling`: how the vectors of a text's tokens become one.
+    Pooling {
+        /// The mean over the tokens.
+        Mean = "mean",
+        /// The first token.
+        Cls = "cls",
+        /// The last token.
+        LastToken = "last_token",
+    }
+}
+
+choice! {
     /// `model.dtype`: what products and activations are computed in.
     Dtype {
         /// 32-bit floating point.

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::About;
-use crate::model::Pooling;
+use crate::config::Pooling;
 use crate::{Error, Result};
 
 /// The metrics that stand in the table; all are in the head.

@@ -16,8 +16,9 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 pub use self::run::{Options, Trained, write as run};
+use crate::config::Pooling;
+use crate::model::Folder;
 use crate::model::adapter::Settings;
-use crate::model::{Folder, Pooling};
 use crate::{Error, Result};
 
 /// What is written about a model besides its weights.

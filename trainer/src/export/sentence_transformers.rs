@@ -9,8 +9,9 @@ use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 
 use super::{About, put, put_text};
+use crate::config::Pooling;
 use crate::data::tokenize;
-use crate::model::{Folder, Pooling};
+use crate::model::Folder;
 use crate::{Error, Result, tensors};
 
 /// Writes everything but weights, model card and `config.json` into `folder`. `source` is the folder that the model was trained from.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 use kernels::Packing;
 
-use super::Pooling;
 use crate::Result;
+use crate::config::Pooling;
 use crate::data::batch::Sequence;
 
 /// Sequences laid end to end.

@@ -10,23 +10,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::config::Pooling;
 use crate::{Error, Result};
-
-/// How the vectors of a text's tokens become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pooling {
-    /// The mean over the tokens.
-    Mean,
-    /// The first token.
-    Cls,
-    /// The last token.
-    LastToken,
-}
 
 /// What a model folder says besides its weights.
 #[derive(Clone, Debug)]

@@ -31,13 +31,13 @@ use kernels::precision::Precision;
 
 use self::chunk::{Chunk, Limit};
 use self::encoder::Encoder;
-pub use self::folder::{Folder, Pooling};
+pub use self::folder::Folder;
 use self::head::Head;
 use self::params::{Flat, Gradients, Parameter};
 use self::pass::{Keep, Noise, Pass};
 use self::settings::Settings;
 use self::weights::Weights;
-use crate::config;
+use crate::config::{self, Pooling};
 use crate::data::batch::Sequence;
 use crate::{Error, Result, device};
 
