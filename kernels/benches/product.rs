@@ -4,7 +4,8 @@
 //! MIMALLOC_PURGE_DELAY=-1 cargo bench --workspace --bench product
 //! ```
 //!
-//! The variable keeps memory that was freed, as the programs do. //! Prints GFLOP/s, the median of 41 turns of each, and their ratio; `gemm` writes into memory that is there, ours returns a new tensor. The layers are those of MiniLM and of BERT's base size, on a chunk.
+//! The variable keeps memory that was freed, as the programs do. Prints GFLOP/s, the median of 41 turns of each, and their ratio; `gemm`
+//! writes into memory that is there, ours returns a new tensor. The layers are those of MiniLM and of BERT's base size, on a chunk.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports")]
 

@@ -1,8 +1,9 @@
 //! The ops of a training step, each forward and backward, on packed sequences.
 //!
-//! Tensors in, tensors out; nothing here knows of models, batches or ranks. Every op is one
-//! stem, a file or a folder: its formula, its forward, its backward and its tests, and the CUDA kernel beside it. Activations are `(T, D)`: the T tokens of a chunk's
-//! N sequences end to end, without padding; [`Packing`] says where each sequence lies.
+//! Tensors in, tensors out; nothing here knows of models, batches or ranks. Every op is one stem, a file or a
+//! folder: its formula, its forward, its backward and its tests, and the CUDA kernel beside it. Activations are
+//! `(T, D)`: the T tokens of a chunk's N sequences end to end, without padding; [`Packing`] says where each
+//! sequence lies.
 //!
 //! Gradients of parameters are *added* to the tensor that is given (`dw`), because the chunks of a batch
 //! share it; gradients of activations are returned.
