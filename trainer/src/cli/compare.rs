@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use super::encoding::Encoding;
 use super::print;
 use super::sets::Sets;
 use crate::comm::World;
@@ -41,16 +42,17 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let sets = args.sets.open()?;
     // What is missing is told before hours are spent on the first; the tuned one is the likelier to lie here.
-    let [tuned, base] = [&args.tuned, &args.base].map(|model| args.sets.encoding.find(model));
-    let (tuned, base) = (tuned?, base?);
+    let encoding = &args.sets.encoding;
+    let of_tuned = encoding.of_trained();
+    let (tuned, base) = (of_tuned.find(&args.tuned)?, encoding.find(&args.base)?);
     if world.first() {
-        if let Some(warning) = args.sets.encoding.lengths_differ(&base, &tuned) {
+        if let Some(warning) = encoding.lengths_differ(&base, &tuned) {
             tracing::warn!("{warning}");
         }
         fs::create_dir_all(&args.output).map_err(Error::io("create", &args.output))?;
     }
-    let base = measure(args, &args.base, "base", &sets, world)?;
-    let tuned = measure(args, &args.tuned, "tuned", &sets, world)?;
+    let base = measure(encoding, &args.base, "base", &sets, world)?;
+    let tuned = measure(&of_tuned, &args.tuned, "tuned", &sets, world)?;
     if !world.first() {
         return Ok(());
     }
@@ -62,9 +64,15 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
 }
 
 /// One model at a time: two may not fit.
-fn measure(args: &Args, model: &str, what: &str, sets: &[EvalSet], world: &World) -> Result<Vec<Measured>> {
-    let opened = args.sets.encoding.model(model)?;
-    let embedder = args.sets.encoding.embedder(&opened, world)?;
+fn measure(
+    encoding: &Encoding,
+    model: &str,
+    what: &str,
+    sets: &[EvalSet],
+    world: &World,
+) -> Result<Vec<Measured>> {
+    let opened = encoding.model(model)?;
+    let embedder = encoding.embedder(&opened, world)?;
     sets.iter()
         .map(|set| {
             let measured = set.evaluate(&embedder)?;
@@ -101,12 +109,13 @@ mod tests {
             fs::copy(golden.join(name), base.join(name)).unwrap();
         }
         let set = golden.join("rows.jsonl");
-        let refused = |tuned: &str, output: &Path| {
+        let compare = |tuned: &str, output: &Path, flags: &[&str]| {
             let [base, set, output] =
                 [base.as_path(), set.as_path(), output].map(|path| path.to_str().unwrap());
             let line = ["compare", "--base", base, "--tuned", tuned, "--set", set, "--output", output];
-            run(&Line::parse_from(line).args, &World::solo()).unwrap_err().to_string()
+            run(&Line::parse_from(line.iter().chain(flags)).args, &World::solo())
         };
+        let refused = |tuned: &str, output: &Path| compare(tuned, output, &[]).unwrap_err().to_string();
         let output = place.path().join("results");
         assert!(refused("/no/such", &output).contains("/no/such: no such model folder"));
         let golden = golden.to_str().unwrap();
@@ -114,6 +123,10 @@ mod tests {
         assert!(taken.contains("rows.jsonl: cannot create"), "{taken}");
         assert!(refused(golden, &output).contains("has no model.safetensors"));
         assert!(output.is_dir());
+        // Drawn weights are the base's alone.
+        compare(golden, &output, &["--random-weights"]).unwrap();
+        let tuned = compare(base.to_str().unwrap(), &output, &["--random-weights"]);
+        assert!(tuned.unwrap_err().to_string().contains("has no model.safetensors"));
     }
 
     #[test]

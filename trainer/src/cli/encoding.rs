@@ -6,7 +6,7 @@ use crate::comm::World;
 use crate::embed::{CHUNK_TOKENS, Embedder, Opened};
 use crate::model::{Folder, hub};
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct Encoding {
     /// Put before each query, and before both texts of a scored pair. Default: what the model folder says
     #[arg(long, value_name = "TEXT")]
@@ -20,7 +20,7 @@ pub(super) struct Encoding {
     /// Tokens that are encoded at once
     #[arg(long, value_name = "N", default_value_t = CHUNK_TOKENS, value_parser = at_least_one)]
     chunk_tokens: usize,
-    /// Draw the weights from a seed instead of reading them
+    /// Draw the weights from a seed instead of reading them; in a comparison those of the base
     #[arg(long)]
     pub(super) random_weights: bool,
 }
@@ -34,6 +34,11 @@ impl Encoding {
             || max_length.is_some()
             || *chunk_tokens != CHUNK_TOKENS
             || *random_weights
+    }
+
+    /// The same of a model that was trained: its weights are read.
+    pub(super) fn of_trained(&self) -> Self {
+        Self { random_weights: false, ..self.clone() }
     }
 
     /// Fetches a model that is not here, and looks at its folder.
