@@ -39,6 +39,7 @@ pub(crate) struct Block {
     pub(crate) c: *mut f32,
     pub(crate) c_row: usize,
     pub(crate) onto: Onto,
+    /// Times the sums, before they are added.
     pub(crate) scale: f32,
 }
 
@@ -91,12 +92,11 @@ impl Block {
                 let sum = simd.mul_f32s(scale, sum);
                 // SAFETY: C holds the block, as does the row; what is unaligned is read and written as such.
                 unsafe {
-                    let value = match keep == 0.0 {
-                        true => sum,
-                        false => {
-                            let base = base.add(i * base_row).cast::<S::f32s>().add(j).read_unaligned();
-                            simd.add_f32s(simd.mul_f32s(factor, base), sum)
-                        }
+                    let value = if keep == 0.0 {
+                        sum
+                    } else {
+                        let base = base.add(i * base_row).cast::<S::f32s>().add(j).read_unaligned();
+                        simd.add_f32s(simd.mul_f32s(factor, base), sum)
                     };
                     self.c.add(i * self.c_row).cast::<S::f32s>().add(j).write_unaligned(value);
                 }

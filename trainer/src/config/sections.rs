@@ -279,7 +279,8 @@ pub struct Training {
     /// Sequences encoded at once at most, instead of `chunk_tokens`.
     pub chunk_size: Option<usize>,
     /// Memory for tapes kept from the first pass, in bytes or `2GiB`; 0: everything is computed twice.
-    /// Default: null, what is free; on a CPU at most 512 MiB, or half as much again as parameters, gradients and moments take.
+    /// Default: null, what is free; on a CPU at most half as much again as parameters, gradients and
+    /// moments take, or 512 MiB where that is more.
     pub tape_memory: Option<Bytes>,
     /// The highest rate of the schedule. Default: 5e-5.
     pub learning_rate: f64,
