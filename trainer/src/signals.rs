@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, thread};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::low_level::emulate_default_handler;
+use signal_hook::low_level::{emulate_default_handler, signal_name};
 
 use crate::{Error, Result};
 
@@ -34,6 +34,11 @@ impl Signals {
             signal => i32::try_from(signal).ok(),
         }
     }
+}
+
+/// What a signal is called: `SIGTERM`.
+pub(crate) fn name(signal: i32) -> String {
+    signal_name(signal).map_or_else(|| format!("signal {signal}"), str::to_owned)
 }
 
 /// A folder that TERM and INT remove before they end the program: not for a run, which finishes its step.

@@ -17,7 +17,7 @@ use crate::{Error, Result};
     trainer compare --base sentence-transformers/all-MiniLM-L6-v2 --tuned runs/minilm/model --set data/scifact\n  \
     trainer compare --base intfloat/multilingual-e5-base --tuned runs/e5-base/model --set data/qa/test.csv \
     --query-prompt 'query: ' --document-prompt 'passage: ' --output results\n\n\
-    A difference comes with the interval in which 95 of 100 draws lie: queries, triplets or pairs are drawn with\n\
+    A difference comes with the interval in which 95 of 100 draws lie: queries, triplets or pairs are drawn with \
     replacement, and both models are measured on the same draw.")]
 pub(super) struct Args {
     /// The model before: a folder, or an id on the Hugging Face hub

@@ -19,8 +19,8 @@ use crate::{Error, Result};
     trainer mine --model runs/first/model --pairs data/scifact --output data/mined.jsonl --range 10..100 \
     --relative-margin none --max-score 0.9 --sampling random\n  \
     launch --cpus 2 -- mine --model runs/first/model --pairs data/train.jsonl --output data/mined.jsonl\n\n\
-    Writes rows for training: query, positive, negatives, and scores if asked for. What was found and dropped, and why, is printed as JSON. A run that \
-    was ended goes on where it was when it is started again.")]
+    Writes rows for training: query, positive, negatives, and scores if asked for. What was found and dropped, and why, \
+    is printed as JSON. A run that was ended goes on where it was when it is started again.")]
 pub(super) struct Args {
     /// A model folder, or an id on the Hugging Face hub
     #[arg(long, value_name = "DIR")]

@@ -31,7 +31,7 @@ use crate::{Error, memory, progress, pulse};
 #[derive(Debug, Parser)]
 #[command(name = "trainer", version, propagate_version = true)]
 #[command(after_help = "Example: trainer train configs/quickstart.yaml training.learning_rate=2e-4\n\n\
-    Exit status: 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong and nothing was\n\
+    Exit status: 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong and nothing was \
     started; 128+S a checkpoint was written because signal S asked for a stop.")]
 struct Cli {
     #[command(subcommand)]
@@ -135,6 +135,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         {
             tracing::warn!("{error}");
         }
+        // Somebody asked for it.
+        Error::Stopped { .. } => tracing::warn!("{error}"),
         _ => tracing::error!("{error}"),
     }
     if !matches!(error, Error::Stopped { .. }) {

@@ -10,8 +10,8 @@ use crate::split::Split;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer split --input data/qa.csv --output data/qa\n  \
     trainer split --input data/qa.jsonl --output data/qa --fractions 0.9,0.1 --seed 7\n\n\
-    Writes train, validation and test (or train and test) in the format of the input, unpacked; of Parquet as .jsonl. Rows that\n    \
-    share a text stay together.")]
+    Writes train, validation and test (or train and test) in the format of the input, unpacked; of Parquet as .jsonl. Rows \
+    that share a text stay together.")]
 pub(super) struct Args {
     /// A .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst
     #[arg(long, value_name = "FILE")]

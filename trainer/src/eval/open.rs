@@ -278,7 +278,7 @@ mod tests {
 {"_id": "q3", "text": "third"}
 "#;
 
-    /// All that reach the encoder, queries before documents.
+    /// All that reach the encoder: queries, then documents in the order of their ids.
     fn asked(set: &Retrieval) -> Vec<Vec<String>> {
         let mut seen = Vec::new();
         set.evaluate(|texts, _| {
@@ -300,7 +300,7 @@ mod tests {
         let set = beir(folder.path(), None).unwrap();
         assert_eq!(
             asked(&set),
-            [vec!["second".to_owned()], vec!["T  one".into(), "two".into(), String::new()]]
+            [vec!["second".to_owned()], vec![String::new(), "T  one".into(), "two".into()]]
         );
         // All scores are equal: 7, a, b by their ids.
         let scores = set

@@ -12,12 +12,12 @@
 //! ```
 //!
 //! each as the mean over the queries. Neither the matrix of all scores (Q, C) nor, of a large corpus, all embeddings exist at
-//! once: documents are embedded portion by portion, scored block by block, and each query keeps its 100 best.
+//! once: documents are embedded portion by portion, and [`TopK`] keeps the 100 best of each query.
 
-use std::cmp::Ordering;
+use std::mem;
 
 use candle_core::Tensor;
-use rayon::prelude::*;
+use kernels::topk::{Hit, TopK};
 
 use super::rankings::{self, Hit as Shown, Ranking};
 use super::{Found, Items};
@@ -33,31 +33,14 @@ const MAP_AT: usize = 100;
 /// Documents that are embedded at once, and the bytes of their embeddings: what is sorted by length, and what is in memory.
 const PORTION: usize = 50_000;
 const PORTION_BYTES: usize = 256 << 20;
-/// Scores that exist at once.
-const BLOCK: usize = 1 << 22;
 
 /// Queries, documents, and which answers which.
 #[derive(Debug)]
 pub(super) struct Retrieval {
     queries: Vec<String>,
+    /// In the order of their ids: of equal scores the lower number comes first, and so the lower id.
     documents: Vec<String>,
-    ranks: Vec<u32>,
     relevant: Vec<Vec<u32>>,
-}
-
-/// A document in a query's list of hits.
-#[derive(Clone, Copy, Debug)]
-struct Hit {
-    score: f32,
-    /// The place of the document's id among all ids: what decides between equal scores.
-    rank: u32,
-    document: u32,
-}
-
-impl Hit {
-    fn order(&self, other: &Self) -> Ordering {
-        other.score.partial_cmp(&self.score).unwrap_or(Ordering::Equal).then(self.rank.cmp(&other.rank))
-    }
 }
 
 impl Retrieval {
@@ -65,27 +48,30 @@ impl Retrieval {
     /// left out.
     pub(super) fn new(
         queries: Vec<String>,
-        documents: Vec<String>,
+        mut documents: Vec<String>,
         ids: &[String],
         relevant: Vec<Vec<u32>>,
     ) -> Self {
         let mut order: Vec<u32> = (0..ids.len() as u32).collect();
         order.sort_by_key(|&document| &ids[document as usize]);
-        let mut ranks = vec![0; ids.len()];
-        for (rank, document) in order.into_iter().enumerate() {
-            ranks[document as usize] = rank as u32;
+        let mut numbers = vec![0; ids.len()];
+        for (number, &document) in (0..).zip(&order) {
+            numbers[document as usize] = number;
         }
+        documents = order.iter().map(|&document| mem::take(&mut documents[document as usize])).collect();
         let (queries, relevant) = queries
             .into_iter()
             .zip(relevant)
             .filter(|(_, relevant)| !relevant.is_empty())
-            .map(|(query, mut relevant)| {
+            .map(|(query, relevant)| {
+                let mut relevant: Vec<u32> =
+                    relevant.iter().map(|&document| numbers[document as usize]).collect();
                 relevant.sort_unstable();
                 relevant.dedup();
                 (query, relevant)
             })
             .unzip();
-        Self { queries, documents, ranks, relevant }
+        Self { queries, documents, relevant }
     }
 
     /// Queries that have an answer.
@@ -99,50 +85,28 @@ impl Retrieval {
     }
 
     /// What each query finds. `encode` embeds texts: (N, D).
-    pub(super) fn evaluate(
-        &self,
-        mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
-    ) -> Result<Found> {
-        let queries = unit(&encode(&self.queries, Role::Query)?)?; // (Q, D)
-        let mut lists = vec![Vec::with_capacity(MAP_AT + 1); self.queries.len()];
-        let block = (BLOCK / self.queries.len().max(1)).max(256);
-        let portion = (PORTION_BYTES / size_of::<f32>() / queries.dim(1)?.max(1)).clamp(1, PORTION);
-        for (number, texts) in self.documents.chunks(portion).enumerate() {
-            let documents = encode(texts, Role::Document)?; // (C, D)
-            for start in (0..texts.len()).step_by(block) {
-                let count = block.min(texts.len() - start);
-                let of_block = unit(&documents.narrow(0, start, count)?)?;
-                let scores = queries.matmul(&of_block.t()?)?.to_vec2::<f32>()?; // (Q, count)
-                let first = number * portion + start;
-                lists
-                    .par_iter_mut()
-                    .zip(scores)
-                    .for_each(|(list, scores)| self.keep_best(list, &scores, first));
-            }
-        }
+    pub(super) fn evaluate(&self, encode: impl FnMut(&[String], Role) -> Result<Tensor>) -> Result<Found> {
+        let lists = self.search(encode, PORTION)?;
         let values =
             lists.iter().zip(&self.relevant).flat_map(|(list, all)| metrics(&ranks(list, all), all.len()));
         let items = Items::means(names(), values.collect());
         Ok(Found { items, rankings: self.rankings(&lists) })
     }
 
-    /// Puts the documents `first..` with these scores into a query's list of hits, best first.
-    fn keep_best(&self, list: &mut Vec<Hit>, scores: &[f32], first: usize) {
-        for (offset, &score) in scores.iter().enumerate() {
-            // A score that is no number ranks behind all others.
-            let score = if score.is_nan() { f32::NEG_INFINITY } else { score };
-            let full = list.len() == MAP_AT;
-            if full && list.last().is_some_and(|last| score < last.score) {
-                continue;
-            }
-            let document = first + offset;
-            let hit = Hit { score, rank: self.ranks[document], document: document as u32 };
-            let place = list.partition_point(|other| other.order(&hit).is_lt());
-            if place < MAP_AT {
-                list.truncate(MAP_AT - 1);
-                list.insert(place, hit);
-            }
+    /// The hits of each query, best first; documents are embedded `portion` at once, or fewer.
+    fn search(
+        &self,
+        mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
+        portion: usize,
+    ) -> Result<Vec<Vec<Hit>>> {
+        let (queries, width) = unit(&encode(&self.queries, Role::Query)?)?; // (Q, D)
+        let mut best = TopK::new(self.queries.len(), MAP_AT);
+        let portion = (PORTION_BYTES / size_of::<f32>() / width).clamp(1, portion);
+        for (number, texts) in self.documents.chunks(portion).enumerate() {
+            let (documents, _) = unit(&encode(texts, Role::Document)?)?; // (C, D)
+            best.push(&queries, &documents, width, (number * portion) as u32);
         }
+        Ok(best.finish())
     }
 
     /// What a few queries find, spread evenly over all.
@@ -220,10 +184,10 @@ pub(super) fn columns() -> Vec<(String, String)> {
     columns
 }
 
-/// Rows scaled to length one: x / max(‖x‖, 1e-12).
-fn unit(x: &Tensor) -> Result<Tensor> {
+/// Rows scaled to length one, x / max(‖x‖, 1e-12), end to end; and their width.
+fn unit(x: &Tensor) -> Result<(Vec<f32>, usize)> {
     let norm = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?;
-    Ok(x.broadcast_div(&norm)?)
+    Ok((x.broadcast_div(&norm)?.flatten_all()?.to_vec1()?, x.dim(1)?.max(1)))
 }
 
 #[cfg(test)]
@@ -258,26 +222,26 @@ mod tests {
     }
 
     #[test]
-    fn blocks_and_portions_do_not_change_the_hits() {
-        // Many equal scores, and more documents than a block holds.
+    fn portions_do_not_change_the_hits() {
+        // Many equal scores.
         let queries: Vec<_> = (0..5).map(|i| vec![1.0, i as f32]).collect();
         let documents: Vec<_> = (0..1201).map(|i| vec![1.0, (i % 7) as f32]).collect();
         let ids = numbers(documents.len());
         let set = Retrieval::new(numbers(5), numbers(documents.len()), &ids, vec![vec![3]; 5]);
-        let mut lists = [Vec::new(), Vec::new()];
-        for (list, block) in lists.iter_mut().zip([1, 500]) {
-            let query = unit(&encode(&queries, &["2".into()]).unwrap()).unwrap();
-            let all = unit(&encode(&documents, &ids).unwrap()).unwrap();
-            let scores = query.matmul(&all.t().unwrap()).unwrap().to_vec2::<f32>().unwrap().remove(0);
-            for (index, scores) in scores.chunks(block).enumerate() {
-                set.keep_best(list, scores, index * block);
-            }
+        let hits = |portion| {
+            let rows = |texts: &[String], role| {
+                encode(if role == Role::Query { &queries } else { &documents }, texts)
+            };
+            set.search(rows, portion).unwrap().remove(2)
+        };
+        let all = hits(5000);
+        assert_eq!(all.len(), MAP_AT);
+        for portion in [1, 500] {
+            assert_eq!(hits(portion), all);
         }
-        let documents = |list: &[Hit]| list.iter().map(|hit| hit.document).collect::<Vec<_>>();
-        assert_eq!(lists[0].len(), MAP_AT);
-        assert_eq!(documents(&lists[0]), documents(&lists[1]));
-        // All of them are documents that lie in the query's direction, in the order of their ids as strings.
-        assert_eq!(documents(&lists[0])[..4], [100, 1003, 1010, 1017]);
+        // All of them lie in the query's direction, in the order of their ids as strings.
+        let found: Vec<_> = all.iter().map(|hit| set.documents[hit.document as usize].as_str()).collect();
+        assert_eq!(found[..4], ["100", "1003", "1010", "1017"]);
     }
 
     #[test]

@@ -174,7 +174,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
             if pickle {
                 "has pytorch_model.bin but no model.safetensors\nhint: pickled weights are not read; convert them with transformers: AutoModel.from_pretrained(folder).save_pretrained(folder)"
             } else {
-                "has no model.safetensors\nhint: `model.init: random` (`--random-weights`) draws the weights from the seed"
+                "has no model.safetensors\nhint: `model.init: random` draws the weights from the seed, as `--random-weights` does (in `compare` the base's)"
             },
         ));
     }

@@ -107,7 +107,10 @@ impl fmt::Display for Outline<'_> {
                 )?;
                 writeln!(f, "steps      {steps}, at most {:.2} M tokens in all", step * steps as f64 / 1e6)
             }
-            None => writeln!(f, "steps      as many as the rows make; `samples` would tell it now"),
+            None => writeln!(
+                f,
+                "steps      as many as the rows make, which are counted when the run starts; `samples` fixes them"
+            ),
         }
     }
 }
