@@ -3,10 +3,10 @@
 
     check_metrics.py --model DIR --retrieval scifact cisi cranfield --triplet triplets.jsonl --similarity en.test.jsonl
 
-`trainer encode` embeds what `trainer evaluate` embeds, in the same order; sentence-transformers' evaluators get these embeddings
-instead of a model. Retrieval: BEIR folders with qrels/test.tsv. Triplets: rows of query, positive, negative. Similarity: rows of
-s1, s2, score. Prints the largest difference of each set; exit status 1 where a name or a CSV heading differs, or a metric by
-more than --within.
+`trainer encode` embeds what `trainer evaluate` embeds, in the same order (documents in that of their ids);
+sentence-transformers' evaluators get these embeddings instead of a model. Retrieval: BEIR folders with qrels/test.tsv. Triplets:
+rows of query, positive, negative. Similarity: rows of s1, s2, score. Prints the largest difference of each set; exit status 1
+where a name or a CSV heading differs, or a metric by more than --within.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def retrieval(path, model):
             relevant.setdefault(query, set()).add(document)
     queries = {row["_id"]: row["text"] for row in rows(path / "queries.jsonl") if row["_id"] in relevant}
     text = lambda row: f"{row['title']} {row['text']}".strip() if row.get("title") else row["text"]
-    corpus = {row["_id"]: text(row) for row in rows(path / "corpus.jsonl")}
+    corpus = {row["_id"]: text(row) for row in sorted(rows(path / "corpus.jsonl"), key=lambda row: row["_id"])}
     model.add("query", list(queries.values()))
     model.add("document", list(corpus.values()))
     return InformationRetrievalEvaluator(queries, corpus, relevant, name=path.name)
