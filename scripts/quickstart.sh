@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 profile=${PROFILE:-release}
 built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
 
-cargo build --locked --profile "$profile" -p trainer -p launcher --example quickstart --bin trainer --bin launch
+# The whole workspace: its features are those of the tests, which would else compile the tensors anew.
+cargo build --locked --profile "$profile" --workspace --example quickstart --bin trainer --bin launch
 "$built/examples/quickstart" --output data/quickstart
 "$built/launch" configs/quickstart.yaml "$@"
