@@ -11,7 +11,9 @@ cd "$(dirname "$0")/.."
 profile=${PROFILE:-release}
 built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
 
-# The whole workspace: its features are those of the tests, which would else compile the tensors anew.
-cargo build --locked --profile "$profile" --workspace --example quickstart --bin trainer --bin launch
+packages=(-p trainer -p launcher)
+# With the features of the tests, which would else compile the tensors anew.
+[ "$profile" != dev ] || packages=(--workspace)
+cargo build --locked --profile "$profile" "${packages[@]}" --example quickstart --bin trainer --bin launch
 "$built/examples/quickstart" --output data/quickstart
 "$built/launch" configs/quickstart.yaml "$@"
