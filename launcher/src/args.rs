@@ -19,7 +19,8 @@ use trainer::comm::LONGEST_TIMEOUT;
   launch -- evaluate --model runs/quickstart/model --set data/quickstart/test
   LODESTONE_TOKEN=… launch --gpus 8 --nodes 2 --node 0 --rendezvous n1:29400 configs/minilm.yaml    on each of two nodes
 
-Exit status: that of the run. 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong; 128+S after a checkpoint, because signal S (TERM, INT or USR1) asked for a stop."
+Exit status: that of the run. 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong; \
+128+S after a checkpoint, because signal S (TERM, INT or USR1) asked for a stop."
 )]
 pub(crate) struct Arguments {
     /// Ranks on the processor of this node, which share its cores. Default, where no GPU is to be seen: 1

@@ -137,7 +137,7 @@ fn peaks(layers: usize, rows: usize, more: serde_json::Value) -> (f64, f64) {
 fn a_run_takes_what_its_plan_says_within_a_tenth() {
     let _turn = TURN.lock().unwrap();
     // The emulator of a GPU takes a minute for a thousand tokens.
-    let (layers, rows) = if device::current().is_ok() && memory::on_gpu() { (4, 8) } else { (12, 32) };
+    let (layers, rows) = if device::current().is_ok() && memory::on_gpu() { (4, 8) } else { (12, 64) };
     let chunk = 32 * rows;
     let lora = json!({"rank": 8, "dropout": 0.1});
     for (name, more) in [
