@@ -3,7 +3,7 @@
 #
 #   scripts/quickstart.sh [KEY=VALUE …]      values that override those of configs/quickstart.yaml
 #
-# On two cores the first build takes about ten minutes, the training one to two. Nothing but crates is downloaded.
+# On two cores the first build takes six to ten minutes, the training one to two. Nothing but crates is downloaded.
 # PROFILE=dev builds as the tests do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
