@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use trainer::config::{EvaluationSet, SetKind};
-use trainer::embed::{Opened, Role};
 use trainer::eval::EvalSet;
+use trainer::eval::embed::{Opened, Role};
 use trainer::model::Options;
 
 fn golden(name: &str) -> PathBuf {

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 use tests::{FAMILIES, copy, program, stderr, write_config};
 use trainer::config::Config;
-use trainer::embed::{Opened, Role};
+use trainer::eval::embed::{Opened, Role};
 use trainer::export::{self, Trained};
 use trainer::model::Options;
 

@@ -6,15 +6,15 @@ use tests::{FAMILIES, model_folder, relative_error};
 use trainer::comm::World;
 use trainer::config;
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
-use trainer::gradcache::Budget;
 use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
 use trainer::model::pass::Keep;
 use trainer::model::{Folder, Model, Options};
-use trainer::optimizer::Optimizer;
-use trainer::schedule::Schedule;
-use trainer::step::Stepper;
+use trainer::train::gradcache::Budget;
+use trainer::train::optimizer::Optimizer;
+use trainer::train::schedule::Schedule;
+use trainer::train::step::Stepper;
 
 const ROWS: usize = 12;
 

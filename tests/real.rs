@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use candle_core::Tensor;
 use serde_json::{Value, json};
 use tests::{golden, metrics, program, relative_error, stderr, write_config};
-use trainer::embed::{Opened, Role};
+use trainer::eval::embed::{Opened, Role};
 use trainer::model::Options;
 
 fn expected() -> Value {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tests::{golden, metrics, program, stderr, write_config};
 use trainer::config::{EvaluationSet, SetKind};
-use trainer::embed::Opened;
 use trainer::eval::EvalSet;
+use trainer::eval::embed::Opened;
 use trainer::model::Options;
 
 const METRIC: &str = "rows_cosine_accuracy@10";

@@ -13,14 +13,14 @@ use tests::{golden, metrics, model_folder, program, relative_error, stderr, writ
 use trainer::comm::World;
 use trainer::config::{self, Distance, LossKind};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
-use trainer::gradcache::Budget;
 use trainer::loss::{InfoNce, Kl, Losses, Matryoshka, Triplet};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
 use trainer::model::{Folder, Model, Options};
-use trainer::optimizer::Optimizer;
-use trainer::schedule::Schedule;
-use trainer::step::Stepper;
+use trainer::train::gradcache::Budget;
+use trainer::train::optimizer::Optimizer;
+use trainer::train::schedule::Schedule;
+use trainer::train::step::Stepper;
 
 /// How a run is set up.
 #[derive(Clone, Debug)]

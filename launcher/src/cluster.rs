@@ -4,7 +4,7 @@ use std::net::{TcpListener, ToSocketAddrs};
 
 use trainer::comm::rendezvous::{self, Token};
 use trainer::comm::{self, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN};
-use trainer::device;
+use trainer::system::device;
 
 use crate::args::{Hardware, Job, Nodes};
 use crate::gpu::Machine;

@@ -22,7 +22,7 @@ impl Machine<'_> {
             proc: Path::new("/proc/driver/nvidia"),
             dev: Path::new("/dev"),
             visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
-            cuda: trainer::device::cuda().map(|(major, _)| major),
+            cuda: trainer::system::device::cuda().map(|(major, _)| major),
         }
     }
 

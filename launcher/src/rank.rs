@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
-use trainer::pulse;
+use trainer::system::heartbeat;
 
 /// The first argument that makes this binary a rank; the launcher's process id and patience follow, then the trainer's
 /// arguments.
@@ -29,10 +29,10 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
 /// Ends a rank that hangs where no launcher is left to do it.
 #[expect(clippy::exit, reason = "the thread that could return hangs")]
 fn guard(launcher: Option<u64>, patience: u64) {
-    let mut last = (pulse::beats(), Instant::now());
+    let mut last = (heartbeat::beats(), Instant::now());
     loop {
         thread::sleep(Duration::from_secs(1));
-        let beats = pulse::beats();
+        let beats = heartbeat::beats();
         if parent() == launcher || beats != last.0 {
             last = (beats, Instant::now());
         } else if last.1.elapsed() > Duration::from_secs(patience) {

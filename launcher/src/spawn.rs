@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use signal_hook::consts::{SIGCONT, SIGINT, SIGTERM, SIGTSTP, SIGUSR1};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::{emulate_default_handler, signal_name};
-use trainer::pulse::{self, Pulse};
+use trainer::system::heartbeat::{self, Pulse};
 
 use crate::cluster::Cluster;
 use crate::rank;
@@ -85,11 +85,11 @@ impl Launcher {
     /// thread: the kernel ties a rank's life to the thread that started it.
     pub(crate) fn run(&mut self, commands: Vec<Command>, first: usize) -> io::Result<Ended> {
         let pulses = File::from(memfd_create("pulse", MemfdFlags::CLOEXEC)?);
-        pulses.set_len(pulse::SLOT * commands.len() as u64)?;
+        pulses.set_len(heartbeat::SLOT * commands.len() as u64)?;
         let path = format!("/proc/{}/fd/{}", std::process::id(), pulses.as_raw_fd());
         let mut ranks = Vec::with_capacity(commands.len());
         for (local, mut command) in commands.into_iter().enumerate() {
-            command.env(pulse::VARIABLE, format!("{path}:{local}"));
+            command.env(heartbeat::VARIABLE, format!("{path}:{local}"));
             match start(&mut command, first + local > 0) {
                 Ok(rank) => ranks.push(rank),
                 Err(error) => {

@@ -18,15 +18,15 @@ use kernels::adamw::AdamW;
 use trainer::comm::World;
 use trainer::config::{self, Dtype, Init};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
-use trainer::gradcache::Budget;
 use trainer::loss::{InfoNce, Losses};
-use trainer::memory;
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
 use trainer::model::{Folder, Model, Options};
-use trainer::optimizer::Optimizer;
-use trainer::schedule::Schedule;
-use trainer::step::Stepper;
+use trainer::train::gradcache::Budget;
+use trainer::train::memory;
+use trainer::train::optimizer::Optimizer;
+use trainer::train::schedule::Schedule;
+use trainer::train::step::Stepper;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -54,7 +54,7 @@ fn measure() -> Result<()> {
         Some("f32") => Dtype::F32,
         Some(other) => return Err(format!("`{other}` is no dtype, expected f32, bf16 or f16").into()),
     };
-    let device = trainer::device::current()?;
+    let device = trainer::system::device::current()?;
     if !device.is_cuda() {
         return Err("this benchmark measures a GPU, and there is none".into());
     }

@@ -80,7 +80,7 @@ pub enum Error {
     },
 
     /// A signal asked for a stop; the state is in a checkpoint.
-    #[error("stopped by {} after step {step}; --resume continues from there", crate::signals::name(*signal))]
+    #[error("stopped by {} after step {step}; --resume continues from there", crate::system::signals::name(*signal))]
     Stopped {
         /// The number of the signal.
         signal: i32,

@@ -13,16 +13,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kernels::adamw::AdamW;
 use serde_json::json;
-use trainer::checkpoint::{Snapshot, State};
 use trainer::comm::World;
 use trainer::config::{self, Config, Dtype, Init};
 use trainer::loss::Losses;
 use trainer::model::params::Gradients;
 use trainer::model::{Folder, Model, Options};
-use trainer::optimizer::Optimizer;
-use trainer::plan::Plan;
-use trainer::step::Stepper;
-use trainer::{device, memory};
+use trainer::system::device;
+use trainer::train::checkpoint::{Snapshot, State};
+use trainer::train::memory;
+use trainer::train::optimizer::Optimizer;
+use trainer::train::plan::Plan;
+use trainer::train::step::Stepper;
 
 /// The system's allocator, counting.
 struct Counting;

@@ -7,7 +7,7 @@ use super::encoding::Encoding;
 use super::print;
 use super::sets::Sets;
 use crate::comm::World;
-use crate::compare::Comparison;
+use crate::eval::compare::Comparison;
 use crate::eval::{Bootstrap, EvalSet, Measured};
 use crate::{Error, Result};
 

@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use crate::comm::World;
 use crate::data::reader;
-use crate::embed::{CHUNK_TOKENS, Opened, Role};
+use crate::eval::embed::{CHUNK_TOKENS, Opened, Role};
 use crate::model::Options;
-use crate::npy::Writer;
+use crate::system::npy::Writer;
 use crate::{Error, Result, config};
 
 /// Turn texts into embeddings

@@ -3,7 +3,7 @@
 use super::encode::{at_least_one, options};
 use crate::Result;
 use crate::comm::World;
-use crate::embed::{CHUNK_TOKENS, Embedder, Opened};
+use crate::eval::embed::{CHUNK_TOKENS, Embedder, Opened};
 use crate::model::{Folder, hub};
 
 #[derive(Clone, Debug, clap::Args)]

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Map;
 
-use crate::checkpoint::Checkpoints;
 use crate::config::{self, Config};
 use crate::export::{self, Trained};
-use crate::metrics::History;
 use crate::model::{Folder, Model, Options, hub};
+use crate::train::checkpoint::Checkpoints;
+use crate::train::metrics::History;
 use crate::{Error, Result};
 
 /// Write the model of a run as a folder that other programs open

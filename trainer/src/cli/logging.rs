@@ -14,7 +14,8 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::{Error, Result, progress};
+use crate::system::progress;
+use crate::{Error, Result};
 
 static LOG: OnceLock<File> = OnceLock::new();
 

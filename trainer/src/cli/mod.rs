@@ -24,8 +24,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::Error;
 use crate::comm::{self, World};
-use crate::{Error, memory, progress, pulse};
+use crate::system::heartbeat;
+use crate::system::progress;
+use crate::train::memory;
 
 /// Trains text-embedding models, and uses them.
 #[derive(Debug, Parser)]
@@ -149,10 +152,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// Joins the other ranks, where the command shares its work with them.
 fn start(command: &Command) -> Result<World, Failure> {
     let place = comm::place().map_err(Failure::before)?;
-    if let Ok(Some((path, slot))) = env::var(pulse::VARIABLE).map(|variable| {
+    if let Ok(Some((path, slot))) = env::var(heartbeat::VARIABLE).map(|variable| {
         variable.rsplit_once(':').and_then(|(path, slot)| Some((path.to_owned(), slot.parse().ok()?)))
     }) {
-        let told = pulse::tell(Path::new(&path), slot);
+        let told = heartbeat::tell(Path::new(&path), slot);
         told.map_err(|error| Failure::during(Error::io("write signs of life to", path)(error)))?;
     }
     let Some(place) = place else { return Ok(World::solo()) };

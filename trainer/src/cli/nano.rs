@@ -6,7 +6,7 @@ use super::encode::at_least_one;
 use super::encoding::Encoding;
 use super::print;
 use crate::comm::World;
-use crate::nano::Nano;
+use crate::mine::nano::Nano;
 use crate::{Error, Result};
 
 /// Make a small set that is nearly as hard as a BEIR set: some queries, their answers, and what is hard to tell from them

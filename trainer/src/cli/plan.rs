@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use super::encode::at_least_one;
 use super::{Failure, print};
 use crate::config::Config;
-use crate::plan::{self, Outline, Plan};
-use crate::scaling::{Load, Rates, Table};
+use crate::train::plan::{self, Outline, Plan};
+use crate::train::scaling::{Load, Rates, Table};
 
 /// Check everything and say what the run will do: rows, steps, tokens, memory
 #[derive(Debug, clap::Args)]

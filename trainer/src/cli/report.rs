@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use super::print;
-use crate::{Result, report};
+use crate::Result;
+use crate::train::report;
 
 /// Write a page to look at a run, or at several beside each other
 #[derive(Debug, clap::Args)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::print;
 use crate::Result;
-use crate::split::Split;
+use crate::data::split::Split;
 
 /// Divide rows into a part to train on and parts to measure with, none of whose texts is trained on
 #[derive(Debug, clap::Args)]

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use super::{Failure, logging, print};
 use crate::comm::World;
 use crate::config::Config;
-use crate::plan::Plan;
 use crate::train::Run;
+use crate::train::plan::Plan;
 
 /// Train a model
 #[derive(Debug, clap::Args)]

@@ -37,7 +37,9 @@ use crate::data::batch::Sequence;
 use crate::data::builder::Part;
 use crate::data::share::Share;
 use crate::model::params::Gradients;
-use crate::{Error, Result, device, pulse};
+use crate::system::device;
+use crate::system::heartbeat;
+use crate::{Error, Result};
 
 /// What carries messages between ranks.
 trait Transport: Debug + Send + Sync {
@@ -105,10 +107,10 @@ impl World {
         }
         #[cfg(feature = "mpi")]
         if place.master.is_none() {
-            return Self::over(pulse::waiting(|| mpi::Mpi::start(&place))?, &place);
+            return Self::over(heartbeat::waiting(|| mpi::Mpi::start(&place))?, &place);
         }
         // Those who meet give up by themselves, and know better who is missing.
-        Self::over(pulse::waiting(|| tcp::connect(&place))?, &place)
+        Self::over(heartbeat::waiting(|| tcp::connect(&place))?, &place)
     }
 
     fn over(transport: impl Transport + 'static, place: &Place) -> Result<Self> {
@@ -341,7 +343,7 @@ impl World {
     /// A collective; meanwhile this rank waits, and that is nobody's fault here.
     fn carry(&self, collective: impl FnOnce(&dyn Transport) -> Result<Vec<Vec<u8>>>) -> Result<Vec<Vec<u8>>> {
         match &self.transport {
-            Some(transport) => pulse::waiting(|| collective(transport.as_ref())),
+            Some(transport) => heartbeat::waiting(|| collective(transport.as_ref())),
             None => Ok(Vec::new()),
         }
     }

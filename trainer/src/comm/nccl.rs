@@ -16,7 +16,8 @@ use cudarc::nccl::{result, sys};
 
 use super::mesh::lock;
 use super::{Failed, Place, Transport};
-use crate::{Error, Result, device};
+use crate::system::device;
+use crate::{Error, Result};
 
 /// Bytes that sockets carry faster than a GPU is woken.
 const SHORT: usize = 16 << 10;

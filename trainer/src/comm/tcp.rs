@@ -16,7 +16,8 @@ use super::Failed;
 use super::environment::Place;
 use super::mesh::{Arrived, GoOn, LOOK, Life, Line, Mesh, Message, Peer};
 use super::rendezvous;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::{Error, Result};
 
 const DATA: u64 = 0;
 const FAILED: u64 = 1;
@@ -131,7 +132,9 @@ fn beat(lines: &[Weak<Mutex<dyn Line>>], pause: Duration, patience: Duration) {
             if let Ok(mut line) = line.try_lock() {
                 let start = Instant::now();
                 // The next one will do; but half a sign would tear the line.
-                line.send(&Message::Beats(pulse::beats()), &mut |begun| begun && start.elapsed() < patience);
+                line.send(&Message::Beats(heartbeat::beats()), &mut |begun| {
+                    begun && start.elapsed() < patience
+                });
             }
         }
         if !any {

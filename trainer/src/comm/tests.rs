@@ -213,7 +213,7 @@ fn a_rank_that_hangs_is_named_once_patience_is_over() {
         let other = scope.spawn(|| connect(1));
         (connect(0), other.join().unwrap())
     });
-    pulse::beat();
+    heartbeat::beat();
     // The other rank says that it lives, but does nothing: the beats of this process stand still, or nearly.
     first.patience = Duration::from_millis(300);
     let world = World { rank: 0, size: 2, transport: Some(Arc::new(first)) };

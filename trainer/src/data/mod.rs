@@ -15,4 +15,5 @@ pub mod reader;
 pub mod row;
 pub mod set;
 pub mod share;
+pub mod split;
 pub mod tokenize;

@@ -3,12 +3,15 @@
 //! Metrics, their names and the CSV files are those of sentence-transformers 6.
 
 mod bootstrap;
+pub mod compare;
+pub mod embed;
 mod items;
 pub mod nano;
 pub(crate) mod open;
 mod pairwise;
 pub mod rankings;
 mod retrieval;
+pub mod samples;
 
 #[cfg(test)]
 mod golden;
@@ -25,7 +28,7 @@ use self::pairwise::{Similarity, Triplets};
 use self::rankings::Ranking;
 use self::retrieval::Retrieval;
 use crate::config::{EvaluationSet, SetKind};
-use crate::embed::{Embedder, Role};
+use crate::eval::embed::{Embedder, Role};
 use crate::{Error, Result, hub};
 
 /// Texts that a model is measured on.

@@ -52,7 +52,7 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
-    use crate::embed::Role;
+    use crate::eval::embed::Role;
     use crate::eval::golden;
     use crate::eval::pairwise::Triplets;
 

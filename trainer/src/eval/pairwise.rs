@@ -8,7 +8,7 @@ use candle_core::Tensor;
 
 use super::{Found, Items};
 use crate::Result;
-use crate::embed::Role;
+use crate::eval::embed::Role;
 
 /// Rows that are embedded at once.
 const PORTION: usize = 1 << 14;

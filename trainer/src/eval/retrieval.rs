@@ -22,7 +22,7 @@ use kernels::topk::{Hit, TopK};
 use super::rankings::{self, Hit as Shown, Ranking};
 use super::{Found, Items};
 use crate::Result;
-use crate::embed::Role;
+use crate::eval::embed::Role;
 
 const ACCURACY_AT: [usize; 4] = [1, 3, 5, 10];
 const PRECISION_RECALL_AT: [usize; 4] = [1, 3, 5, 10];

@@ -117,7 +117,7 @@ pub fn adapter(
 
 /// Lets `write` fill a folder under a temporary name, then renames it to `target`.
 fn publish(target: &Path, replace: bool, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    if target.exists() && !replace && !crate::draft::is_empty(target) {
+    if target.exists() && !replace && !crate::system::atomic::is_empty(target) {
         let message =
             "is there already, and nothing is overwritten\nhint: give another folder, or remove this one";
         return Err(Error::file(target, message));

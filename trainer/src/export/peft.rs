@@ -5,8 +5,9 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::json;
 
+use crate::Result;
 use crate::model::adapter::Settings;
-use crate::{Result, tensors};
+use crate::system::safetensors;
 
 /// Before the name of a module, for the two wrappers that PEFT puts around a model.
 const PREFIX: &str = "base_model.model.";
@@ -46,7 +47,7 @@ pub(super) fn write(
     super::put(&folder.join("adapter_config.json"), &config)?;
     let named: Vec<_> =
         adapters.into_iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
-    tensors::write(&folder.join("adapter_model.safetensors"), &named)
+    safetensors::write(&folder.join("adapter_model.safetensors"), &named)
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ use super::{About, put, put_text};
 use crate::config::Pooling;
 use crate::data::tokenize;
 use crate::model::Folder;
-use crate::{Error, Result, tensors};
+use crate::system::safetensors;
+use crate::{Error, Result};
 
 /// Writes everything but weights, model card and `config.json` into `folder`. `source` is the folder that the model was trained from.
 pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()> {
@@ -94,7 +95,7 @@ pub(super) fn write_dense(
         rest = others;
         let own: Vec<_> =
             own.into_iter().map(|(name, tensor)| (name[start.len()..].to_owned(), tensor)).collect();
-        tensors::write(&place.join("model.safetensors"), &own)?;
+        safetensors::write(&place.join("model.safetensors"), &own)?;
     }
     Ok(rest)
 }

@@ -6,8 +6,8 @@ use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::Result;
-use crate::progress::Progress;
-use crate::tensors;
+use crate::system::progress::Progress;
+use crate::system::safetensors;
 
 /// Bytes of a file at most, as on the hub; a tensor that is larger has a file of its own.
 pub(super) const SHARD: usize = 5_000_000_000;
@@ -16,14 +16,14 @@ pub(super) const SHARD: usize = 5_000_000_000;
 pub(super) fn write(folder: &Path, tensors: &[(String, Tensor)], limit: usize) -> Result<()> {
     let shards = cut(tensors, limit);
     if shards.len() == 1 {
-        return tensors::write(&folder.join("model.safetensors"), tensors);
+        return safetensors::write(&folder.join("model.safetensors"), tensors);
     }
     let total: usize = tensors.iter().map(|(_, tensor)| bytes(tensor)).sum();
     let mut map = Map::new();
     let mut progress = Progress::new("weights, MB", (total / 1_000_000) as u64, 0);
     for (number, shard) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
-        tensors::write(&folder.join(&name), shard)?;
+        safetensors::write(&folder.join(&name), shard)?;
         map.extend(shard.iter().map(|(tensor, _)| (tensor.clone(), Value::from(name.as_str()))));
         progress.advance((shard.iter().map(|(_, tensor)| bytes(tensor)).sum::<usize>() / 1_000_000) as u64);
     }

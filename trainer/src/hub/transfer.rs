@@ -5,8 +5,9 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use super::{Hub, Repository, Snapshot, create_dir_all, encoded};
-use crate::progress::Progress;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::system::progress::Progress;
+use crate::{Error, Result};
 
 /// Attempts at one file.
 const ATTEMPTS: u32 = 4;
@@ -33,7 +34,7 @@ impl Hub {
                 Err(Transfer::Network(error)) => {
                     tracing::warn!("{name}: {error}; trying again");
                     std::thread::sleep(self.pause * attempt);
-                    pulse::beat();
+                    heartbeat::beat();
                 }
             }
         }
@@ -94,7 +95,7 @@ impl Hub {
         loop {
             let count =
                 reader.read(&mut buffer).map_err(|error| Transfer::Network(ureq::Error::Io(error)))?;
-            pulse::beat();
+            heartbeat::beat();
             if count == 0 {
                 break;
             }

@@ -7,6 +7,7 @@
 //! Texts and embeddings are on disk; in memory are a portion of texts, a block of queries, a portion of documents, and 2k numbers
 //! a query of the block. Ranks embed together and share out the blocks.
 
+pub mod nano;
 mod report;
 mod search;
 mod select;
@@ -30,9 +31,9 @@ pub use self::texts::Inputs;
 use self::texts::Texts;
 use self::work::Work;
 use crate::comm::World;
-use crate::embed::Role;
-use crate::npy::Writer;
-use crate::progress::Progress;
+use crate::eval::embed::Role;
+use crate::system::npy::Writer;
+use crate::system::progress::Progress;
 use crate::{Error, Result};
 
 /// Texts that are embedded at once, and rows of a file of embeddings.

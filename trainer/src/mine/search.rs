@@ -8,8 +8,9 @@ use std::path::Path;
 
 use kernels::topk::{Hit, TopK};
 
-use crate::npy::Reader;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::system::npy::Reader;
+use crate::{Error, Result};
 
 /// Rows that are read at once.
 const PORTION: usize = 4096;
@@ -101,7 +102,7 @@ pub fn search(queries: &[f32], documents: &Embeddings, k: usize) -> Result<Vec<V
     for first in (0..documents.rows()).step_by(PORTION) {
         documents.read(first..documents.rows().min(first + PORTION), &mut portion)?;
         best.push(queries, &portion, width, first as u32);
-        pulse::beat();
+        heartbeat::beat();
     }
     Ok(best.finish())
 }
@@ -111,7 +112,7 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
-    use crate::npy::Writer;
+    use crate::system::npy::Writer;
 
     fn write(folder: &Path, name: &str, rows: &[f32], width: usize) -> std::path::PathBuf {
         let path = folder.join(name);

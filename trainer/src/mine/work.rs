@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 
 use super::report::Counts;
 use crate::comm::World;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::{Error, Result};
 
 pub(super) struct Work {
     folder: PathBuf,
@@ -76,7 +77,7 @@ impl Work {
             all.add(&counts);
             let mut rows = File::open(&path).map_err(Error::io("open", &path))?;
             std::io::copy(&mut rows, &mut file).map_err(Error::io("write", &draft))?;
-            pulse::beat();
+            heartbeat::beat();
         }
         file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::io("write", &draft))?;
         fs::rename(&draft, output).map_err(Error::io("rename", &draft))?;

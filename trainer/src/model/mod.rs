@@ -39,7 +39,8 @@ use self::settings::Settings;
 use self::weights::Weights;
 use crate::config::{self, Pooling};
 use crate::data::batch::Sequence;
-use crate::{Error, Result, device};
+use crate::system::device;
+use crate::{Error, Result};
 
 /// An encoder, how its hidden states become one embedding, and which of its parameters are trained.
 #[derive(Debug)]

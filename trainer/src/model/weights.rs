@@ -12,7 +12,9 @@ use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::mapped::Mapped;
-use crate::{Error, Result, device, pulse};
+use crate::system::device;
+use crate::system::heartbeat;
+use crate::{Error, Result};
 
 /// Named tensors for a model that is being built.
 pub struct Weights {
@@ -77,7 +79,7 @@ impl Weights {
     /// The tensor `name`, f32, checked against `shape`, where this process computes.
     pub fn tensor(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         let tensor = self.on_cpu(name, shape, init)?;
-        pulse::beat();
+        heartbeat::beat();
         if self.dry { Ok(tensor) } else { Ok(tensor.to_device(&device::current()?)?) }
     }
 

@@ -13,7 +13,8 @@ use xxhash_rust::xxh3::Xxh3;
 use super::file::DataFile;
 use super::{records, table};
 use crate::data::row::Row;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::{Error, Result};
 
 /// An open folder.
 pub(super) struct Beir {
@@ -90,7 +91,7 @@ impl Beir {
             for document in documents {
                 beir.corpus.text(*document)?;
             }
-            pulse::beat();
+            heartbeat::beat();
         }
         Ok(beir)
     }

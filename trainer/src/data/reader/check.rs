@@ -9,7 +9,7 @@ use super::index::Index;
 use super::records::Record;
 use super::table::{Dropped, Parser, Wrong};
 use crate::config::Kind;
-use crate::pulse;
+use crate::system::heartbeat;
 
 /// Bytes that are gathered before the threads look at them.
 const GATHERED: usize = 8 << 20;
@@ -75,7 +75,7 @@ impl Check {
         found.kind = parser.kind();
         waiting.clear();
         bytes.clear();
-        pulse::beat();
+        heartbeat::beat();
         Ok(())
     }
 }

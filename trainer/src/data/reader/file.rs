@@ -10,8 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::parquet;
-use crate::progress::Watched;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::system::progress::Watched;
+use crate::{Error, Result};
 
 /// How a file's text is cut into rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +130,7 @@ fn unpack(path: &Path, mut packed: impl Read) -> Result<File> {
         .map_err(Error::io("unpack", path))?
         > 0
     {
-        pulse::beat();
+        heartbeat::beat();
     }
     Ok(plain)
 }
@@ -143,7 +144,7 @@ struct At<'a> {
 impl Read for At<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let count = self.file.read_at(buffer, self.offset)?;
-        pulse::beat();
+        heartbeat::beat();
         self.offset += count as u64;
         Ok(count)
     }

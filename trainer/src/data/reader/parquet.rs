@@ -15,8 +15,9 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-use crate::progress::Patient;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::system::progress::Patient;
+use crate::{Error, Result};
 
 /// Writes the rows of a file into a temporary one, a line each; values that are neither text, number, truth nor a list of these
 /// are left out.
@@ -44,7 +45,7 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
             .and_then(|()| lines.write_all(b"\n"))
             .map_err(Error::io("unpack", path))?;
         progress.advance(1);
-        pulse::beat();
+        heartbeat::beat();
     }
     lines.into_inner().map_err(|error| Error::io("unpack", path)(error.into_error()))
 }

@@ -17,7 +17,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use ureq::config::RedirectAuthHeaders;
 
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::{Error, Result};
 
 /// Where files come from and where they are kept.
 pub(crate) struct Hub {
@@ -290,7 +291,7 @@ impl Hub {
         create_dir_all(&snapshot.path)?;
         let lock = self.home(repository).join(".lock");
         let _lock = File::create(&lock)
-            .and_then(|file| pulse::waiting(|| file.lock()).map(|()| file))
+            .and_then(|file| heartbeat::waiting(|| file.lock()).map(|()| file))
             .map_err(Error::io("lock", lock))?;
         names.iter().try_for_each(|name| self.file(repository, snapshot, name.as_ref()))
     }

@@ -18,11 +18,11 @@ use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 use self::bm25::{Bm25, Builder};
 use crate::data::permutation::Permutation;
 use crate::data::reader;
-use crate::draft::Draft;
-use crate::embed::Role;
+use crate::eval::embed::Role;
 use crate::eval::open;
 use crate::mine::unit;
-use crate::progress::Progress;
+use crate::system::atomic::Draft;
+use crate::system::progress::Progress;
 use crate::{Error, Result};
 
 /// Documents that are embedded at once.

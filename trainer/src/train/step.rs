@@ -5,13 +5,13 @@ use candle_core::{DType, Tensor};
 use crate::Result;
 use crate::comm::World;
 use crate::data::batch::Batch;
-use crate::gradcache::{self, Budget};
 use crate::loss::Losses;
 use crate::model::Model;
 use crate::model::params::Gradients;
 use crate::model::pass::Noise;
-use crate::optimizer::Optimizer;
-use crate::schedule::Schedule;
+use crate::train::gradcache::{self, Budget};
+use crate::train::optimizer::Optimizer;
+use crate::train::schedule::Schedule;
 
 /// What stays the same from step to step.
 pub struct Stepper<'a> {

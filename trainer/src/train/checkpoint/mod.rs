@@ -18,10 +18,12 @@ use serde::{Deserialize, Serialize};
 
 pub use self::writer::{Snapshot, Writer, digest};
 use crate::data::batch::Cursor;
-use crate::memory::readable;
 use crate::model::params::Flat;
-use crate::optimizer::Optimizer;
-use crate::{Error, Result, pulse, tensors};
+use crate::system::heartbeat;
+use crate::system::safetensors;
+use crate::train::memory::readable;
+use crate::train::optimizer::Optimizer;
+use crate::{Error, Result};
 
 /// Where a run stands.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -259,7 +261,7 @@ pub fn restore(path: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -
         (&optimizer.second, &moments, "exp_avg_sq."),
     ] {
         flat.read(buffer, file, prefix)?;
-        pulse::beat();
+        heartbeat::beat();
     }
     let found = readable_digest(digest(&[flat.values(), &optimizer.first, &optimizer.second])?);
     match &state.digest {
@@ -285,9 +287,9 @@ fn write(folder: &Path, snapshot: &Snapshot) -> Result<()> {
         flat.named(buffer).map(move |named| named.map(|(name, tensor)| (format!("{prefix}{name}"), tensor)))
     };
     let parameters = named(values, "").collect::<Result<Vec<_>>>()?;
-    tensors::write(&folder.join("parameters.safetensors"), &parameters)?;
+    safetensors::write(&folder.join("parameters.safetensors"), &parameters)?;
     let moments = named(first, "exp_avg.").chain(named(second, "exp_avg_sq."));
-    tensors::write(&folder.join("optimizer.safetensors"), &moments.collect::<Result<Vec<_>>>()?)?;
+    safetensors::write(&folder.join("optimizer.safetensors"), &moments.collect::<Result<Vec<_>>>()?)?;
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::file(folder, error.to_string()))?;
     put(&folder.join("state.json"), &json)?;
     sync(folder)?;

@@ -10,8 +10,9 @@ use crate::data::share::Share;
 use crate::data::tokenize::Tokenizer;
 use crate::model::chunk::{self, Limit};
 use crate::model::{Folder, Model, Options, hub};
-use crate::progress::Progress;
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::system::progress::Progress;
+use crate::{Error, Result};
 
 /// What a text is to the model. It decides the prompt and the longest length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,7 +168,7 @@ impl Embedder<'_> {
         for chunk in share.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {
             let taken: Vec<_> = chunk.iter().map(|&index| take(&mut sequences[index])).collect();
             mine.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
-            pulse::beat();
+            heartbeat::beat();
             if let Some(progress) = progress {
                 // The other ranks have come about as far.
                 let chunk = (chunk.len() * self.world.size()) as u64;

@@ -9,7 +9,8 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
-use crate::{Error, Result, pulse};
+use crate::system::heartbeat;
+use crate::{Error, Result};
 
 /// Bytes that are brought to the disk at once: a few seconds of a slow one.
 const PIECE: usize = 64 << 20;
@@ -38,7 +39,7 @@ pub(crate) fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
                 file.sync_data().map_err(failed_io)?;
                 waiting = 0;
             }
-            pulse::beat();
+            heartbeat::beat();
         }
     }
     file.sync_all().map_err(failed_io)
@@ -103,9 +104,9 @@ mod tests {
         const COUNT: usize = 100_000;
         let one = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
         let tensors: Vec<_> = (0..COUNT).map(|number| (number.to_string(), one.clone())).collect();
-        let before = pulse::beats();
+        let before = heartbeat::beats();
         let folder = tempfile::tempdir().unwrap();
         write(&folder.path().join("x.safetensors"), &tensors).unwrap();
-        assert!(pulse::beats() - before >= COUNT as u64);
+        assert!(heartbeat::beats() - before >= COUNT as u64);
     }
 }

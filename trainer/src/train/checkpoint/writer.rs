@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Checkpoints, State};
 use crate::model::params::Flat;
-use crate::optimizer::Optimizer;
+use crate::train::optimizer::Optimizer;
 use crate::{Error, Result};
 
 /// A run's state after a step, apart from the run, which goes on.

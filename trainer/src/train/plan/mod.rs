@@ -9,7 +9,6 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::checkpoint::{Identity, State};
 use crate::config::{self, Config};
 use crate::data::batch::Cursor;
 use crate::data::builder::{self, Builder, Part};
@@ -17,14 +16,17 @@ use crate::data::loader::Loader;
 use crate::data::mixture::Mixture;
 use crate::data::tokenize::Tokenizer;
 use crate::eval::{EvalSet, nano};
-use crate::gradcache::Budget;
-use crate::memory::{self, readable};
 use crate::model::chunk::Limit;
 use crate::model::pass::Keep;
 use crate::model::{Folder, Model, Options, hub};
-use crate::scaling::Load;
-use crate::schedule::Schedule;
-use crate::{Error, Result, comm, device, metrics};
+use crate::system::device;
+use crate::train::checkpoint::{Identity, State};
+use crate::train::gradcache::Budget;
+use crate::train::memory::{self, readable};
+use crate::train::metrics;
+use crate::train::scaling::Load;
+use crate::train::schedule::Schedule;
+use crate::{Error, Result, comm};
 pub use outline::{Outline, inputs};
 
 /// A run, ready to be started or only to be looked at.

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::eval::{self, Bootstrap, CONFIDENCE, EvalSet, Measured, Scores, nano};
-use crate::progress::Progress;
+use crate::system::progress::Progress;
 use crate::{Error, Result};
 
 /// A metric of two models.

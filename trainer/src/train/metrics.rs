@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::eval::nano;
-use crate::tensorboard::Events;
+use crate::train::tensorboard::Events;
 use crate::{Error, Result};
 
 /// One optimizer step.

@@ -9,7 +9,7 @@ use crate::model::pass::Keep;
 /// control group leaves, where `ranks` share this host.
 pub fn available(ranks: usize) -> u64 {
     #[cfg(feature = "cuda")]
-    if let Ok(device) = crate::device::current()
+    if let Ok(device) = crate::system::device::current()
         && let Ok(free) = kernels::free(&device)
     {
         return free;
@@ -60,7 +60,7 @@ pub fn usual_tapes(lasting: u64) -> u64 {
 
 /// Whether this process computes on a GPU.
 pub fn on_gpu() -> bool {
-    crate::device::current().is_ok_and(|device| kernels::on_gpu(&device))
+    crate::system::device::current().is_ok_and(|device| kernels::on_gpu(&device))
 }
 
 /// Bytes of activations when a chunk of `tokens` runs backward: its tape, and what the backward of one layer holds beside it.

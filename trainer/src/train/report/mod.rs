@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::eval::rankings::Ranking;
-use crate::metrics::{self, History};
-use crate::{Error, Result, samples};
+use crate::eval::samples;
+use crate::train::metrics::{self, History};
+use crate::{Error, Result};
 
 /// Points of a line at most.
 const POINTS: usize = 1500;

@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 
 use crate::data::reader;
 use crate::data::row::text_columns;
-use crate::draft::{Draft, Lines};
+use crate::system::atomic::{Draft, Lines};
 use crate::{Error, Result};
 
 /// How a file is divided.

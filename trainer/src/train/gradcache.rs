@@ -11,12 +11,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candle_core::{DType, Tensor};
 use kernels::precision::Precision;
 
+use crate::Result;
 use crate::data::batch::Sequence;
 use crate::model::chunk::{self, Chunk, Limit};
 use crate::model::params::Gradients;
 use crate::model::pass::{Keep, Noise};
 use crate::model::{Model, Tape};
-use crate::{Result, device, pulse};
+use crate::system::device;
+use crate::system::heartbeat;
 
 /// How a batch is cut and how much of it is kept.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +54,7 @@ pub fn encode(
     let passes = in_lanes(cuts.len(), |n| {
         let chunk = Chunk::pack(sequences, cuts[n].clone(), model.pooling())?;
         let (e, tape) = model.forward(&chunk, noise, keeps[n])?;
-        pulse::beat();
+        heartbeat::beat();
         Ok((e, (chunk, tape)))
     })?;
     let (embeddings, chunks): (Vec<_>, Vec<_>) = passes.into_iter().unzip();
@@ -92,7 +94,7 @@ impl Encoded {
                 None => model.record(&chunk, self.noise)?,
             };
             model.backward(&chunk, tape, &de, self.noise, gradients)?;
-            pulse::beat();
+            heartbeat::beat();
         }
         if let Some((_, down)) = &scale {
             gradients.scale(down)?;

@@ -8,25 +8,28 @@ use kernels::adamw::{self, AdamW};
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::checkpoint::{Best, Checkpoints, Snapshot, State, Writer};
 use crate::comm::World;
 use crate::config::Every;
 use crate::data::batch::Batch;
-use crate::embed::Embedder;
+use crate::eval::embed::Embedder;
 use crate::eval::nano;
 use crate::eval::rankings::Ranking;
+use crate::eval::samples::{self, Samples};
 use crate::export::{self, Trained};
 use crate::loss::Losses;
-use crate::metrics::{self, History, Metrics};
 use crate::model::Model;
 use crate::model::params::Gradients;
-use crate::optimizer::Optimizer;
-use crate::plan::Plan;
-use crate::progress::Progress;
-use crate::samples::{self, Samples};
-use crate::signals::Signals;
-use crate::step::{Outcome, Stepper};
-use crate::{Error, Result, checkpoint, pulse, report};
+use crate::system::heartbeat;
+use crate::system::progress::Progress;
+use crate::system::signals::Signals;
+use crate::train::checkpoint;
+use crate::train::checkpoint::{Best, Checkpoints, Snapshot, State, Writer};
+use crate::train::metrics::{self, History, Metrics};
+use crate::train::optimizer::Optimizer;
+use crate::train::plan::Plan;
+use crate::train::report;
+use crate::train::step::{Outcome, Stepper};
+use crate::{Error, Result};
 
 /// A run that is ready for its next step.
 pub struct Run {
@@ -127,7 +130,7 @@ impl Run {
         if early.is_some() {
             // Early stopping says that what came after the best evaluation was not worth having.
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
-            pulse::beat();
+            heartbeat::beat();
         }
         let (config, step) = (&self.plan.config, summary.chosen);
         let trained = Trained { config, step, before: &summary.before, after: &summary.after };

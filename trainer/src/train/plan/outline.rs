@@ -4,9 +4,9 @@ use std::fmt;
 
 use super::{Lengths, lasting, lengths, options};
 use crate::config::{Batching, Config, Init};
-use crate::memory::readable;
 use crate::model::{Folder, Model, Options};
-use crate::scaling::Load;
+use crate::train::memory::readable;
+use crate::train::scaling::Load;
 use crate::{Error, Result, hub, model};
 
 /// Whether all data that the configuration names is there. What is on the hub is asked for when it is needed.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::signals::Begun;
+use crate::system::signals::Begun;
 use crate::{Error, Result};
 
 /// A folder that is being written. Dropped or stopped before it is finished, it leaves nothing.
