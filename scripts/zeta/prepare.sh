@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches the sets of configs/zeta.yaml, but for NLI, which is read from the hub, and writes them as the trainer reads them.
-# docs/data.md says where each comes from.
+# docs/recipes.md says where each comes from.
 #
 #   scripts/zeta/prepare.sh [NAME …]         default: all that are not there yet
 #
@@ -9,7 +9,7 @@
 #   data/zeta/corpus/NAME.jsonl              texts that it searches besides
 #
 # DATA=FOLDER puts them elsewhere, PYTHON=… names a Python that has `pip install datasets`. BEIR's folders take about 10 GB.
-# AMAZON_REVIEWS says where the reviews are, which Amazon no longer hands out (docs/data.md).
+# AMAZON_REVIEWS says where the reviews are, which Amazon no longer hands out (docs/recipes.md).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -71,7 +71,7 @@ prepare() {
             write "$1" papers --source "mteb/raw_${1%-*}" --text "${1#*-}" --without "mteb/${1%-*}-clustering-${1#*-}::test" ;;
         amazon-counterfactual) classes "$1" mteb/amazon_counterfactual:en ;;
         amazon-reviews)
-            : "${AMAZON_REVIEWS:?must name the reviews: a file with text and label, or a copy on the hub; see docs/data.md}"
+            : "${AMAZON_REVIEWS:?must name the reviews: a file with text and label, or a copy on the hub; see docs/recipes.md}"
             write "$1" classes --source "$AMAZON_REVIEWS" ;;
         banking77 | emotion | imdb) classes "$1" "mteb/$1" ;;
         mtop-intent) classes "$1" mteb/mtop_intent:en ;;
@@ -89,7 +89,7 @@ if [ $# -gt 0 ]; then
 else
     # Before hours of fetching.
     [ -f "$data/amazon-reviews.jsonl" ] ||
-        : "${AMAZON_REVIEWS:?must name the reviews: a file with text and label, or a copy on the hub; see docs/data.md}"
+        : "${AMAZON_REVIEWS:?must name the reviews: a file with text and label, or a copy on the hub; see docs/recipes.md}"
     for name in "${names[@]}"; do
         [ -f "$data/$name.jsonl" ] || [ -f "$data/pairs/$name.jsonl" ] || [ -d "$data/pairs/$name/qrels" ] || prepare "$name"
     done
