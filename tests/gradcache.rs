@@ -13,7 +13,7 @@ use trainer::model::pass::Keep;
 use trainer::model::{Folder, Model, Options};
 use trainer::train::gradcache::Budget;
 use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::Schedule;
+use trainer::train::schedule::LrSchedule;
 use trainer::train::step::Stepper;
 
 const ROWS: usize = 12;
@@ -64,15 +64,21 @@ fn batch(turn: usize) -> Batch {
 }
 
 /// The loss of each row and the gradient of one step.
-fn step(model: &Model, batch: &Batch, chunk: Limit, tapes: u64, loss: &InfoNce) -> (Vec<f32>, Tensor) {
+fn step(
+    model: &Model,
+    batch: &Batch,
+    chunk: Limit,
+    activation_memory: u64,
+    loss: &InfoNce,
+) -> (Vec<f32>, Tensor) {
     let rule = AdamW { learning_rate: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
     let mut stepper = Stepper {
         model,
         gradients: Gradients::zeros(model.flat()).unwrap(),
         optimizer: Optimizer::new(model.flat(), rule, false, None).unwrap(),
         losses: Losses { info_nce: loss.clone(), ..Losses::default() },
-        schedule: Schedule { shape: config::Schedule::Constant, peak: 0.0, warmup: 0, total: 1 },
-        budget: Budget { chunk, tapes },
+        schedule: LrSchedule { shape: config::Schedule::Constant, peak: 0.0, warmup: 0, total: 1 },
+        budget: Budget { chunk, activation_memory },
         seed: 3,
         world: World::solo(),
     };
@@ -113,8 +119,8 @@ fn tapes_kept_or_computed_twice_give_the_same_bits() {
         let tokens: usize = batch.sequences.iter().map(|sequence| sequence.ids.len()).sum();
         let [inputs, whole] =
             [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep) * tokens);
-        let bits = |tapes| {
-            let (losses, gradient) = step(&model, &batch, Limit::Tokens(128), tapes, &info_nce());
+        let bits = |activation_memory| {
+            let (losses, gradient) = step(&model, &batch, Limit::Tokens(128), activation_memory, &info_nce());
             (losses, gradient.to_vec1::<f32>().unwrap())
         };
         assert_eq!(bits(0), bits(u64::MAX), "{name}");

@@ -1,6 +1,10 @@
 //! What the system tests share: goldens, configurations, the programs.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a helper that fails is a test that fails; what is skipped says so"
+)]
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -85,7 +89,7 @@ pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
     if size == 0.0 { difference } else { difference / size }
 }
 
-/// A program of this workspace, built like the tests.
+/// A program of this workspace, built like the tests; an example by `examples/NAME`.
 pub fn program(name: &str) -> Command {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let folder = BUILT.get_or_init(|| {
@@ -100,7 +104,7 @@ pub fn program(name: &str) -> Command {
         for (name, _) in std::env::vars_os().filter(of_package) {
             build.env_remove(name);
         }
-        build.args(["build", "--quiet", "--locked", "--workspace", "--bins"]);
+        build.args(["build", "--quiet", "--locked", "--workspace", "--bins", "--examples"]);
         if folder.ends_with("release") {
             build.arg("--release");
         }
@@ -118,6 +122,15 @@ pub fn program(name: &str) -> Command {
     let mut command = Command::new(folder.join(name));
     command.env_remove("RUST_LOG");
     command
+}
+
+/// The folder of all-MiniLM-L6-v2 that LODESTONE_MINILM names; without the variable prints that the test is skipped.
+pub fn minilm() -> Option<PathBuf> {
+    let folder = std::env::var_os("LODESTONE_MINILM").map(PathBuf::from);
+    if folder.is_none() {
+        println!("skipped: all-MiniLM-L6-v2 (LODESTONE_MINILM does not name its folder)");
+    }
+    folder
 }
 
 /// What a program said on standard error.

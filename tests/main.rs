@@ -8,6 +8,8 @@
 
 // Adapters of PEFT go on here.
 mod adapters;
+// The losses of short runs, kept in `expected/`.
+mod curves;
 // The kernels of a GPU, emulated, through a whole run.
 mod emulated;
 // Embeddings and metrics, against sentence-transformers on the same model.

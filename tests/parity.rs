@@ -131,8 +131,8 @@ fn ten_steps(name: &str, adapted: bool) {
     config["loss"]["temperature"] = golden["temperature"].clone();
     let path = tests::write_config(place.path(), &config);
     let config = config::Config::load(&path, &[]).unwrap();
-    let plan = trainer::train::plan::Plan::new(config).unwrap();
-    Run::prepare(plan, false, World::solo()).unwrap().go().unwrap();
+    let plan = trainer::train::plan::Plan::resolve(config).unwrap();
+    Run::prepare(plan, false, World::solo()).unwrap().train().unwrap();
     let metrics = tests::metrics(&output);
     assert_eq!(metrics.len(), 10);
     for (step, line) in metrics.iter().enumerate() {

@@ -7,21 +7,12 @@ use std::path::PathBuf;
 
 use candle_core::Tensor;
 use serde_json::{Value, json};
-use tests::{golden, metrics, program, relative_error, stderr, write_config};
+use tests::{golden, metrics, minilm, program, relative_error, stderr, write_config};
 use trainer::eval::embed::{Opened, Role};
 use trainer::model::Options;
 
 fn expected() -> Value {
     serde_json::from_slice(&fs::read(golden("minilm.json")).unwrap()).unwrap()
-}
-
-/// The model's folder; none, said aloud, without it.
-fn minilm() -> Option<PathBuf> {
-    let folder = var_os("LODESTONE_MINILM").map(PathBuf::from);
-    if folder.is_none() {
-        println!("skipped: all-MiniLM-L6-v2 (LODESTONE_MINILM does not name its folder)");
-    }
-    folder
 }
 
 #[test]

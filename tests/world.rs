@@ -19,7 +19,7 @@ use trainer::model::params::Gradients;
 use trainer::model::{Folder, Model, Options};
 use trainer::train::gradcache::Budget;
 use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::Schedule;
+use trainer::train::schedule::LrSchedule;
 use trainer::train::step::Stepper;
 
 /// How a run is set up.
@@ -111,14 +111,14 @@ fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Left {
     let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
     let rule = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let schedule =
-        Schedule { shape: config::Schedule::Linear, peak: 1e-3, warmup: 5, total: setup.steps.max(6) };
+        LrSchedule { shape: config::Schedule::Linear, peak: 1e-3, warmup: 5, total: setup.steps.max(6) };
     let mut stepper = Stepper {
         model: &model,
         gradients: Gradients::zeros(model.flat()).unwrap(),
         optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0)).unwrap(),
         losses: setup.losses.clone(),
         schedule,
-        budget: Budget { chunk: setup.chunk, tapes: u64::MAX },
+        budget: Budget { chunk: setup.chunk, activation_memory: u64::MAX },
         seed: 3,
         world,
     };

@@ -25,7 +25,7 @@ use trainer::model::{Folder, Model, Options};
 use trainer::train::gradcache::Budget;
 use trainer::train::memory;
 use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::Schedule;
+use trainer::train::schedule::LrSchedule;
 use trainer::train::step::Stepper;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -88,13 +88,14 @@ fn measure() -> Result<()> {
     println!(
         "Mistral-7B's shape, {layers} layers: {:.2} G parameters, {} on the GPU, drawn in {:.0} s",
         model.elements() as f64 / 1e9,
-        memory::readable(weights),
+        memory::format_bytes(weights),
         start.elapsed().as_secs_f64()
     );
 
     let batch = batch(rows)?;
-    let budget = Budget { chunk: Limit::Tokens(chunk), tapes: 0 };
-    let activations = memory::of_step(&model, batch.tokens(), batch.sequences.len(), chunk, budget.tapes);
+    let budget = Budget { chunk: Limit::Tokens(chunk), activation_memory: 0 };
+    let activations =
+        memory::step_bytes(&model, batch.tokens(), batch.sequences.len(), chunk, budget.activation_memory);
     // Gradients and moments come to the weights.
     let predicted = weights + 12 * model.flat().len() as u64 + activations;
     let rule = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
@@ -111,7 +112,7 @@ fn measure() -> Result<()> {
             },
             ..Losses::default()
         },
-        schedule: Schedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
+        schedule: LrSchedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
         budget,
         seed: 42,
         world: World::solo(),
@@ -132,7 +133,11 @@ fn measure() -> Result<()> {
     let useful = 6.0 * per_layer * layers as f64 * tokens;
     println!("step       {seconds:.2} s, {rows} rows, {tokens} tokens in chunks of {chunk}");
     println!("rate       {:.0} tokens/s, {:.0} useful TFLOP/s", tokens / seconds, useful / seconds / 1e12);
-    println!("memory     {} at most, {} predicted", memory::readable(peak), memory::readable(predicted));
+    println!(
+        "memory     {} at most, {} predicted",
+        memory::format_bytes(peak),
+        memory::format_bytes(predicted)
+    );
     println!("loss       {:.4}, norm of the gradient {:.4}", outcome.loss, outcome.grad_norm);
     println!("epoch      {:.1} h for one million rows at this rate", seconds * 1e6 / rows as f64 / 3600.0);
     let ratio = peak as f64 / predicted as f64;

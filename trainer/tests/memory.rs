@@ -99,7 +99,7 @@ fn plan(place: &Path, layers: usize, rows: usize, more: serde_json::Value) -> Pl
         }
     }
     std::fs::write(place.join("run.yaml"), config.to_string()).unwrap();
-    Plan::new(Config::load(&place.join("run.yaml"), &[]).unwrap()).unwrap()
+    Plan::resolve(Config::load(&place.join("run.yaml"), &[]).unwrap()).unwrap()
 }
 
 /// The peak of two steps beside what the plan says.
@@ -187,8 +187,8 @@ fn a_chunk_of_mistral_7b_fits_80_gb_beside_its_weights() {
     let halves = model.element_bytes() as u64 / 2;
     let weights = 2 * (model.elements() - model.flat().len()) as u64 + 16 * model.flat().len() as u64;
     // 1024 rows of 7 texts, whose embeddings are f32 everywhere.
-    let embeddings = memory::of_step(&model, 0, 7 << 10, 16_384, 0);
-    let step = memory::of_step(&model, 1 << 20, 0, 16_384, 0) / halves + embeddings;
+    let embeddings = memory::step_bytes(&model, 0, 7 << 10, 16_384, 0);
+    let step = memory::step_bytes(&model, 1 << 20, 0, 16_384, 0) / halves + embeddings;
     assert!((14_000_000_000..15_000_000_000).contains(&weights), "{weights}");
     assert!((48_000_000_000..56_000_000_000).contains(&step), "{step}");
     assert!(

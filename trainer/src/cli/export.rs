@@ -49,7 +49,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         Some(which) => checkpoints.find(which)?,
         None => {
             // As the run itself chose for OUTPUT/model.
-            let early = history.early(&config.evaluation.metric, config.evaluation.patience);
+            let early = history.stopped_early_at(&config.evaluation.metric, config.evaluation.patience);
             checkpoints.find(if early.is_some() { "best" } else { "last" })?
         }
     };
@@ -70,8 +70,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let trained = Trained {
         config: &config,
         step,
-        before: history.at(0).unwrap_or(&none),
-        after: history.at(step).filter(|_| step > 0).unwrap_or(&none),
+        before: history.scores_at(0).unwrap_or(&none),
+        after: history.scores_at(step).filter(|_| step > 0).unwrap_or(&none),
     };
     export::run(&mut model, &trained, export::Options { merge: args.merge, replace: false }, &args.output)?;
     tracing::info!("{} in {}", checkpoint.display(), args.output.display());

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use super::encode::at_least_one;
 use super::{Failure, print};
 use crate::config::Config;
-use crate::train::plan::{self, Outline, Plan};
-use crate::train::scaling::{Load, Rates, Table};
+use crate::train::plan::{self, CostEstimate, Plan};
+use crate::train::scaling::{Rates, ScalingTable, Workload};
 
 /// Check everything and say what the run will do: rows, steps, tokens, memory
 #[derive(Debug, clap::Args)]
@@ -31,35 +31,36 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
-    if let Err(missing) = plan::inputs(&config) {
+    if let Err(missing) = plan::check_inputs(&config) {
         // What the run costs decides whether the data is fetched at all.
-        match Outline::new(&config) {
-            Ok(outline) => {
-                print(outline.to_string().trim_end());
+        match CostEstimate::new(&config) {
+            Ok(estimate) => {
+                print(estimate.to_string().trim_end());
                 if !args.ranks.is_empty() {
                     print("ranks      at most, as if every text were as long as it may be:");
-                    print(args.table(&outline.load));
+                    print(args.table(&estimate.workload));
                 }
             }
             Err(error) => tracing::warn!("{error}"),
         }
         return Err(Failure::before(missing));
     }
-    let plan = Plan::new(config).map_err(Failure::before)?;
+    let plan = Plan::resolve(config).map_err(Failure::before)?;
     print(plan.to_string().trim_end());
     if !args.ranks.is_empty() {
-        print(args.table(&plan.load));
+        print(args.table(&plan.workload));
     }
     Ok(())
 }
 
 impl Args {
     /// What a step would take on the numbers of ranks that were asked for.
-    fn table(&self, load: &Load) -> String {
+    fn table(&self, workload: &Workload) -> String {
         let rates = self.tokens_per_second.zip(self.link_rate);
-        let rates = rates.map(|(tokens, link)| Rates { tokens, link: link * 1e9 });
-        let scaled = self.ranks.iter().map(|&ranks| load.on(ranks, rates)).collect();
-        Table(scaled).to_string().trim_end().to_owned()
+        let rates =
+            rates.map(|(tokens, link)| Rates { tokens_per_second: tokens, bytes_per_second: link * 1e9 });
+        let scaled = self.ranks.iter().map(|&ranks| workload.on_ranks(ranks, rates)).collect();
+        ScalingTable(scaled).to_string().trim_end().to_owned()
     }
 }
 

@@ -31,14 +31,14 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, world: &World) -> Result<(), Failure> {
     let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
-    let plan = Plan::new(config).map_err(Failure::before)?;
+    let plan = Plan::resolve(config).map_err(Failure::before)?;
     let output = plan.config.output.clone();
     let metric = plan.config.evaluation.metric.clone();
     let text = plan.to_string();
     let run = Run::prepare(plan, args.resume, world.clone()).map_err(Failure::before)?;
     logging::keep(&output, world.rank()).map_err(Failure::before)?;
     tracing::info!("{}", text.trim_end());
-    let summary = run.go().map_err(Failure::during)?;
+    let summary = run.train().map_err(Failure::during)?;
     if !world.first() {
         return Ok(());
     }
@@ -50,6 +50,6 @@ pub(super) fn run(args: &Args, world: &World) -> Result<(), Failure> {
             (_, after) => print(format_args!("{name}  {:.4}", after.unwrap_or(f64::NAN))),
         }
     }
-    tracing::info!("the model after step {} is in {}", summary.chosen, output.join("model").display());
+    tracing::info!("the model after step {} is in {}", summary.selected_step, output.join("model").display());
     Ok(())
 }

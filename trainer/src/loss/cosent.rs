@@ -25,20 +25,20 @@ pub struct CoSent {
 }
 
 impl CoSent {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and what they add to `share` times the gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and what they add to `weight` times the gradient (N, D).
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
-        share: f64,
+        weight: f64,
     ) -> Result<(Tensor, Tensor)> {
         let count = table.queries.len();
         // Every row competes with all others, whoever has them.
-        Pairs::own(table, 0..count).judge_all(embeddings, Measure::Cosine, |cosines| {
+        Pairs::of_rows(table, 0..count).all_rows(embeddings, Measure::Cosine, |cosines| {
             let (loss, changes) = self.of(cosines, &table.scores);
-            let mine = |row| if rows.contains(&row) { share * count as f64 } else { 0.0 };
-            let changes = changes.into_iter().enumerate().map(|(row, change)| mine(row) * change).collect();
+            let local = |row| if rows.contains(&row) { weight * count as f64 } else { 0.0 };
+            let changes = changes.into_iter().enumerate().map(|(row, change)| local(row) * change).collect();
             (vec![loss as f32; rows.len()], changes)
         })
     }

@@ -36,15 +36,15 @@ pub struct Kl {
 }
 
 impl MarginMse {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times their gradient (N, D).
     pub(super) fn evaluate(
         self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
-        share: f64,
+        weight: f64,
     ) -> Result<(Tensor, Tensor)> {
-        Pairs::own(table, rows).judge(embeddings, Measure::Dot, share, |dots, scores| {
+        Pairs::of_rows(table, rows).per_row(embeddings, Measure::Dot, weight, |dots, scores| {
             let teacher = |column: usize| f64::from(scores[column]);
             let each = ((dots.len() - 1) as f64).recip();
             let mut loss = 0.0;
@@ -61,15 +61,15 @@ impl MarginMse {
 }
 
 impl Kl {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times their gradient (N, D).
     pub(super) fn evaluate(
         self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
-        share: f64,
+        weight: f64,
     ) -> Result<(Tensor, Tensor)> {
-        Pairs::own(table, rows).judge(embeddings, Measure::Dot, share, |dots, scores| {
+        Pairs::of_rows(table, rows).per_row(embeddings, Measure::Dot, weight, |dots, scores| {
             let student = log_softmax(dots.iter().map(|dot| dot / self.temperature));
             let teacher =
                 log_softmax(scores.iter().map(|&score| f64::from(score) / self.teacher_temperature));

@@ -30,13 +30,13 @@ pub struct InfoNce {
 }
 
 impl InfoNce {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times their gradient (N, D).
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
-        share: f64,
+        weight: f64,
     ) -> Result<(Tensor, Tensor)> {
         let queries = index(&table.queries[rows.clone()], embeddings)?;
         let candidates = index(&table.candidates, embeddings)?;
@@ -54,10 +54,10 @@ impl InfoNce {
             scale: self.temperature.recip() as f32,
             margin: self.false_negative_margin.map(|margin| margin as f32),
         };
-        let share = share as f32;
+        let weight = weight as f32;
         let directions = if self.symmetric { 2.0 } else { 1.0 };
         let tape = infonce::forward(&q, &c, &forward)?;
-        let (dq, dc) = infonce::backward(&q, &c, &forward, &tape, share / directions)?;
+        let (dq, dc) = infonce::backward(&q, &c, &forward, &tape, weight / directions)?;
         let mut losses = tape.losses;
         let mut d = embeddings.zeros_like()?.index_add(&queries, &dq, 0)?.index_add(&candidates, &dc, 0)?;
 
@@ -79,7 +79,7 @@ impl InfoNce {
                 ..forward
             };
             let tape = infonce::forward(&p, &q, &backward)?;
-            let (dp, dq) = infonce::backward(&p, &q, &backward, &tape, share / directions)?;
+            let (dp, dq) = infonce::backward(&p, &q, &backward, &tape, weight / directions)?;
             d = d.index_add(&positives, &dp, 0)?.index_add(&queries, &dq, 0)?;
             losses = ((losses + tape.losses)? / 2.0)?;
         }

@@ -7,7 +7,7 @@
 
 use candle_core::Tensor;
 
-use super::unit;
+use super::normalize;
 use crate::{Error, Result};
 
 /// Around any loss.
@@ -28,14 +28,14 @@ impl Matryoshka {
         let mut losses: Option<Tensor> = None;
         let mut d = embeddings.zeros_like()?;
         for &(dim, weight) in &self.dims {
-            let (e, lengths) = unit::forward(&embeddings.narrow(1, 0, dim)?.contiguous()?)?; // (N, dim)
+            let (e, lengths) = normalize::forward(&embeddings.narrow(1, 0, dim)?.contiguous()?)?; // (N, dim)
             let (of_dim, de) = loss(&e)?;
             let of_dim = (of_dim * weight)?;
             losses = Some(match losses {
                 Some(losses) => (losses + of_dim)?,
                 None => of_dim,
             });
-            let de = (unit::backward(&de, &e, &lengths)? * weight)?;
+            let de = (normalize::backward(&de, &e, &lengths)? * weight)?;
             d = (d + de.pad_with_zeros(1, 0, width - dim)?)?;
         }
         let losses =

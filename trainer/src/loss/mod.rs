@@ -11,7 +11,7 @@ mod pairs;
 #[cfg(test)]
 mod tests;
 mod triplet;
-mod unit;
+mod normalize;
 
 use std::ops::Range;
 
@@ -74,40 +74,42 @@ impl Losses {
         rows: Range<usize>,
     ) -> Result<(Tensor, Tensor)> {
         match &self.matryoshka {
-            Some(matryoshka) => matryoshka.evaluate(embeddings, |e| self.of_tables(e, tables, rows.clone())),
-            None => self.of_tables(embeddings, tables, rows),
+            Some(matryoshka) => {
+                matryoshka.evaluate(embeddings, |e| self.evaluate_tables(e, tables, rows.clone()))
+            }
+            None => self.evaluate_tables(embeddings, tables, rows),
         }
     }
 
-    fn of_tables(
+    fn evaluate_tables(
         &self,
         embeddings: &Tensor,
         tables: &[Table],
         rows: Range<usize>,
     ) -> Result<(Tensor, Tensor)> {
         let all: usize = tables.iter().map(|table| table.rows.len()).sum();
-        let share = (all as f64).recip();
+        let weight = (all as f64).recip();
         let mut losses = kernels::zeros(rows.len(), DType::F32, embeddings.device())?;
         let mut sum: Option<Tensor> = None;
         for table in tables {
             let place = |row: usize| table.rows.partition_point(|&other| (other as usize) < row);
-            let mine = place(rows.start)..place(rows.end);
+            let local = place(rows.start)..place(rows.end);
             let (of_rows, d) = match table.loss {
-                _ if mine.is_empty() => continue,
+                _ if local.is_empty() => continue,
                 LossKind::InfoNce if self.unit => {
-                    self.info_nce.evaluate(embeddings, table, mine.clone(), share)?
+                    self.info_nce.evaluate(embeddings, table, local.clone(), weight)?
                 }
                 LossKind::InfoNce => {
-                    let (e, lengths) = unit::forward(embeddings)?; // (N, D), (N, 1)
-                    let (of_rows, d) = self.info_nce.evaluate(&e, table, mine.clone(), share)?;
-                    (of_rows, unit::backward(&d, &e, &lengths)?)
+                    let (e, lengths) = normalize::forward(embeddings)?; // (N, D), (N, 1)
+                    let (of_rows, d) = self.info_nce.evaluate(&e, table, local.clone(), weight)?;
+                    (of_rows, normalize::backward(&d, &e, &lengths)?)
                 }
-                LossKind::Triplet => self.triplet.evaluate(embeddings, table, mine.clone(), share)?,
-                LossKind::CoSent => self.cosent.evaluate(embeddings, table, mine.clone(), share)?,
-                LossKind::MarginMse => self.margin_mse.evaluate(embeddings, table, mine.clone(), share)?,
-                LossKind::Kl => self.kl.evaluate(embeddings, table, mine.clone(), share)?,
+                LossKind::Triplet => self.triplet.evaluate(embeddings, table, local.clone(), weight)?,
+                LossKind::CoSent => self.cosent.evaluate(embeddings, table, local.clone(), weight)?,
+                LossKind::MarginMse => self.margin_mse.evaluate(embeddings, table, local.clone(), weight)?,
+                LossKind::Kl => self.kl.evaluate(embeddings, table, local.clone(), weight)?,
             };
-            let places: Vec<u32> = table.rows[mine].iter().map(|&row| row - rows.start as u32).collect();
+            let places: Vec<u32> = table.rows[local].iter().map(|&row| row - rows.start as u32).collect();
             losses = losses.index_add(&index(&places, embeddings)?, &of_rows, 0)?;
             sum = Some(match sum {
                 Some(sum) => (sum + d)?,

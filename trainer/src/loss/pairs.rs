@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use candle_core::{D, Tensor};
 
-use super::{index, unit};
+use super::{index, normalize};
 use crate::Result;
 use crate::data::batch::Table;
 
@@ -37,7 +37,7 @@ pub(super) struct Pairs<'t> {
 
 impl<'t> Pairs<'t> {
     /// Each of `rows` with its own columns: its positive first, then its negatives.
-    pub(super) fn own(table: &'t Table, rows: Range<usize>) -> Self {
+    pub(super) fn of_rows(table: &'t Table, rows: Range<usize>) -> Self {
         let mut pairs =
             Self { queries: Vec::new(), documents: Vec::new(), offsets: vec![0], scores: Vec::new() };
         for row in rows {
@@ -53,15 +53,15 @@ impl<'t> Pairs<'t> {
     }
 
     /// Measures all pairs and lets `loss` judge a row: the measures and scores of its columns → its loss, and what each measure adds
-    /// to it. The gradient is `share` times that, as d(embeddings) (N, D).
-    pub(super) fn judge(
+    /// to it. The gradient is `weight` times that, as d(embeddings) (N, D).
+    pub(super) fn per_row(
         &self,
         embeddings: &Tensor,
         measure: Measure,
-        share: f64,
+        weight: f64,
         loss: impl Fn(&[f64], &[f32]) -> (f64, Vec<f64>),
     ) -> Result<(Tensor, Tensor)> {
-        self.judge_all(embeddings, measure, |values| {
+        self.all_rows(embeddings, measure, |values| {
             let rows = self.offsets.windows(2).zip(&self.scores);
             let (losses, changes): (Vec<f32>, Vec<Vec<f64>>) = rows
                 .map(|(bounds, scores)| {
@@ -69,12 +69,12 @@ impl<'t> Pairs<'t> {
                     (loss as f32, changes)
                 })
                 .unzip();
-            (losses, changes.concat().into_iter().map(|change| change * share).collect())
+            (losses, changes.concat().into_iter().map(|change| change * weight).collect())
         })
     }
 
-    /// As [`Self::judge`], all rows at once: the measures → the losses, and d(loss)/d(measure) of each pair.
-    pub(super) fn judge_all(
+    /// As [`Self::per_row`], all rows at once: the measures → the losses, and d(loss)/d(measure) of each pair.
+    pub(super) fn all_rows(
         &self,
         embeddings: &Tensor,
         measure: Measure,
@@ -85,7 +85,7 @@ impl<'t> Pairs<'t> {
             return Ok((Tensor::new(losses, embeddings.device())?, embeddings.zeros_like()?));
         }
         let (queries, documents) = (index(&self.queries, embeddings)?, index(&self.documents, embeddings)?);
-        let scaled = (measure == Measure::Cosine).then(|| unit::forward(embeddings)).transpose()?;
+        let scaled = (measure == Measure::Cosine).then(|| normalize::forward(embeddings)).transpose()?;
         let e = scaled.as_ref().map_or(embeddings, |(unit, _)| unit);
         let (a, b) = (e.index_select(&queries, 0)?, e.index_select(&documents, 0)?); // (P, D)
         let values = match measure {
@@ -111,7 +111,7 @@ impl<'t> Pairs<'t> {
         };
         let d = e.zeros_like()?.index_add(&queries, &da, 0)?.index_add(&documents, &db, 0)?;
         let d = match &scaled {
-            Some((unit, lengths)) => unit::backward(&d, unit, lengths)?,
+            Some((unit, lengths)) => normalize::backward(&d, unit, lengths)?,
             None => d,
         };
         Ok((Tensor::new(losses, d.device())?, d))

@@ -26,13 +26,13 @@ pub struct Triplet {
 }
 
 impl Triplet {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `share` times their gradient (N, D).
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times their gradient (N, D).
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &Table,
         rows: Range<usize>,
-        share: f64,
+        weight: f64,
     ) -> Result<(Tensor, Tensor)> {
         let (measure, sign) = match self.distance {
             // A distance of 1 − cos.
@@ -40,7 +40,7 @@ impl Triplet {
             Distance::Euclidean => (Measure::Euclidean, 1.0),
             Distance::Manhattan => (Measure::Manhattan, 1.0),
         };
-        Pairs::own(table, rows).judge(embeddings, measure, share, |measures, _| {
+        Pairs::of_rows(table, rows).per_row(embeddings, measure, weight, |measures, _| {
             let each = ((measures.len() - 1) as f64).recip();
             let mut loss = 0.0;
             let mut changes = vec![0.0; measures.len()];

@@ -26,7 +26,7 @@ pub struct Budget {
     /// Of one chunk.
     pub chunk: Limit,
     /// Bytes of tapes kept between the passes.
-    pub tapes: u64,
+    pub activation_memory: u64,
 }
 
 /// A batch between the passes.
@@ -46,12 +46,12 @@ pub fn encode(
 ) -> Result<(Tensor, Encoded)> {
     let cuts = chunk::cut(sequences, members, budget.chunk);
     let [inputs, whole] = [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep));
-    let keeps = share(&cuts, sequences, budget.tapes, inputs, whole);
+    let keeps = choose_saved(&cuts, sequences, budget.activation_memory, inputs, whole);
     let mut place = vec![0u32; sequences.len()];
     for (placed, &member) in cuts.iter().flatten().enumerate() {
         place[member] = placed as u32;
     }
-    let passes = in_lanes(cuts.len(), |n| {
+    let passes = run_two_at_a_time(cuts.len(), |n| {
         let chunk = Chunk::pack(sequences, cuts[n].clone(), model.pooling())?;
         let (e, tape) = model.forward(&chunk, noise, keeps[n])?;
         heartbeat::beat();
@@ -80,7 +80,7 @@ impl Encoded {
             return Ok(());
         }
         let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // undoes the order
-        let scale = (model.precision() == Precision::F16).then(|| scale(d)).transpose()?;
+        let scale = (model.precision() == Precision::F16).then(|| f16_scale(d)).transpose()?;
         let in_chunks = match &scale {
             Some((up, _)) => in_chunks.broadcast_mul(up)?,
             None => in_chunks,
@@ -104,19 +104,19 @@ impl Encoded {
 }
 
 /// `pass(0)`, `pass(1)`, …: on a CPU two at a time, because threads that wait for one chunk's op find work in the other's.
-fn in_lanes<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<R>> {
+fn run_two_at_a_time<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
-    let lane = || -> Result<Vec<(usize, R)>> {
+    let stream = || -> Result<Vec<(usize, R)>> {
         let numbers = iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)).filter(|n| *n < count));
         numbers.map(|n| Ok((n, pass(n)?))).collect()
     };
     let mut done = Vec::with_capacity(count);
     if !kernels::on_gpu(&device::current()?) && rayon::current_num_threads() > 1 {
-        let (one, other) = rayon::join(lane, lane);
+        let (one, other) = rayon::join(stream, stream);
         done.extend(one?);
         done.extend(other?);
     } else {
-        done.extend(lane()?);
+        done.extend(stream()?);
     }
     done.sort_unstable_by_key(|(n, _)| *n);
     Ok(done.into_iter().map(|(_, result)| result).collect())
@@ -125,7 +125,7 @@ fn in_lanes<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + Sync) -> 
 /// What the gradient is multiplied by on its way through a model in f16, whose numbers end at 6e-8, and by after it, (1) each: the
 /// power of two that brings the largest element of d(embeddings) near 1. A function of d alone, so there is no scale to adapt or to
 /// save; and found where d is.
-fn scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
+fn f16_scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
     const MOST: i32 = 60;
     let powers: Vec<f32> = (-MOST..=MOST).map(|exponent| (exponent as f32).exp2()).collect(); // rising
     let powers = Tensor::new(powers, d.device())?;
@@ -139,7 +139,13 @@ fn scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
 /// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. Inputs come
 /// first, because they spare most a byte; the first chunks come first, because they have the longest texts, whose attention costs most
 /// to compute again, and none after one that does not fit: what is kept must be gone when a chunk is first encoded again.
-fn share(cuts: &[Vec<usize>], sequences: &[Sequence], bytes: u64, inputs: usize, whole: usize) -> Vec<Keep> {
+fn choose_saved(
+    cuts: &[Vec<usize>],
+    sequences: &[Sequence],
+    bytes: u64,
+    inputs: usize,
+    whole: usize,
+) -> Vec<Keep> {
     let mut keeps = vec![Keep::Nothing; cuts.len()];
     let mut left = bytes;
     for (keep, price) in [(Keep::Inputs, inputs), (Keep::Whole, whole - inputs)] {
@@ -162,7 +168,7 @@ mod tests {
     fn the_largest_element_is_brought_near_one_by_powers_of_two() {
         let device = candle_core::Device::Cpu;
         let scale = |d: &[f32]| {
-            let (up, down) = super::scale(&Tensor::new(d, &device).unwrap()).unwrap();
+            let (up, down) = super::f16_scale(&Tensor::new(d, &device).unwrap()).unwrap();
             (up.to_vec1::<f32>().unwrap()[0], down.to_vec1::<f32>().unwrap()[0])
         };
         for (largest, exponent) in [
@@ -186,7 +192,7 @@ mod tests {
         let sequences: Vec<Sequence> =
             [4, 3, 2, 1].iter().map(|&n| Sequence { ids: vec![0; n], skip: 0 }).collect();
         let cuts = [vec![0], vec![1], vec![2, 3]]; // of 4, 3 and 3 tokens
-        let keeps = |bytes| super::share(&cuts, &sequences, bytes, 10, 15);
+        let keeps = |bytes| super::choose_saved(&cuts, &sequences, bytes, 10, 15);
         assert_eq!(keeps(39), [Nothing; 3]);
         assert_eq!(keeps(40), [Inputs, Nothing, Nothing]);
         assert_eq!(keeps(99), [Inputs, Inputs, Nothing]);

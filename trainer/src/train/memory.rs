@@ -47,15 +47,15 @@ pub fn keep_pages() {
 
 /// Tokens of a chunk, unless the configuration says: on a CPU as many as keep a layer's activations in the caches, on a GPU as
 /// many as keep it busy.
-pub fn usual_chunk() -> usize {
+pub fn default_chunk_tokens() -> usize {
     if on_gpu() { 16_384 } else { 1024 }
 }
 
-/// Bytes of tapes that are kept, unless the configuration says, where parameters, gradients and moments take `lasting` bytes. A GPU's
+/// Bytes of tapes that are kept, unless the configuration says, where parameters, gradients and moments take `state_bytes` bytes. A GPU's
 /// memory is the run's. On a CPU it is half as much again as those take, or half a GiB: beyond that twice the
 /// memory buys a few per cent of speed (benches/RESULTS.md).
-pub fn usual_tapes(lasting: u64) -> u64 {
-    if on_gpu() { u64::MAX } else { (512 << 20).max(lasting / 2 * 3) }
+pub fn default_activation_memory(state_bytes: u64) -> u64 {
+    if on_gpu() { u64::MAX } else { (512 << 20).max(state_bytes / 2 * 3) }
 }
 
 /// Whether this process computes on a GPU.
@@ -64,13 +64,13 @@ pub fn on_gpu() -> bool {
 }
 
 /// Bytes of activations when a chunk of `tokens` runs backward: its tape, and what the backward of one layer holds beside it.
-pub fn of_chunk(model: &Model, tokens: usize) -> u64 {
+pub fn chunk_bytes(model: &Model, tokens: usize) -> u64 {
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64;
-    tape + of_layer(model, tokens)
+    tape + layer_bytes(model, tokens)
 }
 
 /// Twice a layer's tape: gradients as wide as what is kept, and what is computed again.
-fn of_layer(model: &Model, tokens: usize) -> u64 {
+fn layer_bytes(model: &Model, tokens: usize) -> u64 {
     2 * model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64 / model.layers().max(1) as u64
 }
 
@@ -79,26 +79,26 @@ fn of_layer(model: &Model, tokens: usize) -> u64 {
 ///
 /// Kept tapes are gone when a chunk is first encoded again, because theirs run backward before it. Embeddings are f32, and while a
 /// chunk runs backward there are those of the batch, their gradient, and the same in the order of the chunks.
-pub fn of_step(model: &Model, tokens: usize, sequences: usize, chunk: usize, tapes: u64) -> u64 {
+pub fn step_bytes(model: &Model, tokens: usize, sequences: usize, chunk: usize, tapes: u64) -> u64 {
     let chunk = chunk.clamp(1, tokens.max(1));
-    let of_chunks = |keep| (model.tape_bytes_per_token(keep) * chunk) as u64;
-    let (inputs, whole) = (of_chunks(Keep::Inputs), of_chunks(Keep::Whole));
+    let bytes_of_chunk = |keep| (model.tape_bytes_per_token(keep) * chunk) as u64;
+    let (inputs, whole) = (bytes_of_chunk(Keep::Inputs), bytes_of_chunk(Keep::Whole));
     let chunks = tokens.div_ceil(chunk) as u64;
     let with_inputs = chunks.min(tapes / inputs.max(1));
     let left = tapes - with_inputs * inputs;
     let with_all = if with_inputs == chunks { chunks.min(left / (whole - inputs).max(1)) } else { 0 };
     let kept = (with_inputs * inputs + with_all * (whole - inputs))
         .min((model.tape_bytes_per_token(Keep::Whole) * tokens) as u64);
-    let again = if with_inputs < chunks { of_chunk(model, chunk) } else { 0 };
+    let again = if with_inputs < chunks { chunk_bytes(model, chunk) } else { 0 };
     // Of inputs a layer's tape is made again before the layer runs backward.
-    let layer = of_layer(model, chunk);
+    let layer = layer_bytes(model, chunk);
     let layer = if with_all == 0 { layer + layer / 2 } else { layer };
     let embeddings = 3 * size_of::<f32>() * sequences * model.width();
     (kept + layer).max(again) + embeddings as u64
 }
 
 /// `1.5 GiB`.
-pub fn readable(bytes: u64) -> String {
+pub fn format_bytes(bytes: u64) -> String {
     let bytes = bytes as f64;
     ["KiB", "MiB", "GiB", "TiB"]
         .iter()
@@ -115,10 +115,10 @@ mod tests {
 
     #[test]
     fn memory_is_said_in_the_largest_unit_that_fits() {
-        assert_eq!(readable(0), "0.0 KiB");
-        assert_eq!(readable(1536), "1.5 KiB");
-        assert_eq!(readable(3 << 30), "3.0 GiB");
-        assert_eq!(readable((1 << 30) - 1), "1024.0 MiB");
+        assert_eq!(format_bytes(0), "0.0 KiB");
+        assert_eq!(format_bytes(1536), "1.5 KiB");
+        assert_eq!(format_bytes(3 << 30), "3.0 GiB");
+        assert_eq!(format_bytes((1 << 30) - 1), "1024.0 MiB");
     }
 
     #[test]

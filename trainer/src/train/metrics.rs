@@ -13,7 +13,7 @@ use crate::{Error, Result};
 
 /// One optimizer step.
 #[derive(Clone, Debug, Serialize)]
-pub struct Step {
+pub struct StepMetrics {
     /// From 1.
     pub step: u64,
     /// Epochs done, a fraction.
@@ -61,7 +61,7 @@ impl Metrics {
     }
 
     /// Appends a step.
-    pub fn step(&mut self, step: &Step) -> Result<()> {
+    pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
         let line = serde_json::to_string(step).map_err(|error| Error::file(&self.path, error.to_string()))?;
         self.line(&line)?;
         let Some(events) = &mut self.events else { return Ok(()) };
@@ -103,9 +103,9 @@ fn trim(path: &Path, done: u64, evaluated: Option<u64>) -> Result<()> {
     for line in reader.lines() {
         let line = line.map_err(Error::io("read", path))?;
         // A line that was cut off by a kill is no JSON.
-        let Ok(told) = serde_json::from_str::<Value>(&line) else { continue };
-        let last = if told.get("eval").is_some() { evaluated } else { Some(done) };
-        if told["step"].as_u64().is_some_and(|step| Some(step) <= last) {
+        let Ok(value) = serde_json::from_str::<Value>(&line) else { continue };
+        let last = if value.get("eval").is_some() { evaluated } else { Some(done) };
+        if value["step"].as_u64().is_some_and(|step| Some(step) <= last) {
             kept.push_str(&line);
             kept.push('\n');
         }
@@ -157,38 +157,39 @@ impl History {
     }
 
     /// The scores after so many steps.
-    pub fn at(&self, step: u64) -> Option<&Map<String, Value>> {
+    pub fn scores_at(&self, step: u64) -> Option<&Map<String, Value>> {
         self.evaluations.iter().rev().find(|(other, _)| *other == step).map(|(_, scores)| scores)
     }
 
     /// The step whose parameters a run ends with: that of the best evaluation if `patience` evaluations since were not better,
     /// else the last.
-    pub fn chosen(&self, metric: &str, patience: Option<u64>) -> u64 {
+    pub fn selected_step(&self, metric: &str, patience: Option<u64>) -> u64 {
         let last = self.steps.last().and_then(|step| step["step"].as_u64()).unwrap_or(0);
         let evaluated = self.evaluations.last().map_or(0, |(step, _)| *step);
-        self.early(metric, patience).unwrap_or(last.max(evaluated))
+        self.stopped_early_at(metric, patience).unwrap_or(last.max(evaluated))
     }
 
     /// The step of the best evaluation, where early stopping ended the run.
-    pub fn early(&self, metric: &str, patience: Option<u64>) -> Option<u64> {
+    pub fn stopped_early_at(&self, metric: &str, patience: Option<u64>) -> Option<u64> {
         let mut best: Option<(u64, f64)> = None;
-        let mut stale = 0;
+        let mut evaluations_without_improvement = 0;
         let of_trained = self.evaluations.iter().filter(|(step, _)| *step > 0);
-        for (step, value) in of_trained.filter_map(|(step, scores)| Some((*step, deciding(scores, metric)?)))
+        for (step, value) in
+            of_trained.filter_map(|(step, scores)| Some((*step, selection_metric(scores, metric)?)))
         {
             if best.is_some_and(|(_, most)| value <= most) {
-                stale += 1;
+                evaluations_without_improvement += 1;
             } else {
-                (best, stale) = (Some((step, value)), 0);
+                (best, evaluations_without_improvement) = (Some((step, value)), 0);
             }
         }
         let (step, _) = best?;
-        (stale >= patience?).then_some(step)
+        (evaluations_without_improvement >= patience?).then_some(step)
     }
 }
 
 /// Whether one of the metrics `names` is called so, or is a set's metric of that name.
-pub fn decides<'a>(mut names: impl Iterator<Item = &'a str>, metric: &str) -> bool {
+pub fn has_metric<'a>(mut names: impl Iterator<Item = &'a str>, metric: &str) -> bool {
     names.any(|name| name == metric || is_of_set(name, metric))
 }
 
@@ -198,7 +199,7 @@ fn is_of_set(name: &str, metric: &str) -> bool {
 
 /// The value that decides between evaluations: the metric's mean over the sets that have it, or the metric that is called so in
 /// full. Nothing where no set has it.
-pub fn deciding(scores: &Map<String, Value>, metric: &str) -> Option<f64> {
+pub fn selection_metric(scores: &Map<String, Value>, metric: &str) -> Option<f64> {
     if let Some(value) = scores.get(metric) {
         return value.as_f64();
     }
@@ -238,8 +239,8 @@ mod tests {
             history.evaluations.iter().map(|(step, scores)| (*step, &scores["a"])).collect::<Vec<_>>(),
             [(0, &json!(0.5)), (1, &json!(1))]
         );
-        assert_eq!(history.at(1).unwrap()["a"], 1);
-        assert!(history.at(2).is_none());
+        assert_eq!(history.scores_at(1).unwrap()["a"], 1);
+        assert!(history.scores_at(2).is_none());
         for (text, expected) in [
             ("{\"st\n{\"step\":1}\n", "metrics.jsonl:1: is not what a run writes"),
             ("{\"step\":1}\n{\"loss\":1}\n", "metrics.jsonl:2: has no `step`"),
@@ -262,13 +263,13 @@ mod tests {
             steps: vec![json!({"step": 30}).as_object().unwrap().clone()],
             evaluations: evaluations.map(|(value, step)| (step, scores(*value))).collect(),
         };
-        assert_eq!(history.chosen("m", None), 30);
-        assert_eq!(history.chosen("m", Some(3)), 30);
-        assert_eq!(history.chosen("m", Some(2)), 10);
-        assert_eq!(history.chosen("other", Some(2)), 30);
-        assert_eq!(deciding(&scores(0.5), "m"), Some(0.5));
-        assert_eq!(deciding(&scores(0.5), "NanoBEIR_mean_m"), Some(9.0));
-        assert_eq!(deciding(&scores(0.5), "a_m"), Some(0.5));
-        assert_eq!(deciding(&scores(f64::NAN), "m"), None);
+        assert_eq!(history.selected_step("m", None), 30);
+        assert_eq!(history.selected_step("m", Some(3)), 30);
+        assert_eq!(history.selected_step("m", Some(2)), 10);
+        assert_eq!(history.selected_step("other", Some(2)), 30);
+        assert_eq!(selection_metric(&scores(0.5), "m"), Some(0.5));
+        assert_eq!(selection_metric(&scores(0.5), "NanoBEIR_mean_m"), Some(9.0));
+        assert_eq!(selection_metric(&scores(0.5), "a_m"), Some(0.5));
+        assert_eq!(selection_metric(&scores(f64::NAN), "m"), None);
     }
 }

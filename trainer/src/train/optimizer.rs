@@ -10,9 +10,9 @@ use crate::model::params::{Flat, Gradients};
 #[derive(Debug)]
 pub struct Optimizer {
     /// (P) first moment, `exp_avg`.
-    pub first: Tensor,
+    pub exp_avg: Tensor,
     /// (P) second moment, `exp_avg_sq`.
-    pub second: Tensor,
+    pub exp_avg_sq: Tensor,
     rule: AdamW,
     decayed: usize,
     max_norm: Option<f64>,
@@ -22,7 +22,7 @@ impl Optimizer {
     /// Zero moments. `decay_all` applies weight decay to biases and norms too; without `max_norm` nothing is clipped.
     pub fn new(flat: &Flat, rule: AdamW, decay_all: bool, max_norm: Option<f64>) -> Result<Self> {
         let decayed = if decay_all { flat.len() } else { flat.decayed() };
-        Ok(Self { first: flat.zeros()?, second: flat.zeros()?, rule, decayed, max_norm })
+        Ok(Self { exp_avg: flat.zeros()?, exp_avg_sq: flat.zeros()?, rule, decayed, max_norm })
     }
 
     /// Updates the parameters from their gradients; returns the gradients' global norm (1), f64. If it or one of `losses` (B) is not
@@ -40,8 +40,8 @@ impl Optimizer {
         adamw::step(
             flat.values(),
             gradients.flat(),
-            &self.first,
-            &self.second,
+            &self.exp_avg,
+            &self.exp_avg_sq,
             self.decayed,
             step,
             &clip.scale,

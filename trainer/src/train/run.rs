@@ -52,7 +52,7 @@ pub struct Summary {
     /// Scores after the last.
     pub after: Map<String, Value>,
     /// The step whose parameters are in OUTPUT/model.
-    pub chosen: u64,
+    pub selected_step: u64,
 }
 
 impl Run {
@@ -70,7 +70,7 @@ impl Run {
         let model = plan.model()?;
         let identity = plan.identity(&model);
         let (state, resumed) = match if resume && world.first() { checkpoints.newest()? } else { None } {
-            Some((path, mut state)) if state.identity.allows(&identity) => {
+            Some((path, mut state)) if state.identity.is_compatible_with(&identity) => {
                 if state.identity.steps != identity.steps {
                     tracing::warn!(
                         "{} is of a run of {} steps, this one has {}: the learning rate goes on as in a run of so many",
@@ -99,7 +99,7 @@ impl Run {
             claim(output)?;
         }
         let json = |error: serde_json::Error| Error::file(output, format!("the state of the run: {error}"));
-        let all = (plan.alike()?, &identity, model.flat().entries().len(), model.frozen_digest()?);
+        let all = (plan.rank_invariant()?, &identity, model.flat().entries().len(), model.frozen_digest()?);
         world.same("configuration, data or model", xxh3_64(&serde_json::to_vec(&all).map_err(json)?))?;
         let of_first = world.of_first(serde_json::to_vec(&state).map_err(json)?)?;
         let state = if world.first() { state } else { serde_json::from_slice(&of_first).map_err(json)? };
@@ -107,7 +107,7 @@ impl Run {
     }
 
     /// Trains to the end, or until a signal asks for a stop.
-    pub fn go(mut self) -> Result<Summary> {
+    pub fn train(mut self) -> Result<Summary> {
         let output = self.plan.config.output.clone();
         if self.world.first() {
             let mut config = self.plan.resolved();
@@ -118,21 +118,21 @@ impl Run {
             fs::write(output.join("config.yaml"), config)
                 .map_err(Error::io("write", output.join("config.yaml")))?;
         }
-        let mut summary = self.train(&output)?;
-        let early = self.early();
-        summary.chosen = early.unwrap_or(summary.chosen);
+        let mut summary = self.steps(&output)?;
+        let early = self.stopped_early_at();
+        summary.selected_step = early.unwrap_or(summary.selected_step);
         if !self.world.first() {
             return Ok(summary);
         }
         let history = History::read(&output.join("metrics.jsonl"))?.unwrap_or_default();
-        summary.before = history.at(0).cloned().unwrap_or_default();
-        summary.after = history.at(summary.chosen).cloned().unwrap_or_default();
+        summary.before = history.scores_at(0).cloned().unwrap_or_default();
+        summary.after = history.scores_at(summary.selected_step).cloned().unwrap_or_default();
         if early.is_some() {
             // Early stopping says that what came after the best evaluation was not worth having.
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
             heartbeat::beat();
         }
-        let (config, step) = (&self.plan.config, summary.chosen);
+        let (config, step) = (&self.plan.config, summary.selected_step);
         let trained = Trained { config, step, before: &summary.before, after: &summary.after };
         let options = export::Options { merge: false, replace: true };
         export::run(&mut self.model, &trained, options, &output.join("model"))?;
@@ -143,7 +143,7 @@ impl Run {
         Ok(summary)
     }
 
-    fn train(&mut self, output: &Path) -> Result<Summary> {
+    fn steps(&mut self, output: &Path) -> Result<Summary> {
         let Self { plan, model, state, resumed, checkpoints, signals, world } = self;
         let config = &plan.config;
         let training = &config.training;
@@ -175,11 +175,11 @@ impl Run {
             tracing::info!("resumed after step {} from {}", state.step, path.display());
         }
         // Every rank begins with the first one's bits, wherever they were read.
-        for buffer in [model.flat().values(), &stepper.optimizer.first, &stepper.optimizer.second] {
+        for buffer in [model.flat().values(), &stepper.optimizer.exp_avg, &stepper.optimizer.exp_avg_sq] {
             world.spread(buffer)?;
         }
-        let mut told = match world.first() {
-            true => Some(Told {
+        let mut log = match world.first() {
+            true => Some(RunLog {
                 metrics: Metrics::open(output, state.step, state.evaluated, config.logging.tensorboard)?,
                 samples: Samples::open(output, state.step)?,
             }),
@@ -189,7 +189,7 @@ impl Run {
         let mut summary = Summary::default();
         if evaluation_due(plan, state.step) && state.evaluated != Some(state.step) {
             // A stop does not wait for the evaluation that its step asks for.
-            let best = evaluate(plan, model, world, state, &mut told)?;
+            let best = evaluate(plan, model, world, state, &mut log)?;
             if best && world.first() {
                 checkpoints.mark_best(state.step)?;
             }
@@ -219,18 +219,18 @@ impl Run {
             state.cursor = batch.cursor.clone();
             let line = line(plan, &batch, &outcome, step, seconds);
             progress.step(step, line.loss, line.tokens, seconds);
-            if let Some(told) = &mut told
+            if let Some(log) = &mut log
                 && (step % config.logging.every.max(1) == 0 || step == plan.steps)
             {
-                told.metrics.step(&line)?;
+                log.metrics.step(&line)?;
             }
 
-            writer.look()?;
+            writer.check()?;
             let stop = world.agree(signals.asked())?;
             let due = checkpoint_due(plan, &batch, step);
             let mut best = false;
             if stop.is_none() && evaluation_due(plan, step) {
-                best = evaluate(plan, model, world, state, &mut told)?;
+                best = evaluate(plan, model, world, state, &mut log)?;
             }
             let ends = step == plan.steps || stop.is_some() || stale(plan, state).is_some();
             if due || best || ends {
@@ -246,12 +246,12 @@ impl Run {
         writer.finish()?;
         world.barrier()?;
         summary.steps = state.step;
-        summary.chosen = state.step;
+        summary.selected_step = state.step;
         Ok(summary)
     }
 
     /// The best step, where early stopping ended the run there.
-    fn early(&self) -> Option<u64> {
+    fn stopped_early_at(&self) -> Option<u64> {
         stale(&self.plan, &self.state)?;
         self.state.best.map(|best| best.step)
     }
@@ -261,7 +261,7 @@ impl Run {
 fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, ends: bool) -> Result<()> {
     let started = Instant::now();
     let (flat, optimizer) = (stepper.model.flat(), &stepper.optimizer);
-    let buffers = [flat.values(), &optimizer.first, &optimizer.second];
+    let buffers = [flat.values(), &optimizer.exp_avg, &optimizer.exp_avg_sq];
     for (what, buffer) in ["a parameter", "a first moment", "a second moment"].into_iter().zip(buffers) {
         // A finite gradient can still lead there, and the last good checkpoint is worth more than this one.
         if !adamw::finite(buffer)? {
@@ -271,7 +271,7 @@ fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, e
     }
     let digest = checkpoint::digest(&buffers)?;
     stepper.world.same("parameters or moments", digest)?;
-    state.digest = Some(checkpoint::readable_digest(digest));
+    state.digest = Some(checkpoint::format_digest(digest));
     if stepper.world.first() {
         writer.save(Snapshot::take(state, flat, optimizer, ends)?, best)?;
     }
@@ -286,23 +286,27 @@ fn evaluation_due(plan: &Plan, step: u64) -> bool {
 
 /// Evaluations since the best one, where they are so many that the run ends.
 fn stale(plan: &Plan, state: &State) -> Option<u64> {
-    plan.config.evaluation.patience.filter(|&patience| state.stale >= patience).map(|_| state.stale)
+    plan.config
+        .evaluation
+        .patience
+        .filter(|&patience| state.evaluations_without_improvement >= patience)
+        .map(|_| state.evaluations_without_improvement)
 }
 
 /// Counts an evaluation; true if it is the best so far. The model that the run began with is none of its results.
-fn judge(state: &mut State, value: Option<f64>) -> bool {
+fn update_best(state: &mut State, value: Option<f64>) -> bool {
     let Some(value) = value.filter(|_| state.step > 0) else { return false };
     if state.best.is_some_and(|best| value <= best.value) {
-        state.stale += 1;
+        state.evaluations_without_improvement += 1;
         return false;
     }
     state.best = Some(Best { step: state.step, value });
-    state.stale = 0;
+    state.evaluations_without_improvement = 0;
     true
 }
 
 /// Where the first rank tells what it finds.
-struct Told {
+struct RunLog {
     metrics: Metrics,
     samples: Samples,
 }
@@ -319,12 +323,12 @@ fn evaluate(
     model: &Model,
     world: &World,
     state: &mut State,
-    told: &mut Option<Told>,
+    log: &mut Option<RunLog>,
 ) -> Result<bool> {
     let found = measure(plan, model, world)?;
-    let best = judge(state, plan.deciding(&found.scores));
+    let best = update_best(state, plan.selection_metric(&found.scores));
     state.evaluated = Some(state.step);
-    tell(plan, told, found, state.step, best)?;
+    tell(plan, log, found, state.step, best)?;
     Ok(best)
 }
 
@@ -355,19 +359,19 @@ fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
 }
 
 /// Writes down an evaluation after `step` steps.
-fn tell(plan: &Plan, told: &mut Option<Told>, found: Found, step: u64, best: bool) -> Result<()> {
-    let (Some(Told { metrics, samples }), false) = (told, found.scores.is_empty()) else { return Ok(()) };
+fn tell(plan: &Plan, log: &mut Option<RunLog>, found: Found, step: u64, best: bool) -> Result<()> {
+    let (Some(RunLog { metrics, samples }), false) = (log, found.scores.is_empty()) else { return Ok(()) };
     metrics.evaluation(step, &found.scores)?;
     samples.record(samples::Evaluation { step, best, sets: found.rankings })?;
-    if let Some(value) = plan.deciding(&found.scores) {
+    if let Some(value) = plan.selection_metric(&found.scores) {
         tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);
     }
     Ok(())
 }
 
-fn line(plan: &Plan, batch: &Batch, outcome: &Outcome, step: u64, seconds: f64) -> metrics::Step {
+fn line(plan: &Plan, batch: &Batch, outcome: &Outcome, step: u64, seconds: f64) -> metrics::StepMetrics {
     let tokens = batch.tokens();
-    metrics::Step {
+    metrics::StepMetrics {
         step,
         epoch: batch.epoch,
         loss: outcome.loss,

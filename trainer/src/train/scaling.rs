@@ -15,7 +15,7 @@ use crate::data::share::Share;
 
 /// A batch and the model, as far as ranks are concerned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Load {
+pub struct Workload {
     /// (N) tokens of each sequence of a batch.
     pub lengths: Vec<usize>,
     /// D.
@@ -28,14 +28,14 @@ pub struct Load {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rates {
     /// One rank's tokens per second.
-    pub tokens: f64,
+    pub tokens_per_second: f64,
     /// Bytes per second that a rank sends.
-    pub link: f64,
+    pub bytes_per_second: f64,
 }
 
 /// A run on so many ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scaled {
+pub struct ScalingEstimate {
     /// W.
     pub ranks: usize,
     /// Tokens of the rank that has the most.
@@ -48,9 +48,9 @@ pub struct Scaled {
     pub step: Option<(f64, f64)>,
 }
 
-impl Load {
+impl Workload {
     /// This load on `ranks` ranks.
-    pub fn on(&self, ranks: usize, rates: Option<Rates>) -> Scaled {
+    pub fn on_ranks(&self, ranks: usize, rates: Option<Rates>) -> ScalingEstimate {
         let share = Share::deal(&self.lengths, ranks);
         let tokens = |pieces: &[usize]| pieces.iter().map(|&piece| self.lengths[piece]).sum::<usize>();
         let most = share.ranks().map(tokens).max().unwrap_or(0);
@@ -59,25 +59,25 @@ impl Load {
         let numbers = 2 * self.lengths.len() * self.width + 2 * self.trained + all;
         let bytes = others * 4.0 * numbers as f64;
         let step = rates.map(|rates| {
-            let seconds = most as f64 / rates.tokens + bytes / rates.link;
-            (seconds, all as f64 / rates.tokens / seconds)
+            let seconds = most as f64 / rates.tokens_per_second + bytes / rates.bytes_per_second;
+            (seconds, all as f64 / rates.tokens_per_second / seconds)
         });
-        Scaled { ranks, most, imbalance: share.imbalance(&self.lengths), bytes, step }
+        ScalingEstimate { ranks, most, imbalance: share.imbalance(&self.lengths), bytes, step }
     }
 }
 
 /// Rows of a table, with a heading.
 #[derive(Debug)]
-pub struct Table(pub Vec<Scaled>);
+pub struct ScalingTable(pub Vec<ScalingEstimate>);
 
-impl fmt::Display for Table {
+impl fmt::Display for ScalingTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
             "{:>7}{:>16}{:>12}{:>16}{:>12}{:>10}",
             "ranks", "tokens a rank", "imbalance", "MB a step", "s a step", "faster"
         )?;
-        for Scaled { ranks, most, imbalance, bytes, step } in &self.0 {
+        for ScalingEstimate { ranks, most, imbalance, bytes, step } in &self.0 {
             write!(f, "{ranks:>7}{most:>16}{:>11.2}%{:>16.1}", imbalance * 100.0, bytes / 1e6)?;
             match step {
                 Some((seconds, faster)) => writeln!(f, "{seconds:>12.3}{faster:>9.1}×")?,
@@ -94,20 +94,20 @@ mod tests {
 
     #[test]
     fn a_rank_alone_sends_nothing() {
-        let load = Load { lengths: vec![3, 5], width: 7, trained: 11 };
-        let rates = Rates { tokens: 4.0, link: 1.0 };
-        let alone = Scaled { ranks: 1, most: 8, imbalance: 0.0, bytes: 0.0, step: Some((2.0, 1.0)) };
-        assert_eq!(load.on(1, Some(rates)), alone);
+        let workload = Workload { lengths: vec![3, 5], width: 7, trained: 11 };
+        let rates = Rates { tokens_per_second: 4.0, bytes_per_second: 1.0 };
+        let alone = ScalingEstimate { ranks: 1, most: 8, imbalance: 0.0, bytes: 0.0, step: Some((2.0, 1.0)) };
+        assert_eq!(workload.on_ranks(1, Some(rates)), alone);
     }
 
     #[test]
     fn the_formula_by_hand() {
-        let load = Load { lengths: vec![4, 2, 2], width: 5, trained: 50 };
-        let two = load.on(2, Some(Rates { tokens: 1.0, link: 276.0 }));
+        let workload = Workload { lengths: vec![4, 2, 2], width: 5, trained: 50 };
+        let two = workload.on_ranks(2, Some(Rates { tokens_per_second: 1.0, bytes_per_second: 276.0 }));
         // ½ · 4 · (2·3·5 + 2·50 + 8) = 276
         assert_eq!((two.most, two.imbalance, two.bytes), (4, 0.0, 276.0));
         assert_eq!(two.step, Some((5.0, 1.6)));
-        let text = Table(vec![two, load.on(3, None)]).to_string();
+        let text = ScalingTable(vec![two, workload.on_ranks(3, None)]).to_string();
         assert!(text.contains("5.000      1.6×") && text.lines().count() == 3, "{text}");
     }
 }

@@ -4,7 +4,7 @@ use crate::config::Schedule as Shape;
 
 /// A learning-rate schedule over a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Schedule {
+pub struct LrSchedule {
     /// What follows the warmup.
     pub shape: Shape,
     /// The highest rate.
@@ -15,9 +15,9 @@ pub struct Schedule {
     pub total: u64,
 }
 
-impl Schedule {
+impl LrSchedule {
     /// The rate of optimizer step `step`, counted from 1; the first step of a warmup has the rate 0, as in transformers.
-    pub fn rate(&self, step: u64) -> f64 {
+    pub fn learning_rate(&self, step: u64) -> f64 {
         let done = step.saturating_sub(1) as f64;
         let (warmup, total) = (self.warmup as f64, self.total as f64);
         if done < warmup {
@@ -41,26 +41,31 @@ mod tests {
     fn linear_is_that_of_transformers() {
         // get_linear_schedule_with_warmup(optimizer, 2, 10).get_last_lr() before each of the ten steps, peak 1
         let expected = [0.0, 0.5, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125];
-        let schedule = Schedule { shape: Shape::Linear, peak: 1.0, warmup: 2, total: 10 };
+        let schedule = LrSchedule { shape: Shape::Linear, peak: 1.0, warmup: 2, total: 10 };
         for (step, want) in (1..).zip(expected) {
-            assert!((schedule.rate(step) - want).abs() < 1e-12, "step {step}");
+            assert!((schedule.learning_rate(step) - want).abs() < 1e-12, "step {step}");
         }
-        assert_eq!(schedule.rate(11), 0.0);
+        assert_eq!(schedule.learning_rate(11), 0.0);
     }
 
     #[test]
     fn cosine_falls_to_zero_and_constant_stays() {
-        let cosine = Schedule { shape: Shape::Cosine, peak: 2.0, warmup: 0, total: 4 };
-        assert!((cosine.rate(1) - 2.0).abs() < 1e-12 && (cosine.rate(3) - 1.0).abs() < 1e-12);
-        assert!(cosine.rate(5).abs() < 1e-12);
-        let constant = Schedule { shape: Shape::Constant, peak: 2.0, warmup: 1, total: 4 };
-        assert_eq!([constant.rate(1), constant.rate(2), constant.rate(9)], [0.0, 2.0, 2.0]);
+        let cosine = LrSchedule { shape: Shape::Cosine, peak: 2.0, warmup: 0, total: 4 };
+        assert!(
+            (cosine.learning_rate(1) - 2.0).abs() < 1e-12 && (cosine.learning_rate(3) - 1.0).abs() < 1e-12
+        );
+        assert!(cosine.learning_rate(5).abs() < 1e-12);
+        let constant = LrSchedule { shape: Shape::Constant, peak: 2.0, warmup: 1, total: 4 };
+        assert_eq!(
+            [constant.learning_rate(1), constant.learning_rate(2), constant.learning_rate(9)],
+            [0.0, 2.0, 2.0]
+        );
     }
 
     #[test]
     fn a_run_that_is_all_warmup_has_a_rate() {
-        let schedule = Schedule { shape: Shape::Linear, peak: 1.0, warmup: 3, total: 3 };
-        assert!((schedule.rate(3) - 2.0 / 3.0).abs() < 1e-12);
-        assert_eq!(schedule.rate(4), 0.0);
+        let schedule = LrSchedule { shape: Shape::Linear, peak: 1.0, warmup: 3, total: 3 };
+        assert!((schedule.learning_rate(3) - 2.0 / 3.0).abs() < 1e-12);
+        assert_eq!(schedule.learning_rate(4), 0.0);
     }
 }

@@ -11,7 +11,7 @@ use crate::model::params::Gradients;
 use crate::model::pass::Noise;
 use crate::train::gradcache::{self, Budget};
 use crate::train::optimizer::Optimizer;
-use crate::train::schedule::Schedule;
+use crate::train::schedule::LrSchedule;
 
 /// What stays the same from step to step.
 pub struct Stepper<'a> {
@@ -24,7 +24,7 @@ pub struct Stepper<'a> {
     /// What is minimised.
     pub losses: Losses,
     /// The learning rate.
-    pub schedule: Schedule,
+    pub schedule: LrSchedule,
     /// How a batch is cut into chunks.
     pub budget: Budget,
     /// The seed of dropout.
@@ -65,7 +65,7 @@ impl Stepper<'_> {
         encoded.backward(model, &world.scatter(d, &share)?, gradients)?;
         world.sum(gradients)?;
 
-        let learning_rate = schedule.rate(step);
+        let learning_rate = schedule.learning_rate(step);
         let norm = optimizer.step(model.flat(), gradients, &losses, step, learning_rate)?; // (1)
 
         // All work is queued; here alone a GPU is waited for.

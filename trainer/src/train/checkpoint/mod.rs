@@ -21,7 +21,7 @@ use crate::data::batch::Cursor;
 use crate::model::params::Flat;
 use crate::system::heartbeat;
 use crate::system::safetensors;
-use crate::train::memory::readable;
+use crate::train::memory::format_bytes;
 use crate::train::optimizer::Optimizer;
 use crate::{Error, Result};
 
@@ -39,7 +39,7 @@ pub struct State {
     /// The best value of the deciding metric, and its step.
     pub best: Option<Best>,
     /// Evaluations since then.
-    pub stale: u64,
+    pub evaluations_without_improvement: u64,
     /// The step of the last evaluation.
     #[serde(default)]
     pub evaluated: Option<u64>,
@@ -88,7 +88,7 @@ impl Identity {
     }
 
     /// Whether a run with this one can go on as the other, which may have another number of steps.
-    pub fn allows(&self, other: &Self) -> bool {
+    pub fn is_compatible_with(&self, other: &Self) -> bool {
         *other == Self { steps: other.steps, ..self.clone() }
     }
 }
@@ -115,12 +115,12 @@ impl Checkpoints {
         let step = snapshot.state.step;
         let path = self.folder.join(name(step));
         let draft = self.folder.join(format!(".{}.tmp", name(step)));
-        if is_whole(&path) {
+        if is_complete(&path) {
             return Ok(path);
         }
-        self.sweep()?;
+        self.remove_unfinished()?;
         clear(&path)?;
-        self.room(snapshot.bytes())?;
+        self.check_free_space(snapshot.bytes())?;
         fs::create_dir_all(&draft).map_err(Error::io("create", &draft))?;
         let written = write(&draft, snapshot)
             .and_then(|()| fs::rename(&draft, &path).map_err(Error::io("rename", &draft)))
@@ -147,7 +147,7 @@ impl Checkpoints {
     pub fn newest(&self) -> Result<Option<(PathBuf, State)>> {
         for step in self.steps()?.into_iter().rev() {
             let path = self.folder.join(name(step));
-            if is_whole(&path) {
+            if is_complete(&path) {
                 return Ok(Some((path.clone(), read_state(&path)?)));
             }
             tracing::warn!(
@@ -160,7 +160,7 @@ impl Checkpoints {
 
     /// The checkpoint that `best` points to.
     pub fn best(&self) -> Option<PathBuf> {
-        self.best.canonicalize().ok().filter(|path| is_whole(path))
+        self.best.canonicalize().ok().filter(|path| is_complete(path))
     }
 
     /// The folder of a checkpoint by `last`, `best` or `step-N`.
@@ -172,7 +172,7 @@ impl Checkpoints {
                 .strip_prefix("step-")
                 .and_then(|step| step.parse().ok())
                 .map(|step| self.folder.join(name(step)))
-                .filter(|path| is_whole(path)),
+                .filter(|path| is_complete(path)),
         };
         found.ok_or_else(|| {
             let steps: Vec<String> =
@@ -183,7 +183,7 @@ impl Checkpoints {
     }
 
     /// Whether the disk has room for so many bytes, before hours of writing end in the middle.
-    fn room(&self, bytes: u64) -> Result<()> {
+    fn check_free_space(&self, bytes: u64) -> Result<()> {
         // Names, shapes and blocks of the file system.
         let bytes = bytes + bytes / 64 + (64 << 10);
         let disk = rustix::fs::statvfs(&self.folder)
@@ -194,14 +194,14 @@ impl Checkpoints {
         }
         let message = format!(
             "a checkpoint takes {}, the disk has {} free\nhint: make room and --resume; `checkpoint.keep` says how many are kept",
-            readable(bytes),
-            readable(free)
+            format_bytes(bytes),
+            format_bytes(free)
         );
         Err(Error::file(&self.folder, message))
     }
 
     /// Removes what a run that was killed had begun to write.
-    fn sweep(&self) -> Result<()> {
+    fn remove_unfinished(&self) -> Result<()> {
         let entries = fs::read_dir(&self.folder).map_err(Error::io("read", &self.folder))?;
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -219,7 +219,7 @@ impl Checkpoints {
             .steps()?
             .into_iter()
             .map(|step| self.folder.join(name(step)))
-            .filter(|path| is_whole(path))
+            .filter(|path| is_complete(path))
             .collect();
         let spare = whole.len().saturating_sub(self.keep);
         for path in whole[..spare].iter().filter(|path| path.canonicalize().ok() != best) {
@@ -257,13 +257,13 @@ pub fn restore(path: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -
     let moments = path.join("optimizer.safetensors");
     for (buffer, file, prefix) in [
         (flat.values(), &path.join("parameters.safetensors"), ""),
-        (&optimizer.first, &moments, "exp_avg."),
-        (&optimizer.second, &moments, "exp_avg_sq."),
+        (&optimizer.exp_avg, &moments, "exp_avg."),
+        (&optimizer.exp_avg_sq, &moments, "exp_avg_sq."),
     ] {
         flat.read(buffer, file, prefix)?;
         heartbeat::beat();
     }
-    let found = readable_digest(digest(&[flat.values(), &optimizer.first, &optimizer.second])?);
+    let found = format_digest(digest(&[flat.values(), &optimizer.exp_avg, &optimizer.exp_avg_sq])?);
     match &state.digest {
         Some(written) if *written != found => {
             let message = format!(
@@ -277,7 +277,7 @@ pub fn restore(path: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -
 }
 
 /// As state.json has it.
-pub fn readable_digest(digest: u64) -> String {
+pub fn format_digest(digest: u64) -> String {
     format!("{digest:016x}")
 }
 
@@ -324,7 +324,7 @@ fn read_state(folder: &Path) -> Result<State> {
         .map_err(|error| Error::file(&path, format!("is not the state of a run: {error}")))
 }
 
-fn is_whole(path: &Path) -> bool {
+fn is_complete(path: &Path) -> bool {
     path.join("DONE").is_file()
 }
 
@@ -369,14 +369,14 @@ mod tests {
         let checkpoints = Checkpoints::new(output.path(), 3);
         let (from, to) = (flat([1.0, 2.0, 3.0]), flat([0.0; 3]));
         let (moments, empty) = (optimizer(&from), optimizer(&to));
-        moments.second.one_set().unwrap();
+        moments.exp_avg_sq.one_set().unwrap();
         save(&checkpoints, 4, &from, &moments);
         let (path, read) = checkpoints.newest().unwrap().unwrap();
         restore(&path, &read, &to, &empty).unwrap();
         assert_eq!(read, state(4));
         assert_eq!(to.values().to_vec1::<f32>().unwrap(), [1.0, 2.0, 3.0]);
-        assert_eq!(empty.second.to_vec1::<f32>().unwrap(), [1.0; 3]);
-        assert_eq!(empty.first.to_vec1::<f32>().unwrap(), [0.0; 3]);
+        assert_eq!(empty.exp_avg_sq.to_vec1::<f32>().unwrap(), [1.0; 3]);
+        assert_eq!(empty.exp_avg.to_vec1::<f32>().unwrap(), [0.0; 3]);
     }
 
     #[test]
@@ -438,8 +438,8 @@ mod tests {
         let flat = flat([1.0, 2.0, 3.0]);
         let optimizer = optimizer(&flat);
         fs::create_dir_all(&checkpoints.folder).unwrap();
-        let buffers = [flat.values(), &optimizer.first, &optimizer.second];
-        let digest = Some(readable_digest(digest(&buffers).unwrap()));
+        let buffers = [flat.values(), &optimizer.exp_avg, &optimizer.exp_avg_sq];
+        let digest = Some(format_digest(digest(&buffers).unwrap()));
         let state = State { digest, ..state(1) };
         let path = checkpoints.save(&Snapshot::take(&state, &flat, &optimizer, false).unwrap()).unwrap();
         restore(&path, &state, &flat, &optimizer).unwrap();
@@ -475,8 +475,8 @@ mod tests {
         let output = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(output.path(), 3);
         fs::create_dir_all(&checkpoints.folder).unwrap();
-        checkpoints.room(1000).unwrap();
-        let message = checkpoints.room(1 << 60).unwrap_err().to_string();
+        checkpoints.check_free_space(1000).unwrap();
+        let message = checkpoints.check_free_space(1 << 60).unwrap_err().to_string();
         assert!(message.contains("a checkpoint takes 1064960.0 TiB, the disk has"), "{message}");
     }
 }

@@ -34,8 +34,8 @@ impl Snapshot {
             state: state.clone(),
             flat: flat.clone(),
             values: copy(flat.values())?,
-            first: copy(&optimizer.first)?,
-            second: copy(&optimizer.second)?,
+            first: copy(&optimizer.exp_avg)?,
+            second: copy(&optimizer.exp_avg_sq)?,
         })
     }
 
@@ -104,7 +104,7 @@ impl Writer {
     }
 
     /// Says early if something could not be written.
-    pub fn look(&mut self) -> Result<()> {
+    pub fn check(&mut self) -> Result<()> {
         if self.thread.as_ref().is_some_and(JoinHandle::is_finished) { self.finish() } else { Ok(()) }
     }
 }

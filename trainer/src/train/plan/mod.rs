@@ -1,6 +1,6 @@
 //! What a run will do: the configuration resolved against model, data and memory, checked once, before anything is started.
 
-mod outline;
+mod estimate;
 
 use std::fmt;
 use std::fs;
@@ -22,12 +22,12 @@ use crate::model::{Folder, Model, Options, hub};
 use crate::system::device;
 use crate::train::checkpoint::{Identity, State};
 use crate::train::gradcache::Budget;
-use crate::train::memory::{self, readable};
+use crate::train::memory::{self, format_bytes};
 use crate::train::metrics;
-use crate::train::scaling::Load;
-use crate::train::schedule::Schedule;
+use crate::train::scaling::Workload;
+use crate::train::schedule::LrSchedule;
 use crate::{Error, Result, comm};
-pub use outline::{Outline, inputs};
+pub use estimate::{CostEstimate, check_inputs};
 
 /// A run, ready to be started or only to be looked at.
 pub struct Plan {
@@ -46,7 +46,7 @@ pub struct Plan {
     /// Optimizer steps of the run.
     pub steps: u64,
     /// The learning rate.
-    pub schedule: Schedule,
+    pub schedule: LrSchedule,
     /// How batches are cut.
     pub budget: Budget,
     /// Tokens of a chunk in evaluation.
@@ -54,7 +54,7 @@ pub struct Plan {
     /// What a batch and the model take.
     pub cost: Cost,
     /// What ranks share of them.
-    pub load: Load,
+    pub workload: Workload,
 }
 
 /// Put before texts.
@@ -105,10 +105,10 @@ impl Cost {
 
 impl Plan {
     /// Resolves and checks a configuration.
-    pub fn new(config: Config) -> Result<Self> {
+    pub fn resolve(config: Config) -> Result<Self> {
         // A GPU that was asked for and is not there is said first.
         device::current()?;
-        inputs(&config)?;
+        check_inputs(&config)?;
         let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
         let tokenizer = Tokenizer::open_for(&folder.path, folder.lower_case, config.model.init)?;
         // Only shapes are looked at here: the weights are read once, when the run starts.
@@ -133,7 +133,7 @@ impl Plan {
         let mixture = Mixture::open(&config)?;
         let all = mixture.batches() * config.training.epochs;
         let steps = config.training.max_steps.unwrap_or(all);
-        let schedule = Schedule {
+        let schedule = LrSchedule {
             shape: config.training.schedule,
             peak: config.training.learning_rate,
             warmup: config.training.warmup(steps),
@@ -168,17 +168,18 @@ impl Plan {
             }
         }
         let known = metric_names(&sets);
-        if !known.is_empty() && !metrics::decides(known.iter().map(String::as_str), &config.evaluation.metric)
+        if !known.is_empty()
+            && !metrics::has_metric(known.iter().map(String::as_str), &config.evaluation.metric)
         {
             let message =
                 format!("no set has `{}`; there are {}", config.evaluation.metric, known.join(", "));
             return Err(config.error("evaluation.metric", message));
         }
         let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
-        let load = Load { lengths: of_batch, width: model.width(), trained: model.flat().len() };
+        let workload = Workload { lengths: of_batch, width: model.width(), trained: model.flat().len() };
         let ranks = comm::place()?.map_or((1, 1), |place| (place.size, place.local_size));
-        let (budget, cost) = share_memory(&config.training, &model, tokens, &load.lengths, ranks);
-        let embed_tokens = memory::usual_chunk().max(lengths.query).max(lengths.document);
+        let (budget, cost) = share_memory(&config.training, &model, tokens, &workload.lengths, ranks);
+        let embed_tokens = memory::default_chunk_tokens().max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
         Ok(Self {
             config,
@@ -192,7 +193,7 @@ impl Plan {
             budget,
             embed_tokens,
             cost,
-            load,
+            workload,
         })
     }
 
@@ -232,7 +233,7 @@ impl Plan {
     ///
     /// # Errors
     /// The tokenizer's file is gone.
-    pub fn alike(&self) -> Result<(Config, u64)> {
+    pub fn rank_invariant(&self) -> Result<(Config, u64)> {
         let mut config = self.config.clone();
         config.output.clear();
         config.model.path.clear();
@@ -261,8 +262,8 @@ impl Plan {
     }
 
     /// The value that decides "best": the mean of the deciding metric over the sets; none without sets.
-    pub fn deciding(&self, scores: &Map<String, Value>) -> Option<f64> {
-        metrics::deciding(scores, &self.config.evaluation.metric)
+    pub fn selection_metric(&self, scores: &Map<String, Value>) -> Option<f64> {
+        metrics::selection_metric(scores, &self.config.evaluation.metric)
     }
 }
 
@@ -320,7 +321,7 @@ fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -
 }
 
 /// Bytes of parameters, gradients and moments: what is trained is f32, as are its gradients and two moments.
-fn lasting(model: &Model) -> u64 {
+fn state_bytes(model: &Model) -> u64 {
     let trained = model.flat().len();
     (model.element_bytes() * (model.elements() - trained) + 16 * trained) as u64
 }
@@ -336,28 +337,33 @@ fn share_memory(
     let available = memory::available(ranks.1);
     let (elements, trained) = (model.elements(), model.flat().len());
     let lora = model.lora().map(|lora| lora.rank);
-    let lasting = lasting(model);
+    let state_bytes = state_bytes(model);
     // A checkpoint's snapshot of what is trained and of the moments, which is never on a GPU.
-    let state = lasting + if memory::on_gpu() { 0 } else { 12 * trained as u64 };
+    let state = state_bytes + if memory::on_gpu() { 0 } else { 12 * trained as u64 };
     let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
         (Some(tokens), _) => Limit::Tokens(tokens),
         (None, Some(sequences)) => Limit::Sequences(sequences),
         // A chunk that runs backward needs its tape and, for a while, a layer's gradients.
-        (None, None) => Limit::Tokens(memory::usual_chunk().min((free / (2 * tape).max(1)) as usize).max(64)),
+        (None, None) => {
+            Limit::Tokens(memory::default_chunk_tokens().min((free / (2 * tape).max(1)) as usize).max(64))
+        }
     };
     let mine = (tokens / ranks.0 as f64).ceil() as usize;
-    let of_chunk = match chunk {
+    let chunk_tokens = match chunk {
         Limit::Tokens(limit) => limit.min(mine),
         // The longest ones may come together.
         Limit::Sequences(limit) => (limit * lengths.iter().max().copied().unwrap_or(0)).min(mine),
     };
-    let most = memory::usual_tapes(lasting);
-    let beside = 2 * memory::of_chunk(model, of_chunk);
+    let most = memory::default_activation_memory(state_bytes);
+    let beside = 2 * memory::chunk_bytes(model, chunk_tokens);
     let kept = training.tape_memory.map_or(free.saturating_sub(beside).min(most), |bytes| bytes.0);
-    let activations = memory::of_step(model, mine, lengths.len(), of_chunk, kept);
-    (Budget { chunk, tapes: kept }, Cost { elements, trained, lora, tokens, state, activations, available })
+    let activations = memory::step_bytes(model, mine, lengths.len(), chunk_tokens, kept);
+    (
+        Budget { chunk, activation_memory: kept },
+        Cost { elements, trained, lora, tokens, state, activations, available },
+    )
 }
 
 impl fmt::Display for Plan {
@@ -407,10 +413,10 @@ impl fmt::Display for Plan {
         writeln!(
             f,
             "memory     {} at most: {} for parameters and moments, {} for activations in chunks of {chunk}; {} are free",
-            readable(self.cost.peak()),
-            readable(state),
-            readable(activations),
-            readable(available)
+            format_bytes(self.cost.peak()),
+            format_bytes(state),
+            format_bytes(activations),
+            format_bytes(available)
         )?;
         for (set, _) in &self.sets {
             writeln!(f, "evaluation {}", set.name())?;

@@ -83,8 +83,9 @@ fn describe(output: &Path) -> Result<Value> {
         false => Some(known.name.clone()),
     };
     let metric = &known.evaluation.metric;
-    let chosen = history.chosen(metric, known.evaluation.patience);
-    let deciding = |step: u64| history.at(step).and_then(|scores| metrics::deciding(scores, metric));
+    let chosen = history.selected_step(metric, known.evaluation.patience);
+    let deciding =
+        |step: u64| history.scores_at(step).and_then(|scores| metrics::selection_metric(scores, metric));
     let sum = |name: &str| history.steps.iter().filter_map(|step| step.get(name)?.as_f64()).sum::<f64>();
     let last = history.steps.last().and_then(|step| step["step"].as_u64());
     let evaluations: Vec<Value> =

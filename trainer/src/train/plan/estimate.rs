@@ -2,18 +2,18 @@
 
 use std::fmt;
 
-use super::{Lengths, lasting, lengths, options};
+use super::{Lengths, lengths, options, state_bytes};
 use crate::config::{Batching, Config, Init};
 use crate::model::{Folder, Model, Options};
-use crate::train::memory::readable;
-use crate::train::scaling::Load;
+use crate::train::memory::format_bytes;
+use crate::train::scaling::Workload;
 use crate::{Error, Result, hub, model};
 
 /// Whether all data that the configuration names is there. What is on the hub is asked for when it is needed.
 ///
 /// # Errors
 /// Some are not: all of them, each with its place in the configuration.
-pub fn inputs(config: &Config) -> Result<()> {
+pub fn check_inputs(config: &Config) -> Result<()> {
     let train = config.data.train.iter().enumerate();
     let train = train.map(|(i, set)| (format!("data.train.{i}.path"), set.path.as_path()));
     let sets = config.evaluation.sets.iter().enumerate();
@@ -32,19 +32,19 @@ pub fn inputs(config: &Config) -> Result<()> {
 }
 
 /// A run as far as its configuration and the shape of its model tell.
-pub struct Outline<'a> {
+pub struct CostEstimate<'a> {
     config: &'a Config,
     elements: usize,
     trained: usize,
     state: u64,
     lengths: Lengths,
     /// What ranks share of a step, where every text is as long as it may be: no step has more.
-    pub load: Load,
+    pub workload: Workload,
     /// Rows an epoch and steps of the run, where every data set says its `samples`.
     planned: Option<(u64, u64)>,
 }
 
-impl<'a> Outline<'a> {
+impl<'a> CostEstimate<'a> {
     /// Looks at the model's configuration, not at its weights.
     ///
     /// # Errors
@@ -56,9 +56,9 @@ impl<'a> Outline<'a> {
         let model = Model::open(folder.clone(), &options)?;
         let lengths = lengths(config, &folder, &model)?;
         let (elements, trained) = (model.elements(), model.flat().len());
-        let load = Load { lengths: longest(config, lengths), width: model.width(), trained };
-        let state = lasting(&model);
-        Ok(Self { config, elements, trained, state, lengths, load, planned: planned(config) })
+        let workload = Workload { lengths: longest(config, lengths), width: model.width(), trained };
+        let state = state_bytes(&model);
+        Ok(Self { config, elements, trained, state, lengths, workload, planned: planned(config) })
     }
 }
 
@@ -83,15 +83,15 @@ fn planned(config: &Config) -> Option<(u64, u64)> {
     Some((all, config.training.max_steps.unwrap_or(steps)))
 }
 
-impl fmt::Display for Outline<'_> {
+impl fmt::Display for CostEstimate<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Config { name, output, model, data, training, .. } = self.config;
         writeln!(f, "run        {name} → {}", output.display())?;
         let (all, trained) = (self.elements as f64 / 1e6, self.trained as f64 / 1e6);
         writeln!(f, "model      {}: {all:.1} M parameters, {trained:.2} M trained", model.path)?;
-        writeln!(f, "memory     {} for parameters and moments", readable(self.state))?;
+        writeln!(f, "memory     {} for parameters and moments", format_bytes(self.state))?;
         let documents = 1 + data.negatives;
-        let step = self.load.lengths.iter().sum::<usize>() as f64;
+        let step = self.workload.lengths.iter().sum::<usize>() as f64;
         write!(
             f,
             "tokens     at most {step:.0} a step: {} rows with a query of {}",
@@ -135,7 +135,7 @@ mod tests {
              - {{path: hf://datasets/org/set/rows.jsonl}}\nevaluation:\n  sets:\n    - {{path: no/set}}\n",
             here.path().display()
         ));
-        let error = inputs(&config).unwrap_err().to_string();
+        let error = check_inputs(&config).unwrap_err().to_string();
         let lines: Vec<&str> = error.lines().collect();
         let ends = [
             "run.yaml:4: data.train.0.path: there is no no/rows.jsonl",
