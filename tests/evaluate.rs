@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use trainer::config::{EvaluationSet, SetKind};
 use trainer::eval::EvalSet;
-use trainer::eval::embed::{Opened, Role};
+use trainer::eval::embed::{LoadedModel, Role};
 use trainer::model::Options;
 
 fn golden(name: &str) -> PathBuf {
@@ -15,7 +15,7 @@ fn golden(name: &str) -> PathBuf {
 #[test]
 fn scores_are_those_of_sentence_transformers() {
     let expected: Value = serde_json::from_slice(&std::fs::read(golden("metrics.json")).unwrap()).unwrap();
-    let opened = Opened::open(golden("bert").to_str().unwrap(), &Options::default()).unwrap();
+    let opened = LoadedModel::open(golden("bert").to_str().unwrap(), &Options::default()).unwrap();
     for (kind, name) in [(SetKind::Retrieval, "retrieval"), (SetKind::Triplet, "triplet")] {
         let path = golden("bert").join("rows.jsonl");
         let set = EvalSet::open(&EvaluationSet { path, kind, ..EvaluationSet::default() }).unwrap();
@@ -31,7 +31,7 @@ fn scores_are_those_of_sentence_transformers() {
 
 #[test]
 fn embeddings_come_in_the_order_of_the_texts_whatever_the_chunks() {
-    let opened = Opened::open(golden("bert").to_str().unwrap(), &Options::default()).unwrap();
+    let opened = LoadedModel::open(golden("bert").to_str().unwrap(), &Options::default()).unwrap();
     let texts = ["seven planets", "a", "iron is a metal; and so is tin, and zinc", "a", "", "seven planets"];
     let mut embedder = opened.embedder();
     let alone: Vec<Vec<f32>> = texts

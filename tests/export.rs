@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 use tests::{FAMILIES, copy, program, stderr, write_config};
 use trainer::config::Config;
-use trainer::eval::embed::{Opened, Role};
+use trainer::eval::embed::{LoadedModel, Role};
 use trainer::export::{self, Trained};
 use trainer::model::Options;
 
@@ -18,11 +18,11 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
 }
 
-fn open(folder: &Path) -> Opened {
-    Opened::open(folder.to_str().unwrap(), &Options::default()).unwrap()
+fn open(folder: &Path) -> LoadedModel {
+    LoadedModel::open(folder.to_str().unwrap(), &Options::default()).unwrap()
 }
 
-fn embed(opened: &Opened) -> Vec<Vec<f32>> {
+fn embed(opened: &LoadedModel) -> Vec<Vec<f32>> {
     let embeddings: Tensor = opened.embedder().encode(&TEXTS, Role::Text).unwrap();
     embeddings.to_vec2().unwrap()
 }

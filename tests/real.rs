@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use candle_core::Tensor;
 use serde_json::{Value, json};
 use tests::{golden, metrics, minilm, program, relative_error, stderr, write_config};
-use trainer::eval::embed::{Opened, Role};
+use trainer::eval::embed::{LoadedModel, Role};
 use trainer::model::Options;
 
 fn expected() -> Value {
@@ -21,7 +21,7 @@ fn minilm_embeds_as_in_sentence_transformers() {
     let expected = expected();
     let texts: Vec<String> = serde_json::from_value(expected["texts"].clone()).unwrap();
     let wanted: Vec<Vec<f32>> = serde_json::from_value(expected["first_dims"].clone()).unwrap();
-    let opened = Opened::open(model.to_str().unwrap(), &Options::default()).unwrap();
+    let opened = LoadedModel::open(model.to_str().unwrap(), &Options::default()).unwrap();
     let embeddings = opened.embedder().encode(&texts, Role::Text).unwrap(); // (N, D)
     assert_eq!(embeddings.dims(), [texts.len(), 384]);
     let found = embeddings.narrow(1, 0, wanted[0].len()).unwrap();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tests::{golden, metrics, program, stderr, write_config};
 use trainer::config::{EvaluationSet, SetKind};
 use trainer::eval::EvalSet;
-use trainer::eval::embed::Opened;
+use trainer::eval::embed::LoadedModel;
 use trainer::model::Options;
 
 const METRIC: &str = "rows_cosine_accuracy@10";
@@ -59,14 +59,14 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
     let named = output.join(format!("checkpoints/step-{best:06}/parameters.safetensors"));
     assert_eq!(kept, fs::read(named).unwrap());
     let model = output.join("model");
-    let opened = Opened::open(model.to_str().unwrap(), &Options::default()).unwrap();
+    let opened = LoadedModel::open(model.to_str().unwrap(), &Options::default()).unwrap();
     let set = EvaluationSet {
         path: golden("bert").join("rows.jsonl"),
         kind: SetKind::Retrieval,
         ..Default::default()
     };
     let mut embedder = opened.embedder();
-    embedder.limit(Some(24)).unwrap();
+    embedder.set_max_length(Some(24)).unwrap();
     let scores = EvalSet::open(&set).unwrap().evaluate(&embedder).unwrap().scores;
     assert_eq!(scores.get(METRIC), Some(value));
 

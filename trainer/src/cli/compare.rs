@@ -8,7 +8,7 @@ use super::print;
 use super::sets::Sets;
 use crate::comm::World;
 use crate::eval::compare::Comparison;
-use crate::eval::{Bootstrap, EvalSet, Measured};
+use crate::eval::{Bootstrap, EvalOutput, EvalSet};
 use crate::{Error, Result};
 
 /// Measure two models on the same sets, and say how sure their difference is
@@ -70,13 +70,13 @@ fn measure(
     what: &str,
     sets: &[EvalSet],
     world: &World,
-) -> Result<Vec<Measured>> {
+) -> Result<Vec<EvalOutput>> {
     let opened = encoding.model(model)?;
     let embedder = encoding.embedder(&opened, world)?;
     sets.iter()
         .map(|set| {
             let measured = set.evaluate(&embedder)?;
-            let primary = set.primary();
+            let primary = set.primary_metric();
             tracing::info!("{what}: {primary} {:.4}", measured.scores.get(&primary).unwrap_or(f64::NAN));
             Ok(measured)
         })

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::comm::World;
 use crate::data::reader;
-use crate::eval::embed::{CHUNK_TOKENS, Opened, Role};
+use crate::eval::embed::{DEFAULT_CHUNK_TOKENS, LoadedModel, Role};
 use crate::model::Options;
 use crate::system::npy::Writer;
 use crate::{Error, Result, config};
@@ -34,7 +34,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
     /// Tokens that are encoded at once
-    #[arg(long, value_name = "N", default_value_t = CHUNK_TOKENS, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK_TOKENS, value_parser = at_least_one)]
     chunk_tokens: usize,
     /// Tokens of a text at most, the prompt and special tokens included. Default: what the model folder says
     #[arg(long, value_name = "N", value_parser = at_least_one)]
@@ -79,9 +79,9 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         DtypeName::Bf16 => crate::config::Dtype::Bf16,
         DtypeName::F16 => crate::config::Dtype::F16,
     };
-    let opened = Opened::open(&args.model, &options)?;
+    let opened = LoadedModel::open(&args.model, &options)?;
     let mut embedder = opened.embedder();
-    embedder.limit(args.max_length)?;
+    embedder.set_max_length(args.max_length)?;
     embedder.chunk_tokens = args.chunk_tokens;
     embedder.world = world.clone();
     let role = match (&args.prompt, args.role) {
@@ -101,7 +101,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     };
     let mut progress = embedder.progress(role, count);
     let mut encode = |portion: &[String]| {
-        let embeddings = embedder.encode_some(portion, role, &mut progress)?;
+        let embeddings = embedder.encode_with_progress(portion, role, &mut progress)?;
         npy.as_mut().map_or(Ok(()), |npy| npy.write(&embeddings))
     };
     let mut portion = Vec::with_capacity(count.min(PORTION));
@@ -196,9 +196,9 @@ mod tests {
             }
             fs::write(place.path().join("sentence_bert_config.json"), r#"{"max_seq_length": 8}"#).unwrap();
             let embedding = |length: Option<usize>| {
-                let opened = Opened::open(place.path().to_str().unwrap(), &options(false, length))?;
+                let opened = LoadedModel::open(place.path().to_str().unwrap(), &options(false, length))?;
                 let mut embedder = opened.embedder();
-                embedder.limit(length)?;
+                embedder.set_max_length(length)?;
                 Ok::<_, Error>(
                     embedder.encode(&["a b c d e f g h i j k l m n"], Role::Text)?.to_vec2::<f32>()?,
                 )

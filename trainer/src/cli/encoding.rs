@@ -3,7 +3,7 @@
 use super::encode::{at_least_one, options};
 use crate::Result;
 use crate::comm::World;
-use crate::eval::embed::{CHUNK_TOKENS, Embedder, Opened};
+use crate::eval::embed::{DEFAULT_CHUNK_TOKENS, Embedder, LoadedModel};
 use crate::model::{Folder, hub};
 
 #[derive(Clone, Debug, clap::Args)]
@@ -18,7 +18,7 @@ pub(super) struct Encoding {
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_length: Option<usize>,
     /// Tokens that are encoded at once
-    #[arg(long, value_name = "N", default_value_t = CHUNK_TOKENS, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK_TOKENS, value_parser = at_least_one)]
     chunk_tokens: usize,
     /// Draw the weights from a seed instead of reading them; in a comparison those of the base
     #[arg(long)]
@@ -32,7 +32,7 @@ impl Encoding {
         query_prompt.is_some()
             || document_prompt.is_some()
             || max_length.is_some()
-            || *chunk_tokens != CHUNK_TOKENS
+            || *chunk_tokens != DEFAULT_CHUNK_TOKENS
             || *random_weights
     }
 
@@ -62,14 +62,14 @@ impl Encoding {
     }
 
     /// Opens a model.
-    pub(super) fn model(&self, id_or_path: &str) -> Result<Opened> {
-        Opened::open(id_or_path, &options(self.random_weights, self.max_length))
+    pub(super) fn model(&self, id_or_path: &str) -> Result<LoadedModel> {
+        LoadedModel::open(id_or_path, &options(self.random_weights, self.max_length))
     }
 
     /// What embeds with it as the command line says.
-    pub(super) fn embedder<'a>(&'a self, opened: &'a Opened, world: &World) -> Result<Embedder<'a>> {
+    pub(super) fn embedder<'a>(&'a self, opened: &'a LoadedModel, world: &World) -> Result<Embedder<'a>> {
         let mut embedder = opened.embedder();
-        embedder.limit(self.max_length)?;
+        embedder.set_max_length(self.max_length)?;
         embedder.chunk_tokens = self.chunk_tokens;
         embedder.world = world.clone();
         if let Some(prompt) = &self.query_prompt {

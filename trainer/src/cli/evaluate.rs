@@ -38,14 +38,14 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let mut of_sets = Vec::new();
     for set in &sets {
         let scores = set.evaluate(&embedder)?.scores;
-        let primary = set.primary();
+        let primary = set.primary_metric();
         tracing::info!("{primary} {:.4}", scores.get(&primary).unwrap_or(f64::NAN));
         if let Some(output) = output {
             set.append_csv(output, &scores)?;
         }
         of_sets.push(scores);
     }
-    let means = nano::mean(sets.iter().zip(&of_sets));
+    let means = nano::mean_scores(sets.iter().zip(&of_sets));
     if let Some(output) = output.filter(|_| !means.is_empty()) {
         nano::append_csv(output, &means)?;
     }

@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use super::Items;
+use super::ItemScores;
 
 /// Share of the differences that lie in the interval.
 pub const CONFIDENCE: f64 = 0.95;
@@ -30,8 +30,8 @@ impl Bootstrap {
     pub fn differences(
         &self,
         set: usize,
-        base: &Items,
-        tuned: &Items,
+        base: &ItemScores,
+        tuned: &ItemScores,
         mut done: impl FnMut(u64),
     ) -> Vec<Vec<f64>> {
         let count = base.count();
@@ -61,7 +61,7 @@ impl Bootstrap {
 
 /// The middle [`CONFIDENCE`] of the differences, their ends found by linear interpolation. Draws in which a metric is not
 /// defined are left out.
-pub fn interval(differences: &[f64]) -> (f64, f64) {
+pub fn confidence_interval(differences: &[f64]) -> (f64, f64) {
     let mut sorted: Vec<f64> =
         differences.iter().copied().filter(|difference| difference.is_finite()).collect();
     sorted.sort_by(f64::total_cmp);
@@ -81,8 +81,8 @@ mod tests {
 
     const MANY: Bootstrap = Bootstrap { resamples: 10_000, seed: 42 };
 
-    fn means(values: Vec<f64>) -> Items {
-        Items::means(vec!["m".to_owned()], values)
+    fn means(values: Vec<f64>) -> ItemScores {
+        ItemScores::means(vec!["m".to_owned()], values)
     }
 
     fn differences(base: &[f64], tuned: &[f64]) -> Vec<f64> {
@@ -94,7 +94,7 @@ mod tests {
         // Each query gains 0.1, however different the queries are: there is nothing to be unsure of.
         let base: Vec<f64> = (0..50).map(|i| f64::from(i % 9) / 10.0).collect();
         let tuned: Vec<f64> = base.iter().map(|score| score + 0.1).collect();
-        let (low, high) = interval(&differences(&base, &tuned));
+        let (low, high) = confidence_interval(&differences(&base, &tuned));
         assert!((low - 0.1).abs() < 1e-12 && (high - 0.1).abs() < 1e-12, "{low} {high}");
     }
 
@@ -102,7 +102,7 @@ mod tests {
     fn the_interval_is_that_of_the_normal_distribution_where_there_are_many() {
         // Differences of ±1 and 0 in thirds: mean 0, variance 2/3.
         let tuned: Vec<f64> = (0..3000).map(|i| f64::from(i % 3) - 1.0).collect();
-        let (low, high) = interval(&differences(&[0.0; 3000], &tuned));
+        let (low, high) = confidence_interval(&differences(&[0.0; 3000], &tuned));
         let expected = 1.959_964 * (2.0 / 3.0 / 3000.0_f64).sqrt();
         // The quantile of 10,000 draws has a standard error of 2.7 % of a standard deviation here.
         assert!(
@@ -130,9 +130,9 @@ mod tests {
     fn the_ends_are_quantiles_and_what_is_not_defined_is_left_out() {
         let mut values: Vec<f64> = (0..=1000).rev().map(f64::from).collect();
         values.push(f64::NAN);
-        let (low, high) = interval(&values);
+        let (low, high) = confidence_interval(&values);
         assert!((low - 25.0).abs() < 1e-9 && (high - 975.0).abs() < 1e-9, "{low} {high}");
-        assert_eq!(interval(&[0.5]), (0.5, 0.5));
-        assert!(interval(&[f64::NAN]).0.is_nan());
+        assert_eq!(confidence_interval(&[0.5]), (0.5, 0.5));
+        assert!(confidence_interval(&[f64::NAN]).0.is_nan());
     }
 }

@@ -7,13 +7,13 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::eval::{self, Bootstrap, CONFIDENCE, EvalSet, Measured, Scores, nano};
+use crate::eval::{self, Bootstrap, CONFIDENCE, EvalOutput, EvalSet, Scores, nano};
 use crate::system::progress::Progress;
 use crate::{Error, Result};
 
 /// A metric of two models.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Line {
+pub struct MetricDelta {
     /// Of the model before.
     pub base: f64,
     /// Of the model after.
@@ -26,27 +26,27 @@ pub struct Line {
     pub high: f64,
 }
 
-/// What was compared, set by set.
+/// The comparison of two models, set by set.
 #[derive(Clone, Debug)]
 pub struct Comparison {
-    sets: Vec<Compared>,
+    sets: Vec<SetComparison>,
 }
 
 #[derive(Clone, Debug)]
-struct Compared {
+struct SetComparison {
     /// `scifact, 300 queries`
     title: String,
     name: String,
     count: usize,
     /// Metrics by their names, which begin with the set's.
-    lines: Vec<(String, Line)>,
+    lines: Vec<(String, MetricDelta)>,
 }
 
 impl Comparison {
     /// Compares what two models do on `sets`. Nano sets are also compared in their mean.
-    pub fn new(sets: &[EvalSet], base: &[Measured], tuned: &[Measured], bootstrap: Bootstrap) -> Self {
+    pub fn new(sets: &[EvalSet], base: &[EvalOutput], tuned: &[EvalOutput], bootstrap: Bootstrap) -> Self {
         let mut progress = Progress::new("resamples", (bootstrap.resamples * sets.len()) as u64, 0);
-        let mut compared = Vec::new();
+        let mut comparisons = Vec::new();
         // Of the Nano sets: the sum of the differences in each draw.
         let mut together: Vec<Vec<f64>> = Vec::new();
         for (number, ((set, base), tuned)) in sets.iter().zip(base).zip(tuned).enumerate() {
@@ -62,23 +62,24 @@ impl Comparison {
                         .for_each(|(sum, difference)| *sum += difference),
                 }
             }
-            compared.push(Compared {
-                title: format!("{}, {} {}", set.name(), base.items.count(), set.items_are()),
+            comparisons.push(SetComparison {
+                title: format!("{}, {} {}", set.name(), base.items.count(), set.item_noun()),
                 name: set.name().to_owned(),
                 count: base.items.count(),
                 lines: lines(&base.scores, &tuned.scores, &drawn),
             });
         }
-        let mean = |of: &[Measured]| nano::mean(sets.iter().zip(of.iter().map(|measured| &measured.scores)));
+        let mean =
+            |of: &[EvalOutput]| nano::mean_scores(sets.iter().zip(of.iter().map(|output| &output.scores)));
         let (base, tuned) = (mean(base), mean(tuned));
         if !base.is_empty() {
             let count = sets.iter().filter(|set| nano::is_nano(set)).count();
             together.iter_mut().flatten().for_each(|sum| *sum /= count as f64);
-            let name = nano::NAME.to_owned();
+            let name = nano::MEAN_PREFIX.to_owned();
             let lines = lines(&base, &tuned, &together);
-            compared.push(Compared { title: format!("{name}, {count} sets"), name, count, lines });
+            comparisons.push(SetComparison { title: format!("{name}, {count} sets"), name, count, lines });
         }
-        Self { sets: compared }
+        Self { sets: comparisons }
     }
 
     /// Writes compare.json in `folder`.
@@ -105,16 +106,16 @@ impl Comparison {
     }
 
     /// All metrics by name.
-    pub fn lines(&self) -> impl Iterator<Item = (&str, Line)> {
+    pub fn lines(&self) -> impl Iterator<Item = (&str, MetricDelta)> {
         self.sets.iter().flat_map(|set| &set.lines).map(|(name, line)| (name.as_str(), *line))
     }
 }
 
-fn lines(base: &Scores, tuned: &Scores, drawn: &[Vec<f64>]) -> Vec<(String, Line)> {
+fn lines(base: &Scores, tuned: &Scores, drawn: &[Vec<f64>]) -> Vec<(String, MetricDelta)> {
     let line = |((name, base), differences): ((&str, f64), &Vec<f64>)| {
         let tuned = tuned.get(name).unwrap_or(f64::NAN);
-        let (low, high) = eval::interval(differences);
-        (name.to_owned(), Line { base, tuned, delta: tuned - base, low, high })
+        let (low, high) = eval::confidence_interval(differences);
+        (name.to_owned(), MetricDelta { base, tuned, delta: tuned - base, low, high })
     };
     base.iter().zip(drawn).map(line).collect()
 }
@@ -122,14 +123,14 @@ fn lines(base: &Scores, tuned: &Scores, drawn: &[Vec<f64>]) -> Vec<(String, Line
 /// A table for each set.
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let metric = |set: &Compared, name: &str| name[set.name.len() + 1..].to_owned();
+        let metric = |set: &SetComparison, name: &str| name[set.name.len() + 1..].to_owned();
         for (number, set) in self.sets.iter().enumerate() {
             let longest = set.lines.iter().map(|(name, _)| metric(set, name).len()).max().unwrap_or(0);
             let width = longest.max(set.title.chars().count());
             let interval = format!("{:.0} % interval", CONFIDENCE * 100.0);
             let between = if number > 0 { "\n" } else { "" };
             writeln!(f, "{between}{:width$}    base   tuned        Δ  {interval:>18}", set.title)?;
-            for (name, Line { base, tuned, delta, low, high }) in &set.lines {
+            for (name, MetricDelta { base, tuned, delta, low, high }) in &set.lines {
                 let name = metric(set, name);
                 writeln!(
                     f,

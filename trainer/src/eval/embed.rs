@@ -26,14 +26,14 @@ pub enum Role {
 }
 
 /// A model that is used as it is, with its tokenizer.
-pub struct Opened {
+pub struct LoadedModel {
     /// The encoder.
     pub model: Model,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
 }
 
-impl Opened {
+impl LoadedModel {
     /// Opens a model folder, or a model by its id on the hub.
     ///
     /// # Errors
@@ -64,17 +64,17 @@ impl Opened {
             text_prompt: folder.text_prompt(),
             max_query_length: longest,
             max_document_length: longest,
-            chunk_tokens: CHUNK_TOKENS,
+            chunk_tokens: DEFAULT_CHUNK_TOKENS,
             world: World::solo(),
         }
     }
 }
 
 /// Tokens of a chunk where nothing else is said: enough for full matrix products, few enough to stay in the caches.
-pub const CHUNK_TOKENS: usize = 2048;
+pub const DEFAULT_CHUNK_TOKENS: usize = 2048;
 
 /// Texts to show progress for: fewer are done at once.
-const MANY: usize = 2000;
+const PROGRESS_FROM: usize = 2000;
 
 /// Turns texts into embeddings.
 #[derive(Clone)]
@@ -104,7 +104,7 @@ impl Embedder<'_> {
     ///
     /// # Errors
     /// The model has fewer positions.
-    pub fn limit(&mut self, length: Option<usize>) -> Result<()> {
+    pub fn set_max_length(&mut self, length: Option<usize>) -> Result<()> {
         let Some(length) = length else { return Ok(()) };
         let positions = self.model.positions();
         if length > positions {
@@ -121,7 +121,7 @@ impl Embedder<'_> {
     /// # Errors
     /// The tokenizer knows no token of a text, or memory runs out.
     pub fn encode(&self, texts: &[impl AsRef<str>], role: Role) -> Result<Tensor> {
-        self.encode_some(texts, role, &mut self.progress(role, texts.len()))
+        self.encode_with_progress(texts, role, &mut self.progress(role, texts.len()))
     }
 
     /// What shows how far `count` texts have come, where they are many; on the first rank alone.
@@ -131,14 +131,14 @@ impl Embedder<'_> {
             Role::Document => "documents",
             Role::Text => "texts",
         };
-        (count >= MANY && self.world.first()).then(|| Progress::new(what, count as u64, 0))
+        (count >= PROGRESS_FROM && self.world.first()).then(|| Progress::new(what, count as u64, 0))
     }
 
     /// As [`encode`](Self::encode), the texts being some of those that `progress` counts.
     ///
     /// # Errors
     /// As there.
-    pub fn encode_some(
+    pub fn encode_with_progress(
         &self,
         texts: &[impl AsRef<str>],
         role: Role,
@@ -149,25 +149,25 @@ impl Embedder<'_> {
             Role::Document => (self.document_prompt, self.max_document_length),
             Role::Text => (self.text_prompt, self.max_document_length),
         };
-        let (unique, places) = distinct(texts);
+        let (unique, places) = unique_texts(texts);
         let include_prompt = self.model.folder().include_prompt;
         // Ranks share the tokenising by the bytes, then whole chunks by their tokens: a text stands in the same chunk, and has
         // the same bits, however many they are.
         let lengths: Vec<usize> = unique.iter().map(|text| text.len()).collect();
         let share = Share::deal(&lengths, self.world.size());
-        let mine: Vec<&str> = share.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
-        let mine = self.tokenizer.encode(&mine, prompt, max_length, include_prompt)?;
-        let mut sequences = self.world.sequences(mine, &share)?;
+        let local: Vec<&str> = share.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
+        let local = self.tokenizer.encode(&local, prompt, max_length, include_prompt)?;
+        let mut sequences = self.world.sequences(local, &share)?;
 
         let all: Vec<usize> = (0..sequences.len()).collect();
         let chunks = chunk::cut(&sequences, &all, Limit::Tokens(self.chunk_tokens));
         let tokens = |chunk: &Vec<usize>| chunk.iter().map(|&index| sequences[index].ids.len()).sum();
         let share = Share::deal(&chunks.iter().map(tokens).collect::<Vec<usize>>(), self.world.size());
         let done = progress.as_ref().map_or(0, Progress::position);
-        let mut mine = Vec::new();
+        let mut local = Vec::new();
         for chunk in share.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {
-            let taken: Vec<_> = chunk.iter().map(|&index| take(&mut sequences[index])).collect();
-            mine.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
+            let taken: Vec<_> = chunk.iter().map(|&index| take_sequence(&mut sequences[index])).collect();
+            local.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
             heartbeat::beat();
             if let Some(progress) = progress {
                 // The other ranks have come about as far.
@@ -181,7 +181,7 @@ impl Embedder<'_> {
 
         let width = self.model.width();
         let mut embeddings = vec![0f32; unique.len() * width];
-        for (rows, chunks_of) in self.world.all(&mine)?.iter().zip(share.ranks()) {
+        for (rows, chunks_of) in self.world.all(&local)?.iter().zip(share.ranks()) {
             let texts = chunks_of.iter().flat_map(|&chunk| &chunks[chunk]);
             for (row, &index) in rows.chunks_exact(width).zip(texts) {
                 embeddings[index * width..][..width].copy_from_slice(row);
@@ -196,7 +196,7 @@ impl Embedder<'_> {
 }
 
 /// Each text once, and for each text its place among them.
-fn distinct<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
+fn unique_texts<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
     let mut known = HashMap::with_capacity(texts.len());
     let mut unique = Vec::new();
     let places = texts.iter().map(T::as_ref).map(|text| {
@@ -210,7 +210,7 @@ fn distinct<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
 }
 
 /// The sequence itself; its place stays empty.
-fn take(sequence: &mut Sequence) -> Sequence {
+fn take_sequence(sequence: &mut Sequence) -> Sequence {
     Sequence { ids: std::mem::take(&mut sequence.ids), skip: sequence.skip }
 }
 
@@ -220,9 +220,9 @@ mod tests {
 
     #[test]
     fn equal_texts_are_one() {
-        let (unique, places) = distinct(&["b", "a", "b", "", "a"]);
+        let (unique, places) = unique_texts(&["b", "a", "b", "", "a"]);
         assert_eq!(unique, ["b", "a", ""]);
         assert_eq!(places, [0, 1, 0, 2, 1]);
-        assert_eq!(distinct::<&str>(&[]), (vec![], vec![]));
+        assert_eq!(unique_texts::<&str>(&[]), (vec![], vec![]));
     }
 }

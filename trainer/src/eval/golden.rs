@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::Scores;
 use super::retrieval::Retrieval;
 
 pub(super) fn read() -> Value {
@@ -30,7 +31,7 @@ pub(super) fn retrieval(golden: &Value) -> (Retrieval, Vec<Vec<f32>>, Vec<Vec<f3
 }
 
 /// The same names in the same order, the same values.
-pub(super) fn assert_scores(scores: &[(String, f64)], golden: &Value) {
+pub(super) fn assert_scores(scores: &Scores, golden: &Value) {
     let name = golden["name"].as_str().unwrap();
     let expected = golden["scores"].as_object().unwrap();
     let names: Vec<_> = scores.iter().map(|(metric, _)| format!("{name}_{metric}")).collect();

@@ -5,7 +5,7 @@
 mod bootstrap;
 pub mod compare;
 pub mod embed;
-mod items;
+mod item_scores;
 pub mod nano;
 pub(crate) mod open;
 mod pairwise;
@@ -22,8 +22,8 @@ use std::path::Path;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-pub use self::bootstrap::{Bootstrap, CONFIDENCE, interval};
-pub use self::items::Items;
+pub use self::bootstrap::{Bootstrap, CONFIDENCE, confidence_interval};
+pub use self::item_scores::ItemScores;
 use self::pairwise::{Similarity, Triplets};
 use self::rankings::Ranking;
 use self::retrieval::Retrieval;
@@ -45,21 +45,21 @@ enum Task {
     Similarity(Similarity),
 }
 
-/// What a set's task finds.
-struct Found {
-    items: Items,
-    rankings: Vec<Ranking>,
-}
-
 /// What a model does on a set.
 #[derive(Clone, Debug)]
-pub struct Measured {
-    /// The metrics, with the set's name.
+pub struct EvalOutput {
+    /// The metrics by name. [`EvalSet::evaluate`] puts the set's name before each.
     pub scores: Scores,
     /// What each query, triplet or pair adds to them.
-    pub items: Items,
+    pub items: ItemScores,
     /// What a few queries find; nothing but for retrieval.
     pub rankings: Vec<Ranking>,
+}
+
+impl EvalOutput {
+    fn new(items: ItemScores, rankings: Vec<Ranking>) -> Self {
+        Self { scores: items.scores(), items, rankings }
+    }
 }
 
 impl EvalSet {
@@ -84,7 +84,7 @@ impl EvalSet {
             SetKind::Triplet => Task::Triplets(open::triplets(path)?),
             SetKind::Similarity => Task::Similarity(open::similarity(path)?),
         };
-        let name = if set.name.is_empty() { name_of(path) } else { set.name.clone() };
+        let name = if set.name.is_empty() { default_name(path) } else { set.name.clone() };
         Ok(Self { name, task })
     }
 
@@ -97,25 +97,25 @@ impl EvalSet {
     ///
     /// # Errors
     /// As [`Embedder::encode`].
-    pub fn evaluate(&self, embedder: &Embedder) -> Result<Measured> {
-        let Found { items, rankings } = match &self.task {
+    pub fn evaluate(&self, embedder: &Embedder) -> Result<EvalOutput> {
+        let mut output = match &self.task {
             Task::Retrieval(set) => {
                 let mut documents = embedder.progress(Role::Document, set.documents());
                 set.evaluate(|texts, role| match role {
-                    Role::Document => embedder.encode_some(texts, role, &mut documents),
+                    Role::Document => embedder.encode_with_progress(texts, role, &mut documents),
                     _ => embedder.encode(texts, role),
                 })
             }
             Task::Triplets(set) => set.evaluate(|texts, role| embedder.encode(texts, role)),
             Task::Similarity(set) => set.evaluate(|texts, role| embedder.encode(texts, role)),
         }?;
-        let scores =
-            items.scores().into_iter().map(|(metric, score)| (format!("{}_{metric}", self.name), score));
-        Ok(Measured { scores: scores.collect(), items, rankings })
+        let named = |(metric, score)| (format!("{}_{metric}", self.name), score);
+        output.scores = output.scores.into_iter().map(named).collect();
+        Ok(output)
     }
 
-    /// What [`Measured::scores`] will hold.
-    pub fn metrics(&self) -> impl Iterator<Item = String> {
+    /// What [`EvalOutput::scores`] will hold.
+    pub fn metric_names(&self) -> impl Iterator<Item = String> {
         let names = match &self.task {
             Task::Retrieval(_) => retrieval::names(),
             Task::Triplets(_) => Triplets::names(),
@@ -125,7 +125,7 @@ impl EvalSet {
     }
 
     /// What is counted in it.
-    pub fn items_are(&self) -> &'static str {
+    pub fn item_noun(&self) -> &'static str {
         match &self.task {
             Task::Retrieval(_) => "queries",
             Task::Triplets(_) => "triplets",
@@ -134,7 +134,7 @@ impl EvalSet {
     }
 
     /// The metric that stands for the others.
-    pub fn primary(&self) -> String {
+    pub fn primary_metric(&self) -> String {
         let metric = match &self.task {
             Task::Retrieval(_) => "cosine_ndcg@10",
             Task::Triplets(_) => "max_accuracy",
@@ -151,12 +151,17 @@ impl EvalSet {
             Task::Triplets(_) => ("triplet_evaluation", Triplets::columns()),
             Task::Similarity(_) => ("similarity_evaluation", Similarity::columns()),
         };
-        append_row(&folder.join(format!("{file}_{}_results.csv", self.name)), &self.name, &columns, scores)
+        append_csv_row(
+            &folder.join(format!("{file}_{}_results.csv", self.name)),
+            &self.name,
+            &columns,
+            scores,
+        )
     }
 }
 
 /// Adds a row to a CSV file: `columns` are its headings, each with the metric of `name` that stands below it.
-fn append_row(path: &Path, name: &str, columns: &[(String, String)], scores: &Scores) -> Result<()> {
+fn append_csv_row(path: &Path, name: &str, columns: &[(String, String)], scores: &Scores) -> Result<()> {
     let mut text = String::new();
     if !path.exists() {
         let headings: Vec<_> = columns.iter().map(|(heading, _)| heading.as_str()).collect();
@@ -177,7 +182,7 @@ fn append_row(path: &Path, name: &str, columns: &[(String, String)], scores: &Sc
 }
 
 /// `data/qa/pairs.en.jsonl.gz` → `pairs.en`.
-fn name_of(path: &Path) -> String {
+fn default_name(path: &Path) -> String {
     let name =
         path.canonicalize().ok().as_deref().unwrap_or(path).file_name().unwrap_or_default().to_os_string();
     let mut name = name.to_string_lossy().into_owned();
@@ -265,7 +270,7 @@ mod tests {
         let rows = "{\"query\": \"q\", \"positive\": \"p\"}\n{\"query\": \"r\", \"positive\": \"o\"}\n";
         std::fs::write(&path, rows).unwrap();
         let set = set(&path, SetKind::Retrieval).unwrap();
-        assert_eq!((set.name(), set.primary().as_str()), ("pairs.en", "pairs.en_cosine_ndcg@10"));
+        assert_eq!((set.name(), set.primary_metric().as_str()), ("pairs.en", "pairs.en_cosine_ndcg@10"));
         let scores: Scores =
             [("pairs.en_cosine_accuracy@1".to_owned(), 1.0), ("pairs.en_cosine_ndcg@10".into(), 0.25)]
                 .into_iter()

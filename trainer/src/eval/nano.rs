@@ -5,19 +5,19 @@
 
 use std::path::Path;
 
-use super::{EvalSet, Scores, Task, append_row, retrieval};
+use super::{EvalSet, Scores, Task, append_csv_row, retrieval};
 use crate::Result;
 
 /// The first part of the means' names.
-pub const NAME: &str = "NanoBEIR_mean";
+pub const MEAN_PREFIX: &str = "NanoBEIR_mean";
 
 /// Whether a metric is a mean over sets, not a set's own.
-pub fn is_mean(metric: &str) -> bool {
-    metric.starts_with(NAME)
+pub fn is_mean_metric(metric: &str) -> bool {
+    metric.starts_with(MEAN_PREFIX)
 }
 
 /// The means over the Nano sets among `sets`, each of which comes with its own scores; none without Nano sets.
-pub fn mean<'a>(sets: impl IntoIterator<Item = (&'a EvalSet, &'a Scores)>) -> Scores {
+pub fn mean_scores<'a>(sets: impl IntoIterator<Item = (&'a EvalSet, &'a Scores)>) -> Scores {
     let nano: Vec<_> = sets.into_iter().filter(|(set, _)| is_nano(set)).collect();
     let columns = nano.first().map(|(set, scores)| {
         scores.iter().filter_map(|(name, _)| name.strip_prefix(&format!("{}_", set.name))).collect::<Vec<_>>()
@@ -26,15 +26,15 @@ pub fn mean<'a>(sets: impl IntoIterator<Item = (&'a EvalSet, &'a Scores)>) -> Sc
         let values = nano
             .iter()
             .map(|(set, scores)| scores.get(&format!("{}_{metric}", set.name)).unwrap_or(f64::NAN));
-        (format!("{NAME}_{metric}"), values.sum::<f64>() / nano.len() as f64)
+        (format!("{MEAN_PREFIX}_{metric}"), values.sum::<f64>() / nano.len() as f64)
     };
     columns.unwrap_or_default().into_iter().map(of).collect()
 }
 
-/// What the means are called that [`mean`] will have.
-pub fn means<'a>(mut sets: impl Iterator<Item = &'a EvalSet>) -> Vec<String> {
+/// What the means are called that [`mean_scores`] will have.
+pub fn mean_metric_names<'a>(mut sets: impl Iterator<Item = &'a EvalSet>) -> Vec<String> {
     let names = if sets.any(is_nano) { retrieval::names() } else { Vec::new() };
-    names.into_iter().map(|metric| format!("{NAME}_{metric}")).collect()
+    names.into_iter().map(|metric| format!("{MEAN_PREFIX}_{metric}")).collect()
 }
 
 /// Whether a set belongs to the mean.
@@ -44,7 +44,12 @@ pub fn is_nano(set: &EvalSet) -> bool {
 
 /// Adds a row to `NanoBEIR_evaluation_mean_results.csv` in `folder`.
 pub fn append_csv(folder: &Path, means: &Scores) -> Result<()> {
-    append_row(&folder.join("NanoBEIR_evaluation_mean_results.csv"), NAME, &retrieval::columns(), means)
+    append_csv_row(
+        &folder.join("NanoBEIR_evaluation_mean_results.csv"),
+        MEAN_PREFIX,
+        &retrieval::columns(),
+        means,
+    )
 }
 
 #[cfg(test)]
@@ -72,7 +77,7 @@ mod tests {
                     texts.iter().flat_map(|text| rows[text.parse::<usize>().unwrap()].clone()).collect();
                 Ok(Tensor::from_vec(picked, (texts.len(), rows[0].len()), &Device::Cpu)?)
             });
-            let scores = found.unwrap().items.scores();
+            let scores = found.unwrap().scores;
             let scores =
                 scores.into_iter().map(|(metric, score)| (format!("{name}_{metric}"), score)).collect();
             (named(name, Task::Retrieval(set)), scores)
@@ -84,7 +89,7 @@ mod tests {
     fn the_mean_is_that_of_sentence_transformers() {
         let golden = &golden::read()["nano"];
         let sets = measured();
-        let means = mean(sets.iter().map(|(set, scores)| (set, scores)));
+        let means = mean_scores(sets.iter().map(|(set, scores)| (set, scores)));
         let all: Vec<(&str, f64)> =
             sets.iter().flat_map(|(_, scores)| scores.iter()).chain(means.iter()).collect();
         let expected = golden["scores"].as_object().unwrap();
@@ -108,14 +113,14 @@ mod tests {
     #[test]
     fn only_retrieval_sets_with_a_nano_name_belong_to_it() {
         let mut sets = measured();
-        let expected = mean(sets.iter().map(|(set, scores)| (set, scores)));
+        let expected = mean_scores(sets.iter().map(|(set, scores)| (set, scores)));
         let other: Scores = [("NanoNli_cosine_accuracy".to_owned(), 1.0)].into_iter().collect();
         sets.insert(0, (named("NanoNli", Task::Triplets(Triplets::default())), other));
         let (retrieval, ..) = golden::retrieval(&golden::read()["retrieval"][1]);
         let scores = [("nano_cosine_ndcg@10".to_owned(), 1.0)].into_iter().collect();
         sets.push((named("nano", Task::Retrieval(retrieval)), scores));
-        assert_eq!(mean(sets.iter().map(|(set, scores)| (set, scores))), expected);
-        assert!(mean(sets[..1].iter().map(|(set, scores)| (set, scores))).is_empty());
-        assert!(is_mean("NanoBEIR_mean_cosine_ndcg@10") && !is_mean("NanoNQ_cosine_ndcg@10"));
+        assert_eq!(mean_scores(sets.iter().map(|(set, scores)| (set, scores))), expected);
+        assert!(mean_scores(sets[..1].iter().map(|(set, scores)| (set, scores))).is_empty());
+        assert!(is_mean_metric("NanoBEIR_mean_cosine_ndcg@10") && !is_mean_metric("NanoNQ_cosine_ndcg@10"));
     }
 }

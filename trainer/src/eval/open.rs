@@ -305,8 +305,8 @@ mod tests {
         // All scores are equal: 7, a, b by their ids.
         let scores = set
             .evaluate(|texts, _| Ok(Tensor::ones((texts.len(), 2), candle_core::DType::F32, &Device::Cpu)?));
-        let scores = scores.unwrap().items.scores();
-        assert_eq!(scores.iter().find(|(name, _)| name == "cosine_mrr@10").unwrap().1, 0.5);
+        let scores = scores.unwrap().scores;
+        assert_eq!(scores.iter().find(|(name, _)| *name == "cosine_mrr@10").unwrap().1, 0.5);
         assert_eq!(asked(&beir(folder.path(), Some("train")).unwrap())[0], ["first"]);
     }
 

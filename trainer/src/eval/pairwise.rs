@@ -6,7 +6,7 @@
 
 use candle_core::Tensor;
 
-use super::{Found, Items};
+use super::{EvalOutput, ItemScores};
 use crate::Result;
 use crate::eval::embed::Role;
 
@@ -38,7 +38,7 @@ impl Triplets {
     pub(super) fn evaluate(
         &self,
         mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
-    ) -> Result<Found> {
+    ) -> Result<EvalOutput> {
         let mut right = Vec::with_capacity(self.anchors.len() * MEASURES.len());
         for (start, anchors) in portions(&self.anchors) {
             let rows = start..start + anchors.len();
@@ -49,7 +49,7 @@ impl Triplets {
                 right.extend(MEASURES.map(|(_, measure)| f64::from(u8::from(measure(a, p) > measure(a, n)))));
             }
         }
-        Ok(Found { items: Items::with_largest(Self::names(), right), rankings: Vec::new() })
+        Ok(EvalOutput::new(ItemScores::with_largest(Self::names(), right), Vec::new()))
     }
 
     /// What the metrics are called.
@@ -69,7 +69,7 @@ impl Similarity {
     pub(super) fn evaluate(
         &self,
         mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
-    ) -> Result<Found> {
+    ) -> Result<EvalOutput> {
         let mut found = Vec::with_capacity(self.scores.len());
         for (start, first) in portions(&self.first) {
             let rows = start..start + first.len();
@@ -77,8 +77,8 @@ impl Similarity {
             let second = encode(&self.second[rows], Role::Text)?.to_vec2::<f32>()?;
             found.extend(first.iter().zip(&second).map(|(a, b)| cosine(a, b)));
         }
-        let items = Items::correlations(Self::names(), self.scores.clone(), found);
-        Ok(Found { items, rankings: Vec::new() })
+        let items = ItemScores::correlations(Self::names(), self.scores.clone(), found);
+        Ok(EvalOutput::new(items, Vec::new()))
     }
 
     /// What the metrics are called.
@@ -153,7 +153,7 @@ mod tests {
             negatives: texts("n", count),
         };
         let found = set.evaluate(|texts, _| encode(&matrices, texts)).unwrap();
-        golden::assert_scores(&found.items.scores(), golden);
+        golden::assert_scores(&found.scores, golden);
         assert_eq!(header(Triplets::columns()), golden["csv_header"]);
     }
 
@@ -165,7 +165,7 @@ mod tests {
         let scores: Vec<f64> = serde_json::from_value(golden["gold"].clone()).unwrap();
         let set = Similarity { first: texts("a", scores.len()), second: texts("b", scores.len()), scores };
         let found = set.evaluate(|texts, _| encode(&matrices, texts)).unwrap();
-        golden::assert_scores(&found.items.scores(), golden);
+        golden::assert_scores(&found.scores, golden);
         assert_eq!(header(Similarity::columns()), golden["csv_header"]);
     }
 }

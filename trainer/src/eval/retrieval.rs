@@ -20,7 +20,7 @@ use candle_core::Tensor;
 use kernels::topk::{Hit, TopK};
 
 use super::rankings::{self, Hit as Shown, Ranking};
-use super::{Found, Items};
+use super::{EvalOutput, ItemScores};
 use crate::Result;
 use crate::eval::embed::Role;
 
@@ -85,12 +85,15 @@ impl Retrieval {
     }
 
     /// What each query finds. `encode` embeds texts: (N, D).
-    pub(super) fn evaluate(&self, encode: impl FnMut(&[String], Role) -> Result<Tensor>) -> Result<Found> {
+    pub(super) fn evaluate(
+        &self,
+        encode: impl FnMut(&[String], Role) -> Result<Tensor>,
+    ) -> Result<EvalOutput> {
         let lists = self.search(encode, PORTION)?;
         let values =
             lists.iter().zip(&self.relevant).flat_map(|(list, all)| metrics(&ranks(list, all), all.len()));
-        let items = Items::means(names(), values.collect());
-        Ok(Found { items, rankings: self.rankings(&lists) })
+        let items = ItemScores::means(names(), values.collect());
+        Ok(EvalOutput::new(items, self.rankings(&lists)))
     }
 
     /// The hits of each query, best first; documents are embedded `portion` at once, or fewer.
@@ -215,7 +218,7 @@ mod tests {
                     encode(if role == Role::Query { &queries } else { &documents }, texts)
                 })
                 .unwrap();
-            golden::assert_scores(&scores.items.scores(), golden);
+            golden::assert_scores(&scores.scores, golden);
             let headings: Vec<_> = columns().into_iter().map(|(heading, _)| heading).collect();
             assert_eq!(format!("epoch,steps,{}", headings.join(",")), golden["csv_header"]);
         }
@@ -253,8 +256,8 @@ mod tests {
                 encode(if role == Role::Query { &documents[2..] } else { &documents }, texts)
             })
             .unwrap();
-        let scores = scores.items.scores();
-        assert_eq!(scores.iter().find(|(name, _)| name == "cosine_mrr@10").unwrap().1, 1.0 / 3.0);
+        let scores = scores.scores;
+        assert_eq!(scores.iter().find(|(name, _)| *name == "cosine_mrr@10").unwrap().1, 1.0 / 3.0);
         assert!(scores.iter().all(|(_, score)| score.is_sign_positive()), "{scores:?}");
     }
 

@@ -203,7 +203,7 @@ pub fn selection_metric(scores: &Map<String, Value>, metric: &str) -> Option<f64
     if let Some(value) = scores.get(metric) {
         return value.as_f64();
     }
-    let of_sets = |name: &str| is_of_set(name, metric) && !nano::is_mean(name);
+    let of_sets = |name: &str| is_of_set(name, metric) && !nano::is_mean_metric(name);
     let values: Vec<f64> =
         scores.iter().filter(|(name, _)| of_sets(name)).filter_map(|(_, value)| value.as_f64()).collect();
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)

@@ -351,7 +351,7 @@ fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
         of_sets.push(measured.scores);
         rankings.push((set.name().to_owned(), measured.rankings));
     }
-    let means = nano::mean(plan.sets.iter().map(|(set, _)| set).zip(&of_sets));
+    let means = nano::mean_scores(plan.sets.iter().map(|(set, _)| set).zip(&of_sets));
     let (names, values): (Vec<String>, Vec<f64>) = of_sets.into_iter().chain([means]).flatten().unzip();
     let values = world.all(&values)?.swap_remove(0);
     let scores = names.into_iter().zip(values.into_iter().map(Value::from)).collect();

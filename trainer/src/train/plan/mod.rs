@@ -269,8 +269,8 @@ impl Plan {
 
 /// The metrics that an evaluation of all sets will have.
 fn metric_names(sets: &[(EvalSet, Prompts)]) -> Vec<String> {
-    let own = sets.iter().flat_map(|(set, _)| set.metrics());
-    own.chain(nano::means(sets.iter().map(|(set, _)| set))).collect()
+    let own = sets.iter().flat_map(|(set, _)| set.metric_names());
+    own.chain(nano::mean_metric_names(sets.iter().map(|(set, _)| set))).collect()
 }
 
 fn options(config: &Config) -> Options<'_> {

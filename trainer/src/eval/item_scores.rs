@@ -1,47 +1,49 @@
 //! What single queries, triplets and pairs add to a set's metrics: enough to compute these for any resample of them.
 
+use super::Scores;
+
 /// The metrics of a set as a function of its items.
 #[derive(Clone, Debug)]
-pub struct Items {
+pub struct ItemScores {
     names: Vec<String>,
     count: usize,
-    values: Values,
+    values: Aggregate,
 }
 
 #[derive(Clone, Debug)]
-enum Values {
+enum Aggregate {
     /// (items, metrics): every metric is the mean of its column.
-    Means(Vec<f64>),
+    Mean(Vec<f64>),
     /// (items, metrics − 1): the same, and the last metric is the largest of the others.
-    Largest(Vec<f64>),
+    MeanAndMax(Vec<f64>),
     /// Pearson's and Spearman's correlation of two columns.
-    Correlations([Column; 2]),
+    Correlation([SortedValues; 2]),
 }
 
 /// Numbers, and their indices in ascending order.
 #[derive(Clone, Debug)]
-struct Column {
+struct SortedValues {
     values: Vec<f64>,
     order: Vec<u32>,
 }
 
-impl Items {
+impl ItemScores {
     /// `values` (items, names): metrics that are means over the items.
     pub(super) fn means(names: Vec<String>, values: Vec<f64>) -> Self {
         let count = values.len() / names.len();
-        Self { names, count, values: Values::Means(values) }
+        Self { names, count, values: Aggregate::Mean(values) }
     }
 
     /// As [`means`](Self::means), with one name more: the largest of these metrics.
     pub(super) fn with_largest(names: Vec<String>, values: Vec<f64>) -> Self {
         let count = values.len() / (names.len() - 1);
-        Self { names, count, values: Values::Largest(values) }
+        Self { names, count, values: Aggregate::MeanAndMax(values) }
     }
 
     /// Pearson's correlation of `expected` and `found`, then Spearman's.
     pub(super) fn correlations(names: [String; 2], expected: Vec<f64>, found: Vec<f64>) -> Self {
         let count = found.len();
-        let values = Values::Correlations([Column::new(expected), Column::new(found)]);
+        let values = Aggregate::Correlation([SortedValues::new(expected), SortedValues::new(found)]);
         Self { names: names.into(), count, values }
     }
 
@@ -58,13 +60,13 @@ impl Items {
     /// The metrics in order, item i being there `counts[i]` times.
     pub fn metrics(&self, counts: &[u32]) -> Vec<f64> {
         match &self.values {
-            Values::Means(values) => means(values, counts),
-            Values::Largest(values) => {
+            Aggregate::Mean(values) => means(values, counts),
+            Aggregate::MeanAndMax(values) => {
                 let mut metrics = means(values, counts);
                 metrics.push(metrics.iter().copied().fold(0.0, f64::max));
                 metrics
             }
-            Values::Correlations([x, y]) => {
+            Aggregate::Correlation([x, y]) => {
                 vec![
                     pearson(&x.values, &y.values, counts),
                     pearson(&x.ranks(counts), &y.ranks(counts), counts),
@@ -74,12 +76,12 @@ impl Items {
     }
 
     /// The metrics by name.
-    pub(super) fn scores(&self) -> Vec<(String, f64)> {
+    pub(super) fn scores(&self) -> Scores {
         self.names.iter().cloned().zip(self.metrics(&vec![1; self.count])).collect()
     }
 }
 
-/// Column means of `values` (items, metrics).
+/// SortedValues means of `values` (items, metrics).
 fn means(values: &[f64], counts: &[u32]) -> Vec<f64> {
     let mut sums = vec![0.0; values.len() / counts.len()];
     for (row, &count) in values.chunks_exact(sums.len()).zip(counts).filter(|(_, count)| **count > 0) {
@@ -108,7 +110,7 @@ fn pearson(x: &[f64], y: &[f64], counts: &[u32]) -> f64 {
     xy / (xx * yy).sqrt()
 }
 
-impl Column {
+impl SortedValues {
     fn new(values: Vec<f64>) -> Self {
         let mut order: Vec<u32> = (0..values.len() as u32).collect();
         order.sort_by(|&a, &b| values[a as usize].total_cmp(&values[b as usize]));
@@ -144,7 +146,7 @@ mod tests {
 
     #[test]
     fn equal_values_share_their_mean_rank() {
-        let ranks = |values: &[f64], counts: &[u32]| Column::new(values.to_vec()).ranks(counts);
+        let ranks = |values: &[f64], counts: &[u32]| SortedValues::new(values.to_vec()).ranks(counts);
         assert_eq!(ranks(&[3.0, 1.0, 3.0, 2.0, 3.0], &[1; 5]), [4.0, 1.0, 4.0, 2.0, 4.0]);
         // Twice the same item is a tie with itself: 1, 3, 3.
         assert_eq!(ranks(&[3.0, 1.0], &[2, 1]), [2.5, 1.0]);
@@ -166,7 +168,7 @@ mod tests {
         };
         let (x, y) = ([1.0, 9.0, 2.0, 2.0, 5.0], [0.3, 0.1, 0.2, 0.4, 0.2]);
         let wide = [0.0, 1.0, 0.5, 1.0, 1.0, 0.25, 0.0, 0.0, 1.0, 0.5];
-        let both = |values: &[f64], make: &dyn Fn(Vec<f64>, Vec<f64>) -> Items, width| {
+        let both = |values: &[f64], make: &dyn Fn(Vec<f64>, Vec<f64>) -> ItemScores, width| {
             let counted = make(values.to_vec(), y.to_vec()).metrics(&counts);
             let written = make(repeat(values, width), repeat(&y, 1)).metrics(&[1; 7]);
             for (one, other) in counted.iter().zip(&written) {
@@ -174,14 +176,15 @@ mod tests {
             }
             assert_eq!(counted.len(), written.len());
         };
-        both(&x, &|x, y| Items::correlations(names(["p", "s"]), x, y), 1);
-        both(&wide, &|values, _| Items::means(names(["a", "b"]).into(), values), 2);
-        both(&wide, &|values, _| Items::with_largest(names(["a", "b", "max"]).into(), values), 2);
+        both(&x, &|x, y| ItemScores::correlations(names(["p", "s"]), x, y), 1);
+        both(&wide, &|values, _| ItemScores::means(names(["a", "b"]).into(), values), 2);
+        both(&wide, &|values, _| ItemScores::with_largest(names(["a", "b", "max"]).into(), values), 2);
     }
 
     #[test]
     fn the_largest_is_that_of_the_means() {
-        let items = Items::with_largest(names(["a", "b", "max"]).into(), vec![1.0, 0.0, 0.0, 1.0, 0.0, 1.0]);
+        let items =
+            ItemScores::with_largest(names(["a", "b", "max"]).into(), vec![1.0, 0.0, 0.0, 1.0, 0.0, 1.0]);
         assert_eq!(items.count(), 3);
         assert_eq!(items.metrics(&[1, 1, 1]), [1.0 / 3.0, 2.0 / 3.0, 2.0 / 3.0]);
         assert_eq!(items.metrics(&[3, 0, 0]), [1.0, 0.0, 1.0]);
