@@ -33,7 +33,7 @@ class Failed(Exception):
 def config(place, model, **sections):
     """50 steps of 4 rows, whose chunks are encoded twice. JSON is YAML."""
     rows = GOLDEN / model / "rows.jsonl"
-    training = {"batch_size": 4, "epochs": 5, "learning_rate": 1e-3, "chunk_tokens": 64, "tape_memory": 0}
+    training = {"batch_size": 4, "epochs": 5, "learning_rate": 1e-3, "chunk_tokens": 64, "activation_memory": 0}
     whole = {
         "output": str(place / "run"),
         "model": {"path": str(GOLDEN / model), "max_query_length": 24, "max_document_length": 24, "dropout": 0.1},

@@ -10,7 +10,7 @@ fn run(device: &str, name: &str, change: impl Fn(&mut Value)) -> Vec<[f64; 2]> {
     let mut config = config(&golden(name), &golden(name).join("rows.jsonl"), &place.path().join("run"));
     config["model"]["dropout"] = 0.1.into();
     // Chunks are encoded twice, and gradients are longer than this.
-    config["training"]["tape_memory"] = 0.into();
+    config["training"]["activation_memory"] = 0.into();
     config["training"]["max_grad_norm"] = 0.01.into();
     config["training"]["max_steps"] = 2.into();
     change(&mut config);

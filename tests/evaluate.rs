@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use trainer::config::{EvaluationSet, SetKind};
+use trainer::config::{EvaluationKind, EvaluationSet};
 use trainer::eval::EvalSet;
 use trainer::eval::embed::{LoadedModel, Role};
 use trainer::model::Options;
@@ -16,7 +16,7 @@ fn golden(name: &str) -> PathBuf {
 fn scores_are_those_of_sentence_transformers() {
     let expected: Value = serde_json::from_slice(&std::fs::read(golden("metrics.json")).unwrap()).unwrap();
     let opened = LoadedModel::open(golden("bert").to_str().unwrap(), &Options::default()).unwrap();
-    for (kind, name) in [(SetKind::Retrieval, "retrieval"), (SetKind::Triplet, "triplet")] {
+    for (kind, name) in [(EvaluationKind::Retrieval, "retrieval"), (EvaluationKind::Triplet, "triplet")] {
         let path = golden("bert").join("rows.jsonl");
         let set = EvalSet::open(&EvaluationSet { path, kind, ..EvaluationSet::default() }).unwrap();
         let scores = set.evaluate(&opened.embedder()).unwrap().scores;

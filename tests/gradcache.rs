@@ -77,7 +77,7 @@ fn step(
         gradients: Gradients::zeros(model.flat()).unwrap(),
         optimizer: Optimizer::new(model.flat(), rule, false, None).unwrap(),
         losses: Losses { info_nce: loss.clone(), ..Losses::default() },
-        schedule: LrSchedule { shape: config::Schedule::Constant, peak: 0.0, warmup: 0, total: 1 },
+        schedule: LrSchedule { shape: config::ScheduleKind::Constant, peak: 0.0, warmup: 0, total: 1 },
         budget: Budget { chunk, activation_memory },
         seed: 3,
         world: World::solo(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tests::{golden, metrics, program, stderr, write_config};
-use trainer::config::{EvaluationSet, SetKind};
+use trainer::config::{EvaluationKind, EvaluationSet};
 use trainer::eval::EvalSet;
 use trainer::eval::embed::LoadedModel;
 use trainer::model::Options;
@@ -62,7 +62,7 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
     let opened = LoadedModel::open(model.to_str().unwrap(), &Options::default()).unwrap();
     let set = EvaluationSet {
         path: golden("bert").join("rows.jsonl"),
-        kind: SetKind::Retrieval,
+        kind: EvaluationKind::Retrieval,
         ..Default::default()
     };
     let mut embedder = opened.embedder();

@@ -111,7 +111,7 @@ fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Left {
     let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
     let rule = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let schedule =
-        LrSchedule { shape: config::Schedule::Linear, peak: 1e-3, warmup: 5, total: setup.steps.max(6) };
+        LrSchedule { shape: config::ScheduleKind::Linear, peak: 1e-3, warmup: 5, total: setup.steps.max(6) };
     let mut stepper = Stepper {
         model: &model,
         gradients: Gradients::zeros(model.flat()).unwrap(),

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use kernels::adamw::AdamW;
 use trainer::comm::World;
-use trainer::config::{self, Dtype, Init};
+use trainer::config::{self, Dtype, WeightInit};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
@@ -70,7 +70,7 @@ fn measure() -> Result<()> {
     let lora = config::Lora { alpha: Some(32.0), dropout: Some(0.1), ..config::Lora::default() };
     let options = Options {
         model: config::Model {
-            init: Init::Random,
+            init: WeightInit::Random,
             dtype,
             max_query_length: Some(192),
             max_document_length: Some(512),
@@ -112,7 +112,7 @@ fn measure() -> Result<()> {
             },
             ..Losses::default()
         },
-        schedule: LrSchedule { shape: config::Schedule::Constant, peak: 1e-4, warmup: 0, total: 2 },
+        schedule: LrSchedule { shape: config::ScheduleKind::Constant, peak: 1e-4, warmup: 0, total: 2 },
         budget,
         seed: 42,
         world: World::solo(),

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use kernels::adamw::AdamW;
 use serde_json::json;
 use trainer::comm::World;
-use trainer::config::{self, Config, Dtype, Init};
+use trainer::config::{self, Config, Dtype, WeightInit};
 use trainer::loss::Losses;
 use trainer::model::params::Gradients;
 use trainer::model::{Folder, Model, Options};
@@ -142,24 +142,24 @@ fn a_run_takes_what_its_plan_says_within_a_tenth() {
     let chunk = 32 * rows;
     let lora = json!({"rank": 8, "dropout": 0.1});
     for (name, more) in [
-        ("adapters", json!({"lora": lora, "training": {"chunk_tokens": chunk, "tape_memory": 0}})),
+        ("adapters", json!({"lora": lora, "training": {"chunk_tokens": chunk, "activation_memory": 0}})),
         (
             "adapters, inputs kept",
-            json!({"lora": lora, "training": {"chunk_tokens": chunk, "tape_memory": rows << 21}}),
+            json!({"lora": lora, "training": {"chunk_tokens": chunk, "activation_memory": rows << 21}}),
         ),
         (
             "adapters, all tapes kept",
-            json!({"lora": lora, "training": {"chunk_tokens": chunk, "tape_memory": rows << 25}}),
+            json!({"lora": lora, "training": {"chunk_tokens": chunk, "activation_memory": rows << 25}}),
         ),
         ("adapters, as many as usual", json!({"lora": lora, "training": {"chunk_tokens": chunk}})),
         (
             "adapters, by sequences",
-            json!({"lora": lora, "training": {"chunk_size": chunk / 64, "tape_memory": 0}}),
+            json!({"lora": lora, "training": {"chunk_size": chunk / 64, "activation_memory": 0}}),
         ),
-        ("all parameters", json!({"training": {"chunk_tokens": chunk, "tape_memory": 0}})),
+        ("all parameters", json!({"training": {"chunk_tokens": chunk, "activation_memory": 0}})),
         (
             "all parameters, all tapes kept",
-            json!({"training": {"chunk_tokens": chunk, "tape_memory": rows << 25}}),
+            json!({"training": {"chunk_tokens": chunk, "activation_memory": rows << 25}}),
         ),
     ] {
         let (measured, planned) = peaks(layers, rows, more);
@@ -176,7 +176,7 @@ fn a_chunk_of_mistral_7b_fits_80_gb_beside_its_weights() {
     let place = folder(4096, 14336, 32, [32, 8], 32000);
     let lora = config::Lora::default();
     let options = Options {
-        model: config::Model { init: Init::Random, dtype: Dtype::Bf16, ..config::Model::default() },
+        model: config::Model { init: WeightInit::Random, dtype: Dtype::Bf16, ..config::Model::default() },
         lora: Some(&lora),
         trained: true,
         seed: 1,

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use serde_json::Value;
 
 use crate::comm::World;
+use crate::config::Dtype;
 use crate::data::reader;
 use crate::eval::embed::{DEFAULT_CHUNK_TOKENS, LoadedModel, Role};
 use crate::model::Options;
@@ -29,7 +29,7 @@ pub(super) struct Args {
     output: PathBuf,
     /// What the texts are: it decides the prompt. Default: neither, for which the model's default prompt is used
     #[arg(long)]
-    role: Option<RoleName>,
+    role: Option<Role>,
     /// Put before each text, whatever the role
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
@@ -41,23 +41,10 @@ pub(super) struct Args {
     max_length: Option<usize>,
     /// What products and activations are computed in
     #[arg(long, default_value = "f32")]
-    dtype: DtypeName,
+    dtype: Dtype,
     /// Draw the weights from a seed instead of reading them, to measure speed
     #[arg(long)]
     random_weights: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum RoleName {
-    Query,
-    Document,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum DtypeName {
-    F32,
-    Bf16,
-    F16,
 }
 
 /// Texts that are in memory, and sorted by length, at once.
@@ -74,11 +61,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         return Err(Error::file(&args.input, "has no texts"));
     }
     let mut options = options(args.random_weights, args.max_length);
-    options.model.dtype = match args.dtype {
-        DtypeName::F32 => crate::config::Dtype::F32,
-        DtypeName::Bf16 => crate::config::Dtype::Bf16,
-        DtypeName::F16 => crate::config::Dtype::F16,
-    };
+    options.model.dtype = args.dtype;
     let opened = LoadedModel::open(&args.model, &options)?;
     let mut embedder = opened.embedder();
     embedder.set_max_length(args.max_length)?;
@@ -90,9 +73,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
             embedder.query_prompt = prompt;
             Role::Query
         }
-        (None, Some(RoleName::Query)) => Role::Query,
-        (None, Some(RoleName::Document)) => Role::Document,
-        (None, None) => Role::Text,
+        (None, role) => role.unwrap_or(Role::Text),
     };
 
     let mut npy = match world.first() {
@@ -125,7 +106,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
 /// A model that is only used, for texts of up to `max_length` tokens or as many as its folder says: so far go its tables of
 /// positions.
 pub(super) fn options(random_weights: bool, max_length: Option<usize>) -> Options<'static> {
-    let init = if random_weights { config::Init::Random } else { config::Init::Pretrained };
+    let init = if random_weights { config::WeightInit::Random } else { config::WeightInit::Pretrained };
     let (max_query_length, max_document_length) = (max_length, max_length);
     let model = config::Model { init, max_query_length, max_document_length, ..config::Model::default() };
     Options { model, ..Options::default() }

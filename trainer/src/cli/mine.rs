@@ -3,8 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
-
 use super::encode::at_least_one;
 use super::encoding::Encoding;
 use super::print;
@@ -54,7 +52,7 @@ pub(super) struct Args {
     range: Option<(usize, Option<usize>)>,
     /// Which of the range: the best, or any
     #[arg(long, default_value = "top")]
-    sampling: SamplingName,
+    sampling: Sampling,
     /// What random choices follow from
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
@@ -72,12 +70,6 @@ pub(super) struct Args {
     encoding: Encoding,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum SamplingName {
-    Top,
-    Random,
-}
-
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let (range_min, range_max) = args.range.unwrap_or((0, None));
     let filter = Filter {
@@ -88,10 +80,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         relative_margin: args.relative_margin.0,
         min_score: args.min_score,
         max_score: args.max_score,
-        sampling: match args.sampling {
-            SamplingName::Top => Sampling::Top,
-            SamplingName::Random => Sampling::Random,
-        },
+        sampling: args.sampling,
         seed: args.seed,
         include_positives: args.include_positives,
     };

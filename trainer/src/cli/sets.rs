@@ -2,10 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::ValueEnum;
-
 use super::encoding::Encoding;
-use crate::config::{EvaluationSet, SetKind};
+use crate::config::{EvaluationKind, EvaluationSet};
 use crate::eval::EvalSet;
 use crate::{Error, Result};
 
@@ -16,7 +14,7 @@ pub(super) struct Sets {
     sets: Vec<PathBuf>,
     /// What is measured
     #[arg(long, default_value = "retrieval")]
-    kind: KindName,
+    kind: EvaluationKind,
     /// Which qrels/SPLIT.tsv is used. Default: test, else dev, else the only one
     #[arg(long)]
     split: Option<String>,
@@ -24,24 +22,17 @@ pub(super) struct Sets {
     pub(super) encoding: Encoding,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum KindName {
-    Retrieval,
-    Triplet,
-    Similarity,
-}
-
 impl Sets {
     /// Reads the sets.
     pub(super) fn open(&self) -> Result<Vec<EvalSet>> {
-        let kind = match self.kind {
-            KindName::Retrieval => SetKind::Retrieval,
-            KindName::Triplet => SetKind::Triplet,
-            KindName::Similarity => SetKind::Similarity,
-        };
         let open = |path: &PathBuf| {
             let split = self.split.clone();
-            EvalSet::open(&EvaluationSet { path: path.clone(), kind, split, ..EvaluationSet::default() })
+            EvalSet::open(&EvaluationSet {
+                path: path.clone(),
+                kind: self.kind,
+                split,
+                ..EvaluationSet::default()
+            })
         };
         let sets = self.sets.iter().map(open).collect::<Result<Vec<_>>>()?;
         for (index, set) in sets.iter().enumerate() {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use regex::Regex;
 
-use super::{Config, Every, Matryoshka, Targets};
+use super::{Config, Interval, Matryoshka, Targets};
 use crate::Result;
 
 /// Refuses values outside their range and keys that exclude each other.
@@ -161,7 +161,7 @@ pub(super) fn values(config: &Config) -> Result<()> {
         "expected at least 1 evaluation, found 0",
     )?;
     check.that(
-        checkpoint.every != Every::Steps(0),
+        checkpoint.every != Interval::Steps(0),
         "checkpoint.every",
         "expected a number of steps from 1, or `epoch`, found 0",
     )?;

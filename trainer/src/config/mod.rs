@@ -7,6 +7,7 @@
 mod check;
 mod origin;
 mod overrides;
+mod renamed;
 mod sections;
 mod values;
 
@@ -20,8 +21,8 @@ pub use sections::{
     Training,
 };
 pub use values::{
-    Batching, Bytes, Distance, Dtype, Every, Freeze, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind,
-    Targets,
+    Batching, Bytes, ColumnNames, Distance, Dtype, EvaluationKind, Freeze, Interval, LossKind, Pooling,
+    RowKind, ScheduleKind, Targets, WeightInit,
 };
 
 use crate::{Error, Result};
@@ -86,9 +87,12 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let mut tree = origin::parse(path, &text)?;
         let mut origins = Origins::new(path, text);
+        renamed::rename(&mut tree, &mut origins)?;
         for argument in overrides {
             origins.overridden(overrides::apply(&mut tree, argument)?);
         }
+        // An override can bring a section that has former names.
+        renamed::rename(&mut tree, &mut origins)?;
         let mut config: Self = serde_path_to_error::deserialize(tree).map_err(|e| origins.explain(&e))?;
         config.origins = origins;
         if config.name.is_empty() {

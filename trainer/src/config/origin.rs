@@ -18,6 +18,8 @@ pub struct Origins {
     path: PathBuf,
     text: String,
     overridden: Vec<Vec<String>>,
+    /// Fields whose last part has another name in the file, with that name.
+    renamed: Vec<(Vec<String>, &'static str)>,
 }
 
 /// The tree of a file's values; an empty file is an empty one.
@@ -35,12 +37,17 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Value> {
 
 impl Origins {
     pub(super) fn new(path: &Path, text: String) -> Self {
-        Self { path: path.to_owned(), text, overridden: Vec::new() }
+        Self { path: path.to_owned(), text, ..Self::default() }
     }
 
     /// The command line has set this field, or part of it.
     pub(super) fn overridden(&mut self, field: Vec<String>) {
         self.overridden.push(field);
+    }
+
+    /// The last part of `field` is `former` in the file.
+    pub(super) fn renamed(&mut self, field: Vec<String>, former: &'static str) {
+        self.renamed.push((field, former));
     }
 
     /// An error about the value of `field`, dotted.
@@ -58,7 +65,10 @@ impl Origins {
             return "configuration".to_owned();
         }
         for depth in (1..=parts.len()).rev() {
-            if let Some(line) = self.line(&parts[..depth]) {
+            let field = &parts[..depth];
+            let former = self.renamed.iter().find(|(renamed, _)| renamed == field).map(|(_, former)| *former);
+            let written = [&field[..depth - 1], &[former.unwrap_or(field[depth - 1])]].concat();
+            if let Some(line) = self.line(&written) {
                 return format!("{}:{line}", self.path.display());
             }
         }

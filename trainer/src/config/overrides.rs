@@ -2,6 +2,7 @@
 
 use serde_yaml::{Mapping, Value};
 
+use super::renamed;
 use crate::{Error, Result};
 
 /// Sets one value in the tree and gives back its field.
@@ -16,7 +17,8 @@ pub(super) fn apply(tree: &mut Value, argument: &str) -> Result<Vec<String>> {
         .filter(|(key, _)| !key.split('.').any(str::is_empty))
         .ok_or_else(|| wrong("expected KEY=VALUE, as training.learning_rate=2e-5".to_owned()))?;
     let value = value(text).map_err(|e| wrong(format!("`{text}` is not YAML: {e}")))?;
-    let parts: Vec<String> = key.split('.').map(str::to_owned).collect();
+    let mut parts: Vec<String> = key.split('.').map(str::to_owned).collect();
+    renamed::rename_key(&mut parts);
     let mut at = tree;
     for (depth, part) in parts.iter().enumerate() {
         if at.is_null() {

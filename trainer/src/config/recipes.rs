@@ -28,7 +28,7 @@ fn zeta_has_its_thirty_sets() {
     let samples: u64 = sets.iter().map(|set| set.samples.unwrap()).sum();
     assert_eq!((sets.len(), samples), (30, 956_511));
     let of_kind = |kind| sets.iter().filter(|set| set.kind == Some(kind)).count();
-    assert_eq!((of_kind(Kind::Labelled), of_kind(Kind::Triplets)), (14, 1));
+    assert_eq!((of_kind(RowKind::Labelled), of_kind(RowKind::Triplets)), (14, 1));
     for set in sets {
         assert!(
             set.query_prompt.starts_with("Instruct: ") && set.query_prompt.ends_with("\nQuery: "),
@@ -36,7 +36,7 @@ fn zeta_has_its_thirty_sets() {
             set.name
         );
         // Only texts of one kind have the instruction on both sides.
-        let alike = set.kind == Some(Kind::Labelled) || set.name.starts_with("sts");
+        let alike = set.kind == Some(RowKind::Labelled) || set.name.starts_with("sts");
         let expected = if alike { set.query_prompt.as_str() } else { "" };
         assert_eq!(set.document_prompt, expected, "{}", set.name);
     }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Batching, Bytes, Distance, Dtype, Every, Freeze, Init, Kind, LossKind, Names, Pooling, Schedule, SetKind,
-    Targets,
+    Batching, Bytes, ColumnNames, Distance, Dtype, EvaluationKind, Freeze, Interval, LossKind, Pooling,
+    RowKind, ScheduleKind, Targets, WeightInit,
 };
 
 /// `model`: the encoder.
@@ -16,7 +16,7 @@ pub struct Model {
     /// A model folder, or an id of the Hugging Face hub. Required.
     pub path: String,
     /// Where the weights come from. Default: pretrained.
-    pub init: Init,
+    pub init: WeightInit,
     /// How the tokens of a text become one embedding. Default: what the model folder says, else by architecture.
     pub pooling: Option<Pooling>,
     /// Whether embeddings are scaled to length 1. Default: what the model folder says, else true.
@@ -40,7 +40,7 @@ impl Default for Model {
     fn default() -> Self {
         Self {
             path: String::new(),
-            init: Init::Pretrained,
+            init: WeightInit::Pretrained,
             pooling: None,
             normalize: None,
             dtype: Dtype::F32,
@@ -136,7 +136,7 @@ pub struct DataSet {
     pub columns: Columns,
     /// What a row is: pairs, triplets, labelled (a text and its class: its positive is drawn from the class, its negatives from
     /// others) or similarity (two texts and a score). Default: by the columns.
-    pub kind: Option<Kind>,
+    pub kind: Option<RowKind>,
     /// Its loss. Default: cosent for similarity rows, else `loss.kind`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<LossKind>,
@@ -176,10 +176,10 @@ pub struct Columns {
     pub query: Option<String>,
     /// The text that answers it, or several: `[answer_1, answer_2]`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub positive: Option<Names>,
+    pub positive: Option<ColumnNames>,
     /// Texts that do not: one column (a text or a list), or several.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub negatives: Option<Names>,
+    pub negatives: Option<ColumnNames>,
     /// The text of a labelled row.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
@@ -281,11 +281,11 @@ pub struct Training {
     /// Memory for tapes kept from the first pass, in bytes or `2GiB`; 0: everything is computed twice.
     /// Default: null, what is free; on a CPU at most half as much again as parameters, gradients and
     /// moments take, or 512 MiB where that is more.
-    pub tape_memory: Option<Bytes>,
+    pub activation_memory: Option<Bytes>,
     /// The highest rate of the schedule. Default: 5e-5.
     pub learning_rate: f64,
     /// How the rate goes down after the warm-up. Default: linear.
-    pub schedule: Schedule,
+    pub schedule: ScheduleKind,
     /// Share of the steps in which the rate goes up. Default: 0.1, unless `warmup_steps` is given.
     pub warmup_ratio: Option<f64>,
     /// Steps in which the rate goes up, instead of `warmup_ratio`.
@@ -312,9 +312,9 @@ impl Default for Training {
             batch_size: 64,
             chunk_tokens: None,
             chunk_size: None,
-            tape_memory: None,
+            activation_memory: None,
             learning_rate: 5e-5,
-            schedule: Schedule::Linear,
+            schedule: ScheduleKind::Linear,
             warmup_ratio: None,
             warmup_steps: None,
             weight_decay: 0.01,
@@ -368,7 +368,7 @@ pub struct EvaluationSet {
     /// A BEIR folder, or a file of pairs, triplets or scored pairs, also hf://datasets/ORG/NAME/FILE. Required.
     pub path: PathBuf,
     /// What is measured. Default: retrieval.
-    pub kind: SetKind,
+    pub kind: EvaluationKind,
     /// Which `qrels/SPLIT.tsv` is used. Default: test, else dev, else the only one.
     pub split: Option<String>,
     /// Put before each query. Default: what the model folder says for `query`.
@@ -382,14 +382,14 @@ pub struct EvaluationSet {
 #[serde(default, deny_unknown_fields)]
 pub struct Checkpoint {
     /// Steps between checkpoints, or `epoch`. Default: 500.
-    pub every: Every,
+    pub every: Interval,
     /// How many are kept, besides the best. Default: 3.
     pub keep: usize,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every: Every::Steps(500), keep: 3 }
+        Self { every: Interval::Steps(500), keep: 3 }
     }
 }
 

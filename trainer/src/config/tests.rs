@@ -86,7 +86,7 @@ training:
   max_steps: 10
   batch_size: 1024
   chunk_size: 8
-  tape_memory: 2GiB
+  activation_memory: 2GiB
   learning_rate: 1e-4
   schedule: cosine
   warmup_steps: 10
@@ -114,19 +114,21 @@ logging:
     assert_eq!(lora.targets, Some(Targets::Names(vec!["q_proj".into(), "v_proj".into()])));
     assert_eq!(config.model.pooling, Some(Pooling::LastToken));
     let set = &config.data.train[0];
-    assert_eq!(set.columns.positive, Some(Names(vec!["a".into(), "b".into()])));
+    assert_eq!(set.columns.positive, Some(ColumnNames(vec!["a".into(), "b".into()])));
     assert_eq!(set.query_prompt, "Instruct: …\nQuery: ");
-    assert_eq!(config.training.tape_memory, Some(Bytes(2 << 30)));
+    assert_eq!(config.training.activation_memory, Some(Bytes(2 << 30)));
     assert_eq!(config.training.learning_rate, 1e-4);
     assert_eq!(config.training.betas, (0.8, 0.99));
     assert_eq!(config.training.warmup(1000), 10);
-    assert_eq!(config.checkpoint.every, Every::Epoch);
+    assert_eq!(config.checkpoint.every, Interval::Epoch);
     assert_eq!(config.evaluation.sets[0].split.as_deref(), Some("dev"));
 }
 
 #[test]
 fn the_resolved_configuration_reloads_to_the_same() {
-    for overrides in [&[][..], &["lora.rank=4", "training.tape_memory=1.5GiB", "checkpoint.every=epoch"]] {
+    for overrides in
+        [&[][..], &["lora.rank=4", "training.activation_memory=1.5GiB", "checkpoint.every=epoch"]]
+    {
         let yaml = load(SMALL, overrides).unwrap().to_yaml().unwrap();
         let again = load(&yaml, &[]).unwrap().to_yaml().unwrap();
         assert_eq!(yaml, again);
@@ -185,8 +187,8 @@ fn a_wrong_type_names_the_value_and_what_was_expected() {
             "7: checkpoint.every: expected a number of steps or `epoch`, found string \"often\"",
         ),
         (
-            "training:\n  tape_memory: 2 cups",
-            "7: training.tape_memory: expected bytes, or an amount like 2GiB, found string \"2 cups\"",
+            "training:\n  activation_memory: 2 cups",
+            "7: training.activation_memory: expected bytes, or an amount like 2GiB, found string \"2 cups\"",
         ),
         (
             "training:\n  schedule: liner",
@@ -330,8 +332,8 @@ fn what_is_not_yaml_is_named_by_line() {
 #[test]
 fn memory_is_read_and_written_in_words() {
     for (text, bytes) in [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("10kb", 10_000), ("0", 0), ("7B", 7)] {
-        let config = load(SMALL, &[&format!("training.tape_memory={text}")]).unwrap();
-        assert_eq!(config.training.tape_memory, Some(Bytes(bytes)), "{text}");
+        let config = load(SMALL, &[&format!("training.activation_memory={text}")]).unwrap();
+        assert_eq!(config.training.activation_memory, Some(Bytes(bytes)), "{text}");
     }
     assert_eq!(Bytes(3 << 29).to_string(), "1.5 GiB");
     assert_eq!(Bytes(12).to_string(), "12 B");
@@ -341,4 +343,32 @@ fn memory_is_read_and_written_in_words() {
 fn warm_up_is_counted_as_transformers_counts_it() {
     let training = Training::default();
     assert_eq!((training.warmup(10), training.warmup(11), training.warmup(0)), (1, 2, 0));
+}
+
+#[test]
+fn a_renamed_key_is_read_under_its_former_name_and_refused_under_both() {
+    let former = format!("{SMALL}training:\n  tape_memory: 2GiB\n");
+    let config = load(&former, &[]).unwrap();
+    assert_eq!(config.training.activation_memory, Some(Bytes(2 << 30)));
+    let yaml = config.to_yaml().unwrap();
+    assert!(yaml.contains("activation_memory: 2147483648") && !yaml.contains("tape_memory"), "{yaml}");
+
+    let both = message(&format!("{SMALL}training:\n  activation_memory: 1\n  tape_memory: 2\n"), &[]);
+    assert_eq!(
+        both,
+        "zeta.yaml:8: training.tape_memory: `activation_memory` is the current name of this key, and the configuration has \
+         both\nhint: keep `activation_memory` and delete `tape_memory`"
+    );
+    // The command line overrides either name by either name.
+    for (text, name) in
+        [(former.as_str(), "activation_memory"), (SMALL, "tape_memory"), (&former, "tape_memory")]
+    {
+        let config = load(text, &[&format!("training.{name}=7")]).unwrap();
+        assert_eq!(config.training.activation_memory, Some(Bytes(7)));
+    }
+    let section = load(&former, &["training={tape_memory: 3}"]).unwrap();
+    assert_eq!(section.training.activation_memory, Some(Bytes(3)));
+    // An error points to the line of the name that the file has.
+    let wrong = message(&former.replace("2GiB", "much"), &[]);
+    assert!(wrong.starts_with("zeta.yaml:7: training.activation_memory: expected bytes"), "{wrong}");
 }

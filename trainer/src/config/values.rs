@@ -2,17 +2,18 @@
 
 use std::fmt;
 
+use clap::ValueEnum;
 use kernels::precision::Precision;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-/// A choice by name: the enum, its spelling in the file, and its `Display`.
+/// An enum whose variants are chosen by name, with the same spelling in a configuration and on the command line.
 macro_rules! choice {
     ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
         $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
         pub enum $name {
-            $($(#[$doc])* #[serde(rename = $text)] $variant),+
+            $($(#[$doc])* #[serde(rename = $text)] #[value(name = $text)] $variant),+
         }
 
         impl $name {
@@ -34,7 +35,7 @@ macro_rules! choice {
 
 choice! {
     /// `model.init`: where the weights come from.
-    Init {
+    WeightInit {
         /// From the model folder.
         Pretrained = "pretrained",
         /// Drawn from the seed.
@@ -79,7 +80,7 @@ impl Dtype {
 
 choice! {
     /// `data.train.N.kind`: what a row is.
-    Kind {
+    RowKind {
         /// A query and its positives.
         Pairs = "pairs",
         /// A query, its positives and its negatives.
@@ -126,16 +127,16 @@ impl LossKind {
     }
 
     /// Why rows of this kind cannot have it.
-    pub fn misfit(self, kind: Kind) -> Option<String> {
+    pub fn misfit(self, kind: RowKind) -> Option<String> {
         match kind {
-            Kind::Similarity if self != Self::CoSent => {
+            RowKind::Similarity if self != Self::CoSent => {
                 Some(format!("`{self}` cannot judge similarity rows, two texts and a score: expected cosent"))
             }
-            Kind::Similarity => None,
+            RowKind::Similarity => None,
             _ if self == Self::CoSent => {
                 Some(format!("`cosent` judges similarity rows, two texts and a score; these rows are {kind}"))
             }
-            Kind::Labelled if self.distils() => {
+            RowKind::Labelled if self.distils() => {
                 Some(format!("`{self}` follows a teacher's scores, which labelled rows do not have"))
             }
             _ => None,
@@ -172,7 +173,7 @@ choice! {
 
 choice! {
     /// `training.schedule`: how the rate goes down after the warm-up.
-    Schedule {
+    ScheduleKind {
         /// Straight to 0.
         Linear = "linear",
         /// Along half a cosine to 0.
@@ -185,7 +186,7 @@ choice! {
 choice! {
     /// `evaluation.sets.N.kind`: what is measured.
     #[derive(Default)]
-    SetKind {
+    EvaluationKind {
         /// Whether queries find their documents.
         #[default]
         Retrieval = "retrieval",
@@ -209,11 +210,11 @@ pub enum Targets {
 
 /// One column's name, or several.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Names(pub Vec<String>);
+pub struct ColumnNames(pub Vec<String>);
 
 /// `checkpoint.every`: a number of steps, or `epoch`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Every {
+pub enum Interval {
     /// At the end of each epoch.
     Epoch,
     /// After so many steps.
@@ -290,7 +291,7 @@ impl<'de> Deserialize<'de> for Targets {
     }
 }
 
-impl Serialize for Names {
+impl Serialize for ColumnNames {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.0.as_slice() {
             [name] => serializer.serialize_str(name),
@@ -299,26 +300,26 @@ impl Serialize for Names {
     }
 }
 
-impl<'de> Deserialize<'de> for Names {
+impl<'de> Deserialize<'de> for ColumnNames {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Form;
         impl<'de> Visitor<'de> for Form {
-            type Value = Names;
+            type Value = ColumnNames;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a column's name or a list of them")
             }
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Names, E> {
-                Ok(Names(vec![text.to_owned()]))
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<ColumnNames, E> {
+                Ok(ColumnNames(vec![text.to_owned()]))
             }
-            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Names, A::Error> {
-                strings(items).map(Names)
+            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<ColumnNames, A::Error> {
+                strings(items).map(ColumnNames)
             }
         }
         deserializer.deserialize_any(Form)
     }
 }
 
-impl Serialize for Every {
+impl Serialize for Interval {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Epoch => serializer.serialize_str("epoch"),
@@ -327,20 +328,20 @@ impl Serialize for Every {
     }
 }
 
-impl<'de> Deserialize<'de> for Every {
+impl<'de> Deserialize<'de> for Interval {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Form;
         impl Visitor<'_> for Form {
-            type Value = Every;
+            type Value = Interval;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a number of steps or `epoch`")
             }
-            fn visit_u64<E: de::Error>(self, steps: u64) -> Result<Every, E> {
-                Ok(Every::Steps(steps))
+            fn visit_u64<E: de::Error>(self, steps: u64) -> Result<Interval, E> {
+                Ok(Interval::Steps(steps))
             }
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Every, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Interval, E> {
                 match text {
-                    "epoch" => Ok(Every::Epoch),
+                    "epoch" => Ok(Interval::Epoch),
                     _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
                 }
             }

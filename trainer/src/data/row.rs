@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{Columns, DataSet, Kind, LossKind};
+use crate::config::{Columns, DataSet, LossKind, RowKind};
 
 /// Texts that belong together. None is empty.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -34,7 +34,7 @@ pub(super) enum Cell {
 /// Which columns make a row, as indices into the file's names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Roles {
-    kind: Kind,
+    kind: RowKind,
     loss: Option<LossKind>,
     query: usize,
     positives: Vec<usize>,
@@ -47,7 +47,7 @@ pub(super) struct Roles {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Schema {
     columns: Columns,
-    kind: Option<Kind>,
+    kind: Option<RowKind>,
     loss: Option<LossKind>,
     /// Whether every row must be an answer: a column that may say otherwise is refused.
     answers: bool,
@@ -70,18 +70,18 @@ impl Schema {
     }
 
     /// For rows of which each is an answer, as a command line names them.
-    pub(super) fn answers(kind: Kind) -> Self {
+    pub(super) fn answers(kind: RowKind) -> Self {
         Self { kind: Some(kind), answers: true, ..Self::default() }
     }
 
     /// For the rows after one of this kind: a file has rows of one kind.
-    pub(super) fn of_kind(mut self, kind: Kind) -> Self {
+    pub(super) fn of_kind(mut self, kind: RowKind) -> Self {
         self.kind = Some(kind);
         self
     }
 
     /// What the rows are, where that is settled.
-    pub(super) fn kind(&self) -> Option<Kind> {
+    pub(super) fn kind(&self) -> Option<RowKind> {
         self.kind
     }
 
@@ -102,18 +102,18 @@ impl Schema {
             value,
         };
         match kind {
-            Kind::Labelled => {
+            RowKind::Labelled => {
                 let text = one("text", &columns.text, &TEXT)?;
                 let label = one("label", &columns.label, &LABEL)?;
                 return Ok(roles(text, Vec::new(), Vec::new(), Some(label)));
             }
-            Kind::Similarity => {
+            RowKind::Similarity => {
                 let first = one("sentence1", &columns.sentence1, &FIRST)?;
                 let second = one("sentence2", &columns.sentence2, &SECOND)?;
                 let score = one("score", &columns.score, &SCORE)?;
                 return Ok(roles(first, vec![second], Vec::new(), Some(score)));
             }
-            Kind::Pairs | Kind::Triplets => {}
+            RowKind::Pairs | RowKind::Triplets => {}
         }
         let query = one("query", &columns.query, &QUERY)?;
         let positives = match &columns.positive {
@@ -124,7 +124,7 @@ impl Schema {
             Some(chosen) => chosen.0.iter().filter_map(|name| position(name, names)).collect(),
             None => negatives(names)?,
         };
-        if kind == Kind::Triplets && negatives.is_empty() {
+        if kind == RowKind::Triplets && negatives.is_empty() {
             return Err(format!("`kind: triplets` needs a column of negatives, {}", found(names)));
         }
         let value = match loss {
@@ -135,7 +135,7 @@ impl Schema {
     }
 
     /// What the configuration says, else what the columns look like.
-    fn kind_by(&self, names: &[&str]) -> Result<Kind, String> {
+    fn kind_by(&self, names: &[&str]) -> Result<RowKind, String> {
         let Columns { query, positive, text, label, sentence1, sentence2, score, .. } = &self.columns;
         let distils = self.loss.is_some_and(LossKind::distils);
         let any = |aliases: &[&str]| names.iter().any(|name| aliases.iter().any(|alias| is(name, alias)));
@@ -151,19 +151,19 @@ impl Schema {
             };
         }
         if text.is_some() || label.is_some() {
-            return Ok(Kind::Labelled);
+            return Ok(RowKind::Labelled);
         }
         if sentence1.is_some() || sentence2.is_some() || score.is_some() && !distils {
-            return Ok(Kind::Similarity);
+            return Ok(RowKind::Similarity);
         }
         if distils || query.is_some() && positive.is_some() {
-            return Ok(Kind::Pairs);
+            return Ok(RowKind::Pairs);
         }
         if self.loss == Some(LossKind::CoSent) || any(&FIRST[..3]) && any(&SECOND[..3]) && any(&SCORE[..3]) {
-            return Ok(Kind::Similarity);
+            return Ok(RowKind::Similarity);
         }
         if any(&TEXT) && any(&LABEL) && !any(&QUERY) && !any(&POSITIVE) {
-            return Ok(Kind::Labelled);
+            return Ok(RowKind::Labelled);
         }
         // Beside negatives a score is only what they were chosen by.
         let alone =
@@ -174,7 +174,7 @@ impl Schema {
                  hint: `kind: pairs` in the configuration takes every row as a pair, whatever its {name}; \
                  `kind: similarity` takes it as the score of how similar they are"
             )),
-            None => Ok(Kind::Pairs),
+            None => Ok(RowKind::Pairs),
         }
     }
 }
@@ -204,7 +204,7 @@ impl Schema {
 
 /// The columns that hold a row's texts, whatever its kind: what a model may see of it.
 pub(crate) fn text_columns(names: &[&str]) -> Result<Vec<usize>, String> {
-    let pair = Schema { kind: Some(Kind::Pairs), ..Schema::default() }.roles(names);
+    let pair = Schema { kind: Some(RowKind::Pairs), ..Schema::default() }.roles(names);
     pair.map(|roles| [vec![roles.query], roles.positives, roles.negatives].concat()).or_else(|wrong| {
         let alone = ["text", "sentence", "s1", "s2", "text1", "text2"];
         let places = (0..names.len()).filter(|&i| alone.iter().any(|alias| is(names[i], alias)));
@@ -287,7 +287,7 @@ fn negatives(names: &[&str]) -> Result<Vec<usize>, String> {
 
 impl Roles {
     /// What the rows are.
-    pub(super) fn kind(&self) -> Kind {
+    pub(super) fn kind(&self) -> RowKind {
         self.kind
     }
 
@@ -318,7 +318,7 @@ impl Roles {
             Cell::List(_) => Err(format!("`{}` is a list, expected one text", names[column])),
         };
         let mut row = Row { query: one(self.query)?, ..Row::default() };
-        if self.kind == Kind::Labelled {
+        if self.kind == RowKind::Labelled {
             row.label = self.value.map(one).transpose()?;
             return Ok(row);
         }
@@ -351,10 +351,10 @@ impl Roles {
                 }
                 count if count == 1 + negatives => {}
                 // Differences between the positive's score and the negatives'.
-                count if count == negatives && self.kind != Kind::Similarity => {
+                count if count == negatives && self.kind != RowKind::Similarity => {
                     row.scores = [0.0].into_iter().chain(row.scores.iter().map(|margin| -margin)).collect();
                 }
-                count if self.kind == Kind::Similarity => {
+                count if self.kind == RowKind::Similarity => {
                     return Err(format!("`{name}` has {count} numbers, expected one"));
                 }
                 count => {
@@ -368,7 +368,7 @@ impl Roles {
         self.drop_positives(&mut row);
         match self.loss {
             Some(loss)
-                if self.kind != Kind::Similarity && loss.needs_negatives() && row.negatives.is_empty() =>
+                if self.kind != RowKind::Similarity && loss.needs_negatives() && row.negatives.is_empty() =>
             {
                 Err(match row.dropped {
                     0 => format!("has no negative, which the loss `{loss}` needs"),

@@ -8,7 +8,7 @@ use super::batch::RowId;
 use super::permutation::Permutation;
 use super::reader::Source;
 use super::row::Row;
-use crate::config::{Config, DataSet, Kind, LossKind};
+use crate::config::{Config, DataSet, LossKind, RowKind};
 use crate::{Error, Result, hub};
 
 /// What the orders are drawn for.
@@ -22,7 +22,7 @@ pub struct Set {
     /// Its file or folder.
     pub path: PathBuf,
     /// What its rows are.
-    pub kind: Kind,
+    pub kind: RowKind,
     /// How they are judged.
     pub loss: LossKind,
     /// Put before each query.
@@ -96,7 +96,7 @@ impl Set {
         let name = if set.name.is_empty() { plain_name(set) } else { set.name.clone() };
         let kind = source.kind();
         let loss = match (kind, set.loss) {
-            (Kind::Similarity, None) => LossKind::CoSent,
+            (RowKind::Similarity, None) => LossKind::CoSent,
             _ => asked,
         };
         if let Some(wrong) = loss.misfit(kind) {
@@ -108,7 +108,7 @@ impl Set {
                 config.error("data.negatives", format!("expected at least 1 for the loss `{loss}`, found 0"))
             );
         }
-        let none = config.data.negatives == 0 || (kind != Kind::Labelled && !source.negatives());
+        let none = config.data.negatives == 0 || (kind != RowKind::Labelled && !source.negatives());
         if loss == LossKind::InfoNce && !config.loss.in_batch_negatives && none {
             let message = format!(
                 "data set {name} has no negatives, and loss.in_batch_negatives is false: its loss would always be 0\n\
@@ -167,7 +167,7 @@ impl Set {
         let id = RowId { dataset, row };
         let texts = self.source.row(row)?;
         match self.kind {
-            Kind::Labelled => self.labelled(id, texts.query, pass, negatives),
+            RowKind::Labelled => self.labelled(id, texts.query, pass, negatives),
             _ => Ok(plain(id, texts, pass, negatives)),
         }
     }

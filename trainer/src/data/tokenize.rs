@@ -18,7 +18,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{PostProcessor, TruncationDirection};
 
 use super::batch::Sequence;
-use crate::config::Init;
+use crate::config::WeightInit;
 use crate::{Error, Result};
 
 /// What a folder may have of its tokenizer beside tokenizer_config.json.
@@ -75,9 +75,9 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn open_for(folder: &Path, lower_case: bool, init: Init) -> Result<Self> {
+    pub fn open_for(folder: &Path, lower_case: bool, init: WeightInit) -> Result<Self> {
         let path = folder.join("tokenizer.json");
-        if init == Init::Random && !path.exists() {
+        if init == WeightInit::Random && !path.exists() {
             return Self::new(path, of_bytes().as_bytes(), &Value::Null, lower_case);
         }
         Self::open(folder, lower_case)

@@ -15,13 +15,14 @@ use crate::system::progress::Progress;
 use crate::{Error, Result};
 
 /// What a text is to the model. It decides the prompt and the longest length.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Role {
     /// Something asked.
     Query,
     /// Something that may answer.
     Document,
     /// Neither: one of two texts that are compared.
+    #[value(skip)]
     Text,
 }
 

@@ -27,7 +27,7 @@ pub use self::item_scores::ItemScores;
 use self::pairwise::{Similarity, Triplets};
 use self::rankings::Ranking;
 use self::retrieval::Retrieval;
-use crate::config::{EvaluationSet, SetKind};
+use crate::config::{EvaluationKind, EvaluationSet};
 use crate::eval::embed::{Embedder, Role};
 use crate::{Error, Result, hub};
 
@@ -73,16 +73,18 @@ impl EvalSet {
             return Err(Error::file(path, "no such evaluation set"));
         }
         let task = match set.kind {
-            SetKind::Retrieval if path.is_dir() => Task::Retrieval(open::beir(path, set.split.as_deref())?),
-            SetKind::Retrieval => Task::Retrieval(open::pairs(path)?),
+            EvaluationKind::Retrieval if path.is_dir() => {
+                Task::Retrieval(open::beir(path, set.split.as_deref())?)
+            }
+            EvaluationKind::Retrieval => Task::Retrieval(open::pairs(path)?),
             kind if path.is_dir() => {
                 return Err(Error::file(
                     path,
                     format!("is a folder; a set of kind {kind} is a file of rows"),
                 ));
             }
-            SetKind::Triplet => Task::Triplets(open::triplets(path)?),
-            SetKind::Similarity => Task::Similarity(open::similarity(path)?),
+            EvaluationKind::Triplet => Task::Triplets(open::triplets(path)?),
+            EvaluationKind::Similarity => Task::Similarity(open::similarity(path)?),
         };
         let name = if set.name.is_empty() { default_name(path) } else { set.name.clone() };
         Ok(Self { name, task })
@@ -251,7 +253,7 @@ impl Serialize for Scores {
 mod tests {
     use super::*;
 
-    fn set(path: &Path, kind: SetKind) -> Result<EvalSet> {
+    fn set(path: &Path, kind: EvaluationKind) -> Result<EvalSet> {
         EvalSet::open(&EvaluationSet { path: path.to_owned(), kind, ..EvaluationSet::default() })
     }
 
@@ -269,7 +271,7 @@ mod tests {
         let path = folder.path().join("pairs.en.jsonl");
         let rows = "{\"query\": \"q\", \"positive\": \"p\"}\n{\"query\": \"r\", \"positive\": \"o\"}\n";
         std::fs::write(&path, rows).unwrap();
-        let set = set(&path, SetKind::Retrieval).unwrap();
+        let set = set(&path, EvaluationKind::Retrieval).unwrap();
         assert_eq!((set.name(), set.primary_metric().as_str()), ("pairs.en", "pairs.en_cosine_ndcg@10"));
         let scores: Scores =
             [("pairs.en_cosine_accuracy@1".to_owned(), 1.0), ("pairs.en_cosine_ndcg@10".into(), 0.25)]
@@ -292,9 +294,9 @@ mod tests {
     #[test]
     fn a_set_must_be_there_and_of_its_kind() {
         let folder = tempfile::tempdir().unwrap();
-        let error = set(&folder.path().join("no"), SetKind::Retrieval).unwrap_err().to_string();
+        let error = set(&folder.path().join("no"), EvaluationKind::Retrieval).unwrap_err().to_string();
         assert!(error.contains("no such evaluation set"), "{error}");
-        let error = set(folder.path(), SetKind::Triplet).unwrap_err().to_string();
+        let error = set(folder.path(), EvaluationKind::Triplet).unwrap_err().to_string();
         assert!(error.contains("is a folder; a set of kind triplet"), "{error}");
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::pairwise::{Similarity, Triplets};
 use super::retrieval::Retrieval;
-use crate::config::Kind;
+use crate::config::RowKind;
 use crate::data::reader::{self, Source};
 use crate::{Error, Result};
 
@@ -79,7 +79,7 @@ fn for_each_id(numbers: HashMap<String, u32>, mut each: impl FnMut(String, u32))
 
 /// A file of pairs as a set of its own: every distinct query is asked, every distinct positive is a document.
 pub(super) fn pairs(path: &Path) -> Result<Retrieval> {
-    let source = Source::answers(path, Kind::Pairs)?;
+    let source = Source::answers(path, RowKind::Pairs)?;
     let (mut queries, mut documents) = (Numbered::default(), Numbered::default());
     let mut relevant: Vec<Vec<u32>> = Vec::new();
     for index in 0..source.len() {
@@ -100,7 +100,7 @@ pub(super) fn pairs(path: &Path) -> Result<Retrieval> {
 
 /// A file of triplets; a row with several positives or negatives gives each combination.
 pub(super) fn triplets(path: &Path) -> Result<Triplets> {
-    let source = Source::answers(path, Kind::Triplets)?;
+    let source = Source::answers(path, RowKind::Triplets)?;
     let mut set = Triplets::default();
     for index in 0..source.len() {
         let row = source.row(index)?;

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{About, DataFacts};
 use crate::Result;
-use crate::config::{Config, DataSet, Init};
+use crate::config::{Config, DataSet, WeightInit};
 use crate::model::Model;
 use crate::model::adapter::Settings;
 
@@ -41,7 +41,7 @@ pub fn write(model: &mut Model, trained: &Trained, options: Options, target: &Pa
     let source = model.folder().clone();
     match model.lora() {
         // Weights from a seed lie in no folder, so the adapters alone would belong to nothing.
-        Some(lora) if !options.merge && trained.config.model.init == Init::Pretrained => {
+        Some(lora) if !options.merge && trained.config.model.init == WeightInit::Pretrained => {
             let (adapters, dense) = (model.adapters(), model.dense());
             super::adapter(target, options.replace, &source, &about, lora, adapters, dense)
         }

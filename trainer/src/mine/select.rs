@@ -20,7 +20,7 @@ use crate::data::permutation::Permutation;
 use crate::{Error, Result};
 
 /// Which of the candidates in range are taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sampling {
     /// The best.
     Top,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-use crate::config::Kind;
+use crate::config::RowKind;
 use crate::data::reader::{self, Source};
 use crate::{Error, Result};
 
@@ -106,7 +106,7 @@ impl Inputs {
     /// # Errors
     /// A file cannot be read, or a row of it is malformed; there is one document only.
     pub fn read(pairs: &Path, corpus: Option<&Path>, folder: &Path) -> Result<Self> {
-        let source = Source::answers(pairs, Kind::Pairs)?;
+        let source = Source::answers(pairs, RowKind::Pairs)?;
         let (mut queries, mut documents) = (Collector::new(folder)?, Collector::new(folder)?);
         let mut blank = 0;
         let own = ["", ".gz", ".zst"].map(|packed| pairs.join(format!("corpus.jsonl{packed}")));

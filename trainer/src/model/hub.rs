@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::adapter;
 use super::encoder::Encoder;
 use super::settings::Settings;
-use crate::config::Init;
+use crate::config::WeightInit;
 use crate::data::tokenize::{self, Tokenizer};
 use crate::hub::{Found, Hub, Repository, is_id, is_name};
 use crate::model::Folder;
@@ -32,15 +32,15 @@ enum Need {
 /// Neither a folder nor an id; no such model, or no right to it; no network and not in the cache; a model that
 /// [`Folder::open`] refuses, of a family that is not known, without a tokenizer, or without safetensors.
 pub fn resolve(id_or_path: &str) -> Result<PathBuf> {
-    resolve_for(id_or_path, Init::Pretrained)
+    resolve_for(id_or_path, WeightInit::Pretrained)
 }
 
 /// As [`resolve`]; where the weights are drawn from the seed, those of the hub are not fetched.
 ///
 /// # Errors
 /// As [`resolve`].
-pub fn resolve_for(id_or_path: &str, init: Init) -> Result<PathBuf> {
-    find(id_or_path, if init == Init::Pretrained { Need::Whole } else { Need::Shape })
+pub fn resolve_for(id_or_path: &str, init: WeightInit) -> Result<PathBuf> {
+    find(id_or_path, if init == WeightInit::Pretrained { Need::Whole } else { Need::Shape })
 }
 
 /// As [`resolve`], of the model that an adapter belongs to.

@@ -87,8 +87,8 @@ impl Model {
         let settings = Settings::new(&folder.path, folder.config.clone());
         let init = |place: &Path, part: &str, anchors: &[&str]| {
             let weights = match options.model.init {
-                config::Init::Pretrained => Weights::open(place, anchors)?,
-                config::Init::Random => {
+                config::WeightInit::Pretrained => Weights::open(place, anchors)?,
+                config::WeightInit::Random => {
                     let deviation = settings.number("initializer_range", 0.02)?;
                     Weights::random(options.seed, deviation, part)
                 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::World;
-use crate::config::Every;
+use crate::config::Interval;
 use crate::data::batch::Batch;
 use crate::eval::embed::Embedder;
 use crate::eval::nano;
@@ -400,8 +400,8 @@ fn losses(plan: &Plan, batch: &Batch, outcome: &Outcome) -> Map<String, Value> {
 
 fn checkpoint_due(plan: &Plan, batch: &Batch, step: u64) -> bool {
     match plan.config.checkpoint.every {
-        Every::Steps(steps) => every(steps, step),
-        Every::Epoch => batch.epoch.fract() == 0.0,
+        Interval::Steps(steps) => every(steps, step),
+        Interval::Epoch => batch.epoch.fract() == 0.0,
     }
 }
 

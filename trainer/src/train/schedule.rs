@@ -1,6 +1,6 @@
 //! The learning rate as a pure function of the step: warmup, then transformers' `linear`, `cosine` or `constant`.
 
-use crate::config::Schedule as Shape;
+use crate::config::ScheduleKind as Shape;
 
 /// A learning-rate schedule over a run.
 #[derive(Clone, Copy, Debug, PartialEq)]

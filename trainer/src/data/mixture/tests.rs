@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::super::fixtures::Files;
 use super::super::set::Classes;
 use super::*;
-use crate::config::{Kind, LossKind};
+use crate::config::{LossKind, RowKind};
 
 /// Data sets of so many rows, all texts different, three negatives and two positives each.
 fn files(rows: &[usize]) -> Files {
@@ -351,7 +351,7 @@ fn kinds() -> Files {
 fn labelled_rows_get_others_of_their_class_and_of_other_classes() {
     let class = |text: &str| text[1..].parse::<usize>().unwrap() % 3;
     let mixture = open(&kinds());
-    assert_eq!((mixture.sets()[0].kind, mixture.sets()[0].loss), (Kind::Labelled, LossKind::InfoNce));
+    assert_eq!((mixture.sets()[0].kind, mixture.sets()[0].loss), (RowKind::Labelled, LossKind::InfoNce));
     let mut walk = mixture.walk(&Cursor::default()).unwrap();
     let mut partners: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for _ in 0..3 {

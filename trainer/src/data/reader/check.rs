@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::index::Index;
 use super::records::Record;
 use super::table::{Dropped, Parser, Wrong};
-use crate::config::Kind;
+use crate::config::RowKind;
 use crate::system::heartbeat;
 
 /// Bytes that are gathered before the threads look at them.
@@ -31,7 +31,7 @@ pub(super) struct Check {
 /// What the rows have.
 #[derive(Default)]
 pub(super) struct Found {
-    pub(super) kind: Option<Kind>,
+    pub(super) kind: Option<RowKind>,
     /// Whether any row has columns of negatives.
     pub(super) negatives: bool,
     pub(super) dropped: Dropped,

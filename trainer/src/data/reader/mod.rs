@@ -16,7 +16,7 @@ use std::path::Path;
 
 use super::labels::Labels;
 use super::row::{Row, Schema};
-use crate::config::{DataSet, Kind, LossKind};
+use crate::config::{DataSet, LossKind, RowKind};
 use crate::{Error, Result};
 use file::Format;
 pub(crate) use stream::{lines, objects, raw};
@@ -44,7 +44,7 @@ impl Source {
     ///
     /// # Errors
     /// As [`Self::open`]; there is a column that may say otherwise of a row.
-    pub fn answers(path: &Path, kind: Kind) -> Result<Self> {
+    pub fn answers(path: &Path, kind: RowKind) -> Result<Self> {
         let set = DataSet { path: path.to_owned(), kind: Some(kind), ..DataSet::default() };
         Self::with(&set, Schema::answers(kind))
     }
@@ -53,7 +53,7 @@ impl Source {
         let path: &Path = &set.path;
         if path.is_dir() {
             let beir = beir::Beir::open(path)?;
-            let kind = set.kind.filter(|kind| *kind != Kind::Pairs).map(Kind::name);
+            let kind = set.kind.filter(|kind| *kind != RowKind::Pairs).map(RowKind::name);
             let loss = set.loss.filter(|loss| loss.needs_negatives()).map(LossKind::name);
             return match kind.or(loss) {
                 Some(name) => {
@@ -73,10 +73,10 @@ impl Source {
     }
 
     /// What the rows are.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> RowKind {
         match &self.0 {
             Inner::Table(table) => table.kind(),
-            Inner::Beir(_) => Kind::Pairs,
+            Inner::Beir(_) => RowKind::Pairs,
         }
     }
 

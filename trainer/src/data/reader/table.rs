@@ -8,7 +8,7 @@ use super::check::Check;
 use super::file::{DataFile, Format};
 use super::index::Index;
 use super::records::{self, Record, Stop};
-use crate::config::Kind;
+use crate::config::RowKind;
 use crate::data::labels::Labels;
 use crate::data::row::{Cell, Roles, Row, Schema};
 use crate::{Error, Result};
@@ -19,7 +19,7 @@ pub(super) struct Table {
     index: Index,
     digest: u64,
     parser: Parser,
-    kind: Kind,
+    kind: RowKind,
     negatives: bool,
     dropped: Dropped,
     labels: Option<Labels>,
@@ -59,7 +59,7 @@ impl Table {
                         none => {
                             let mut known = None;
                             parse_json(&schema, record.bytes, &mut known).map_err(|m| (record.line, m))?;
-                            let kind = known.map_or(Kind::Pairs, |(_, roles)| roles.kind());
+                            let kind = known.map_or(RowKind::Pairs, |(_, roles)| roles.kind());
                             none.insert(Parser::Jsonl(schema.clone().of_kind(kind)))
                         }
                     };
@@ -92,7 +92,7 @@ impl Table {
         if matches!(parser, Parser::Jsonl(_)) && !found.negatives {
             schema.without_negatives().map_err(|message| Error::file(path, message))?;
         }
-        let labels = (found.kind == Some(Kind::Labelled))
+        let labels = (found.kind == Some(RowKind::Labelled))
             .then(|| Labels::new(found.labels, found.classes))
             .transpose()
             .map_err(|message| Error::file(path, message))?;
@@ -101,7 +101,7 @@ impl Table {
             index,
             digest: digest.digest(),
             parser,
-            kind: found.kind.unwrap_or(Kind::Pairs),
+            kind: found.kind.unwrap_or(RowKind::Pairs),
             negatives: found.negatives,
             dropped: found.dropped,
             labels,
@@ -116,7 +116,7 @@ impl Table {
         self.digest
     }
 
-    pub(super) fn kind(&self) -> Kind {
+    pub(super) fn kind(&self) -> RowKind {
         self.kind
     }
 
@@ -188,7 +188,7 @@ impl Parser {
         }
     }
 
-    pub(super) fn kind(&self) -> Option<Kind> {
+    pub(super) fn kind(&self) -> Option<RowKind> {
         match self {
             Self::Jsonl(schema) => schema.kind(),
             Self::Csv { roles, .. } => Some(roles.kind()),

@@ -245,9 +245,9 @@ fn negatives_that_the_configuration_names_must_be_somewhere() {
         "a.jsonl",
         b"{\"query\":\"a\",\"positive\":\"b\"}\n{\"query\":\"a\",\"positive\":\"b\",\"bad\":\"c\"}\n",
     ));
-    named.columns.negatives = Some(crate::config::Names(vec!["bad".to_owned()]));
+    named.columns.negatives = Some(crate::config::ColumnNames(vec!["bad".to_owned()]));
     assert_eq!(Source::open(&named).unwrap().row(1).unwrap().negatives, ["c"]);
-    named.columns.negatives = Some(crate::config::Names(vec!["bda".to_owned()]));
+    named.columns.negatives = Some(crate::config::ColumnNames(vec!["bda".to_owned()]));
     let error = Source::open(&named).err().unwrap().to_string();
     assert!(
         error
@@ -267,7 +267,7 @@ fn labelled_rows_have_a_text_and_a_class() {
          {\"text\": \"d\", \"label\": 3}\n",
     )
     .unwrap();
-    assert_eq!((source.kind(), source.labels().unwrap().classes()), (Kind::Labelled, 3));
+    assert_eq!((source.kind(), source.labels().unwrap().classes()), (RowKind::Labelled, 3));
     assert_eq!(source.row(3).unwrap(), Row { label: Some("3".to_owned()), ..row("d", &[], &[]) });
     let source = open("a.csv", "label,sentence\nno,a\nyes,b\nno,c\n").unwrap();
     assert_eq!(source.row(1).unwrap(), Row { label: Some("yes".to_owned()), ..row("b", &[], &[]) });
@@ -313,7 +313,7 @@ fn similarity_rows_have_two_texts_and_a_number() {
         ("a.csv", "Sentence_1,sentence2,score\na,b,4.5\nc,d, -2 \n"),
     ] {
         let source = open(name, text).unwrap();
-        assert_eq!(source.kind(), Kind::Similarity);
+        assert_eq!(source.kind(), RowKind::Similarity);
         let expected = [(row("a", &["b"], &[]), 4.5), (row("c", &["d"], &[]), -2.0)];
         for (found, (expected, score)) in rows(&source).into_iter().zip(expected) {
             assert_eq!(found, Row { scores: vec![score], ..expected });
@@ -446,7 +446,7 @@ fn a_folder_that_cannot_teach_is_refused() {
     );
     folder.write("corpus.jsonl", b"{\"_id\": \"d1\", \"text\": \"x\"}\n{\"_id\": \"d2\", \"text\": \"y\"}\n");
     assert!(Source::open(&set(folder.0.path())).is_ok());
-    let labelled = DataSet { kind: Some(Kind::Labelled), ..set(folder.0.path()) };
+    let labelled = DataSet { kind: Some(RowKind::Labelled), ..set(folder.0.path()) };
     let error = Source::open(&labelled).err().unwrap().to_string();
     assert!(error.ends_with("what answers them, not what `labelled` needs"), "{error}");
 }

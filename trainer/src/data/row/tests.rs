@@ -1,17 +1,17 @@
 use super::*;
-use crate::config::Names;
+use crate::config::ColumnNames;
 
 fn roles(names: &[&str]) -> Result<Roles, String> {
     Schema::default().roles(names)
 }
 
-fn of(kind: Kind) -> Schema {
+fn of(kind: RowKind) -> Schema {
     Schema { kind: Some(kind), ..Schema::default() }
 }
 
 fn made(query: usize, positives: &[usize], negatives: &[usize]) -> Roles {
     Roles {
-        kind: Kind::Pairs,
+        kind: RowKind::Pairs,
         loss: None,
         query,
         positives: positives.to_vec(),
@@ -65,19 +65,22 @@ fn what_is_missing_or_ambiguous_is_listed() {
     );
     assert!(roles(&[]).unwrap_err().contains("found no columns"));
     assert!(
-        of(Kind::Triplets).roles(&["query", "positive"]).unwrap_err().contains("needs a column of negatives")
+        of(RowKind::Triplets)
+            .roles(&["query", "positive"])
+            .unwrap_err()
+            .contains("needs a column of negatives")
     );
 }
 
 #[test]
 fn columns_say_what_a_row_is() {
     for (names, kind) in [
-        (&["text", "label"][..], Kind::Labelled),
-        (&["id", "Sentence", "Label"], Kind::Labelled),
-        (&["sentence1", "sentence2", "score"], Kind::Similarity),
-        (&["s1", "s2", "similarity_score"], Kind::Similarity),
-        (&["query", "positive", "negative", "score"], Kind::Pairs),
-        (&["query", "positive", "text"], Kind::Pairs),
+        (&["text", "label"][..], RowKind::Labelled),
+        (&["id", "Sentence", "Label"], RowKind::Labelled),
+        (&["sentence1", "sentence2", "score"], RowKind::Similarity),
+        (&["s1", "s2", "similarity_score"], RowKind::Similarity),
+        (&["query", "positive", "negative", "score"], RowKind::Pairs),
+        (&["query", "positive", "text"], RowKind::Pairs),
     ] {
         assert_eq!(roles(names).map(|roles| roles.kind), Ok(kind), "{names:?}");
     }
@@ -93,21 +96,21 @@ fn columns_say_what_a_row_is() {
             "{error}"
         );
     }
-    let labelled = of(Kind::Pairs).roles(&["premise", "hypothesis", "label"]);
+    let labelled = of(RowKind::Pairs).roles(&["premise", "hypothesis", "label"]);
     assert_eq!(labelled, Ok(made(0, &[1], &[])));
-    let scored = of(Kind::Similarity).roles(&["sentence1", "sentence2", "label"]).unwrap();
+    let scored = of(RowKind::Similarity).roles(&["sentence1", "sentence2", "label"]).unwrap();
     assert_eq!((scored.query, scored.positives, scored.value), (0, vec![1], Some(2)));
     let taught = Schema { loss: Some(LossKind::Kl), ..Schema::default() };
     let taught = taught.roles(&["query", "positive", "negatives", "scores", "label"]).unwrap();
-    assert_eq!((taught.kind, taught.value), (Kind::Pairs, Some(3)));
+    assert_eq!((taught.kind, taught.value), (RowKind::Pairs, Some(3)));
 }
 
 #[test]
 fn the_configuration_settles_the_rest() {
     let columns = Columns {
         query: Some("Title".into()),
-        positive: Some(Names(vec!["a".into(), "b".into()])),
-        negatives: Some(Names(vec!["n".into()])),
+        positive: Some(ColumnNames(vec!["a".into(), "b".into()])),
+        negatives: Some(ColumnNames(vec!["n".into()])),
         ..Columns::default()
     };
     let schema = Schema { columns, ..Schema::default() };

@@ -115,8 +115,8 @@ fn a_length_without_room_for_text_is_an_error() {
 #[test]
 fn weights_that_are_drawn_need_no_tokenizer() {
     let folder = tempfile::tempdir().unwrap();
-    assert!(Tokenizer::open_for(folder.path(), false, Init::Pretrained).is_err());
-    let tokenizer = Tokenizer::open_for(folder.path(), false, Init::Random).unwrap();
+    assert!(Tokenizer::open_for(folder.path(), false, WeightInit::Pretrained).is_err());
+    let tokenizer = Tokenizer::open_for(folder.path(), false, WeightInit::Random).unwrap();
     assert_eq!(tokenizer.vocabulary(), 256);
     let (two, three) = (ids(&tokenizer, "ab"), ids(&tokenizer, "aé"));
     assert_eq!((two.len(), three.len(), two[0]), (2, 3, three[0]), "a token is a byte");

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Lengths, lengths, options, state_bytes};
-use crate::config::{Batching, Config, Init};
+use crate::config::{Batching, Config, WeightInit};
 use crate::model::{Folder, Model, Options};
 use crate::train::memory::format_bytes;
 use crate::train::scaling::Workload;
@@ -50,9 +50,9 @@ impl<'a> CostEstimate<'a> {
     /// # Errors
     /// The model cannot be had, or does not fit the configuration.
     pub fn new(config: &'a Config) -> Result<Self> {
-        let folder = Folder::open(&model::hub::resolve_for(&config.model.path, Init::Random)?)?;
+        let folder = Folder::open(&model::hub::resolve_for(&config.model.path, WeightInit::Random)?)?;
         let mut options = Options { dry: true, ..options(config) };
-        options.model.init = Init::Random;
+        options.model.init = WeightInit::Random;
         let model = Model::open(folder.clone(), &options)?;
         let lengths = lengths(config, &folder, &model)?;
         let (elements, trained) = (model.elements(), model.flat().len());

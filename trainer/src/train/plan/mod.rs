@@ -358,7 +358,7 @@ fn share_memory(
     };
     let most = memory::default_activation_memory(state_bytes);
     let beside = 2 * memory::chunk_bytes(model, chunk_tokens);
-    let kept = training.tape_memory.map_or(free.saturating_sub(beside).min(most), |bytes| bytes.0);
+    let kept = training.activation_memory.map_or(free.saturating_sub(beside).min(most), |bytes| bytes.0);
     let activations = memory::step_bytes(model, mine, lengths.len(), chunk_tokens, kept);
     (
         Budget { chunk, activation_memory: kept },
