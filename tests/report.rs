@@ -136,10 +136,10 @@ fn a_run_tells_what_it_did_and_a_browser_shows_it() {
     for title in [
         ">Loss<",
         ">Loss of each data set<",
-        ">Gradient norm, before clipping<",
+        ">Gradient norm before clipping<",
         ">Learning rate<",
         ">Tokens per second<",
-        ">Share of candidates masked as known positives<",
+        ">Fraction of candidates masked as known positives<",
         ">cosine_ndcg@10<",
         ">max_accuracy<",
         ">cosine_map@100<",
@@ -157,7 +157,11 @@ fn a_run_tells_what_it_did_and_a_browser_shows_it() {
     // After steps 0, 4, 8 and 10: 15 metrics of a set and of the Nano mean, 5 of triplets.
     assert_eq!(points(4), 35);
     assert!(dom.contains("NanoBEIR_<wbr>mean_<wbr>cosine_<wbr>ndcg@10"));
-    assert!(dom.contains("class=\"relevant\""), "rankings are shown");
+    assert!(dom.contains("class=\"relevant\"") && dom.contains("class=\"cosine\""), "examples are shown");
+    assert!(dom.contains(">best</text>"), "the best step is marked");
+    for fact in [">wall time<", ">parameters<", ">peak memory<", ">started<"] {
+        assert!(dom.contains(fact), "no {fact}");
+    }
     let shown = dom.split("<script").next().unwrap();
     assert!(shown.contains("after step 10") && !shown.contains("NaN") && !shown.contains("undefined"));
 
@@ -170,23 +174,64 @@ fn a_run_tells_what_it_did_and_a_browser_shows_it() {
     assert!(paint[0] == paint[3] && paint[1] == paint[2], "{paint:?}");
     assert!(paint[0][0] != paint[1][0] && paint[0][1] != paint[1][1], "dark is as light: {paint:?}");
 
-    // Two runs in one page, in the first's folder; a line that was cut off and numbers that are none do not matter.
+    // Two runs in one page; a line that was cut off and numbers that are none do not matter.
     let second = run(place.path(), "second", 1e-2);
     let lines = fs::read_to_string(second.join("metrics.jsonl")).unwrap();
     let mut lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     lines[3]["loss"] = Value::Null;
     let torn: String = lines.iter().map(|line| format!("{line}\n")).collect::<String>() + "{\"step\":11,\"lo";
     fs::write(second.join("metrics.jsonl"), torn).unwrap();
-    let output = program("trainer").arg("report").arg(&first).arg(&second).output().unwrap();
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), page.to_str().unwrap());
+    let report = |options: &[&str]| {
+        let mut command = program("trainer");
+        command.current_dir(place.path()).arg("report").arg(&first).arg(&second).args(options);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        place.path().join(String::from_utf8_lossy(&output.stdout).trim())
+    };
+    assert_eq!(report(&[]), place.path().join("report.html"));
+    let page = report(&["--output", "both.html"]);
+    assert_eq!(page, place.path().join("both.html"));
     let (dom, console) = opened(&browser, &page, &profile, &[]);
     assert_eq!(console, "");
     assert!(dom.contains("second &lt;/script&gt;"));
+    assert!(dom.contains("<wbr>learning_<wbr>rate</th>"), "the key that differs is named");
     let pens = dom.matches(" d=\"M").count();
     let broken =
         dom.split(" d=\"").skip(1).filter(|d| d.split('"').next().unwrap().matches('M').count() == 2).count();
     assert!(pens > 70 && broken == 1, "{pens} lines, {broken} with a gap");
+}
+
+#[test]
+fn a_run_that_got_worse_says_so() {
+    let place = tempfile::tempdir().unwrap();
+    let output = place.path().join("out");
+    fs::create_dir(&output).unwrap();
+    let rows = golden("bert").join("rows.jsonl");
+    let mut config = tests::config(&golden("bert"), &rows, &output);
+    config["evaluation"] = json!({"metric": "loss", "sets": [{"name": "dev", "path": rows, "kind": "loss"}]});
+    fs::write(output.join("config.yaml"), config.to_string()).unwrap();
+    let lines = |after: f64| {
+        let lines = [
+            json!({"step": 0, "eval": {"dev_loss": 0.5}}),
+            json!({"step": 1, "loss": 1.0}),
+            json!({"step": 1, "eval": {"dev_loss": after}}),
+        ];
+        lines.map(|line| format!("{line}\n")).concat()
+    };
+    let Some(browser) = browser() else {
+        println!("skipped: the report in a browser (no chromium; LODESTONE_BROWSER names one)");
+        return;
+    };
+    for (after, worse) in [(0.7, true), (0.3, false)] {
+        fs::write(output.join("metrics.jsonl"), lines(after)).unwrap();
+        assert!(program("trainer").arg("report").arg(&output).status().unwrap().success());
+        let (dom, console) =
+            opened(&browser, &output.join("report.html"), &place.path().join("profile"), &[]);
+        assert_eq!(console, "");
+        let warning = "The trained model is worse than the base: loss rose from 0.5000 to 0.7000.";
+        assert_eq!(dom.split("<script").next().unwrap().contains(warning), worse);
+        assert_eq!(dom.contains("class=\"better\">−0.2000"), !worse);
+    }
 }
 
 #[test]

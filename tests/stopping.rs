@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tests::{golden, metrics, program, stderr, write_config};
-use trainer::config::{EvaluationKind, EvaluationSet};
+use trainer::config::{Config, EvaluationKind, EvaluationSet};
 use trainer::eval::EvalSet;
 use trainer::eval::embed::LoadedModel;
 use trainer::model::Options;
@@ -62,12 +62,12 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
     let opened = LoadedModel::open(model.to_str().unwrap(), &Options::default()).unwrap();
     let set = EvaluationSet {
         path: golden("bert").join("rows.jsonl"),
-        kind: EvaluationKind::Retrieval,
+        kind: Some(EvaluationKind::Retrieval),
         ..Default::default()
     };
     let mut embedder = opened.embedder();
     embedder.set_max_length(Some(24)).unwrap();
-    let scores = EvalSet::open(&set).unwrap().evaluate(&embedder).unwrap().scores;
+    let scores = EvalSet::open(&set, &Config::default()).unwrap().evaluate(&embedder).unwrap().scores;
     assert_eq!(scores.get(METRIC), Some(value));
 
     // Its card tells of that step, and of the model before.

@@ -11,37 +11,38 @@ use crate::eval::compare::Comparison;
 use crate::eval::{Bootstrap, EvalOutput, EvalSet};
 use crate::{Error, Result};
 
-/// Measure two models on the same sets, and say how sure their difference is
+/// Compare two models on the same sets, with confidence intervals
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     trainer compare --base sentence-transformers/all-MiniLM-L6-v2 --tuned runs/minilm/model --set data/scifact\n  \
     trainer compare --base intfloat/multilingual-e5-base --tuned runs/e5-base/model --set data/qa/test.csv \
     --query-prompt 'query: ' --document-prompt 'passage: ' --output results\n\n\
-    A difference comes with the interval in which 95 of 100 draws lie: queries, triplets or pairs are drawn with \
-    replacement, and both models are measured on the same draw.")]
+    The interval of a difference is its 95 % confidence interval by the paired bootstrap: queries, triplets or pairs are \
+    resampled with replacement, and both models are evaluated on the same resample.")]
 pub(super) struct Args {
-    /// The model before: a folder, or an id on the Hugging Face hub
+    /// The base model: a folder, or an id on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     base: String,
-    /// The model after
+    /// The fine-tuned model: a folder, or an id on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     tuned: String,
     #[command(flatten)]
     sets: Sets,
-    /// Where compare.json goes
+    /// Folder for compare.json
     #[arg(long, value_name = "DIR", default_value = ".")]
     output: PathBuf,
-    /// Draws for the intervals
+    /// Number of bootstrap resamples
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = super::encode::at_least_one)]
     resamples: usize,
-    /// What the draws follow from
+    /// Seed of the resamples
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
 }
 
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let sets = args.sets.open()?;
-    // What is missing is told before hours are spent on the first; the tuned one is the likelier to lie here.
+    // Both models are looked up before hours are spent on the first, the tuned one first because its path is
+    // more often wrong.
     let encoding = &args.sets.encoding;
     let of_tuned = encoding.of_trained();
     let (tuned, base) = (of_tuned.find(&args.tuned)?, encoding.find(&args.base)?);
@@ -63,7 +64,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     Ok(())
 }
 
-/// One model at a time: two may not fit.
+/// Evaluates one model. Two may not fit into memory.
 fn measure(
     encoding: &Encoding,
     model: &str,

@@ -80,7 +80,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         true => Some(Writer::create(&args.output, count, opened.model.width())?),
         false => None,
     };
-    let mut progress = embedder.progress(role, count);
+    let mut progress = embedder.progress(role.plural(), count);
     let mut encode = |portion: &[String]| {
         let embeddings = embedder.encode_with_progress(portion, role, &mut progress)?;
         npy.as_mut().map_or(Ok(()), |npy| npy.write(&embeddings))

@@ -9,7 +9,7 @@ use crate::comm::World;
 use crate::eval::{Scores, nano};
 use crate::{Error, Result};
 
-/// Measure a model on evaluation sets
+/// Compute the metrics of a model on evaluation sets
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     trainer evaluate --model runs/quickstart/model --set data/quickstart/test\n  \
@@ -21,7 +21,7 @@ pub(super) struct Args {
     model: String,
     #[command(flatten)]
     sets: Sets,
-    /// Where results.json and the CSV files of sentence-transformers go
+    /// Folder for results.json and the CSV files of sentence-transformers
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
 }

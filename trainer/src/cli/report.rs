@@ -6,19 +6,23 @@ use super::print;
 use crate::Result;
 use crate::train::report;
 
-/// Write a page to look at a run, or at several beside each other
+/// Write an HTML report of one or more runs
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  trainer report runs/quickstart\n  trainer report runs/zeta runs/zeta-r16\n\n\
-    The page needs nothing else: no network, no other file. A run that goes on is shown as far as it has come."
+    after_help = "Examples:\n  trainer report runs/quickstart\n  trainer report runs/zeta runs/zeta-r16 --output zeta.html\n\n\
+    The report is one file that needs no network. A run in progress is shown up to its last logged step. Several runs are \
+    compared, with the keys of the configuration in which they differ."
 )]
 pub(super) struct Args {
-    /// Output folders of runs; report.html is written into the first
+    /// Output folders of runs
     #[arg(value_name = "RUN_DIR", required = true)]
     runs: Vec<PathBuf>,
+    /// File to write. Default: RUN_DIR/report.html for one run, report.html in the working directory for several
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    print(report::write(&args.runs)?.display());
+    print(report::write(&args.runs, args.output.as_deref())?.display());
     Ok(())
 }

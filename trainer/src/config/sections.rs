@@ -367,8 +367,9 @@ pub struct EvaluationSet {
     pub name: String,
     /// A BEIR folder, or a file of pairs, triplets or scored pairs, also hf://datasets/ORG/NAME/FILE. Required.
     pub path: PathBuf,
-    /// What is measured. Default: retrieval.
-    pub kind: EvaluationKind,
+    /// What is measured: `retrieval` (BEIR's metrics), `triplet` (accuracy), `similarity` (correlation with the scores of pairs) or
+    /// `loss` (the training loss on these rows). Default: by the columns; similarity for scored pairs, else retrieval.
+    pub kind: Option<EvaluationKind>,
     /// Which `qrels/SPLIT.tsv` is used. Default: test, else dev, else the only one.
     pub split: Option<String>,
     /// Put before each query. Default: what the model folder says for `query`.

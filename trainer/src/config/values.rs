@@ -185,15 +185,15 @@ choice! {
 
 choice! {
     /// `evaluation.sets.N.kind`: what is measured.
-    #[derive(Default)]
     EvaluationKind {
         /// Whether queries find their documents.
-        #[default]
         Retrieval = "retrieval",
         /// Whether positives are closer than negatives.
         Triplet = "triplet",
         /// Whether similarities follow given scores.
         Similarity = "similarity",
+        /// The training loss, without training.
+        Loss = "loss",
     }
 }
 

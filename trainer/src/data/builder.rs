@@ -57,14 +57,22 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// A prompt cannot be tokenised, or a length leaves no room for a text.
     pub fn new(mixture: &'a Mixture, tokenizer: &'a Tokenizer, options: Options) -> Result<Self> {
-        let prepare = |set: &Set| {
-            let prompt = |text: &str, length| tokenizer.prompt(text, length, options.include_prompt);
-            Ok([
-                prompt(&set.query_prompt, options.max_query_length)?,
-                prompt(&set.document_prompt, options.max_document_length)?,
-            ])
-        };
-        let prompts = mixture.sets().iter().map(prepare).collect::<Result<_>>()?;
+        let of_set = |set: &Set| tokenized(tokenizer, options, [&set.query_prompt, &set.document_prompt]);
+        let prompts = mixture.sets().iter().map(of_set).collect::<Result<_>>()?;
+        Ok(Self { mixture, tokenizer, options, prompts })
+    }
+
+    /// As [`Self::new`], with these prompts for queries and documents in place of those of the data sets.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_prompts(
+        mixture: &'a Mixture,
+        tokenizer: &'a Tokenizer,
+        options: Options,
+        prompts: [&str; 2],
+    ) -> Result<Self> {
+        let prompts = vec![tokenized(tokenizer, options, prompts)?; mixture.sets().len()];
         Ok(Self { mixture, tokenizer, options, prompts })
     }
 
@@ -149,6 +157,12 @@ impl<'a> Builder<'a> {
             })
             .collect()
     }
+}
+
+/// The tokens of a query's and a document's prompt.
+fn tokenized(tokenizer: &Tokenizer, options: Options, [query, document]: [&str; 2]) -> Result<[Prompt; 2]> {
+    let prompt = |text: &str, length| tokenizer.prompt(text, length, options.include_prompt);
+    Ok([prompt(query, options.max_query_length)?, prompt(document, options.max_document_length)?])
 }
 
 /// A rank among others, as one that shares their work without talking to them.

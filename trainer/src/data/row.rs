@@ -202,6 +202,21 @@ impl Schema {
     }
 }
 
+/// What rows with these columns are, if nothing else is said.
+pub(super) fn usual_kind(names: &[&str]) -> Result<RowKind, String> {
+    Schema::default().kind_by(names)
+}
+
+/// The columns of the two texts of a scored pair and of its score.
+pub(crate) fn similarity_columns(names: &[&str]) -> Result<[usize; 3], String> {
+    let schema = Schema { kind: Some(RowKind::Similarity), ..Schema::default() };
+    let Roles { query, positives, value, .. } = schema.roles(names)?;
+    match (positives.as_slice(), value) {
+        ([second], Some(score)) => Ok([query, *second, score]),
+        _ => Err(format!("has no columns of two texts and a score; {}", found(names))),
+    }
+}
+
 /// The columns that hold a row's texts, whatever its kind: what a model may see of it.
 pub(crate) fn text_columns(names: &[&str]) -> Result<Vec<usize>, String> {
     let pair = Schema { kind: Some(RowKind::Pairs), ..Schema::default() }.roles(names);

@@ -1,7 +1,9 @@
-//! How sure a difference between two models is: the paired bootstrap (Efron & Tibshirani 1993, chapter 13).
+//! Confidence interval of the difference between two models, by the paired bootstrap (Efron & Tibshirani
+//! 1993, chapter 13).
 //!
-//! Queries are drawn with replacement, as many as there are, and both models are measured on the same draw. The middle 95 % of
-//! the differences over many draws are the interval.
+//! The items of a set (queries, triplets, pairs) are resampled with replacement, and the metrics of both
+//! models are computed on the same resample. The interval holds the middle 95 % of the differences over many
+//! resamples.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -9,24 +11,24 @@ use rayon::prelude::*;
 
 use super::ItemScores;
 
-/// Share of the differences that lie in the interval.
+/// Fraction of the differences that the confidence interval holds.
 pub const CONFIDENCE: f64 = 0.95;
 
-/// Draws that are made between two signs of progress.
+/// Resamples between two updates of the progress.
 const PORTION: usize = 500;
 
-/// How many draws, and which.
+/// How many resamples are drawn, and from which seed.
 #[derive(Clone, Copy, Debug)]
 pub struct Bootstrap {
-    /// Draws.
+    /// The number of resamples.
     pub resamples: usize,
-    /// Draw n of set s is a pure function of seed, s and n.
+    /// Resample n of set s is a pure function of the seed, s and n.
     pub seed: u64,
 }
 
 impl Bootstrap {
-    /// tuned − base of every metric in every draw: (metrics, draws). `set` is the number of the set among those compared,
-    /// `done` is told how many draws were made since it was last told.
+    /// tuned − base of every metric in every resample: (metrics, resamples). `set` is the number of the set
+    /// among those that are compared. `done` is called with the number of resamples since its last call.
     pub fn differences(
         &self,
         set: usize,
@@ -59,15 +61,15 @@ impl Bootstrap {
     }
 }
 
-/// The middle [`CONFIDENCE`] of the differences, their ends found by linear interpolation. Draws in which a metric is not
-/// defined are left out.
+/// The lower and the upper end of the middle [`CONFIDENCE`] of the differences, by linear interpolation
+/// between quantiles. Resamples in which a metric is undefined do not count; NaN if it always is.
 pub fn confidence_interval(differences: &[f64]) -> (f64, f64) {
     let mut sorted: Vec<f64> =
         differences.iter().copied().filter(|difference| difference.is_finite()).collect();
     sorted.sort_by(f64::total_cmp);
-    let quantile = |share: f64| {
+    let quantile = |fraction: f64| {
         let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
-        let place = share * last as f64;
+        let place = fraction * last as f64;
         let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
         low + (high - low) * place.fract()
     };

@@ -1,4 +1,4 @@
-//! Two models on the same sets: base, tuned, their difference Δ and how sure it is.
+//! Compares two models on the same sets: the metrics of both, their difference and its confidence interval.
 
 use std::fmt;
 use std::fs;
@@ -11,18 +11,18 @@ use crate::eval::{self, Bootstrap, CONFIDENCE, EvalOutput, EvalSet, Scores, nano
 use crate::system::progress::Progress;
 use crate::{Error, Result};
 
-/// A metric of two models.
+/// A metric of the base and the tuned model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct MetricDelta {
-    /// Of the model before.
+    /// The metric of the base model.
     pub base: f64,
-    /// Of the model after.
+    /// The metric of the tuned model.
     pub tuned: f64,
     /// tuned − base.
     pub delta: f64,
-    /// The interval's lower end.
+    /// The lower end of the confidence interval of delta.
     pub low: f64,
-    /// Its upper end.
+    /// The upper end of that interval.
     pub high: f64,
 }
 
@@ -34,20 +34,20 @@ pub struct Comparison {
 
 #[derive(Clone, Debug)]
 struct SetComparison {
-    /// `scifact, 300 queries`
+    /// The heading of the table: `scifact, 300 queries`.
     title: String,
     name: String,
     count: usize,
-    /// Metrics by their names, which begin with the set's.
+    /// The metrics by name. The names begin with that of the set.
     lines: Vec<(String, MetricDelta)>,
 }
 
 impl Comparison {
-    /// Compares what two models do on `sets`. Nano sets are also compared in their mean.
+    /// Compares the outputs of two models on `sets`. If there are Nano sets, their means are compared, too.
     pub fn new(sets: &[EvalSet], base: &[EvalOutput], tuned: &[EvalOutput], bootstrap: Bootstrap) -> Self {
         let mut progress = Progress::new("resamples", (bootstrap.resamples * sets.len()) as u64, 0);
         let mut comparisons = Vec::new();
-        // Of the Nano sets: the sum of the differences in each draw.
+        // The sum over the Nano sets of the differences in each resample.
         let mut together: Vec<Vec<f64>> = Vec::new();
         for (number, ((set, base), tuned)) in sets.iter().zip(base).zip(tuned).enumerate() {
             let drawn =
@@ -82,7 +82,7 @@ impl Comparison {
         Self { sets: comparisons }
     }
 
-    /// Writes compare.json in `folder`.
+    /// Writes `folder`/compare.json. `base` and `tuned` are the models' paths or ids.
     ///
     /// # Errors
     /// The folder cannot be written.
@@ -105,7 +105,7 @@ impl Comparison {
         fs::write(&path, format!("{all:#}\n")).map_err(Error::io("write", path))
     }
 
-    /// All metrics by name.
+    /// The metrics of all sets by name.
     pub fn lines(&self) -> impl Iterator<Item = (&str, MetricDelta)> {
         self.sets.iter().flat_map(|set| &set.lines).map(|(name, line)| (name.as_str(), *line))
     }
@@ -120,7 +120,7 @@ fn lines(base: &Scores, tuned: &Scores, drawn: &[Vec<f64>]) -> Vec<(String, Metr
     base.iter().zip(drawn).map(line).collect()
 }
 
-/// A table for each set.
+/// Writes a table for each set.
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let metric = |set: &SetComparison, name: &str| name[set.name.len() + 1..].to_owned();

@@ -1,4 +1,4 @@
-//! Texts to embeddings, with a model as it is: no tape, no dropout.
+//! Embeds texts: tokenises them, cuts them into chunks and runs the encoder without dropout, on all ranks.
 
 use std::collections::HashMap;
 
@@ -14,19 +14,30 @@ use crate::system::heartbeat;
 use crate::system::progress::Progress;
 use crate::{Error, Result};
 
-/// What a text is to the model. It decides the prompt and the longest length.
+/// What a text is for. It decides which prompt is put before it and where it is truncated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Role {
-    /// Something asked.
+    /// A text to search with.
     Query,
-    /// Something that may answer.
+    /// A text to be found.
     Document,
-    /// Neither: one of two texts that are compared.
+    /// One of two texts whose similarity is asked for.
     #[value(skip)]
     Text,
 }
 
-/// A model that is used as it is, with its tokenizer.
+impl Role {
+    /// The plural of what such a text is called, for progress bars.
+    pub fn plural(self) -> &'static str {
+        match self {
+            Self::Query => "queries",
+            Self::Document => "documents",
+            Self::Text => "texts",
+        }
+    }
+}
+
+/// A model with its weights and its tokenizer, ready for inference.
 pub struct LoadedModel {
     /// The encoder.
     pub model: Model,
@@ -35,11 +46,11 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Opens a model folder, or a model by its id on the hub.
+    /// Loads a model folder, or a model by its id on the hub.
     ///
     /// # Errors
-    /// What [`hub::resolve`], [`Folder::open`], [`Model::open`] and [`Tokenizer::open`] refuse; a tokenizer that knows more
-    /// tokens than the model.
+    /// As [`hub::resolve`], [`Folder::open`], [`Model::open`] and [`Tokenizer::open`]; also if the tokenizer
+    /// has more tokens than the embedding table has rows.
     pub fn open(id_or_path: &str, options: &Options) -> Result<Self> {
         let folder = Folder::open(&hub::resolve_for(id_or_path, options.model.init)?)?;
         let tokenizer = Tokenizer::open_for(&folder.path, folder.lower_case, options.model.init)?;
@@ -47,13 +58,13 @@ impl LoadedModel {
         if tokenizer.vocabulary() > model.vocabulary() {
             let (tokens, rows) = (tokenizer.vocabulary(), model.vocabulary());
             let message =
-                format!("the tokenizer knows {tokens} tokens, the model's table has only {rows} rows");
+                format!("the tokenizer has {tokens} tokens, but the embedding table has {rows} rows");
             return Err(Error::file(&model.folder().path, message));
         }
         Ok(Self { model, tokenizer })
     }
 
-    /// With the prompts and the longest length that the model folder names, alone.
+    /// An embedder with the prompts and the maximum length of the model folder, on this rank alone.
     pub fn embedder(&self) -> Embedder<'_> {
         let folder = self.model.folder();
         let longest = folder.max_length.unwrap_or(usize::MAX).min(self.model.positions());
@@ -71,10 +82,11 @@ impl LoadedModel {
     }
 }
 
-/// Tokens of a chunk where nothing else is said: enough for full matrix products, few enough to stay in the caches.
+/// Default number of tokens in a chunk: enough for full matrix products, few enough to stay in the caches of
+/// a CPU.
 pub const DEFAULT_CHUNK_TOKENS: usize = 2048;
 
-/// Texts to show progress for: fewer are done at once.
+/// Number of texts from which a progress bar is shown.
 const PROGRESS_FROM: usize = 2000;
 
 /// Turns texts into embeddings.
@@ -84,24 +96,24 @@ pub struct Embedder<'a> {
     pub model: &'a Model,
     /// Its tokenizer.
     pub tokenizer: &'a Tokenizer,
-    /// Put before queries.
+    /// The prompt before queries.
     pub query_prompt: &'a str,
-    /// Put before documents.
+    /// The prompt before documents.
     pub document_prompt: &'a str,
-    /// Put before texts that are neither.
+    /// The prompt before [`Role::Text`].
     pub text_prompt: &'a str,
-    /// Tokens of a query at most, the prompt and special tokens included.
+    /// Maximum length of a query in tokens, with the prompt and the special tokens.
     pub max_query_length: usize,
-    /// Tokens of a document, or of any other text, at most.
+    /// Maximum length of any other text in tokens, with the prompt and the special tokens.
     pub max_document_length: usize,
-    /// Tokens that are encoded at once; a longer text is encoded alone.
+    /// Maximum number of tokens in a chunk. A longer text is a chunk alone.
     pub chunk_tokens: usize,
-    /// Who shares the work. All of them encode the same texts, and all get the embeddings.
+    /// The ranks that share the work. All of them call with the same texts, and all get all embeddings.
     pub world: World,
 }
 
 impl Embedder<'_> {
-    /// Cuts texts at `length` tokens instead of the model's own limit, where that is given.
+    /// Truncates texts at `length` tokens in place of the model's own maximum; `None` changes nothing.
     ///
     /// # Errors
     /// The model has fewer positions.
@@ -110,35 +122,31 @@ impl Embedder<'_> {
         let positions = self.model.positions();
         if length > positions {
             return Err(Error::Usage(format!(
-                "the model has {positions} positions, texts of {length} tokens do not fit"
+                "a maximum length of {length} tokens was given, but the model has {positions} positions"
             )));
         }
         (self.max_query_length, self.max_document_length) = (length, length);
         Ok(())
     }
 
-    /// (N, D) f32, in the order of the texts. Equal texts are encoded once and have the same bits.
+    /// Embeds texts: (N, D) f32 in the order of the texts, on the CPU. Equal texts are encoded once and get
+    /// the same bits.
     ///
     /// # Errors
-    /// The tokenizer knows no token of a text, or memory runs out.
+    /// A text has no tokens, or memory runs out.
     pub fn encode(&self, texts: &[impl AsRef<str>], role: Role) -> Result<Tensor> {
-        self.encode_with_progress(texts, role, &mut self.progress(role, texts.len()))
+        self.encode_with_progress(texts, role, &mut self.progress(role.plural(), texts.len()))
     }
 
-    /// What shows how far `count` texts have come, where they are many; on the first rank alone.
-    pub fn progress(&self, role: Role, count: usize) -> Option<Progress> {
-        let what = match role {
-            Role::Query => "queries",
-            Role::Document => "documents",
-            Role::Text => "texts",
-        };
+    /// A progress bar for `count` texts or rows, if they are many; on the first rank alone.
+    pub fn progress(&self, what: &'static str, count: usize) -> Option<Progress> {
         (count >= PROGRESS_FROM && self.world.first()).then(|| Progress::new(what, count as u64, 0))
     }
 
-    /// As [`encode`](Self::encode), the texts being some of those that `progress` counts.
+    /// As [`encode`](Self::encode), for a part of the texts that `progress` counts.
     ///
     /// # Errors
-    /// As there.
+    /// As [`encode`](Self::encode).
     pub fn encode_with_progress(
         &self,
         texts: &[impl AsRef<str>],
@@ -152,8 +160,8 @@ impl Embedder<'_> {
         };
         let (unique, places) = unique_texts(texts);
         let include_prompt = self.model.folder().include_prompt;
-        // Ranks share the tokenising by the bytes, then whole chunks by their tokens: a text stands in the same chunk, and has
-        // the same bits, however many they are.
+        // The ranks balance the tokenising by bytes, then whole chunks by tokens. So a text is in the same
+        // chunk, and has the same bits, for any number of ranks.
         let lengths: Vec<usize> = unique.iter().map(|text| text.len()).collect();
         let share = Share::deal(&lengths, self.world.size());
         let local: Vec<&str> = share.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
@@ -171,7 +179,7 @@ impl Embedder<'_> {
             local.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
             heartbeat::beat();
             if let Some(progress) = progress {
-                // The other ranks have come about as far.
+                // The other ranks have done about as much.
                 let chunk = (chunk.len() * self.world.size()) as u64;
                 progress.advance(chunk.min((done + unique.len() as u64).saturating_sub(progress.position())));
             }
@@ -196,7 +204,7 @@ impl Embedder<'_> {
     }
 }
 
-/// Each text once, and for each text its place among them.
+/// The distinct texts in order of first occurrence, and for each text its index among them.
 fn unique_texts<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
     let mut known = HashMap::with_capacity(texts.len());
     let mut unique = Vec::new();
@@ -210,7 +218,7 @@ fn unique_texts<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
     (unique, places)
 }
 
-/// The sequence itself; its place stays empty.
+/// Moves a sequence out of a list and leaves an empty one.
 fn take_sequence(sequence: &mut Sequence) -> Sequence {
     Sequence { ids: std::mem::take(&mut sequence.ids), skip: sequence.skip }
 }

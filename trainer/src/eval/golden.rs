@@ -1,9 +1,11 @@
 //! What sentence-transformers computed (tests/golden/metrics.json, written by scripts/reference/metrics.py).
 
+use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::Scores;
 use super::retrieval::Retrieval;
+use crate::Result;
 
 pub(super) fn read() -> Value {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/metrics.json");
@@ -40,4 +42,25 @@ pub(super) fn assert_scores(scores: &Scores, golden: &Value) {
         // Accuracies of triplets are a mean in f32 there.
         assert!((score - expected.as_f64().unwrap()).abs() < 1e-6, "{metric}: {score}, expected {expected}");
     }
+}
+
+/// Texts that stand for the rows of a matrix: `a0`, `a1`, …
+pub(super) fn texts(letter: &str, count: usize) -> Vec<String> {
+    (0..count).map(|i| format!("{letter}{i}")).collect()
+}
+
+/// The rows that such texts stand for, among matrices by their letters: (texts, D).
+pub(super) fn rows(matrices: &[(&str, Vec<Vec<f32>>)], texts: &[String]) -> Result<Tensor> {
+    let row = |text: &String| {
+        let (_, matrix) = matrices.iter().find(|(letter, _)| text.starts_with(letter)).unwrap();
+        matrix[text[1..].parse::<usize>().unwrap()].clone()
+    };
+    let rows: Vec<_> = texts.iter().map(row).collect();
+    Ok(Tensor::from_vec(rows.concat(), (rows.len(), rows[0].len()), &Device::Cpu)?)
+}
+
+/// The first line of a CSV file with these columns.
+pub(super) fn csv_header(columns: Vec<(String, String)>) -> String {
+    let headings: Vec<_> = columns.into_iter().map(|(heading, _)| heading).collect();
+    format!("epoch,steps,{}", headings.join(","))
 }

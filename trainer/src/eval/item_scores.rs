@@ -1,8 +1,9 @@
-//! What single queries, triplets and pairs add to a set's metrics: enough to compute these for any resample of them.
+//! The scores of single queries, triplets, pairs and rows, from which the metrics of any resample of a set
+//! are computed.
 
 use super::Scores;
 
-/// The metrics of a set as a function of its items.
+/// The scores of a set's items, and how metrics follow from them.
 #[derive(Clone, Debug)]
 pub struct ItemScores {
     names: Vec<String>,
@@ -12,15 +13,15 @@ pub struct ItemScores {
 
 #[derive(Clone, Debug)]
 enum Aggregate {
-    /// (items, metrics): every metric is the mean of its column.
+    /// (items, metrics). Every metric is the mean of its column.
     Mean(Vec<f64>),
-    /// (items, metrics − 1): the same, and the last metric is the largest of the others.
+    /// (items, metrics − 1). As `Mean`, and the last metric is the largest of the others.
     MeanAndMax(Vec<f64>),
-    /// Pearson's and Spearman's correlation of two columns.
+    /// Pearson's and Spearman's correlation of two columns (items).
     Correlation([SortedValues; 2]),
 }
 
-/// Numbers, and their indices in ascending order.
+/// Values, and their indices in ascending order of the values.
 #[derive(Clone, Debug)]
 struct SortedValues {
     values: Vec<f64>,
@@ -28,36 +29,37 @@ struct SortedValues {
 }
 
 impl ItemScores {
-    /// `values` (items, names): metrics that are means over the items.
+    /// Metrics that are means over the items. `values`: (items, names).
     pub(super) fn means(names: Vec<String>, values: Vec<f64>) -> Self {
         let count = values.len() / names.len();
         Self { names, count, values: Aggregate::Mean(values) }
     }
 
-    /// As [`means`](Self::means), with one name more: the largest of these metrics.
+    /// As [`means`](Self::means), with one more name, that of the largest metric. `values`: (items, names −
+    /// 1).
     pub(super) fn with_largest(names: Vec<String>, values: Vec<f64>) -> Self {
         let count = values.len() / (names.len() - 1);
         Self { names, count, values: Aggregate::MeanAndMax(values) }
     }
 
-    /// Pearson's correlation of `expected` and `found`, then Spearman's.
+    /// Pearson's and Spearman's correlation of two columns (items).
     pub(super) fn correlations(names: [String; 2], expected: Vec<f64>, found: Vec<f64>) -> Self {
         let count = found.len();
         let values = Aggregate::Correlation([SortedValues::new(expected), SortedValues::new(found)]);
         Self { names: names.into(), count, values }
     }
 
-    /// How many queries, triplets or pairs there are.
+    /// The number of items.
     pub fn count(&self) -> usize {
         self.count
     }
 
-    /// What the metrics are called, without the set.
+    /// The names of the metrics, without the set's name.
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The metrics in order, item i being there `counts[i]` times.
+    /// The metrics in order, of a resample that has item i `counts[i]` times.
     pub fn metrics(&self, counts: &[u32]) -> Vec<f64> {
         match &self.values {
             Aggregate::Mean(values) => means(values, counts),
@@ -75,13 +77,19 @@ impl ItemScores {
         }
     }
 
-    /// The metrics by name.
+    /// The metrics of the whole set by name.
     pub(super) fn scores(&self) -> Scores {
         self.names.iter().cloned().zip(self.metrics(&vec![1; self.count])).collect()
     }
 }
 
-/// SortedValues means of `values` (items, metrics).
+/// The rank of each value, from 1. Equal values share the mean of their ranks; NaN anywhere makes every rank
+/// NaN.
+pub(super) fn ranks(values: &[f64]) -> Vec<f64> {
+    SortedValues::new(values.to_vec()).ranks(&vec![1; values.len()])
+}
+
+/// The means of the columns of `values` (items, metrics).
 fn means(values: &[f64], counts: &[u32]) -> Vec<f64> {
     let mut sums = vec![0.0; values.len() / counts.len()];
     for (row, &count) in values.chunks_exact(sums.len()).zip(counts).filter(|(_, count)| **count > 0) {
@@ -95,7 +103,7 @@ fn total(counts: &[u32]) -> f64 {
     counts.iter().map(|&count| f64::from(count)).sum()
 }
 
-/// Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²); not a number where either is constant.
+/// Pearson's correlation Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²); NaN if either is constant.
 fn pearson(x: &[f64], y: &[f64], counts: &[u32]) -> f64 {
     let all = total(counts);
     let mean = |x: &[f64]| x.iter().zip(counts).map(|(x, &count)| f64::from(count) * x).sum::<f64>() / all;
@@ -117,8 +125,7 @@ impl SortedValues {
         Self { values, order }
     }
 
-    /// The place of each value among all, from 1, each there as often as `counts` says; equal values share the mean of their
-    /// places. Among values that are no numbers nothing has a place.
+    /// As [`ranks`], if value i occurs `counts[i]` times.
     fn ranks(&self, counts: &[u32]) -> Vec<f64> {
         let value = |index: u32| self.values[index as usize];
         if self.values.iter().any(|value| value.is_nan()) {

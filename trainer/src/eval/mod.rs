@@ -1,168 +1,208 @@
-//! How good a model is, on sets of texts kept apart for that.
+//! Evaluation: how good a model is on texts that it is not trained on.
 //!
-//! Metrics, their names and the CSV files are those of sentence-transformers 6.
+//! Metrics, their names and the CSV files are those of sentence-transformers 6. Each kind of evaluation has a
+//! file here, which describes it in a `static KIND` and implements [`Task`] for its sets; [`EvalSpec::of`]
+//! lists all kinds.
 
 mod bootstrap;
 pub mod compare;
 pub mod embed;
+pub mod examples;
 mod item_scores;
+mod loss;
 pub mod nano;
 pub(crate) mod open;
-mod pairwise;
-pub mod rankings;
 mod retrieval;
 pub mod samples;
+mod scores;
+mod similarity;
+mod triplet;
 
 #[cfg(test)]
 mod golden;
 
+use std::fmt;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 
-use serde::ser::{Serialize, SerializeMap, Serializer};
-
 pub use self::bootstrap::{Bootstrap, CONFIDENCE, confidence_interval};
+pub use self::examples::Examples;
 pub use self::item_scores::ItemScores;
-use self::pairwise::{Similarity, Triplets};
-use self::rankings::Ranking;
-use self::retrieval::Retrieval;
-use crate::config::{EvaluationKind, EvaluationSet};
-use crate::eval::embed::{Embedder, Role};
+pub use self::scores::{Scores, is_better, lower_is_better};
+use crate::config::{Config, EvaluationKind, EvaluationSet, RowKind};
+use crate::data::reader;
+use crate::eval::embed::Embedder;
 use crate::{Error, Result, hub};
 
-/// Texts that a model is measured on.
+/// What is known about a kind of evaluation without any set of it.
+pub(crate) struct EvalSpec {
+    /// The plural of what is counted in a set: `queries`.
+    items: &'static str,
+    /// The metric that stands for the others, without a set's name.
+    pub(crate) primary_metric: &'static str,
+    /// The names of all metrics without a set's name, in their order.
+    metric_names: fn() -> Vec<String>,
+    /// The CSV file that sentence-transformers writes, if it does.
+    csv: Option<CsvFile>,
+    /// Reads a set at a path that exists. The configuration is that of the run, or the default one.
+    open: fn(&Path, &EvaluationSet, &Config) -> Result<Box<dyn Task>>,
+}
+
+/// A CSV file of sentence-transformers.
+struct CsvFile {
+    /// How its name begins.
+    prefix: &'static str,
+    /// The headings of its columns, each with the name of the metric below it.
+    columns: fn() -> Vec<(String, String)>,
+}
+
+impl EvalSpec {
+    /// The description of a kind.
+    pub(crate) fn of(kind: EvaluationKind) -> &'static Self {
+        match kind {
+            EvaluationKind::Retrieval => &retrieval::KIND,
+            EvaluationKind::Triplet => &triplet::KIND,
+            EvaluationKind::Similarity => &similarity::KIND,
+            EvaluationKind::Loss => &loss::KIND,
+        }
+    }
+}
+
+/// The texts of a set, and what a good model does with them.
+trait Task: fmt::Debug + Send + Sync {
+    /// Embeds the texts and computes the metrics, without the set's name.
+    fn evaluate(&self, embedder: &Embedder) -> Result<EvalOutput>;
+}
+
+/// A set of texts that models are evaluated on.
 #[derive(Debug)]
 pub struct EvalSet {
     name: String,
-    task: Task,
+    kind: EvaluationKind,
+    task: Box<dyn Task>,
 }
 
-#[derive(Debug)]
-enum Task {
-    Retrieval(Retrieval),
-    Triplets(Triplets),
-    Similarity(Similarity),
-}
-
-/// What a model does on a set.
+/// The result of a model on a set.
 #[derive(Clone, Debug)]
 pub struct EvalOutput {
     /// The metrics by name. [`EvalSet::evaluate`] puts the set's name before each.
     pub scores: Scores,
-    /// What each query, triplet or pair adds to them.
+    /// What each query, triplet, pair or row contributes to the metrics.
     pub items: ItemScores,
-    /// What a few queries find; nothing but for retrieval.
-    pub rankings: Vec<Ranking>,
+    /// Some of the items, for people to read.
+    pub examples: Examples,
 }
 
 impl EvalOutput {
-    fn new(items: ItemScores, rankings: Vec<Ranking>) -> Self {
-        Self { scores: items.scores(), items, rankings }
+    fn new(items: ItemScores, examples: Examples) -> Self {
+        Self { scores: items.scores(), items, examples }
     }
 }
 
 impl EvalSet {
-    /// Reads a set into memory. Without a name it gets that of its folder or file.
+    /// Reads a set into memory. Without a name it is called as its folder or file, without a kind it has that
+    /// of its columns.
+    ///
+    /// `kind: loss` takes the loss, the batch size and the number of negatives from `config`; other kinds do
+    /// not use it.
     ///
     /// # Errors
-    /// Nothing there, a malformed row, an id in the qrels that has no text, a corpus of one document.
-    pub fn open(set: &EvaluationSet) -> Result<Self> {
+    /// There is no such set; a row is malformed; the qrels name an id that has no text; the corpus has one
+    /// document.
+    pub fn open(set: &EvaluationSet, config: &Config) -> Result<Self> {
         let path = &hub::data_file(&set.path)?;
         if !path.exists() {
             return Err(Error::file(path, "no such evaluation set"));
         }
-        let task = match set.kind {
-            EvaluationKind::Retrieval if path.is_dir() => {
-                Task::Retrieval(open::beir(path, set.split.as_deref())?)
-            }
-            EvaluationKind::Retrieval => Task::Retrieval(open::pairs(path)?),
-            kind if path.is_dir() => {
-                return Err(Error::file(
-                    path,
-                    format!("is a folder; a set of kind {kind} is a file of rows"),
-                ));
-            }
-            EvaluationKind::Triplet => Task::Triplets(open::triplets(path)?),
-            EvaluationKind::Similarity => Task::Similarity(open::similarity(path)?),
+        let kind = match set.kind {
+            Some(kind) => kind,
+            None => kind_of(path)?,
         };
         let name = if set.name.is_empty() { default_name(path) } else { set.name.clone() };
-        Ok(Self { name, task })
+        Ok(Self { name, kind, task: (EvalSpec::of(kind).open)(path, set, config)? })
     }
 
-    /// The first part of its metrics' names.
+    /// The first part of the names of its metrics.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Embeds the set's texts and measures.
+    /// What is measured.
+    pub fn kind(&self) -> EvaluationKind {
+        self.kind
+    }
+
+    /// Embeds the set's texts and computes the metrics.
     ///
     /// # Errors
     /// As [`Embedder::encode`].
     pub fn evaluate(&self, embedder: &Embedder) -> Result<EvalOutput> {
-        let mut output = match &self.task {
-            Task::Retrieval(set) => {
-                let mut documents = embedder.progress(Role::Document, set.documents());
-                set.evaluate(|texts, role| match role {
-                    Role::Document => embedder.encode_with_progress(texts, role, &mut documents),
-                    _ => embedder.encode(texts, role),
-                })
-            }
-            Task::Triplets(set) => set.evaluate(|texts, role| embedder.encode(texts, role)),
-            Task::Similarity(set) => set.evaluate(|texts, role| embedder.encode(texts, role)),
-        }?;
-        let named = |(metric, score)| (format!("{}_{metric}", self.name), score);
-        output.scores = output.scores.into_iter().map(named).collect();
+        let mut output = self.task.evaluate(embedder)?;
+        output.scores =
+            output.scores.into_iter().map(|(metric, score)| (self.metric_name(&metric), score)).collect();
         Ok(output)
     }
 
-    /// What [`EvalOutput::scores`] will hold.
+    /// The names in [`EvalOutput::scores`], in their order.
     pub fn metric_names(&self) -> impl Iterator<Item = String> {
-        let names = match &self.task {
-            Task::Retrieval(_) => retrieval::names(),
-            Task::Triplets(_) => Triplets::names(),
-            Task::Similarity(_) => Similarity::names().into(),
-        };
-        names.into_iter().map(|metric| format!("{}_{metric}", self.name))
-    }
-
-    /// What is counted in it.
-    pub fn item_noun(&self) -> &'static str {
-        match &self.task {
-            Task::Retrieval(_) => "queries",
-            Task::Triplets(_) => "triplets",
-            Task::Similarity(_) => "pairs",
-        }
+        (EvalSpec::of(self.kind).metric_names)().into_iter().map(|metric| self.metric_name(&metric))
     }
 
     /// The metric that stands for the others.
     pub fn primary_metric(&self) -> String {
-        let metric = match &self.task {
-            Task::Retrieval(_) => "cosine_ndcg@10",
-            Task::Triplets(_) => "max_accuracy",
-            Task::Similarity(_) => "spearman_cosine",
-        };
+        self.metric_name(EvalSpec::of(self.kind).primary_metric)
+    }
+
+    fn metric_name(&self, metric: &str) -> String {
         format!("{}_{metric}", self.name)
     }
 
-    /// Adds a row to sentence-transformers' CSV file for this set in `folder`; epoch and steps are −1, as they are there
-    /// outside of a training.
+    /// The plural of what is counted in it: `queries`.
+    pub fn item_noun(&self) -> &'static str {
+        EvalSpec::of(self.kind).items
+    }
+
+    /// Adds a row to sentence-transformers' CSV file for this set in `folder`, if it has one for the set's
+    /// kind. Epoch and steps are −1, which is what it writes outside of a training.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn append_csv(&self, folder: &Path, scores: &Scores) -> Result<()> {
-        let (file, columns) = match &self.task {
-            Task::Retrieval(_) => ("Information-Retrieval_evaluation", retrieval::columns()),
-            Task::Triplets(_) => ("triplet_evaluation", Triplets::columns()),
-            Task::Similarity(_) => ("similarity_evaluation", Similarity::columns()),
-        };
-        append_csv_row(
-            &folder.join(format!("{file}_{}_results.csv", self.name)),
-            &self.name,
-            &columns,
-            scores,
-        )
+        let Some(CsvFile { prefix, columns }) = &EvalSpec::of(self.kind).csv else { return Ok(()) };
+        let path = folder.join(format!("{prefix}_{}_results.csv", self.name));
+        append_csv_row(&path, &self.name, &columns(), scores)
     }
 }
 
-/// Adds a row to a CSV file: `columns` are its headings, each with the metric of `name` that stands below it.
+/// The kind of a set by its columns, as training infers it: scored pairs are similarity, other rows and
+/// folders retrieval.
+fn kind_of(path: &Path) -> Result<EvaluationKind> {
+    if path.is_dir() {
+        return Ok(EvaluationKind::Retrieval);
+    }
+    match reader::kind_of(path)? {
+        Ok(RowKind::Similarity) => Ok(EvaluationKind::Similarity),
+        Ok(RowKind::Labelled) => Err(Error::file(
+            path,
+            "has labelled rows (a text and a label), for which there is no metric\n\
+             hint: `kind: loss` computes the training loss on them",
+        )),
+        // Retrieval says what is wrong with columns that are ambiguous.
+        Ok(RowKind::Pairs | RowKind::Triplets) | Err(_) => Ok(EvaluationKind::Retrieval),
+    }
+}
+
+/// Opens a set that can only be a file.
+fn expect_file(path: &Path, kind: EvaluationKind) -> Result<()> {
+    if path.is_dir() {
+        return Err(Error::file(path, format!("is a folder; a set of kind {kind} is a file of rows")));
+    }
+    Ok(())
+}
+
+/// Adds a row to a CSV file. `columns` are its headings, each with the metric of the set `name` that stands
+/// below it.
 fn append_csv_row(path: &Path, name: &str, columns: &[(String, String)], scores: &Scores) -> Result<()> {
     let mut text = String::new();
     if !path.exists() {
@@ -183,7 +223,7 @@ fn append_csv_row(path: &Path, name: &str, columns: &[(String, String)], scores:
         .map_err(Error::io("write", path))
 }
 
-/// `data/qa/pairs.en.jsonl.gz` → `pairs.en`.
+/// The name of a file or folder without its endings: `data/qa/pairs.en.jsonl.gz` → `pairs.en`.
 fn default_name(path: &Path) -> String {
     let name =
         path.canonicalize().ok().as_deref().unwrap_or(path).file_name().unwrap_or_default().to_os_string();
@@ -196,73 +236,13 @@ fn default_name(path: &Path) -> String {
     name
 }
 
-/// Metrics by name, in the order in which they are shown.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Scores(Vec<(String, f64)>);
-
-impl Scores {
-    /// The metric of this name.
-    pub fn get(&self, name: &str) -> Option<f64> {
-        self.iter().find(|(other, _)| *other == name).map(|(_, score)| score)
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// All of them in order.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, f64)> {
-        self.0.iter().map(|(name, score)| (name.as_str(), *score))
-    }
-}
-
-impl FromIterator<(String, f64)> for Scores {
-    fn from_iter<I: IntoIterator<Item = (String, f64)>>(scores: I) -> Self {
-        Self(scores.into_iter().collect())
-    }
-}
-
-impl Extend<(String, f64)> for Scores {
-    fn extend<I: IntoIterator<Item = (String, f64)>>(&mut self, scores: I) {
-        self.0.extend(scores);
-    }
-}
-
-impl IntoIterator for Scores {
-    type Item = (String, f64);
-    type IntoIter = std::vec::IntoIter<(String, f64)>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
-    }
-}
-
-/// One JSON object; what is no number becomes null.
-impl Serialize for Scores {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (name, score) in self.iter() {
-            map.serialize_entry(name, &score)?;
-        }
-        map.end()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn set(path: &Path, kind: EvaluationKind) -> Result<EvalSet> {
-        EvalSet::open(&EvaluationSet { path: path.to_owned(), kind, ..EvaluationSet::default() })
-    }
-
-    #[test]
-    fn scores_are_an_object_in_their_order() {
-        let scores: Scores = [("z".to_owned(), 0.5), ("a".into(), f64::NAN)].into_iter().collect();
-        assert_eq!(serde_json::to_string(&scores).unwrap(), r#"{"z":0.5,"a":null}"#);
-        assert_eq!(scores.get("z"), Some(0.5));
-        assert_eq!(scores.get("b"), None);
+    fn open(path: &Path, kind: Option<EvaluationKind>) -> Result<EvalSet> {
+        let set = EvaluationSet { path: path.to_owned(), kind, ..EvaluationSet::default() };
+        EvalSet::open(&set, &Config::default())
     }
 
     #[test]
@@ -271,7 +251,7 @@ mod tests {
         let path = folder.path().join("pairs.en.jsonl");
         let rows = "{\"query\": \"q\", \"positive\": \"p\"}\n{\"query\": \"r\", \"positive\": \"o\"}\n";
         std::fs::write(&path, rows).unwrap();
-        let set = set(&path, EvaluationKind::Retrieval).unwrap();
+        let set = open(&path, None).unwrap();
         assert_eq!((set.name(), set.primary_metric().as_str()), ("pairs.en", "pairs.en_cosine_ndcg@10"));
         let scores: Scores =
             [("pairs.en_cosine_accuracy@1".to_owned(), 1.0), ("pairs.en_cosine_ndcg@10".into(), 0.25)]
@@ -294,9 +274,29 @@ mod tests {
     #[test]
     fn a_set_must_be_there_and_of_its_kind() {
         let folder = tempfile::tempdir().unwrap();
-        let error = set(&folder.path().join("no"), EvaluationKind::Retrieval).unwrap_err().to_string();
+        let error = open(&folder.path().join("no"), None).unwrap_err().to_string();
         assert!(error.contains("no such evaluation set"), "{error}");
-        let error = set(folder.path(), EvaluationKind::Triplet).unwrap_err().to_string();
+        let error = open(folder.path(), Some(EvaluationKind::Triplet)).unwrap_err().to_string();
         assert!(error.contains("is a folder; a set of kind triplet"), "{error}");
+    }
+
+    #[test]
+    fn the_kind_follows_from_the_columns() {
+        let folder = tempfile::tempdir().unwrap();
+        let kind = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            open(&path, None).map(|set| set.kind())
+        };
+        assert_eq!(kind("pairs.csv", "question,answer\na,b\nc,d\n").unwrap(), EvaluationKind::Retrieval);
+        let scored = "sentence1,sentence2,score\na,b,1\nc,d,0\n";
+        assert_eq!(kind("scored.csv", scored).unwrap(), EvaluationKind::Similarity);
+        let triplets = "{\"query\": \"a\", \"positive\": \"b\", \"negative\": \"c\"}\n\
+                        {\"query\": \"d\", \"positive\": \"e\", \"negative\": \"f\"}\n";
+        assert_eq!(kind("triplets.jsonl", triplets).unwrap(), EvaluationKind::Retrieval);
+        let error = kind("labelled.csv", "text,label\na,1\nb,2\n").unwrap_err().to_string();
+        assert!(error.contains("labelled rows") && error.contains("`kind: loss`"), "{error}");
+        let error = kind("judged.csv", "question,answer,label\na,b,1\nc,d,0\n").unwrap_err().to_string();
+        assert!(error.contains("has a column `label` beside two texts"), "{error}");
     }
 }

@@ -1,22 +1,23 @@
-//! The mean over Nano sets, small samples of BEIR's, as sentence-transformers 6 in its `NanoBEIREvaluator`.
+//! Means over Nano sets, as `NanoBEIREvaluator` in sentence-transformers 6.
 //!
-//! Sets of kind retrieval whose names begin with `Nano` (NanoSciFact, NanoNQ, …) belong to it. The mean over them of every
-//! metric is called `NanoBEIR_mean_…`.
+//! Retrieval sets whose names begin with `Nano` (NanoSciFact, NanoNQ, …) are Nano sets.
+//! `NanoBEIR_mean_METRIC` is the mean of a metric over them.
 
 use std::path::Path;
 
-use super::{EvalSet, Scores, Task, append_csv_row, retrieval};
+use super::{EvalSet, Scores, append_csv_row, retrieval};
 use crate::Result;
+use crate::config::EvaluationKind;
 
-/// The first part of the means' names.
+/// The first part of the names of the means.
 pub const MEAN_PREFIX: &str = "NanoBEIR_mean";
 
-/// Whether a metric is a mean over sets, not a set's own.
+/// Whether a metric is a mean over Nano sets rather than that of one set.
 pub fn is_mean_metric(metric: &str) -> bool {
     metric.starts_with(MEAN_PREFIX)
 }
 
-/// The means over the Nano sets among `sets`, each of which comes with its own scores; none without Nano sets.
+/// The means over the Nano sets among `sets`, which come with their scores. Empty if there are no Nano sets.
 pub fn mean_scores<'a>(sets: impl IntoIterator<Item = (&'a EvalSet, &'a Scores)>) -> Scores {
     let nano: Vec<_> = sets.into_iter().filter(|(set, _)| is_nano(set)).collect();
     let columns = nano.first().map(|(set, scores)| {
@@ -31,23 +32,26 @@ pub fn mean_scores<'a>(sets: impl IntoIterator<Item = (&'a EvalSet, &'a Scores)>
     columns.unwrap_or_default().into_iter().map(of).collect()
 }
 
-/// What the means are called that [`mean_scores`] will have.
+/// The names of the metrics that [`mean_scores`] returns for these sets.
 pub fn mean_metric_names<'a>(mut sets: impl Iterator<Item = &'a EvalSet>) -> Vec<String> {
-    let names = if sets.any(is_nano) { retrieval::names() } else { Vec::new() };
+    let names = if sets.any(is_nano) { retrieval::metric_names() } else { Vec::new() };
     names.into_iter().map(|metric| format!("{MEAN_PREFIX}_{metric}")).collect()
 }
 
-/// Whether a set belongs to the mean.
+/// Whether a set is a Nano set.
 pub fn is_nano(set: &EvalSet) -> bool {
-    matches!(set.task, Task::Retrieval(_)) && set.name.starts_with("Nano")
+    set.kind == EvaluationKind::Retrieval && set.name.starts_with("Nano")
 }
 
-/// Adds a row to `NanoBEIR_evaluation_mean_results.csv` in `folder`.
+/// Adds a row to `folder`/NanoBEIR_evaluation_mean_results.csv.
+///
+/// # Errors
+/// The file cannot be written.
 pub fn append_csv(folder: &Path, means: &Scores) -> Result<()> {
     append_csv_row(
         &folder.join("NanoBEIR_evaluation_mean_results.csv"),
         MEAN_PREFIX,
-        &retrieval::columns(),
+        &retrieval::csv_columns(),
         means,
     )
 }
@@ -57,12 +61,13 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
+    use crate::eval::Task;
     use crate::eval::embed::Role;
     use crate::eval::golden;
-    use crate::eval::pairwise::Triplets;
+    use crate::eval::triplet::Triplets;
 
-    fn named(name: &str, task: Task) -> EvalSet {
-        EvalSet { name: name.to_owned(), task }
+    fn named(name: &str, kind: EvaluationKind, task: impl Task + 'static) -> EvalSet {
+        EvalSet { name: name.to_owned(), kind, task: Box::new(task) }
     }
 
     /// The golden collections of retrieval, and what is found in them.
@@ -71,7 +76,7 @@ mod tests {
         let names: Vec<String> = serde_json::from_value(golden["nano"]["sets"].clone()).unwrap();
         let of = |(collection, name): (&serde_json::Value, &String)| {
             let (set, queries, documents) = golden::retrieval(collection);
-            let found = set.evaluate(|texts, role| {
+            let found = set.evaluate_with(|texts, role| {
                 let rows = if role == Role::Query { &queries } else { &documents };
                 let picked: Vec<f32> =
                     texts.iter().flat_map(|text| rows[text.parse::<usize>().unwrap()].clone()).collect();
@@ -80,7 +85,7 @@ mod tests {
             let scores = found.unwrap().scores;
             let scores =
                 scores.into_iter().map(|(metric, score)| (format!("{name}_{metric}"), score)).collect();
-            (named(name, Task::Retrieval(set)), scores)
+            (named(name, EvaluationKind::Retrieval, set), scores)
         };
         golden["retrieval"].as_array().unwrap().iter().zip(&names).map(of).collect()
     }
@@ -115,10 +120,10 @@ mod tests {
         let mut sets = measured();
         let expected = mean_scores(sets.iter().map(|(set, scores)| (set, scores)));
         let other: Scores = [("NanoNli_cosine_accuracy".to_owned(), 1.0)].into_iter().collect();
-        sets.insert(0, (named("NanoNli", Task::Triplets(Triplets::default())), other));
+        sets.insert(0, (named("NanoNli", EvaluationKind::Triplet, Triplets::default()), other));
         let (retrieval, ..) = golden::retrieval(&golden::read()["retrieval"][1]);
         let scores = [("nano_cosine_ndcg@10".to_owned(), 1.0)].into_iter().collect();
-        sets.push((named("nano", Task::Retrieval(retrieval)), scores));
+        sets.push((named("nano", EvaluationKind::Retrieval, retrieval), scores));
         assert_eq!(mean_scores(sets.iter().map(|(set, scores)| (set, scores))), expected);
         assert!(mean_scores(sets[..1].iter().map(|(set, scores)| (set, scores))).is_empty());
         assert!(is_mean_metric("NanoBEIR_mean_cosine_ndcg@10") && !is_mean_metric("NanoNQ_cosine_ndcg@10"));

@@ -1,18 +1,17 @@
-//! Reading evaluation sets: BEIR folders, and files of pairs, triplets and scored pairs.
+//! Reads retrieval sets: BEIR folders and files of pairs.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::pairwise::{Similarity, Triplets};
 use super::retrieval::Retrieval;
 use crate::config::RowKind;
 use crate::data::reader::{self, Source};
 use crate::{Error, Result};
 
-/// Whatever the model, that one would be found.
-const ONE_DOCUMENT: &str = "has one document only, expected two or more: there is nothing to tell it from";
+/// Any model finds the only document.
+const ONE_DOCUMENT: &str = "has one document only, expected two or more: every query would find it";
 
 /// A BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/SPLIT.tsv`. What has a score above 0 is relevant.
 pub(super) fn beir(folder: &Path, split: Option<&str>) -> Result<Retrieval> {
@@ -77,7 +76,7 @@ fn for_each_id(numbers: HashMap<String, u32>, mut each: impl FnMut(String, u32))
     }
 }
 
-/// A file of pairs as a set of its own: every distinct query is asked, every distinct positive is a document.
+/// Reads a file of pairs: its distinct queries are the queries, its distinct positives the documents.
 pub(super) fn pairs(path: &Path) -> Result<Retrieval> {
     let source = Source::answers(path, RowKind::Pairs)?;
     let (mut queries, mut documents) = (Numbered::default(), Numbered::default());
@@ -96,65 +95,6 @@ pub(super) fn pairs(path: &Path) -> Result<Retrieval> {
     // Ids whose order as strings is that of the file.
     let ids: Vec<_> = (0..documents.texts.len()).map(|number| format!("{number:010}")).collect();
     Ok(Retrieval::new(queries.texts, documents.texts, &ids, relevant))
-}
-
-/// A file of triplets; a row with several positives or negatives gives each combination.
-pub(super) fn triplets(path: &Path) -> Result<Triplets> {
-    let source = Source::answers(path, RowKind::Triplets)?;
-    let mut set = Triplets::default();
-    for index in 0..source.len() {
-        let row = source.row(index)?;
-        if row.negatives.is_empty() {
-            return Err(source.error(index, "has no negative"));
-        }
-        for positive in &row.positives {
-            for negative in &row.negatives {
-                set.anchors.push(row.query.clone());
-                set.positives.push(positive.clone());
-                set.negatives.push(negative.clone());
-            }
-        }
-    }
-    Ok(set)
-}
-
-/// A file of `sentence1`, `sentence2`, `score`.
-pub(super) fn similarity(path: &Path) -> Result<Similarity> {
-    let mut set = Similarity::default();
-    reader::objects(path, |line, row| {
-        let wrong = |message: String| Error::Row { path: path.to_owned(), line, message };
-        let text = |names: [&str; 2]| match field(&row, &names) {
-            Some((_, Value::String(text))) => Ok(text.clone()),
-            Some((name, _)) => Err(wrong(format!("`{name}` is no text"))),
-            None => Err(wrong(format!("has no `{}`", names[0]))),
-        };
-        let (first, second) = (text(["sentence1", "s1"])?, text(["sentence2", "s2"])?);
-        let score = match field(&row, &["score", "similarity"]) {
-            None => return Err(wrong("has no `score`".into())),
-            Some((name, value)) => value
-                .as_f64()
-                .or_else(|| value.as_str()?.trim().parse().ok())
-                .filter(|score| score.is_finite())
-                .ok_or_else(|| wrong(format!("`{name}` is {value}, expected a number")))?,
-        };
-        set.first.push(first);
-        set.second.push(second);
-        set.scores.push(score);
-        Ok(())
-    })?;
-    if set.scores.len() < 2 {
-        return Err(Error::file(path, "has fewer than two rows: no correlation"));
-    }
-    Ok(set)
-}
-
-/// The first field with one of these names, in any case, `_` and `-` left aside.
-fn field<'a>(row: &'a Map<String, Value>, names: &[&str]) -> Option<(&'a str, &'a Value)> {
-    let bare = |name: &str| name.to_ascii_lowercase().replace(['_', '-', ' '], "");
-    names
-        .iter()
-        .find_map(|wanted| row.iter().find(|(name, _)| bare(name) == *wanted))
-        .map(|(n, v)| (n.as_str(), v))
 }
 
 /// Texts, each once, in the order in which they first came.
@@ -281,7 +221,7 @@ mod tests {
     /// All that reach the encoder: queries, then documents in the order of their ids.
     fn asked(set: &Retrieval) -> Vec<Vec<String>> {
         let mut seen = Vec::new();
-        set.evaluate(|texts, _| {
+        set.evaluate_with(|texts, _| {
             seen.push(texts.to_vec());
             Ok(Tensor::ones((texts.len(), 2), candle_core::DType::F32, &Device::Cpu)?)
         })
@@ -303,8 +243,9 @@ mod tests {
             [vec!["second".to_owned()], vec![String::new(), "T  one".into(), "two".into()]]
         );
         // All scores are equal: 7, a, b by their ids.
-        let scores = set
-            .evaluate(|texts, _| Ok(Tensor::ones((texts.len(), 2), candle_core::DType::F32, &Device::Cpu)?));
+        let scores = set.evaluate_with(|texts, _| {
+            Ok(Tensor::ones((texts.len(), 2), candle_core::DType::F32, &Device::Cpu)?)
+        });
         let scores = scores.unwrap().scores;
         assert_eq!(scores.iter().find(|(name, _)| *name == "cosine_mrr@10").unwrap().1, 0.5);
         assert_eq!(asked(&beir(folder.path(), Some("train")).unwrap())[0], ["first"]);
@@ -370,25 +311,5 @@ mod tests {
             assert!(error.contains(&format!("has a column `{column}` beside two texts")), "{error}");
             assert!(error.contains("keep the rows that do"), "{error}");
         }
-    }
-
-    #[test]
-    fn triplets_and_scored_pairs_are_read() {
-        let folder = folder(&[
-            ("t.jsonl", r#"{"anchor": "a", "positive": "p", "negatives": ["m", "n"]}"#),
-            ("none.jsonl", r#"{"anchor": "a", "positive": "p", "negatives": []}"#),
-            ("s.csv", "Sentence_1,sentence2,score\na,b,4.5\nc,d,0\n"),
-            ("bad.jsonl", "{\"s1\": \"a\", \"s2\": \"b\", \"score\": \"x\"}\n"),
-        ]);
-        let at = |name: &str| folder.path().join(name);
-        let set = triplets(&at("t.jsonl")).unwrap();
-        assert_eq!((set.anchors, set.negatives), (vec!["a".to_owned(); 2], vec!["m".to_owned(), "n".into()]));
-        assert!(
-            triplets(&at("none.jsonl")).unwrap_err().to_string().contains("none.jsonl:1: has no negative")
-        );
-        let set = similarity(&at("s.csv")).unwrap();
-        assert_eq!((set.first[1].as_str(), set.second[0].as_str(), set.scores), ("c", "b", vec![4.5, 0.0]));
-        let error = similarity(&at("bad.jsonl")).unwrap_err().to_string();
-        assert!(error.contains("bad.jsonl:1: `score` is \"x\", expected a number"), "{error}");
     }
 }

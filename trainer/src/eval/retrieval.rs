@@ -1,8 +1,8 @@
 //! Retrieval: whether queries find the documents that answer them.
 //!
-//! As sentence-transformers 6 in its `InformationRetrievalEvaluator`: cosine similarity; hits ordered by score, then by
-//! document id as a string; a document with the query's own id counts like any other. With rel the query's relevant
-//! documents and hits the k best,
+//! As `InformationRetrievalEvaluator` in sentence-transformers 6: cosine similarity; hits are ordered by
+//! score, then by document id as a string; a document with the query's own id counts like any other. With rel
+//! for the query's relevant documents and hits for the k best,
 //!
 //! ```text
 //! accuracy@k   1 if any hit is relevant                 precision@k  |hits ∩ rel| / k
@@ -11,18 +11,19 @@
 //! map@k        Σ precision@rank over the relevant hits, divided by min(|rel|, k)
 //! ```
 //!
-//! each as the mean over the queries. Neither the matrix of all scores (Q, C) nor, of a large corpus, all embeddings exist at
-//! once: documents are embedded portion by portion, and [`TopK`] keeps the 100 best of each query.
+//! each as the mean over the queries. Neither the matrix of all scores (Q, C) nor all embeddings of a large
+//! corpus are in memory at once: documents are embedded in portions, and [`TopK`] keeps the 100 best of each
+//! query.
 
 use std::mem;
 
 use candle_core::Tensor;
 use kernels::topk::{Hit, TopK};
 
-use super::rankings::{self, Hit as Shown, Ranking};
-use super::{EvalOutput, ItemScores};
+use super::embed::{Embedder, Role};
+use super::examples::{Candidate, Example, shortened};
+use super::{CsvFile, EvalOutput, EvalSpec, Examples, ItemScores, Task, open};
 use crate::Result;
-use crate::eval::embed::Role;
 
 const ACCURACY_AT: [usize; 4] = [1, 3, 5, 10];
 const PRECISION_RECALL_AT: [usize; 4] = [1, 3, 5, 10];
@@ -30,22 +31,38 @@ const NDCG_AT: usize = 10;
 const MRR_AT: usize = 10;
 const MAP_AT: usize = 100;
 
-/// Documents that are embedded at once, and the bytes of their embeddings: what is sorted by length, and what is in memory.
+/// Maximum number of documents in a portion, and maximum bytes of their embeddings.
 const PORTION: usize = 50_000;
 const PORTION_BYTES: usize = 256 << 20;
 
-/// Queries, documents, and which answers which.
+/// Hits of a query that an example shows.
+const SHOWN_HITS: usize = 5;
+
+pub(super) static KIND: EvalSpec = EvalSpec {
+    items: "queries",
+    primary_metric: "cosine_ndcg@10",
+    metric_names,
+    csv: Some(CsvFile { prefix: "Information-Retrieval_evaluation", columns: csv_columns }),
+    open: |path, set, _| {
+        Ok(Box::new(match path.is_dir() {
+            true => open::beir(path, set.split.as_deref())?,
+            false => open::pairs(path)?,
+        }))
+    },
+};
+
+/// Queries, documents, and which documents are relevant to which query.
 #[derive(Debug)]
 pub(super) struct Retrieval {
     queries: Vec<String>,
-    /// In the order of their ids: of equal scores the lower number comes first, and so the lower id.
+    /// In the order of their ids: among equal scores the lower number comes first, and so the lower id.
     documents: Vec<String>,
     relevant: Vec<Vec<u32>>,
 }
 
 impl Retrieval {
-    /// `ids` are the documents'. `relevant` holds, for each query, the indices of its documents; queries without any are
-    /// left out.
+    /// A set of queries, and documents with their ids. `relevant` has for each query the indices of its
+    /// relevant documents; queries without any are dropped.
     pub(super) fn new(
         queries: Vec<String>,
         mut documents: Vec<String>,
@@ -74,29 +91,25 @@ impl Retrieval {
         Self { queries, documents, relevant }
     }
 
-    /// Queries that have an answer.
+    /// The number of queries that have a relevant document.
     pub(super) fn queries(&self) -> usize {
         self.queries.len()
     }
 
-    /// Documents that are looked through.
-    pub(super) fn documents(&self) -> usize {
-        self.documents.len()
-    }
-
-    /// What each query finds. `encode` embeds texts: (N, D).
-    pub(super) fn evaluate(
+    /// The metrics. `encode` embeds texts: (N, D).
+    pub(super) fn evaluate_with(
         &self,
         encode: impl FnMut(&[String], Role) -> Result<Tensor>,
     ) -> Result<EvalOutput> {
         let lists = self.search(encode, PORTION)?;
         let values =
             lists.iter().zip(&self.relevant).flat_map(|(list, all)| metrics(&ranks(list, all), all.len()));
-        let items = ItemScores::means(names(), values.collect());
-        Ok(EvalOutput::new(items, self.rankings(&lists)))
+        let items = ItemScores::means(metric_names(), values.collect());
+        let example = |query: usize| self.example(query, &lists[query]);
+        Ok(EvalOutput::new(items, Examples::new("nDCG@10", false, lists.len(), example)))
     }
 
-    /// The hits of each query, best first; documents are embedded `portion` at once, or fewer.
+    /// The hits of each query, best first. At most `portion` documents are embedded at once.
     fn search(
         &self,
         mut encode: impl FnMut(&[String], Role) -> Result<Tensor>,
@@ -112,36 +125,46 @@ impl Retrieval {
         Ok(best.finish())
     }
 
-    /// What a few queries find, spread evenly over all.
-    fn rankings(&self, lists: &[Vec<Hit>]) -> Vec<Ranking> {
-        let of = |query: usize| {
-            let (list, all) = (&lists[query], &self.relevant[query]);
-            let ranks = ranks(list, all);
-            let hits = list.iter().take(rankings::HITS).map(|hit| Shown {
-                text: rankings::short(&self.documents[hit.document as usize]),
-                score: hit.score,
-                relevant: all.binary_search(&hit.document).is_ok(),
-            });
-            Ranking {
-                query: rankings::short(&self.queries[query]),
-                relevant: all.len(),
-                first: ranks.first().copied(),
-                ndcg: ndcg(&ranks, all.len()),
-                hits: hits.collect(),
-            }
+    /// A query with its best hits.
+    fn example(&self, query: usize, list: &[Hit]) -> Example {
+        let relevant = &self.relevant[query];
+        let ranks = ranks(list, relevant);
+        let documents = if relevant.len() == 1 { "document" } else { "documents" };
+        let first = match ranks.first() {
+            Some(rank) => format!("first at rank {rank}"),
+            None => format!("none among the first {MAP_AT}"),
         };
-        let (many, shown) = (self.queries.len(), rankings::QUERIES.min(self.queries.len()));
-        (0..shown).map(|n| of(n * many / shown)).collect()
+        let hits = list.iter().take(SHOWN_HITS).map(|hit| {
+            let text = &self.documents[hit.document as usize];
+            Candidate::new(text, f64::from(hit.score), relevant.binary_search(&hit.document).is_ok())
+        });
+        Example {
+            text: shortened(&self.queries[query]),
+            value: ndcg(&ranks, relevant.len()),
+            note: format!("{} relevant {documents}, {first}", relevant.len()),
+            candidates: hits.collect(),
+        }
     }
 }
 
-/// The ranks, from 1, of a query's relevant hits.
+impl Task for Retrieval {
+    fn evaluate(&self, embedder: &Embedder) -> Result<EvalOutput> {
+        let mut documents = embedder.progress(Role::Document.plural(), self.documents.len());
+        self.evaluate_with(|texts, role| match role {
+            Role::Document => embedder.encode_with_progress(texts, role, &mut documents),
+            _ => embedder.encode(texts, role),
+        })
+    }
+}
+
+/// The ranks from 1 of the relevant documents among a query's hits.
 fn ranks(list: &[Hit], relevant: &[u32]) -> Vec<usize> {
     let hits = list.iter().enumerate().filter(|(_, hit)| relevant.binary_search(&hit.document).is_ok());
     hits.map(|(place, _)| place + 1).collect()
 }
 
-/// A query's metrics, in the order of their names: the ranks of its relevant hits, and how many documents are relevant.
+/// A query's metrics in the order of their names, from the ranks of its relevant hits and its number of
+/// relevant documents.
 fn metrics(ranks: &[usize], relevant: usize) -> Vec<f64> {
     let hits = |k: usize| ranks.iter().filter(|&&rank| rank <= k).count() as f64;
     let precisions = ranks.iter().enumerate().map(|(place, &rank)| (place + 1) as f64 / rank as f64);
@@ -151,7 +174,7 @@ fn metrics(ranks: &[usize], relevant: usize) -> Vec<f64> {
     metrics.extend(PRECISION_RECALL_AT.map(|k| hits(k) / relevant as f64));
     metrics.push(ndcg(ranks, relevant));
     metrics.push(ranks.first().filter(|&&rank| rank <= MRR_AT).map_or(0.0, |&rank| 1.0 / rank as f64));
-    // The sum of nothing is −0.
+    // An empty sum is −0.
     metrics.push((precisions.sum::<f64>() + 0.0) / relevant.min(MAP_AT) as f64);
     metrics
 }
@@ -162,8 +185,8 @@ fn ndcg(ranks: &[usize], relevant: usize) -> f64 {
     (found + 0.0) / (1..=NDCG_AT.min(relevant)).map(gain).sum::<f64>()
 }
 
-/// What the metrics are called, in the order in which sentence-transformers returns them.
-pub(super) fn names() -> Vec<String> {
+/// The names of the metrics, in the order in which sentence-transformers returns them.
+pub(super) fn metric_names() -> Vec<String> {
     let at = |name: &'static str, ks: &'static [usize]| ks.iter().map(move |k| format!("cosine_{name}@{k}"));
     let mut names: Vec<_> = at("accuracy", &ACCURACY_AT).collect();
     names.extend(at("precision", &PRECISION_RECALL_AT).chain(at("recall", &PRECISION_RECALL_AT)));
@@ -171,8 +194,8 @@ pub(super) fn names() -> Vec<String> {
     names
 }
 
-/// The columns of sentence-transformers' CSV: a heading, and the metric that stands below it.
-pub(super) fn columns() -> Vec<(String, String)> {
+/// The columns of sentence-transformers' CSV: a heading, and the metric below it.
+pub(super) fn csv_columns() -> Vec<(String, String)> {
     let column =
         |title: &str, name: &str, k: usize| (format!("cosine-{title}@{k}"), format!("cosine_{name}@{k}"));
     let mut columns: Vec<_> = ACCURACY_AT.iter().map(|&k| column("Accuracy", "accuracy", k)).collect();
@@ -187,7 +210,7 @@ pub(super) fn columns() -> Vec<(String, String)> {
     columns
 }
 
-/// Rows scaled to length one, x / max(‖x‖, 1e-12), end to end; and their width.
+/// The rows of x (N, D) scaled to length one, x / max(‖x‖, 1e-12), end to end, and D.
 fn unit(x: &Tensor) -> Result<(Vec<f32>, usize)> {
     let norm = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?;
     Ok((x.broadcast_div(&norm)?.flatten_all()?.to_vec1()?, x.dim(1)?.max(1)))
@@ -214,13 +237,12 @@ mod tests {
         for golden in golden::read()["retrieval"].as_array().unwrap() {
             let (set, queries, documents) = golden::retrieval(golden);
             let scores = set
-                .evaluate(|texts, role| {
+                .evaluate_with(|texts, role| {
                     encode(if role == Role::Query { &queries } else { &documents }, texts)
                 })
                 .unwrap();
             golden::assert_scores(&scores.scores, golden);
-            let headings: Vec<_> = columns().into_iter().map(|(heading, _)| heading).collect();
-            assert_eq!(format!("epoch,steps,{}", headings.join(",")), golden["csv_header"]);
+            assert_eq!(golden::csv_header(csv_columns()), golden["csv_header"]);
         }
     }
 
@@ -252,7 +274,7 @@ mod tests {
         let documents = vec![vec![f32::NAN, 0.0], vec![0.0, 1.0], vec![1.0, 0.0]];
         let set = Retrieval::new(numbers(1), numbers(3), &numbers(3), vec![vec![0]]);
         let scores = set
-            .evaluate(|texts, role| {
+            .evaluate_with(|texts, role| {
                 encode(if role == Role::Query { &documents[2..] } else { &documents }, texts)
             })
             .unwrap();
@@ -262,21 +284,25 @@ mod tests {
     }
 
     #[test]
-    fn rankings_are_shown_of_queries_spread_over_all() {
+    fn examples_are_queries_with_their_best_hits() {
         let rows: Vec<_> = (0..30).map(|i| vec![(i as f32 * 0.1).cos(), (i as f32 * 0.1).sin()]).collect();
         // Query i is document i; what answers it is its neighbour.
         let relevant = (0..30).map(|i| vec![(i + 1) % 30, (i + 2) % 30]).collect();
         let set = Retrieval::new(numbers(30), numbers(30), &numbers(30), relevant);
-        let found = set.evaluate(|texts, _| encode(&rows, texts)).unwrap().rankings;
-        let queries: Vec<_> = found.iter().map(|ranking| ranking.query.as_str()).collect();
-        assert_eq!(queries.len(), rankings::QUERIES);
-        assert_eq!(queries[..4], ["0", "2", "5", "7"]);
-        let first = &found[1];
-        let hits: Vec<_> = first.hits.iter().map(|hit| (hit.text.as_str(), hit.relevant)).collect();
-        assert_eq!(hits[0], ("2", false));
-        assert_eq!((hits.len(), hits.iter().filter(|hit| hit.1).count()), (rankings::HITS, 2));
-        assert_eq!((first.relevant, first.first), (2, Some(hits.iter().position(|hit| hit.1).unwrap() + 1)));
-        assert!(first.ndcg > 0.0 && first.ndcg < 1.0);
-        assert!(first.hits.is_sorted_by(|a, b| a.score >= b.score));
+        let examples = set.evaluate_with(|texts, _| encode(&rows, texts)).unwrap().examples;
+        assert_eq!((examples.measure.as_str(), examples.items.len()), ("nDCG@10", 30));
+        let example = &examples.items[2];
+        let hits: Vec<_> = example.candidates.iter().map(|hit| (hit.text.as_str(), hit.relevant)).collect();
+        assert_eq!((example.text.as_str(), hits[0]), ("2", ("2", false)));
+        assert_eq!((hits.len(), hits.iter().filter(|hit| hit.1).count()), (SHOWN_HITS, 2));
+        let first = hits.iter().position(|hit| hit.1).unwrap() + 1;
+        assert_eq!(example.note, format!("2 relevant documents, first at rank {first}"));
+        assert!(example.value > 0.0 && example.value < 1.0);
+        assert!(example.candidates.is_sorted_by(|a, b| a.cosine >= b.cosine));
+        let missed = set.example(0, &[]);
+        assert_eq!(
+            (missed.value, missed.note.as_str()),
+            (0.0, "2 relevant documents, none among the first 100")
+        );
     }
 }

@@ -1,33 +1,34 @@
-//! OUTPUT/samples.json: what a few queries found before the training, at its best evaluation and at its last.
+//! OUTPUT/samples.json: examples from the evaluations before the first step, of the best step and of the last
+//! step.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::eval::rankings::Ranking;
+use crate::eval::Examples;
 use crate::{Error, Result};
 
-/// The rankings of an evaluation.
+/// The examples of an evaluation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Evaluation {
-    /// After which step.
+pub struct EvaluationSamples {
+    /// The step after which the model was evaluated.
     pub step: u64,
-    /// Whether it is the best so far.
+    /// Whether it was the best evaluation until then.
     pub best: bool,
-    /// Sets with what their queries found.
-    pub sets: Vec<(String, Vec<Ranking>)>,
+    /// The examples of each set, by the set's name.
+    pub sets: Vec<(String, Examples)>,
 }
 
-/// The open file.
+/// The file, and what is in it.
 #[derive(Debug)]
-pub struct Samples {
+pub struct SamplesFile {
     path: PathBuf,
-    evaluations: Vec<Evaluation>,
+    evaluations: Vec<EvaluationSamples>,
 }
 
-impl Samples {
-    /// Opens OUTPUT/samples.json, where a run goes on that has done `done` steps.
+impl SamplesFile {
+    /// Opens OUTPUT/samples.json for a run that continues after `done` steps. Later evaluations are dropped.
     ///
     /// # Errors
     /// As [`read`].
@@ -37,15 +38,16 @@ impl Samples {
         Ok(Self { path: output.join("samples.json"), evaluations })
     }
 
-    /// Keeps the rankings of an evaluation, and of those before only the first and the best.
+    /// Writes the examples of an evaluation. Of earlier ones only the first and the best are kept.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn record(&mut self, new: Evaluation) -> Result<()> {
-        if new.sets.iter().all(|(_, rankings)| rankings.is_empty()) {
+    pub fn record(&mut self, new: EvaluationSamples) -> Result<()> {
+        if new.sets.iter().all(|(_, examples)| examples.items.is_empty()) {
             return Ok(());
         }
-        let kept = |old: &Evaluation| old.step < new.step && (old.step == 0 || (old.best && !new.best));
+        let kept =
+            |old: &EvaluationSamples| old.step < new.step && (old.step == 0 || (old.best && !new.best));
         self.evaluations.retain(kept);
         self.evaluations.push(new);
         let wrong = |error: serde_json::Error| Error::file(&self.path, error.to_string());
@@ -56,17 +58,17 @@ impl Samples {
     }
 }
 
-/// The evaluations of OUTPUT/samples.json, by step; none without the file.
+/// Reads OUTPUT/samples.json: the evaluations in the order of their steps, none if there is no such file.
 ///
 /// # Errors
-/// It cannot be read or is not what a run writes.
-pub fn read(output: &Path) -> Result<Vec<Evaluation>> {
+/// The file cannot be read or is not what a run writes.
+pub fn read(output: &Path) -> Result<Vec<EvaluationSamples>> {
     let path = output.join("samples.json");
     match fs::read(&path) {
         Ok(text) => serde_json::from_slice(&text).map_err(|error| {
             Error::file(
                 &path,
-                format!("is not what a run writes: {error}\nhint: remove it; only sample rankings are lost"),
+                format!("is not what a run writes: {error}\nhint: remove it; only the examples of the report are lost"),
             )
         }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -77,10 +79,12 @@ pub fn read(output: &Path) -> Result<Vec<Evaluation>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eval::examples::Example;
 
-    fn evaluation(step: u64, best: bool) -> Evaluation {
-        let ranking = Ranking { query: "q".into(), relevant: 1, first: None, ndcg: 0.0, hits: Vec::new() };
-        Evaluation { step, best, sets: vec![("set".into(), vec![ranking])] }
+    fn evaluation(step: u64, best: bool) -> EvaluationSamples {
+        let example = Example { text: "q".into(), value: 0.0, note: String::new(), candidates: Vec::new() };
+        let examples = Examples { items: vec![example], ..Examples::default() };
+        EvaluationSamples { step, best, sets: vec![("set".into(), examples)] }
     }
 
     #[test]
@@ -89,26 +93,27 @@ mod tests {
         let steps = || -> Vec<(u64, bool)> {
             read(output.path()).unwrap().iter().map(|evaluation| (evaluation.step, evaluation.best)).collect()
         };
-        let mut samples = Samples::open(output.path(), 0).unwrap();
+        let mut samples = SamplesFile::open(output.path(), 0).unwrap();
         for (step, best) in [(0, true), (10, true), (20, true), (30, false), (40, false)] {
             samples.record(evaluation(step, best)).unwrap();
         }
         assert_eq!(steps(), [(0, true), (20, true), (40, false)]);
 
-        // A run that goes on after step 30 has not seen step 40.
-        let mut samples = Samples::open(output.path(), 30).unwrap();
+        // A run that is resumed after step 30 evaluates step 40 again.
+        let mut samples = SamplesFile::open(output.path(), 30).unwrap();
         samples.record(evaluation(40, true)).unwrap();
         assert_eq!(steps(), [(0, true), (40, true)]);
-        // A new run has seen nothing.
-        Samples::open(output.path(), 0).unwrap().record(evaluation(0, true)).unwrap();
+        // A new run keeps nothing.
+        SamplesFile::open(output.path(), 0).unwrap().record(evaluation(0, true)).unwrap();
         assert_eq!(steps(), [(0, true)]);
     }
 
     #[test]
-    fn sets_without_rankings_write_nothing() {
+    fn sets_without_examples_write_nothing() {
         let output = tempfile::tempdir().unwrap();
-        let nothing = Evaluation { step: 0, best: true, sets: vec![("sts".into(), Vec::new())] };
-        Samples::open(output.path(), 0).unwrap().record(nothing).unwrap();
+        let sets = vec![("sts".into(), Examples::default())];
+        let nothing = EvaluationSamples { step: 0, best: true, sets };
+        SamplesFile::open(output.path(), 0).unwrap().record(nothing).unwrap();
         assert!(!output.path().join("samples.json").exists());
         assert!(read(output.path()).unwrap().is_empty());
         fs::write(output.path().join("samples.json"), "[{").unwrap();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::eval::nano;
+use crate::eval::{self, nano};
 use crate::train::tensorboard::Events;
 use crate::{Error, Result};
 
@@ -177,7 +177,7 @@ impl History {
         for (step, value) in
             of_trained.filter_map(|(step, scores)| Some((*step, selection_metric(scores, metric)?)))
         {
-            if best.is_some_and(|(_, most)| value <= most) {
+            if best.is_some_and(|(_, best)| !eval::is_better(metric, value, best)) {
                 evaluations_without_improvement += 1;
             } else {
                 (best, evaluations_without_improvement) = (Some((step, value)), 0);

@@ -12,9 +12,8 @@ use crate::comm::World;
 use crate::config::Interval;
 use crate::data::batch::Batch;
 use crate::eval::embed::Embedder;
-use crate::eval::nano;
-use crate::eval::rankings::Ranking;
-use crate::eval::samples::{self, Samples};
+use crate::eval::samples::{EvaluationSamples, SamplesFile};
+use crate::eval::{self, Examples, nano};
 use crate::export::{self, Trained};
 use crate::loss::Losses;
 use crate::model::Model;
@@ -27,7 +26,7 @@ use crate::train::checkpoint::{Best, Checkpoints, Snapshot, State, Writer};
 use crate::train::metrics::{self, History, Metrics};
 use crate::train::optimizer::Optimizer;
 use crate::train::plan::Plan;
-use crate::train::report;
+use crate::train::report::{self, facts::Facts};
 use crate::train::step::{Outcome, Stepper};
 use crate::{Error, Result};
 
@@ -118,7 +117,15 @@ impl Run {
             fs::write(output.join("config.yaml"), config)
                 .map_err(Error::io("write", output.join("config.yaml")))?;
         }
-        let mut summary = self.steps(&output)?;
+        let started = Instant::now();
+        let facts = match self.world.first() {
+            true => Some(Facts::start(&output, &self.plan, &self.world, self.resumed.is_some())?),
+            false => None,
+        };
+        let trained = self.steps(&output);
+        let written = facts.map_or(Ok(()), |facts| facts.finish(&output, started.elapsed().as_secs_f64()));
+        let mut summary = trained?;
+        written?;
         let early = self.stopped_early_at();
         summary.selected_step = early.unwrap_or(summary.selected_step);
         if !self.world.first() {
@@ -136,7 +143,7 @@ impl Run {
         let trained = Trained { config, step, before: &summary.before, after: &summary.after };
         let options = export::Options { merge: false, replace: true };
         export::run(&mut self.model, &trained, options, &output.join("model"))?;
-        if let Err(error) = report::write(std::slice::from_ref(&output)) {
+        if let Err(error) = report::write(std::slice::from_ref(&output), None) {
             // The model is there, and the report can be written again.
             tracing::warn!("no report: {error}\nhint: trainer report {}", output.display());
         }
@@ -181,7 +188,7 @@ impl Run {
         let mut log = match world.first() {
             true => Some(RunLog {
                 metrics: Metrics::open(output, state.step, state.evaluated, config.logging.tensorboard)?,
-                samples: Samples::open(output, state.step)?,
+                samples: SamplesFile::open(output, state.step)?,
             }),
             false => None,
         };
@@ -294,9 +301,9 @@ fn stale(plan: &Plan, state: &State) -> Option<u64> {
 }
 
 /// Counts an evaluation; true if it is the best so far. The model that the run began with is none of its results.
-fn update_best(state: &mut State, value: Option<f64>) -> bool {
+fn update_best(state: &mut State, metric: &str, value: Option<f64>) -> bool {
     let Some(value) = value.filter(|_| state.step > 0) else { return false };
-    if state.best.is_some_and(|best| value <= best.value) {
+    if state.best.is_some_and(|best| !eval::is_better(metric, value, best.value)) {
         state.evaluations_without_improvement += 1;
         return false;
     }
@@ -308,13 +315,13 @@ fn update_best(state: &mut State, value: Option<f64>) -> bool {
 /// Where the first rank tells what it finds.
 struct RunLog {
     metrics: Metrics,
-    samples: Samples,
+    samples: SamplesFile,
 }
 
 /// What an evaluation found.
 struct Found {
     scores: Map<String, Value>,
-    rankings: Vec<(String, Vec<Ranking>)>,
+    examples: Vec<(String, Examples)>,
 }
 
 /// Measures the model, counts that, and writes it down; true if it is the best so far.
@@ -326,7 +333,8 @@ fn evaluate(
     log: &mut Option<RunLog>,
 ) -> Result<bool> {
     let found = measure(plan, model, world)?;
-    let best = update_best(state, plan.selection_metric(&found.scores));
+    let metric = &plan.config.evaluation.metric;
+    let best = update_best(state, metric, plan.selection_metric(&found.scores));
     state.evaluated = Some(state.step);
     tell(plan, log, found, state.step, best)?;
     Ok(best)
@@ -334,7 +342,7 @@ fn evaluate(
 
 /// The scores of all sets, shared among the ranks; all get the first one's, and decide alike.
 fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
-    let (mut of_sets, mut rankings) = (Vec::new(), Vec::new());
+    let (mut of_sets, mut examples) = (Vec::new(), Vec::new());
     for (set, prompts) in &plan.sets {
         let embedder = Embedder {
             model,
@@ -349,20 +357,20 @@ fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
         };
         let measured = set.evaluate(&embedder)?;
         of_sets.push(measured.scores);
-        rankings.push((set.name().to_owned(), measured.rankings));
+        examples.push((set.name().to_owned(), measured.examples));
     }
     let means = nano::mean_scores(plan.sets.iter().map(|(set, _)| set).zip(&of_sets));
     let (names, values): (Vec<String>, Vec<f64>) = of_sets.into_iter().chain([means]).flatten().unzip();
     let values = world.all(&values)?.swap_remove(0);
     let scores = names.into_iter().zip(values.into_iter().map(Value::from)).collect();
-    Ok(Found { scores, rankings })
+    Ok(Found { scores, examples })
 }
 
 /// Writes down an evaluation after `step` steps.
 fn tell(plan: &Plan, log: &mut Option<RunLog>, found: Found, step: u64, best: bool) -> Result<()> {
     let (Some(RunLog { metrics, samples }), false) = (log, found.scores.is_empty()) else { return Ok(()) };
     metrics.evaluation(step, &found.scores)?;
-    samples.record(samples::Evaluation { step, best, sets: found.rankings })?;
+    samples.record(EvaluationSamples { step, best, sets: found.examples })?;
     if let Some(value) = plan.selection_metric(&found.scores) {
         tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);
     }

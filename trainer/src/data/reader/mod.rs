@@ -19,7 +19,7 @@ use super::row::{Row, Schema};
 use crate::config::{DataSet, LossKind, RowKind};
 use crate::{Error, Result};
 use file::Format;
-pub(crate) use stream::{lines, objects, raw};
+pub(crate) use stream::{kind_of, lines, objects, raw};
 pub use table::Dropped;
 
 /// An open data set.

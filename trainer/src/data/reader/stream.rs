@@ -7,6 +7,8 @@ use serde_json::{Map, Value};
 use super::file::{DataFile, Format};
 use super::records::{self, Record, Stop};
 use super::table::{fields, object, utf8};
+use crate::config::RowKind;
+use crate::data::row::usual_kind;
 use crate::{Error, Result};
 
 /// Calls `each` with the lines that are not blank, without white space at their ends, and their numbers from 1.
@@ -25,6 +27,20 @@ pub(crate) fn objects(
     mut each: impl FnMut(u64, Map<String, Value>) -> Result<()>,
 ) -> Result<()> {
     raw(path, |line, _, row| row.map_or(Ok(()), |row| each(line, row)))
+}
+
+/// The kind of a file's rows by the columns of its first row, or what is ambiguous about these. A file without rows has pairs.
+pub(crate) fn kind_of(path: &Path) -> Result<std::result::Result<RowKind, String>> {
+    let mut kind = None;
+    let read = objects(path, |line, row| {
+        kind = Some(usual_kind(&row.keys().map(String::as_str).collect::<Vec<_>>()));
+        // An error is how reading ends before the file does.
+        Err(Error::Row { path: path.to_owned(), line, message: String::new() })
+    });
+    match kind {
+        Some(kind) => Ok(kind),
+        None => read.map(|()| Ok(RowKind::Pairs)),
+    }
 }
 
 /// As [`objects`], with the bytes of each row as they stand in the file. The header of a table comes first, as no row.

@@ -106,10 +106,10 @@ fn a_small_set_has_the_answers_and_what_is_hard_to_tell_from_them() {
     // What `evaluate` opens.
     let set = crate::config::EvaluationSet {
         path: whole.output.clone(),
-        kind: crate::config::EvaluationKind::Retrieval,
+        kind: Some(crate::config::EvaluationKind::Retrieval),
         ..Default::default()
     };
-    assert_eq!(crate::eval::EvalSet::open(&set).unwrap().name(), "small");
+    assert_eq!(crate::eval::EvalSet::open(&set, &crate::config::Config::default()).unwrap().name(), "small");
 }
 
 #[test]

@@ -155,7 +155,7 @@ impl Plan {
                     document: own(&set.document_prompt, documents),
                     text: own(&set.query_prompt, folder.text_prompt()),
                 };
-                Ok((EvalSet::open(set)?, prompts))
+                Ok((EvalSet::open(set, &config)?, prompts))
             })
             .collect::<Result<Vec<_>>>()?;
         for (i, (set, _)) in sets.iter().enumerate() {
@@ -225,6 +225,7 @@ impl Plan {
         }
         for (set, (opened, _)) in config.evaluation.sets.iter_mut().zip(&self.sets) {
             opened.name().clone_into(&mut set.name);
+            set.kind = Some(opened.kind());
         }
         config
     }

@@ -1,23 +1,18 @@
 "use strict";
-// A chart of lines against steps. A series is {name, color, dash, x: [step, …], y: [number or null, …]}.
+// A line chart against steps. A series is {name, color, dash, x: [step, …], y: [number or null, …]}.
 
 const COLORS = 8;
 const DASHES = ["", "6 4", "2 3", "9 3 2 3"];
-const LEFT = 50, RIGHT = 10, TOP = 8, BOTTOM = 24;
+const LEFT = 54, RIGHT = 10, TOP = 16, BOTTOM = 24;
 
-function make(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
 }
 
-function draw(tag, attributes = {}, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
+const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
+const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 const known = (value) => typeof value === "number" && Number.isFinite(value);
 
@@ -60,16 +55,19 @@ function nearest(x, at) {
 }
 
 class Chart {
-  constructor(parent, title, series, { height = 210, whole = false } = {}) {
+  // `whole`: never smoothed, because the points are few. `marks`: [{step, label, color}], drawn as vertical lines.
+  constructor(parent, title, series, { height = 220, whole = false, marks = [], format = shown } = {}) {
     this.title = title;
     this.height = height;
-    this.whole = whole;  // never smoothed: its points are few
+    this.whole = whole;
+    this.marks = marks;
+    this.format = format;
     this.series = series;
     this.hidden = new Set();
     this.weight = 0;
-    this.plot = make("div", { class: "plot", tabindex: "0", role: "img" });
-    this.tip = make("div", { class: "tip", role: "status", hidden: "" });
-    this.figure = make("figure", {}, make("figcaption", {}, title), this.plot);
+    this.plot = html("div", { class: "plot", tabindex: "0", role: "img" });
+    this.tip = html("div", { class: "tip", role: "status", hidden: "" });
+    this.figure = html("figure", {}, html("figcaption", {}, title), this.plot);
     if (series.length > 1) this.figure.append(this.legend());
     parent.append(this.figure);
     this.plot.addEventListener("pointermove", (event) => this.point(event.clientX - this.plot.getBoundingClientRect().left));
@@ -86,9 +84,9 @@ class Chart {
 
   legend() {
     const buttons = this.series.map((series, index) => {
-      const key = draw("svg", { class: "key", viewBox: "0 0 18 8", "aria-hidden": "true" },
-        draw("line", { x1: 0, x2: 18, y1: 4, y2: 4, stroke: color(series), "stroke-dasharray": DASHES[series.dash] }));
-      const button = make("button", { type: "button", "aria-pressed": "true" }, key, series.name);
+      const key = svg("svg", { class: "key", viewBox: "0 0 18 8", "aria-hidden": "true" },
+        svg("line", { x1: 0, x2: 18, y1: 4, y2: 4, stroke: color(series), "stroke-dasharray": DASHES[series.dash] }));
+      const button = html("button", { type: "button", "aria-pressed": "true" }, key, series.name);
       button.addEventListener("click", () => {
         if (!this.hidden.delete(index)) this.hidden.add(index);
         button.setAttribute("aria-pressed", String(!this.hidden.has(index)));
@@ -96,7 +94,7 @@ class Chart {
       });
       return button;
     });
-    return make("div", { class: "legend" }, ...buttons);
+    return html("div", { class: "legend" }, ...buttons);
   }
 
   smooth(weight) {
@@ -111,12 +109,12 @@ class Chart {
       .map((series) => ({ ...series, line: smoothed(series.y, this.weight) }));
     const x = lines.flatMap((series) => series.x.filter((_, n) => known(series.y[n])));
     const y = lines.flatMap((series) => series.y.concat(this.weight ? series.line : [])).filter(known);
-    const frame = draw("svg", { viewBox: `0 0 ${width} ${this.height}`, height: this.height, "aria-hidden": "true" });
+    const frame = svg("svg", { viewBox: `0 0 ${width} ${this.height}`, height: this.height, "aria-hidden": "true" });
     this.plot.replaceChildren(frame, this.tip);
     this.leave();
     this.plot.setAttribute("aria-label", this.label(lines));
     if (y.length === 0) {
-      frame.append(draw("text", { x: width / 2, y: this.height / 2, "text-anchor": "middle" }, "nothing to show"));
+      frame.append(svg("text", { x: width / 2, y: this.height / 2, "text-anchor": "middle" }, "no values"));
       this.span = null;
       return;
     }
@@ -134,16 +132,24 @@ class Chart {
 
     for (const value of ticks(low, high, 6)) {
       frame.append(
-        draw("line", { class: "grid-line", x1: LEFT, x2: width - RIGHT, y1: down(value), y2: down(value) }),
-        draw("text", { x: LEFT - 6, y: down(value) + 4, "text-anchor": "end" }, shown(value)));
+        svg("line", { class: "grid-line", x1: LEFT, x2: width - RIGHT, y1: down(value), y2: down(value) }),
+        svg("text", { x: LEFT - 6, y: down(value) + 4, "text-anchor": "end" }, this.format(value)));
     }
     for (const step of ticks(left, right, Math.max(2, width / 110)).filter(Number.isInteger)) {
       const anchor = across(step) > width - RIGHT - 16 ? "end" : "middle";
-      frame.append(draw("text", { x: across(step), y: this.height - 7, "text-anchor": anchor }, step.toLocaleString("en")));
+      frame.append(svg("text", { x: across(step), y: this.height - 7, "text-anchor": anchor }, step.toLocaleString("en")));
     }
-    frame.append(draw("text", { x: LEFT - 6, y: this.height - 7, "text-anchor": "end" }, "step"));
+    frame.append(svg("text", { x: LEFT - 12, y: this.height - 7, "text-anchor": "end" }, "step"));
     const bottom = this.height - BOTTOM;
-    frame.append(draw("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: bottom, y2: bottom }));
+    frame.append(svg("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: bottom, y2: bottom }));
+    for (const { step, label, color: number } of this.marks.filter(({ step }) => step >= left && step <= right)) {
+      const place = across(step), stroke = number === null ? "var(--soft)" : `var(--c${number % COLORS})`;
+      frame.append(svg("line", { class: "mark", x1: place, x2: place, y1: TOP, y2: bottom, stroke }));
+      if (label) {
+        const end = place > width - 30;
+        frame.append(svg("text", { x: place, y: TOP - 5, "text-anchor": end ? "end" : "middle" }, label));
+      }
+    }
     for (const series of lines) {
       if (this.weight) frame.append(this.path(series, series.y, "raw"));
       frame.append(this.path(series, series.line, "line"));
@@ -152,7 +158,7 @@ class Chart {
       series.line.forEach((value, n) => {
         const alone = !known(series.line[n - 1]) && !known(series.line[n + 1]);
         if (known(value) && (few || alone)) {
-          frame.append(draw("circle", { cx: across(series.x[n]), cy: down(value), r: few && !alone ? 2.2 : 3, fill: color(series) }));
+          frame.append(svg("circle", { cx: across(series.x[n]), cy: down(value), r: few && !alone ? 2.2 : 3, fill: color(series) }));
         }
       });
     }
@@ -166,17 +172,18 @@ class Chart {
       d += `${pen ? "L" : "M"}${this.span.across(series.x[n]).toFixed(1)} ${this.span.down(value).toFixed(1)}`;
       pen = true;
     });
-    return draw("path", { class: kind, d, stroke: color(series), "stroke-dasharray": DASHES[series.dash] });
+    return svg("path", { class: kind, d, stroke: color(series), "stroke-dasharray": DASHES[series.dash] });
   }
 
   label(lines) {
     const parts = lines.slice(0, 8).map((series) => {
       const all = series.y.map((value, n) => [series.x[n], value]).filter(([, value]) => known(value));
-      if (all.length === 0) return `${series.name}: nothing`;
+      if (all.length === 0) return `${series.name}: no values`;
       const [first, last] = [all[0], all[all.length - 1]];
-      return `${series.name}: ${shown(first[1])} at step ${first[0]}, ${shown(last[1])} at step ${last[0]}`;
+      return `${series.name}: ${this.format(first[1])} at step ${first[0]}, ${this.format(last[1])} at step ${last[0]}`;
     });
-    return `${this.title}. ${parts.join("; ")}. Arrow keys read values.`;
+    const best = this.marks.map(({ step, label }) => (label ? ` Marked: ${label}, step ${step}.` : "")).join("");
+    return `${this.title}. ${parts.join("; ")}.${best} Arrow keys read values.`;
   }
 
   point(place) {
@@ -202,19 +209,19 @@ class Chart {
     this.at = step;
     const place = this.span.across(step);
     this.cross?.remove();
-    this.cross = draw("line", { class: "cross", x1: place, x2: place, y1: TOP, y2: this.height - BOTTOM });
+    this.cross = svg("line", { class: "cross", x1: place, x2: place, y1: TOP, y2: this.height - BOTTOM });
     this.frame.append(this.cross);
     const values = this.lines.filter((series) => series.x.length > 0).map((series) => {
       const n = nearest(series.x, step);
-      const raw = this.weight && known(series.y[n]) ? ` (${shown(series.y[n])})` : "";
-      return { series, value: series.line[n], text: shown(series.line[n]) + raw };
+      const raw = this.weight && known(series.y[n]) ? ` (${this.format(series.y[n])})` : "";
+      return { series, value: series.line[n], text: this.format(series.line[n]) + raw };
     });
     const most = 12;
     const rows = values.filter(({ value }) => known(value)).sort((a, b) => b.value - a.value).slice(0, most)
-      .map(({ series, text }) => make("div", { style: `color: ${color(series)}` }, make("span", {}, series.name), make("span", {}, text)));
-    if (rows.length === 0) rows.push(make("div", {}, "no number"));
-    if (values.length > most) rows.push(make("div", {}, `and ${values.length - most} more`));
-    this.tip.replaceChildren(make("strong", {}, `step ${step.toLocaleString("en")}`), ...rows);
+      .map(({ series, text }) => html("div", { style: `color: ${color(series)}` }, html("span", {}, series.name), html("span", {}, text)));
+    if (rows.length === 0) rows.push(html("div", {}, "no number"));
+    if (values.length > most) rows.push(html("div", {}, `and ${values.length - most} more`));
+    this.tip.replaceChildren(html("strong", {}, `step ${step.toLocaleString("en")}`), ...rows);
     this.tip.hidden = false;
     const half = place > this.width / 2;
     this.tip.style.left = half ? "auto" : `${place + 10}px`;

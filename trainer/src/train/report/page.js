@@ -1,123 +1,218 @@
-// The page: its sections, from the data that the trainer wrote into it. Texts become text nodes, never markup.
+// The sections of the page, from the data that the trainer has put into it. Texts become text nodes, never markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs, several = runs.length > 1;
-const MAIN = ["cosine_ndcg@10", "max_accuracy", "spearman_cosine"];
+
 const section = (id) => {
   const found = document.getElementById(id);
   found.hidden = false;
   return found;
 };
 const unique = (values) => [...new Set(values)];
-const signed = (value) => (known(value) ? (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(4) : "–");
+const count = (number) => number.toLocaleString("en");
 const fixed = (value) => (known(value) ? value.toFixed(4) : "–");
-const side = (value) => (known(value) && Math.abs(value) >= 5e-5 ? (value > 0 ? "up" : "down") : "");
-const at = (run, step) => run.evaluations.find((evaluation) => evaluation.step === step);
-const before = (run) => (at(run, 0) ?? {}).scores ?? {};
-const after = (run) => (run.chosen > 0 ? (at(run, run.chosen) ?? {}).scores ?? {} : {});
+const signed = (value) => (known(value) ? (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(4) : "–");
+const isLoss = (metric) => metric === "loss" || metric.endsWith("_loss");
+// The class of a difference: green if the metric became better, red if worse.
+const side = (delta, lowerIsBetter) => (known(delta) && Math.abs(delta) >= 5e-5 ? (delta > 0 !== lowerIsBetter ? "better" : "worse") : "");
+const at = (run, step) => run.evaluations.find((evaluation) => evaluation.step === step)?.scores ?? {};
+const before = (run) => at(run, 0);
+const after = (run) => (run.selected > 0 ? at(run, run.selected) : {});
+// A long name may be broken after its underscores, dots and slashes.
+const breakable = (name) => name.split(/(?<=[_./])/).flatMap((part, n) => (n > 0 ? [html("wbr"), part] : [part]));
 
 // `scifact_cosine_ndcg@10` → the set scifact and its metric.
-const METRIC = /^(.*)_((?:cosine|dot|manhattan|euclidean|max)_(?:accuracy|precision|recall|ndcg|mrr|map)(?:@\d+)?|(?:pearson|spearman)_[a-z]+)$/;
-
-function metricOf(name) {
-  const parts = METRIC.exec(name);
-  return parts === null ? { set: "", metric: name } : { set: parts[1], metric: parts[2] };
+function metricOf(run, name) {
+  const names = run.sets.map((set) => set.name).filter((set) => name.startsWith(`${set}_`));
+  const set = names.reduce((longest, set) => (set.length > longest.length ? set : longest), "");
+  return { set, metric: set === "" ? name : name.slice(set.length + 1) };
 }
 
-function tile(name, value, note = "", kind = "") {
-  return make("div", { class: "tile" }, make("span", {}, name), make("strong", kind ? { class: kind } : {}, value), " ", make("small", {}, note));
-}
+const isMain = (run, name) =>
+  name === run.metric || name.endsWith(`_${run.metric}`) || run.sets.some((set) => name === `${set.name}_${set.primary}`);
 
 function duration(seconds) {
   if (seconds < 90) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
   return seconds < 5400 ? `${(seconds / 60).toFixed(1)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
 
-function counted(number) {
+function amount(number) {
   if (number >= 1e9) return `${(number / 1e9).toFixed(2)} G`;
   if (number >= 1e6) return `${(number / 1e6).toFixed(2)} M`;
-  return number.toLocaleString("en");
+  return count(number);
+}
+
+function bytes(number) {
+  if (number >= 2 ** 30) return `${(number / 2 ** 30).toFixed(1)} GiB`;
+  return `${(number / 2 ** 20).toFixed(0)} MiB`;
+}
+
+function table(label, head, rows) {
+  const all = html("table", {}, html("thead", {}, ...head), html("tbody", {}, ...rows));
+  return html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, all);
+}
+
+function runHeadings(first, columns) {
+  const spanned = columns > 1 ? { colspan: columns, scope: "colgroup" } : { scope: "col" };
+  return html("tr", {}, first, ...runs.map((run) => html("th", { class: "run", ...spanned }, swatch(run), run.name)));
+}
+
+// The name of a run, with its values of the keys that differ if there are few: `zeta (rank 8)`.
+function label(run) {
+  const different = data.differences;
+  if (different.length === 0 || different.length > 2) return run.name;
+  const values = different.map(({ key, values }) => `${key.split(".").at(-1)} ${values[runs.indexOf(run)] ?? "–"}`);
+  return `${run.name} (${values.join(", ")})`;
+}
+
+function swatch(run) {
+  return several ? html("span", { class: "swatch", style: `background: var(--c${runs.indexOf(run) % COLORS})`, "aria-hidden": "true" }) : "";
+}
+
+// What is known about a run beside its metrics: [name, value], without what is not known.
+function facts(run) {
+  const { version, started, starts, seconds, host, system, processor, threads, gpus, ranks, parameters, trained } = run.facts ?? {};
+  const share = parameters > 0 ? ` (${(trained / parameters * 100).toPrecision(3)} %)` : "";
+  const gpu = unique(gpus ?? []).map((model) => `${gpus.filter((other) => other === model).length} × ${model}`).join(", ");
+  const resumed = starts > 1 ? `, resumed ${starts - 1} ${starts === 2 ? "time" : "times"}` : "";
+  return [
+    ["model", run.model],
+    ["data", Object.keys(run.losses).join(", ")],
+    ["started", started > 0 ? new Date(started * 1000).toISOString().slice(0, 16).replace("T", " ") + " UTC" + resumed : ""],
+    ["wall time", seconds > 0 ? duration(seconds) : ""],
+    ["time in steps", run.totals.seconds > 0 ? duration(run.totals.seconds) : ""],
+    ["parameters", parameters > 0 ? `${amount(trained)} trained of ${amount(parameters)}${share}` : ""],
+    ["ranks", ranks > 0 ? count(ranks) : ""],
+    ["GPUs", gpu],
+    ["processor", processor ? `${processor}, ${threads} ${threads === 1 ? "thread" : "threads"}${ranks > 1 ? " a rank" : ""}` : ""],
+    ["peak memory", run.peak_memory ? bytes(run.peak_memory) : ""],
+    ["host", host ? [host, system].filter(Boolean).join(", ") : ""],
+    ["trainer", version],
+    ["folder", run.folder],
+  ].filter(([, value]) => value);
 }
 
 function heading() {
-  const title = runs.map((run) => run.name).join(" · ");
-  document.title = title;
+  const title = several ? `${runs.length} runs` : runs[0].name;
+  document.title = runs.map((run) => run.name).join(" · ");
   document.getElementById("title").textContent = title;
   document.getElementById("about").textContent = several
-    ? `${runs.length} runs`
-    : [runs[0].model, Object.keys(runs[0].losses).join(", "), `model after step ${runs[0].chosen.toLocaleString("en")}`].filter(Boolean).join(" — ");
+    ? runs.map(label).join(" · ")
+    : [runs[0].model, Object.keys(runs[0].losses).join(", "), `model after step ${count(runs[0].selected)}`].filter(Boolean).join(" — ");
+}
+
+function warnings() {
+  for (const run of runs) {
+    const delta = run.after - run.before;
+    if (!known(run.before) || !known(run.after) || side(delta, run.lower_is_better) !== "worse") continue;
+    const best = run.best && run.best.step !== run.selected && side(run.best.value - run.before, run.lower_is_better) === "better"
+      ? ` The best evaluation, ${fixed(run.best.value)} after step ${count(run.best.step)}, is better than the base: evaluation.load_best takes it.`
+      : "";
+    const text = `The trained model is worse than the base: ${run.metric} fell from ${fixed(run.before)} to ${fixed(run.after)}.`
+      .replace("fell", run.lower_is_better ? "rose" : "fell");
+    document.getElementById("summary").before(html("p", { class: "warning", role: "note" }, several ? `${run.name}: ` : "", text + best));
+  }
+}
+
+function tile(name, value, note = "", kind = "") {
+  return html("div", { class: "tile" }, html("span", {}, name), html("strong", kind ? { class: kind } : {}, value), " ", html("small", {}, note));
 }
 
 function summary() {
-  for (const run of runs) {
-    const name = (what) => (several ? `${run.name}: ${what}` : what);
-    const [base, tuned] = [run.deciding.before, run.deciding.after];
-    if (known(tuned)) {
-      const note = known(base) ? `from ${fixed(base)}, ${signed(tuned - base)}` : "";
-      document.getElementById("summary").append(tile(name(run.metric), fixed(tuned), note, side(tuned - base)));
-    }
-    const loss = run.steps.loss.filter(known);
-    const tiles = [tile(name("steps"), run.totals.steps.toLocaleString("en"))];
-    if (loss.length > 0) tiles.push(tile(name("loss"), shown(loss[loss.length - 1]), `from ${shown(loss[0])}`));
-    if (!several) {
-      const { steps, logged, tokens, seconds } = run.totals;
-      const part = logged < steps ? [`in the ${logged.toLocaleString("en")} steps that were logged`] : [];
-      tiles.push(tile("tokens", counted(tokens), ...part));
-      const rate = `${counted(Math.round(tokens / seconds))} tokens/s`;
-      if (seconds > 0) tiles.push(tile("time in steps", duration(seconds), [rate, ...part].join(", ")));
-    }
-    document.getElementById("summary").append(...tiles);
+  if (several) return;
+  const [run] = runs, tiles = [];
+  if (known(run.after)) {
+    const note = known(run.before) ? `${fixed(run.before)} before, ${signed(run.after - run.before)}` : "";
+    tiles.push(tile(run.metric, fixed(run.after), note, side(run.after - run.before, run.lower_is_better)));
   }
+  if (run.best !== null) {
+    const value = `${fixed(run.best.value)}${run.best.step === run.selected ? ", in model/" : `; model/ has step ${count(run.selected)}`}`;
+    tiles.push(tile("best step", count(run.best.step), value));
+  }
+  const { steps, logged, tokens, seconds } = run.totals;
+  tiles.push(tile("steps", count(steps)));
+  if (run.loss !== null) {
+    const over = run.loss.steps > 1 ? `mean of ${run.loss.steps} steps; ` : "";
+    tiles.push(tile("loss", shown(run.loss.last), `${over}${shown(run.loss.first)} at the start`));
+  }
+  const part = logged < steps ? [`in ${count(logged)} logged steps`] : [];
+  tiles.push(tile("tokens", amount(tokens), ...part));
+  if (seconds > 0) tiles.push(tile("speed", `${amount(Math.round(tokens / seconds))}/s`, "tokens per second in steps"));
+  const wall = run.facts?.seconds;
+  if (wall > 0) tiles.push(tile("wall time", duration(wall), `${duration(seconds)} in steps`));
+  document.getElementById("summary").append(...tiles);
 }
 
-function table(names) {
-  const head = make("tr", {}, make("th", { scope: "col" }, "metric"));
-  const groups = make("tr", {}, make("td"));
-  for (const run of runs) {
-    groups.append(make("th", { class: "run", colspan: "3", scope: "colgroup" }, run.name));
-    head.append(...["base", "tuned", "Δ"].map((title) => make("th", { scope: "col" }, title)));
-  }
+// Several runs: what differs between them, and what came out.
+function comparison() {
+  if (!several) return;
+  const place = section("runs");
+  const row = (name, values, kinds = []) =>
+    html("tr", {}, html("th", { scope: "row" }, ...breakable(name)), ...values.map((value, n) => html("td", kinds[n] ? { class: kinds[n] } : {}, value)));
+  const metrics = unique(runs.map((run) => run.metric));
+  const rows = [
+    ...data.differences.map(({ key, values }) => row(key, values.map((value) => value ?? "–"))),
+    ...metrics.flatMap((metric) => {
+      const of = (run) => run.metric === metric;
+      const delta = (run) => (known(run.after) && known(run.before) ? run.after - run.before : null);
+      return [
+        row(metric, runs.map((run) => (of(run) ? fixed(run.after) : "–"))),
+        row(`${metric}, Δ to the base`, runs.map((run) => (of(run) ? signed(delta(run)) : "–")), runs.map((run) => side(delta(run), run.lower_is_better))),
+        row("best step", runs.map((run) => (of(run) && run.best ? `${count(run.best.step)} (${fixed(run.best.value)})` : "–"))),
+      ];
+    }),
+    row("loss at the end", runs.map((run) => (run.loss ? shown(run.loss.last) : "–"))),
+    row("steps", runs.map((run) => count(run.totals.steps))),
+    row("tokens per second", runs.map((run) => (run.totals.seconds > 0 ? amount(Math.round(run.totals.tokens / run.totals.seconds)) : "–"))),
+  ];
+  place.append(table("Runs", [runHeadings(html("td"), 1)], rows));
+  if (data.differences.length === 0) place.append(html("p", { class: "soft" }, "The configurations do not differ."));
+}
+
+function metricTable(names) {
+  const head = html("tr", {}, html("th", { scope: "col" }, "metric"), ...runs.flatMap(() => ["base", "tuned", "Δ"].map((title) => html("th", { scope: "col" }, title))));
   const rows = names.map((name) => {
-    // A long name may be broken after its underscores.
-    const parts = name.split(/(?<=_)/).flatMap((part, n) => (n > 0 ? [make("wbr"), part] : [part]));
-    const row = make("tr", {}, make("th", { scope: "row" }, ...parts));
+    const row = html("tr", {}, html("th", { scope: "row" }, ...breakable(name), ...(isLoss(name) ? [html("small", {}, " lower is better")] : [])));
     for (const run of runs) {
       const [base, tuned] = [before(run)[name], after(run)[name]];
       const delta = known(base) && known(tuned) ? tuned - base : null;
-      row.append(make("td", {}, fixed(base)), make("td", {}, fixed(tuned)), make("td", { class: side(delta) }, signed(delta)));
+      row.append(html("td", {}, fixed(base)), html("td", {}, fixed(tuned)), html("td", { class: side(delta, isLoss(name)) }, signed(delta)));
     }
     return row;
   });
-  const all = make("table", {}, make("thead", {}, ...(several ? [groups, head] : [head])), make("tbody", {}, ...rows));
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Metrics before and after" }, all);
+  return table("Metrics before and after", several ? [runHeadings(html("td"), 3), head] : [head], rows);
 }
 
 function gain() {
   const names = unique(runs.flatMap((run) => [...Object.keys(before(run)), ...Object.keys(after(run))]));
   if (names.length === 0) return;
-  const main = names.filter((name) => runs.some((run) => [run.metric, ...MAIN].some((metric) => name === metric || name.endsWith(`_${metric}`))));
+  const main = names.filter((name) => runs.some((run) => isMain(run, name)));
   const place = section("gain");
-  if (main.length > 0) place.append(table(main));
+  if (main.length > 0) place.append(metricTable(main));
   if (main.length < names.length) {
-    place.append(make("details", main.length > 0 ? {} : { open: "" }, make("summary", {}, `all ${names.length} metrics`), table(names)));
+    place.append(html("details", main.length > 0 ? {} : { open: "" }, html("summary", {}, `all ${names.length} metrics`), metricTable(names)));
   }
 }
 
-// One run: a colour for each line. Several: a colour for each run, dashes for the lines.
+// One run: a colour for each line. Several: a colour for each run, dashes for its lines.
 function styled(run, line) {
   const dash = several ? line % DASHES.length : Math.floor(line / COLORS) % DASHES.length;
   return { color: several ? runs.indexOf(run) : line, dash };
 }
 
-const named = (run, name) => (several ? [run.name, name].filter(Boolean).join(" · ") : name);
+const named = (run, name) => (several && name ? `${run.name} · ${name}` : several ? label(run) : name);
+
+// The best step of each run, for charts to mark.
+const marks = runs.filter((run) => run.best !== null)
+  .map((run) => ({ step: run.best.step, label: several ? "" : "best", color: several ? runs.indexOf(run) : null }));
 
 function evaluation() {
-  const found = new Map();
+  const found = new Map(), main = [];
   for (const run of runs) {
     const names = unique(run.evaluations.flatMap((evaluation) => Object.keys(evaluation.scores)));
-    const sets = unique(names.map((name) => metricOf(name).set));
+    const sets = unique(names.map((name) => metricOf(run, name).set));
     for (const name of names) {
-      const { set, metric } = metricOf(name);
+      const { set, metric } = metricOf(run, name);
       const series = {
         name: named(run, set) || name,
         x: run.evaluations.map((evaluation) => evaluation.step),
@@ -125,52 +220,53 @@ function evaluation() {
         ...styled(run, sets.indexOf(set)),
       };
       found.set(metric, [...(found.get(metric) ?? []), series]);
+      if (isMain(run, name) && !main.includes(metric)) main.push(metric);
     }
   }
   if (found.size === 0) return;
-  const main = [...found.keys()].filter((metric) => runs.some((run) => run.metric === metric) || MAIN.includes(metric));
   const place = section("evaluation");
-  const large = make("div", { class: "grid" });
+  const large = html("div", { class: "grid" });
   place.append(large);
-  for (const metric of main) new Chart(large, metric, found.get(metric), { whole: true });
+  for (const metric of main) new Chart(large, metric, found.get(metric), { whole: true, marks });
   const rest = [...found.keys()].filter((metric) => !main.includes(metric));
   if (rest.length === 0) return;
-  const small = make("div", { class: "grid small" });
-  place.append(make("details", main.length > 0 ? {} : { open: "" }, make("summary", {}, `${rest.length} more metrics`), small));
-  for (const metric of rest) new Chart(small, metric, found.get(metric), { whole: true, height: 150 });
+  const small = html("div", { class: "grid small" });
+  place.append(html("details", main.length > 0 ? {} : { open: "" }, html("summary", {}, `${rest.length} more metrics`), small));
+  for (const metric of rest) new Chart(small, metric, found.get(metric), { whole: true, height: 150, marks });
 }
 
 function training() {
   const drawn = runs.filter((run) => run.steps.step.length > 0);
   if (drawn.length === 0) return;
   const place = section("training");
-  const grid = make("div", { class: "grid" });
+  const grid = html("div", { class: "grid" });
   const charts = [];
-  const chart = (title, key, options) => {
-    const series = drawn.filter((run) => run.steps[key]?.some(known))
-      .map((run) => ({ name: run.name, x: run.steps.step, y: run.steps[key], ...styled(run, 0) }));
-    if (series.length > 0) charts.push(new Chart(grid, title, series, options));
+  const add = (title, series, options = {}) => {
+    if (series.length > 0) charts.push(new Chart(grid, title, series, { marks, ...options }));
   };
-  chart("Loss", "loss");
+  const column = (title, key, options) => add(title, drawn.filter((run) => run.steps[key]?.some(known))
+    .map((run) => ({ name: label(run), x: run.steps.step, y: run.steps[key], ...styled(run, 0) })), options);
+  column("Loss", "loss");
   const parts = drawn.flatMap((run) => Object.entries(run.losses).map(([name, losses], line) => {
     // A step without a row of the data set is no gap.
-    const there = losses.map((loss, n) => n).filter((n) => known(losses[n]));
-    return { name: named(run, name), x: there.map((n) => run.steps.step[n]), y: there.map((n) => losses[n]), ...styled(run, line) };
+    const present = losses.map((loss, n) => n).filter((n) => known(losses[n]));
+    return { name: named(run, name), x: present.map((n) => run.steps.step[n]), y: present.map((n) => losses[n]), ...styled(run, line) };
   }));
-  if (parts.length > drawn.length) charts.push(new Chart(grid, "Loss of each data set", parts));
-  chart("Gradient norm, before clipping", "grad_norm");
-  chart("Learning rate", "learning_rate", { whole: true });
-  chart("Tokens per second", "tokens_per_second");
-  chart("Share of candidates masked as known positives", "masked");
-  const slider = make("input", { type: "range", min: "0", max: "0.99", step: "0.01", value: "0" });
-  const value = make("output", {}, "0");
+  if (parts.length > drawn.length) add("Loss of each data set", parts);
+  column("Gradient norm before clipping", "grad_norm");
+  column("Learning rate", "learning_rate", { whole: true });
+  column("Tokens per second", "tokens_per_second");
+  column("Memory", "memory", { whole: true, format: bytes });
+  // Most runs have no known positives among their candidates.
+  if (drawn.some((run) => run.steps.masked?.some((share) => share > 0))) column("Fraction of candidates masked as known positives", "masked");
+  const slider = html("input", { type: "range", min: "0", max: "0.99", step: "0.01", value: "0" });
+  const value = html("output", {}, "0");
   slider.addEventListener("input", () => {
     value.textContent = slider.value;
     charts.forEach((chart) => chart.smooth(Number(slider.value)));
   });
   const longest = Math.max(...drawn.map((run) => run.steps.step.length));
-  const controls = make("div", { class: "controls" }, make("label", {}, "Smoothing ", slider, value));
-  if (longest > 30) place.append(controls);
+  if (longest > 30) place.append(html("div", { class: "controls" }, html("label", {}, "Smoothing ", slider, value)));
   place.append(grid);
   if (longest > 150) {
     slider.value = "0.9";
@@ -178,43 +274,66 @@ function training() {
   }
 }
 
-function ranking(title, found) {
-  const first = found.first === null ? "none among the first 100" : `first at rank ${found.first}`;
-  const hits = found.hits.map((hit) => {
-    const item = make("li", hit.relevant ? { class: "relevant" } : {});
-    const mark = make("span", {}, hit.relevant ? "✓" : "");
-    if (hit.relevant) mark.setAttribute("aria-label", "answers the query");
-    item.append(make("span", {}, known(hit.score) ? hit.score.toFixed(3) : "–"), mark, make("span", {}, hit.text));
-    return item;
+// An example after one evaluation.
+function example(title, measure, { value, note, candidates }) {
+  const scored = candidates.some((candidate) => known(candidate.cosine));
+  const items = candidates.map((candidate) => {
+    const mark = html("span", { class: "mark" }, candidate.relevant ? "✓" : "");
+    if (candidate.relevant) mark.setAttribute("aria-label", "right");
+    const cosine = scored ? [html("span", { class: "cosine" }, known(candidate.cosine) ? candidate.cosine.toFixed(3) : "–")] : [];
+    return html("li", candidate.relevant ? { class: "relevant" } : {}, ...cosine, mark, html("span", {}, candidate.text));
   });
-  return make("div", {}, make("h4", {}, `${title}: nDCG@10 ${fixed(found.ndcg)}, ${first}`), make("ol", {}, ...hits));
+  const about = [`${measure} ${fixed(value)}`, note].filter(Boolean).join("; ");
+  return html("div", {}, html("h4", {}, html("span", {}, title), ` ${about}`), html("ol", scored ? {} : { class: "unscored" }, ...items));
 }
 
-function samples() {
+function card(run, moved, { before, after }) {
+  const delta = after.value - before.value;
+  const gain = html("small", { class: side(delta, moved.lower_is_better) }, signed(delta));
+  const sides = html("div", { class: "sides" }, example("before", moved.measure, before), example(`after step ${count(run.selected)}`, moved.measure, after));
+  return html("details", { class: "example" }, html("summary", {}, gain, html("span", {}, before.text)), sides);
+}
+
+function examples() {
   for (const run of runs) {
-    for (const { set, base, tuned } of run.samples) {
-      const place = section("samples");
-      place.append(make("h3", {}, several ? `${run.name} · ${set}` : set));
-      const pairs = base.map((old, n) => [old, tuned[n]]).filter(([old, now]) => now && now.query === old.query);
-      pairs.sort((a, b) => Math.abs(b[1].ndcg - b[0].ndcg) - Math.abs(a[1].ndcg - a[0].ndcg));
-      const cards = pairs.map(([old, now]) => {
-        const delta = now.ndcg - old.ndcg;
-        const note = make("small", {}, ` ${old.relevant} relevant, nDCG@10 `, make("span", { class: side(delta) }, signed(delta)));
-        const sides = make("div", { class: "sides" }, ranking("before", old), ranking(`after step ${run.chosen.toLocaleString("en")}`, now));
-        return make("div", { class: "query" }, make("p", {}, old.query, note), sides);
-      });
-      place.append(...cards.slice(0, 4));
-      if (cards.length > 4) place.append(make("details", {}, make("summary", {}, `${cards.length - 4} more queries`), ...cards.slice(4)));
+    for (const moved of run.moved) {
+      const place = section("examples");
+      place.append(html("h3", {}, swatch(run), several ? `${run.name} · ${moved.set}` : moved.set));
+      const { improved, declined } = moved, same = moved.count - improved.count - declined.count;
+      place.append(html("p", { class: "soft" },
+        `${moved.measure}${moved.lower_is_better ? ", lower is better" : ""}: of ${count(moved.count)} examples ${count(improved.count)} improved, ${count(declined.count)} declined, ${count(same)} stayed the same.`));
+      const columns = [["Improved most", improved], ["Declined most", declined]].filter(([, list]) => list.shown.length > 0)
+        .map(([title, list]) => {
+          const cards = list.shown.map((pair) => card(run, moved, pair));
+          // The first one shows what the others hold.
+          if (!several) cards[0].open = true;
+          return html("div", {}, html("h4", {}, title), ...cards);
+        });
+      place.append(html("div", { class: "columns" }, ...columns));
     }
   }
+}
+
+function about() {
+  const rows = runs.map(facts);
+  const names = unique(rows.flatMap((row) => row.map(([name]) => name)));
+  const place = section("facts");
+  if (!several) {
+    place.append(html("dl", {}, ...rows[0].flatMap(([name, value]) => [html("dt", {}, name), html("dd", {}, ...breakable(value))])));
+    return;
+  }
+  place.querySelector("h2").textContent = "About the runs";
+  const of = (row, name) => row.find(([other]) => other === name)?.[1] ?? "–";
+  place.append(table("About the runs", [runHeadings(html("td"), 1)],
+    names.map((name) => html("tr", {}, html("th", { scope: "row" }, name), ...rows.map((row) => html("td", {}, of(row, name)))))));
 }
 
 function configuration() {
   for (const run of runs.filter((run) => run.config !== null)) {
     const place = section("configuration");
-    if (several) place.append(make("h3", {}, run.name));
-    place.append(make("pre", { tabindex: "0" }, run.config));
+    const text = html("pre", { tabindex: "0" }, run.config);
+    place.append(html("details", several ? {} : { open: "" }, html("summary", {}, several ? run.name : "config.yaml"), text));
   }
 }
 
-[heading, summary, gain, evaluation, training, samples, configuration].forEach((part) => part());
+[heading, warnings, summary, comparison, gain, evaluation, training, examples, about, configuration].forEach((part) => part());

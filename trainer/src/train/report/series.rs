@@ -1,14 +1,14 @@
-//! Lines of charts: the steps of a run column by column, long runs in portions.
+//! The lines of the charts: the steps of a run column by column. Long runs are averaged in portions.
 
 use serde_json::{Map, Value};
 
-/// What a step is charted by.
-const COLUMNS: [&str; 5] = ["loss", "grad_norm", "learning_rate", "tokens_per_second", "masked"];
+/// The values of a step that have a chart.
+const COLUMNS: [&str; 6] = ["loss", "grad_norm", "learning_rate", "tokens_per_second", "memory", "masked"];
 
 type Step = Map<String, Value>;
 
-/// The steps' columns, each as long as `step`: at most `points` numbers, the means of as many portions; what is no number is left
-/// out of the mean, and null where a portion has none.
+/// The columns of the steps, each as long as the column `step`: at most `points` numbers, which are means
+/// over portions. A value that is no number does not count; the mean is null if a portion has none.
 pub(super) fn columns(steps: &[Step], points: usize) -> Map<String, Value> {
     let portions = portions(steps, points);
     let last = |portion: &&[Step]| portion.last().and_then(|step| step["step"].as_u64()).unwrap_or(0);
@@ -20,7 +20,7 @@ pub(super) fn columns(steps: &[Step], points: usize) -> Map<String, Value> {
     columns
 }
 
-/// The loss of each data set in the same portions.
+/// The loss of each data set by its name, in the same portions.
 pub(super) fn losses(steps: &[Step], points: usize) -> Map<String, Value> {
     let portions = portions(steps, points);
     let mut losses = Map::new();

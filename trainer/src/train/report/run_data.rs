@@ -1,0 +1,152 @@
+//! What the report shows of a run, from the files in its folder.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::facts::Facts;
+use super::{moved, series};
+use crate::config::Config;
+use crate::eval::{EvalSpec, is_better, lower_is_better, nano, samples};
+use crate::train::metrics::{self, History};
+use crate::{Error, Result};
+
+/// Points of a line at most.
+const POINTS: usize = 1500;
+
+/// Steps at each end of a run over which the loss is averaged, if there are enough.
+const LOSS_STEPS: usize = 10;
+
+/// The data of a run's output folder.
+///
+/// # Errors
+/// It holds no run, or its files are not what a run writes.
+pub(super) fn describe(output: &Path) -> Result<Value> {
+    let metrics_file = output.join("metrics.jsonl");
+    let history = History::read(&metrics_file)?.ok_or_else(|| {
+        Error::file(
+            output,
+            "has no metrics.jsonl, so it is not the folder of a run\n\
+             hint: give the `output` of a configuration that was trained",
+        )
+    })?;
+    if history.steps.is_empty() && history.evaluations.is_empty() {
+        return Err(Error::file(metrics_file, "has no step and no evaluation yet"));
+    }
+    let folder = output.display().to_string();
+    // The configuration of another version may not load. It is shown as it is, without what follows from its
+    // values.
+    let config_file = output.join("config.yaml");
+    let text = fs::read_to_string(&config_file).ok();
+    let known = Config::load(&config_file, &[]).unwrap_or_default();
+    let name = match known.name.is_empty() {
+        true => output.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_str()?.to_owned())),
+        false => Some(known.name.clone()),
+    };
+    let metric = &known.evaluation.metric;
+    let selected = history.selected_step(metric, known.evaluation.patience);
+    let value_at =
+        |step: u64| history.scores_at(step).and_then(|scores| metrics::selection_metric(scores, metric));
+    let sum = |name: &str| numbers(&history.steps, name).sum::<f64>();
+    let facts = Facts::read(output);
+    // Of a run that goes on or was killed only metrics.jsonl knows.
+    let peak = numbers(&history.steps, "memory").fold(0.0, f64::max);
+    let peak = facts.as_ref().map_or(0.0, |facts| facts.peak_memory as f64).max(peak);
+    let evaluations: Vec<Value> =
+        history.evaluations.iter().map(|(step, scores)| json!({ "step": step, "scores": scores })).collect();
+    Ok(json!({
+        "name": name.unwrap_or_else(|| folder.clone()),
+        "folder": folder,
+        "model": known.model.path,
+        "config": text,
+        "facts": facts,
+        "peak_memory": (peak > 0.0).then_some(peak),
+        "sets": sets(&known),
+        "metric": metric,
+        "lower_is_better": lower_is_better(metric),
+        "selected": selected,
+        "best": best(&history, metric).map(|(step, value)| json!({ "step": step, "value": value })),
+        "before": value_at(0),
+        "after": if selected > 0 { value_at(selected) } else { None },
+        "loss": loss(&history.steps),
+        "totals": {
+            "steps": history.steps.last().and_then(|step| step["step"].as_u64()).unwrap_or(0),
+            "logged": history.steps.len(),
+            "tokens": sum("tokens"),
+            "seconds": sum("seconds"),
+        },
+        "steps": series::columns(&history.steps, POINTS),
+        "losses": series::losses(&history.steps, POINTS),
+        "evaluations": evaluations,
+        "moved": moved::moved(&samples::read(output)?, selected),
+    }))
+}
+
+fn numbers<'a>(steps: &'a [Map<String, Value>], name: &'a str) -> impl Iterator<Item = f64> + 'a {
+    steps.iter().filter_map(move |step| step.get(name)?.as_f64())
+}
+
+/// The evaluation sets with their primary metrics, and the mean of the Nano sets.
+fn sets(config: &Config) -> Vec<Value> {
+    let set = |name: &str, primary: &str| json!({ "name": name, "primary": primary });
+    let mut sets: Vec<Value> = config
+        .evaluation
+        .sets
+        .iter()
+        .filter_map(|of_set| Some(set(&of_set.name, EvalSpec::of(of_set.kind?).primary_metric)))
+        .collect();
+    sets.push(set(nano::MEAN_PREFIX, "cosine_ndcg@10"));
+    sets
+}
+
+/// The best evaluation of the trained model: step and value of the selection metric.
+fn best(history: &History, metric: &str) -> Option<(u64, f64)> {
+    let trained = history.evaluations.iter().filter(|(step, _)| *step > 0);
+    let values =
+        trained.filter_map(|(step, scores)| Some((*step, metrics::selection_metric(scores, metric)?)));
+    values.reduce(|best, next| if is_better(metric, next.1, best.1) { next } else { best })
+}
+
+/// The mean loss of the rows of the first steps and of the last: a single step, or a short last batch, says
+/// little.
+fn loss(steps: &[Map<String, Value>]) -> Option<Value> {
+    let known: Vec<(f64, f64)> = steps
+        .iter()
+        .filter_map(|step| {
+            Some((step["loss"].as_f64()?, step.get("rows").and_then(Value::as_f64).unwrap_or(1.0)))
+        })
+        .collect();
+    let count = LOSS_STEPS.min(known.len().div_ceil(2));
+    let mean = |steps: &[(f64, f64)]| {
+        let rows: f64 = steps.iter().map(|(_, rows)| rows).sum();
+        steps.iter().map(|(loss, rows)| loss * rows).sum::<f64>() / rows
+    };
+    (count > 0).then(|| {
+        json!({ "first": mean(&known[..count]), "last": mean(&known[known.len() - count..]), "steps": count })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loss_of_a_short_last_batch_weighs_as_its_rows() {
+        let step = |loss: f64, rows: u64| json!({"loss": loss, "rows": rows}).as_object().unwrap().clone();
+        let steps = [step(4.0, 8), step(3.0, 8), step(2.0, 8), step(0.0, 2)];
+        assert_eq!(loss(&steps), Some(json!({ "first": 3.5, "last": 1.6, "steps": 2 })));
+        assert_eq!(loss(&steps[..1]), Some(json!({ "first": 4.0, "last": 4.0, "steps": 1 })));
+        assert_eq!(loss(&[]), None);
+    }
+
+    #[test]
+    fn the_best_evaluation_follows_the_direction_of_the_metric() {
+        let scores = |value: f64| json!({"dev_loss": value, "dev_m": value}).as_object().unwrap().clone();
+        let evaluations = vec![(0, scores(0.1)), (1, scores(0.7)), (2, scores(0.3)), (3, scores(0.5))];
+        let history = History { steps: Vec::new(), evaluations };
+        assert_eq!(best(&history, "loss"), Some((2, 0.3)));
+        assert_eq!(best(&history, "m"), Some((1, 0.7)));
+        assert_eq!(best(&history, "other"), None);
+    }
+}
