@@ -12,8 +12,8 @@ pub(super) struct Sets {
     /// A BEIR folder, or a file of pairs, triplets or scored pairs; several are measured one after another
     #[arg(long = "set", value_name = "DIR", required = true, num_args = 1..)]
     sets: Vec<PathBuf>,
-    /// What is measured. `loss` is the loss that a configuration has by default: InfoNCE at temperature 0.02, for scored pairs
-    /// CoSENT, in batches of 64 rows. Default: by the columns; similarity for scored pairs, else retrieval
+    /// What is measured. `loss` is that of a default configuration: InfoNCE at temperature 0.02, CoSENT for
+    /// scored pairs, in batches of 64 rows. Default: similarity for scored pairs, else retrieval
     #[arg(long)]
     kind: Option<EvaluationKind>,
     /// Which qrels/SPLIT.tsv is used. Default: test, else dev, else the only one

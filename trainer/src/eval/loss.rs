@@ -14,7 +14,7 @@ use std::path::Path;
 use super::embed::Embedder;
 use super::examples::{self, Candidate, Example, shortened};
 use super::{EvalOutput, EvalSpec, Examples, ItemScores, Task};
-use crate::config::{self, Batching, Config, Data, DataSet, EvaluationSet};
+use crate::config::{self, Batching, Config, Data, DataSet, EvaluationKind, EvaluationSet};
 use crate::data::batch::{Batch, Cursor};
 use crate::data::builder::{Builder, Options};
 use crate::data::mixture::{self, Mixture, Picked};
@@ -43,6 +43,8 @@ pub(super) struct LossRows {
 impl LossRows {
     /// Opens the rows as a data set of training.
     fn open(path: &Path, set: &EvaluationSet, config: &Config) -> Result<Self> {
+        // The reader of training data would take the judgements of a BEIR folder's training split.
+        super::expect_file(path, EvaluationKind::Loss)?;
         let rows = DataSet { name: set.name.clone(), path: path.to_owned(), ..DataSet::default() };
         let mut alone = config.clone();
         alone.data = Data {

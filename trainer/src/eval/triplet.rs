@@ -96,7 +96,7 @@ impl Triplets {
                 ],
             }
         };
-        let measure = "cosine of the positive − cosine of the negative";
+        let measure = "cosine margin";
         Ok(EvalOutput::new(items, Examples::new(measure, false, cosines.len(), example)))
     }
 }

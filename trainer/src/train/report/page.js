@@ -12,9 +12,9 @@ const unique = (values) => [...new Set(values)];
 const count = (number) => number.toLocaleString("en");
 const fixed = (value) => (known(value) ? value.toFixed(4) : "–");
 const signed = (value) => (known(value) ? (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(4) : "–");
-const isLoss = (metric) => metric === "loss" || metric.endsWith("_loss");
+const lowerIsBetter = (metric) => runs.some((run) => run.lower_metrics.includes(metric));
 // The class of a difference: green if the metric became better, red if worse.
-const side = (delta, lowerIsBetter) => (known(delta) && Math.abs(delta) >= 5e-5 ? (delta > 0 !== lowerIsBetter ? "better" : "worse") : "");
+const side = (delta, lower) => (known(delta) && Math.abs(delta) >= 5e-5 ? (delta > 0 !== lower ? "better" : "worse") : "");
 const at = (run, step) => run.evaluations.find((evaluation) => evaluation.step === step)?.scores ?? {};
 const before = (run) => at(run, 0);
 const after = (run) => (run.selected > 0 ? at(run, run.selected) : {});
@@ -71,7 +71,7 @@ function swatch(run) {
 
 // What is known about a run beside its metrics: [name, value], without what is not known.
 function facts(run) {
-  const { version, started, starts, seconds, host, system, processor, threads, gpus, ranks, parameters, trained } = run.facts ?? {};
+  const { version, started, starts, host, system, processor, threads, gpus, ranks, parameters, trained } = run.facts ?? {};
   const share = parameters > 0 ? ` (${(trained / parameters * 100).toPrecision(3)} %)` : "";
   const gpu = unique(gpus ?? []).map((model) => `${gpus.filter((other) => other === model).length} × ${model}`).join(", ");
   const resumed = starts > 1 ? `, resumed ${starts - 1} ${starts === 2 ? "time" : "times"}` : "";
@@ -79,13 +79,14 @@ function facts(run) {
     ["model", run.model],
     ["data", Object.keys(run.losses).join(", ")],
     ["started", started > 0 ? new Date(started * 1000).toISOString().slice(0, 16).replace("T", " ") + " UTC" + resumed : ""],
-    ["wall time", seconds > 0 ? duration(seconds) : ""],
+    ["wall time", run.wall_seconds > 0 ? duration(run.wall_seconds) : ""],
     ["time in steps", run.totals.seconds > 0 ? duration(run.totals.seconds) : ""],
     ["parameters", parameters > 0 ? `${amount(trained)} trained of ${amount(parameters)}${share}` : ""],
     ["ranks", ranks > 0 ? count(ranks) : ""],
     ["GPUs", gpu],
     ["processor", processor ? `${processor}, ${threads} ${threads === 1 ? "thread" : "threads"}${ranks > 1 ? " a rank" : ""}` : ""],
-    ["peak memory", run.peak_memory ? bytes(run.peak_memory) : ""],
+    ["peak memory", run.peak_memory > 0 ? bytes(run.peak_memory) : ""],
+    ["peak GPU memory", run.peak_gpu_memory > 0 ? bytes(run.peak_gpu_memory) : ""],
     ["host", host ? [host, system].filter(Boolean).join(", ") : ""],
     ["trainer", version],
     ["folder", run.folder],
@@ -138,8 +139,7 @@ function summary() {
   const part = logged < steps ? [`in ${count(logged)} logged steps`] : [];
   tiles.push(tile("tokens", amount(tokens), ...part));
   if (seconds > 0) tiles.push(tile("speed", `${amount(Math.round(tokens / seconds))}/s`, "tokens per second in steps"));
-  const wall = run.facts?.seconds;
-  if (wall > 0) tiles.push(tile("wall time", duration(wall), `${duration(seconds)} in steps`));
+  if (run.wall_seconds > 0) tiles.push(tile("wall time", duration(run.wall_seconds), `${duration(seconds)} in steps`));
   document.getElementById("summary").append(...tiles);
 }
 
@@ -172,11 +172,11 @@ function comparison() {
 function metricTable(names) {
   const head = html("tr", {}, html("th", { scope: "col" }, "metric"), ...runs.flatMap(() => ["base", "tuned", "Δ"].map((title) => html("th", { scope: "col" }, title))));
   const rows = names.map((name) => {
-    const row = html("tr", {}, html("th", { scope: "row" }, ...breakable(name), ...(isLoss(name) ? [html("small", {}, " lower is better")] : [])));
+    const row = html("tr", {}, html("th", { scope: "row" }, ...breakable(name), ...(lowerIsBetter(name) ? [html("small", {}, " lower is better")] : [])));
     for (const run of runs) {
       const [base, tuned] = [before(run)[name], after(run)[name]];
       const delta = known(base) && known(tuned) ? tuned - base : null;
-      row.append(html("td", {}, fixed(base)), html("td", {}, fixed(tuned)), html("td", { class: side(delta, isLoss(name)) }, signed(delta)));
+      row.append(html("td", {}, fixed(base)), html("td", {}, fixed(tuned)), html("td", { class: side(delta, lowerIsBetter(name)) }, signed(delta)));
     }
     return row;
   });
@@ -256,7 +256,8 @@ function training() {
   column("Gradient norm before clipping", "grad_norm");
   column("Learning rate", "learning_rate", { whole: true });
   column("Tokens per second", "tokens_per_second");
-  column("Memory", "memory", { whole: true, format: bytes });
+  column("Peak memory", "memory", { whole: true, format: bytes });
+  column("Peak GPU memory", "gpu_memory", { whole: true, format: bytes });
   // Most runs have no known positives among their candidates.
   if (drawn.some((run) => run.steps.masked?.some((share) => share > 0))) column("Fraction of candidates masked as known positives", "masked");
   const slider = html("input", { type: "range", min: "0", max: "0.99", step: "0.01", value: "0" });

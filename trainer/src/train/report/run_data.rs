@@ -50,21 +50,31 @@ pub(super) fn describe(output: &Path) -> Result<Value> {
         |step: u64| history.scores_at(step).and_then(|scores| metrics::selection_metric(scores, metric));
     let sum = |name: &str| numbers(&history.steps, name).sum::<f64>();
     let facts = Facts::read(output);
-    // Of a run that goes on or was killed only metrics.jsonl knows.
-    let peak = numbers(&history.steps, "memory").fold(0.0, f64::max);
-    let peak = facts.as_ref().map_or(0.0, |facts| facts.peak_memory as f64).max(peak);
+    // A run in progress, or one that was killed, has not written the last values of its facts yet.
+    let peak = |name: &str| numbers(&history.steps, name).fold(0.0, f64::max);
+    let memory = facts.as_ref().map_or(0.0, |facts| facts.peak_memory as f64).max(peak("memory"));
+    let times: Vec<f64> = numbers(&history.steps, "time").collect();
+    let elapsed = times.last().zip(times.first()).map_or(0.0, |(last, first)| last - first);
+    let seconds = facts.as_ref().map(|facts| facts.seconds).filter(|&seconds| seconds > 0.0);
     let evaluations: Vec<Value> =
         history.evaluations.iter().map(|(step, scores)| json!({ "step": step, "scores": scores })).collect();
+    let mut lower: Vec<&String> = history.evaluations.iter().flat_map(|(_, scores)| scores.keys()).collect();
+    lower.retain(|metric| lower_is_better(metric));
+    lower.sort_unstable();
+    lower.dedup();
     Ok(json!({
         "name": name.unwrap_or_else(|| folder.clone()),
         "folder": folder,
         "model": known.model.path,
         "config": text,
         "facts": facts,
-        "peak_memory": (peak > 0.0).then_some(peak),
+        "wall_seconds": seconds.unwrap_or(elapsed),
+        "peak_memory": memory,
+        "peak_gpu_memory": peak("gpu_memory"),
         "sets": sets(&known),
         "metric": metric,
         "lower_is_better": lower_is_better(metric),
+        "lower_metrics": lower,
         "selected": selected,
         "best": best(&history, metric).map(|(step, value)| json!({ "step": step, "value": value })),
         "before": value_at(0),

@@ -3,7 +3,8 @@
 use serde_json::{Map, Value};
 
 /// The values of a step that have a chart.
-const COLUMNS: [&str; 6] = ["loss", "grad_norm", "learning_rate", "tokens_per_second", "memory", "masked"];
+const COLUMNS: [&str; 7] =
+    ["loss", "grad_norm", "learning_rate", "tokens_per_second", "memory", "gpu_memory", "masked"];
 
 type Step = Map<String, Value>;
 
