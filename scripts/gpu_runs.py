@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Small runs on one GPU: the losses of a CPU, a resume to the bit, and two ranks over NCCL with the losses of one.
+"""Small runs on one GPU: losses equal those of a CPU, resume is bit-equal, two ranks over NCCL equal one rank.
 
     LODESTONE_GPU=1 scripts/gpu_runs.py [TRAINER]
 
-TRAINER is the program, built with the feature `cuda`; default: target/gpu/trainer, which scripts/gpu.sh build makes, with a copy of
-this program and of the models that it trains beside it. Skipped, and so said, without LODESTONE_GPU. Needs python3 and nothing else.
+TRAINER is the program `trainer`, built with the feature `cuda`. Default: target/gpu/trainer; `scripts/gpu.sh build` puts it there,
+with a copy of this script and of the models. Without LODESTONE_GPU the runs are skipped. Needs only python3.
 
-NCCL wants a GPU for each rank of a host, so each rank says that it is on a host of its own (NCCL_HOSTID).
+NCCL requires one GPU for each rank of a host, so the ranks pretend to be on different hosts (NCCL_HOSTID).
 """
 
 import json
@@ -27,11 +27,11 @@ STEPS = 50
 
 
 class Failed(Exception):
-    """A run that ends with an error, or differs from what it should be."""
+    """A run that ends with an error or has unexpected results."""
 
 
 def config(place, model, **sections):
-    """50 steps of 4 rows, whose chunks are encoded twice. JSON is YAML."""
+    """Writes a configuration: 50 steps of 4 rows, with every chunk recomputed. JSON is valid YAML."""
     rows = GOLDEN / model / "rows.jsonl"
     training = {"batch_size": 4, "epochs": 5, "learning_rate": 1e-3, "chunk_tokens": 64, "activation_memory": 0}
     whole = {
@@ -51,20 +51,20 @@ def config(place, model, **sections):
 def start(trainer, path, *words, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [trainer, "train", str(path), *words, "--quiet"]
-    # A file, because a pipe that nobody reads would stop a rank.
+    # A file, because a full pipe would block a rank.
     said = tempfile.TemporaryFile("w+")
     return subprocess.Popen(command, env=inherited | environment, stdout=said, stderr=said), said
 
 
 def finish(*started):
-    """What they said."""
+    """Waits for processes. Returns their output."""
     words = []
     for process, said in started:
         status = process.wait()
         said.seek(0)
         words.append(said.read())
         if status != 0:
-            raise Failed(f"{' '.join(process.args)} ends with {status}\n{words[-1]}")
+            raise Failed(f"{' '.join(process.args)} failed with status {status}\n{words[-1]}")
     return words
 
 
@@ -77,9 +77,9 @@ def curve(path):
 
 def compare(what, got, want, tolerance):
     worst = max(abs(a - b) / abs(b) for pair in zip(got, want) for a, b in zip(*pair))
-    print(f"{what}: losses and norms of {STEPS} steps differ by {worst:.1e} at most")
+    print(f"{what}: losses and norms of {STEPS} steps differ by at most {worst:.1e}")
     if not worst <= tolerance:
-        raise Failed(f"{what}: expected {tolerance:.0e} at most")
+        raise Failed(f"{what}: expected at most {tolerance:.0e}")
 
 
 def run(trainer, place, device, model, **sections):
@@ -89,11 +89,11 @@ def run(trainer, place, device, model, **sections):
     return path
 
 
-def beside_a_cpu(trainer, folder, dtype, tolerance):
+def compare_with_cpu(trainer, folder, dtype, tolerance):
     lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
     sections = {"lora": lora, "model_section": {"dtype": dtype, "tf32": False}}
     gpu, cpu = (run(trainer, folder / f"{device}-{dtype}", device, "mistral", **sections) for device in ("cuda", "cpu"))
-    compare(f"Mistral with LoRA in {dtype}, GPU beside CPU", curve(gpu), curve(cpu), tolerance)
+    compare(f"Mistral with LoRA in {dtype}, GPU and CPU", curve(gpu), curve(cpu), tolerance)
 
 
 def resumed(trainer, path):
@@ -104,9 +104,9 @@ def resumed(trainer, path):
     shutil.rmtree(last)
     finish(start(trainer, path, "--resume", LODESTONE_DEVICE="cuda"))
     same = bits == (last / "parameters.safetensors").read_bytes() and curve(path) == whole
-    print(f"resumed after step {STEPS // 2}: {'the same bits' if same else 'OTHER BITS'}")
+    print(f"resumed after step {STEPS // 2}: {'bit-equal' if same else 'NOT bit-equal'}")
     if not same:
-        raise Failed("a resumed run is another than one that was not stopped")
+        raise Failed("the resumed run differs from the uninterrupted one")
 
 
 def two_ranks(trainer, folder):
@@ -124,22 +124,22 @@ def two_ranks(trainer, folder):
     }  # fmt: skip
     ranks = [start(trainer, path, RANK=str(rank), NCCL_HOSTID=f"host-{rank}", **common) for rank in (0, 1)]
     if not all("nranks 2" in said for said in finish(*ranks)):
-        raise Failed("the ranks did not talk over NCCL")
-    compare("two ranks over NCCL beside one", curve(path), curve(alone), 1e-4)
+        raise Failed("the ranks did not use NCCL")
+    compare("two ranks over NCCL and one rank", curve(path), curve(alone), 1e-4)
 
 
 def main():
     if not os.environ.get("LODESTONE_GPU"):
-        print("skipped: runs on a GPU (LODESTONE_GPU=1 asks for them)")
+        print("skipped: runs on a GPU (set LODESTONE_GPU=1)")
         return
     trainer = sys.argv[1] if len(sys.argv) > 1 else str(TRAINER)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         failed = False
-        # In bf16 some roundings fall to the other side; 50 steps of training carry that on.
+        # In bf16 some values round differently, and 50 steps of training amplify it.
         for check, *arguments in (
-            (beside_a_cpu, folder, "f32", 1e-3),
-            (beside_a_cpu, folder, "bf16", 5e-2),
+            (compare_with_cpu, folder, "f32", 1e-3),
+            (compare_with_cpu, folder, "bf16", 5e-2),
             (resumed, folder / "cuda-bf16" / "config.yaml"),
             (two_ranks, folder),
         ):

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the trainer, writes the quickstart's data, trains a small model from nothing and says what it gained.
+# Builds the trainer, writes the data of the quickstart, trains a small model from random weights and prints its scores.
 #
-#   scripts/quickstart.sh [KEY=VALUE …]      values that override those of configs/quickstart.yaml
+#   scripts/quickstart.sh [KEY=VALUE …]      override values of configs/quickstart.yaml
 #
-# On two cores the first build takes six to ten minutes, the training one to two. Nothing but crates is downloaded.
-# PROFILE=dev builds as the tests do.
+# On two cores the first build takes six to ten minutes and training one to two. Only crates are downloaded.
+# PROFILE=dev uses the build of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ profile=${PROFILE:-release}
 built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
 
 packages=(-p trainer -p launcher)
-# With the features of the tests, which would else compile the tensors anew.
+# With the features of the tests, so that candle is not compiled twice.
 [ "$profile" != dev ] || packages=(--workspace)
 cargo build --locked --profile "$profile" "${packages[@]}" --example quickstart --bin trainer --bin launch
 "$built/examples/quickstart" --output data/quickstart

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The search of trainer/benches/search.rs with FAISS's IndexFlatIP, as sentence-transformers calls it, on the same files.
+"""Searches the files of trainer/benches/search.rs with IndexFlatIP of FAISS, as sentence-transformers does.
 
     scripts/search_faiss.py make FOLDER ROWS [WIDTH]           random embeddings: FOLDER/queries.npy, FOLDER/documents.npy
     cargo bench --workspace --bench search -- FOLDER/queries.npy FOLDER/documents.npy 60 FOLDER/found.bin
-    scripts/search_faiss.py search FOLDER [K]                  time, peak memory, and how many documents both found
+    scripts/search_faiss.py search FOLDER [K]                  prints time, peak memory, and the overlap of the results
 
-Needs faiss-cpu and numpy. Documents lie around 1000 centres, queries near documents, as embeddings of texts do.
+Needs faiss-cpu and numpy. Like embeddings of texts, documents are clustered (1000 centres) and queries are close to documents.
 """
 
 import resource
@@ -50,7 +50,7 @@ def search(folder, k=60):
     if ours.is_file():
         ours = np.fromfile(ours, dtype="<u4").reshape(len(queries), k)
         same = sum(len(np.intersect1d(a, b, assume_unique=True)) for a, b in zip(ours, found))
-        print(f"{same / ours.size:.6f} of the documents are the same, {np.mean(ours == found):.6f} in the same place")
+        print(f"{same / ours.size:.6f} of the documents are the same, {np.mean(ours == found):.6f} at the same rank")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use tests::{FAMILIES, copy, program, stderr, write_config};
 use trainer::config::Config;
 use trainer::eval::embed::{LoadedModel, Role};
-use trainer::export::{self, Trained};
+use trainer::export::{self, TrainedRun};
 use trainer::model::Options;
 
 const TEXTS: [&str; 3] =
@@ -46,9 +46,9 @@ fn write(folder: &Path, merge: bool, target: &Path) -> Vec<Vec<f32>> {
     let mut config = Config::default();
     config.model.path = folder.to_str().unwrap().to_owned();
     let none = Map::new();
-    let trained = Trained { config: &config, step: 1, before: &none, after: &none };
+    let trained = TrainedRun { config: &config, step: 1, before: &none, after: &none };
     let before = embed(&opened);
-    export::run(&mut opened.model, &trained, export::Options { merge, replace: false }, target).unwrap();
+    export::write_run(&mut opened.model, &trained, export::Options { merge, replace: false }, target).unwrap();
     before
 }
 

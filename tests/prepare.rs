@@ -264,7 +264,7 @@ fn bad_input_is_named_and_nothing_is_written() {
         (&mine, &["single.jsonl"], &["single.jsonl", "one document", "--corpus"]),
         (&mine, &["good.jsonl", "--corpus", "bad.jsonl"], &["bad.jsonl:1", "has no `text`"]),
         (&mine, &["good.jsonl", "--range", "5..5"], &["--range 5..5 is empty"]),
-        (&mine, &["good.jsonl", "--range", "0..3"], &["holds 3 candidates", "--negatives asks for 5"]),
+        (&mine, &["good.jsonl", "--range", "0..3"], &["has 3 ranks", "fewer than --negatives 5"]),
         (&mine, &["good.jsonl", "--range", "3"], &["--range", "expected A..B"]),
         (&mine, &["good.jsonl", "--min-score", "x"], &["--min-score", "expected a number"]),
         (&mine, &["good.jsonl", "--relative-margin", "nan"], &["--relative-margin", "expected a number"]),

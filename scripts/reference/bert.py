@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/bert: a tiny random BERT with mean pooling, and what transformers and PEFT compute with it.
+"""Writes tests/golden/bert: a tiny random BERT with mean pooling, and the results of transformers and PEFT with it.
 
-Run: python scripts/reference/bert.py        (needs scripts/requirements-reference.txt; a rerun gives the same bits)
+Run: python scripts/reference/bert.py        (needs scripts/requirements-reference.txt; reruns are bit-equal)
 """
 
 import string
@@ -21,7 +21,7 @@ CONFIG = {
 
 
 def tokenizer(padding=0):
-    """WordPiece over letters, digits, some marks and a few words: every ASCII word has pieces, few others do."""
+    """A WordPiece tokenizer of letters, digits, some punctuation and a few words. Most non-ASCII words become [UNK]."""
     special = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     special.insert(padding, "[PAD]")
     letters = list(string.ascii_lowercase + string.digits)
@@ -48,7 +48,7 @@ def main():
              "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
              "mask_token": "[MASK]", "strip_accents": None, "tokenize_chinese_chars": True}
     write_folder(FOLDER, model, config, tok, named, "mean_tokens", MAX_LENGTH)
-    # Every linear but the pooler's, which no embedding passes through ("all-linear" would take it as well).
+    # All linear layers except the pooler, which embeddings do not use ("all-linear" would include it).
     write_adapter(FOLDER / "adapter", model, ["query", "key", "value", "intermediate.dense", "output.dense"], seed=2)
     sequences = write_golden(FOLDER, "mean_tokens", single=7, max_length=MAX_LENGTH)
     write_training(FOLDER, "mean_tokens", sequences, adapter=False, temperature=0.05)

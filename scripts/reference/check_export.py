@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Opens an exported model in Python and compares its embeddings with those that `trainer encode` wrote.
+"""Opens an exported model in Python and compares its embeddings with those of `trainer encode`.
 
     trainer encode --model runs/x/model --input texts.txt --output texts.npy
     check_export.py --model runs/x/model --texts texts.txt --embeddings texts.npy
     check_export.py --model BASE --adapter runs/x/model --texts texts.txt --embeddings texts.npy     by PEFT: base + adapter
 
---texts is .jsonl with "text", or one text a line, as `trainer encode` takes it. Without --adapter the folder is opened by
-sentence-transformers, whatever it holds: a whole model, a merged one, or an adapter that names its base. With --adapter
-the base is opened by sentence-transformers and PEFT puts the adapter on it.
-Prints the least and the mean cosine; exit status 1 where the least is below --least.
+--texts is .jsonl with "text", or has one text per line, as for `trainer encode`. Without --adapter, sentence-transformers opens
+the folder: a whole model, a merged one, or an adapter that names its base. With --adapter, sentence-transformers opens the base
+and PEFT adds the adapter. Prints the minimum and the mean cosine similarity; exit status 1 if the minimum is below --least.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def open_model(args):
     if args.adapter:
         from peft import PeftModel
 
-        # The adapter goes into the model's own layers. PEFT only warns about names without a place, and that must fail.
+        # PEFT injects the adapter into the layers of the model. It only warns about unknown names; here they are an error.
         loaded = PeftModel.from_pretrained(model[0].auto_model, str(args.adapter))
         from safetensors import safe_open
 
@@ -44,7 +43,7 @@ def open_model(args):
             written = set(file.keys())
         known = {name.replace(".default.", ".") for name, _ in loaded.named_parameters()}
         if unknown := sorted(written - known):
-            sys.exit(f"PEFT has no place for `{unknown[0]}` and {len(unknown) - 1} more of {args.adapter}")
+            sys.exit(f"PEFT does not know `{unknown[0]}` and {len(unknown) - 1} more tensors of {args.adapter}")
     if args.max_length:
         model.max_seq_length = args.max_length
     return model.eval()
@@ -56,20 +55,20 @@ def main():
     p.add_argument("--adapter", type=Path)
     p.add_argument("--texts", type=Path, required=True)
     p.add_argument("--embeddings", type=Path, required=True, help=".npy of (texts, width), f32")
-    p.add_argument("--prompt", default="", help="what `trainer encode` put before every text")
-    p.add_argument("--max-length", type=int, default=0, help="default: what the folder says")
+    p.add_argument("--prompt", default="", help="prompt that `trainer encode` used")
+    p.add_argument("--max-length", type=int, default=0, help="default: that of the folder")
     p.add_argument("--least", type=float, default=0.9999)
     args = p.parse_args()
 
     texts, written = read_texts(args.texts), np.load(args.embeddings)
     here = open_model(args).encode(texts, prompt=args.prompt or None, show_progress_bar=False).astype(np.float64)
     if written.shape != here.shape:
-        sys.exit(f"`{args.embeddings}` holds {written.shape}, sentence-transformers makes {here.shape}")
+        sys.exit(f"`{args.embeddings}` has shape {written.shape}, sentence-transformers returns {here.shape}")
     written = written.astype(np.float64)
     cosine = (written * here).sum(1) / np.linalg.norm(written, axis=1) / np.linalg.norm(here, axis=1)
-    print(f"{len(texts)} texts: least cosine {cosine.min():.8f}, mean {cosine.mean():.8f}, "
+    print(f"{len(texts)} texts: minimum cosine {cosine.min():.8f}, mean {cosine.mean():.8f}, "
           f"greatest |difference| {np.abs(written - here).max():.2e}")
-    # Written as `not >=`, so that NaN fails as well.
+    # `not >=` instead of `<`, so that NaN fails.
     if not cosine.min() >= args.least:
         sys.exit(f"text {int(np.nanargmin(cosine))} is below {args.least}")
 

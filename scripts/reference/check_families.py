@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Trains every family of tests/golden a little, and opens what is written in Python.
+"""Trains every model family of tests/golden for a few steps and opens the exported models in Python.
 
     check_families.py [--trainer target/release/trainer] [--families bert mistral …]
 
-For each family: sentence-transformers opens the model as it is, trained whole, with an adapter, and with that adapter merged,
-and embeds texts as `trainer encode` does. And an adapter trained here for five steps goes on in PEFT: the loss of its next
-batch there is the one that a sixth step here has. Exit status 1 where a cosine is below 0.9999, or two losses differ by more
-than 1e-4.
+For each family, sentence-transformers opens the base model, the fully trained one, the adapter and the merged adapter, and embeds
+texts; the embeddings must equal those of `trainer encode`. PEFT continues an adapter after five steps; its loss on the next batch
+must equal that of the sixth step here. Exit status 1 if a cosine similarity is below 0.9999 or losses differ by more than 1e-4.
 """
 
 import argparse
@@ -30,7 +29,7 @@ BATCH, STEPS, TEMPERATURE, LENGTH = 4, 5, 0.05, 24
 def trainer(args, *command):
     done = subprocess.run([args.trainer, "--quiet", *map(str, command)], capture_output=True, text=True)
     if done.returncode != 0:
-        sys.exit(f"`{' '.join(map(str, command))}` ended with {done.returncode}: {done.stderr}")
+        sys.exit(f"`{' '.join(map(str, command))}` failed with status {done.returncode}: {done.stderr}")
 
 
 def train(args, family, output, lora, steps=STEPS):
@@ -52,7 +51,7 @@ def train(args, family, output, lora, steps=STEPS):
 
 
 def least_cosine(args, folder, scratch):
-    """Between `trainer encode` and sentence-transformers."""
+    """Returns the minimum cosine similarity between embeddings of `trainer encode` and sentence-transformers."""
     texts = [text for text in TEXTS if text]
     (scratch / "texts.txt").write_text("\n".join(texts) + "\n")
     trainer(args, "encode", "--model", folder, "--input", scratch / "texts.txt", "--output", scratch / "x.npy")
@@ -64,7 +63,7 @@ def least_cosine(args, folder, scratch):
 
 
 def next_loss_in_peft(family, adapter):
-    """Of the batch after STEPS batches, with the adapter on its base."""
+    """Returns the loss of the batch after STEPS batches, with the adapter on its base."""
     model = SentenceTransformer(str(GOLDEN / family), device="cpu",
                                 model_kwargs={"dtype": torch.float32, "attn_implementation": "eager"})
     PeftModel.from_pretrained(model[0].auto_model, str(adapter), is_trainable=True)
@@ -96,11 +95,11 @@ def main():
             ours = train(args, family, scratch / "further", lora=True, steps=STEPS + 1)[-1]
             theirs = next_loss_in_peft(family, scratch / "lora" / "model")
         print(f"{family:12} " + " ".join(f"{c:11.8f}" for c in cosines) + f" {ours:10.6f} {theirs:10.6f}", flush=True)
-        # Written as `not`, so that NaN fails as well.
+        # `not >=` instead of `<`, so that NaN fails.
         if not min(cosines) > 0.9999 or not abs(ours - theirs) < 1e-4:
             missed.append(family)
     if missed:
-        sys.exit("not alike: " + ", ".join(missed))
+        sys.exit("different results: " + ", ".join(missed))
 
 
 if __name__ == "__main__":

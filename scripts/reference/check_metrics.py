@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compares the metrics of `trainer evaluate` on real sets with those of sentence-transformers given the same embeddings.
+"""Compares the metrics of `trainer evaluate` on real data with those of sentence-transformers for the same embeddings.
 
     check_metrics.py --model DIR --retrieval scifact cisi cranfield --triplet triplets.jsonl --similarity en.test.jsonl
 
-`trainer encode` embeds what `trainer evaluate` embeds, in the same order (documents in that of their ids);
-sentence-transformers' evaluators get these embeddings instead of a model. Retrieval: BEIR folders with qrels/test.tsv. Triplets:
-rows of query, positive, negative. Similarity: rows of s1, s2, score. Prints the largest difference of each set; exit status 1
-where a name or a CSV heading differs, or a metric by more than --within.
+`trainer encode` embeds the texts that `trainer evaluate` embeds, in the same order (documents by id); the evaluators of
+sentence-transformers get these embeddings instead of a model. Retrieval: BEIR folders with qrels/test.tsv. Triplets: rows with
+query, positive, negative. Similarity: rows with s1, s2, score. Prints the largest difference of each set; exit status 1 if a
+metric name or a CSV heading differs, or a metric by more than --within.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def length(args):
 
 
 class Embedded:
-    """Stands in for a model: texts that were embedded before, in the same call."""
+    """A model that returns precomputed embeddings."""
 
     similarity_fn_name = "cosine"
     similarity = staticmethod(cos_sim)
@@ -125,7 +125,7 @@ def main():
     p.add_argument("--retrieval", type=Path, nargs="*", default=[])
     p.add_argument("--triplet", type=Path, nargs="*", default=[])
     p.add_argument("--similarity", type=Path, nargs="*", default=[])
-    p.add_argument("--max-length", type=int, help="tokens of a text at most, on both sides; default: what the model says")
+    p.add_argument("--max-length", type=int, help="maximum number of tokens on both sides; default: that of the model")
     p.add_argument("--within", type=float, default=1e-6)
     args = p.parse_args()
     jobs = [("retrieval", retrieval, args.retrieval), ("triplet", triplet, args.triplet),

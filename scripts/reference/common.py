@@ -1,13 +1,13 @@
-"""What the golden writers share: texts, rows, exact gradients, a short training run.
+"""Functions of the golden writers: texts, rows, exact gradients, a short training run.
 
-Everything is computed in float64 and stored as float32, so that a golden is closer to the truth than any float32
-implementation that is compared with it. One thread and fixed seeds: a rerun gives the same bits.
+Everything is computed in float64 and stored as float32, so that a golden is more exact than any float32 implementation that is
+compared with it. One thread and fixed seeds make reruns bit-equal.
 
-transformers computes norms, softmax and rotations in float32 even in a float64 model: `exact` lets it compute them in float64.
+transformers computes norms, softmax and rotations in float32 even in a float64 model; `exact` makes it use float64.
 
-Files written for a model, beside the model folder itself:
+Files of a golden model, in addition to the model folder itself:
 
-    golden.json          the texts, their token ids, and what the numbers below are
+    golden.json          the texts, their token ids, and a description of the numbers below
     golden.safetensors   ids (T) u32 and offsets (N+1) u32 of the packed batch; hidden (T,D) after the last layer;
                          embeddings (N,D); direction (N,D); loss (1) = sum of embeddings * direction; grad.NAME for every
                          parameter NAME of model.safetensors that the loss reaches; and the same with the adapter on:
@@ -41,7 +41,7 @@ torch.use_deterministic_algorithms(True)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 
-# None is a sequence of one token, which no tokenizer with special tokens makes of a text.
+# None stands for a sequence of one token, which tokenizers with special tokens never produce.
 TEXTS = [
     "the metal melts at a high heat",
     None,
@@ -61,7 +61,7 @@ QUESTIONS = ["when does {s} melt?", "who found {s}, and when?", "how many rivers
 
 @contextlib.contextmanager
 def exact():
-    """Whatever transformers casts to float32 becomes float64."""
+    """Replaces the casts of transformers to float32 with casts to float64."""
     to, cast, arange, softmax = torch.Tensor.to, torch.Tensor.float, torch.arange, torch.nn.functional.softmax
     wide = lambda x: torch.float64 if x is torch.float32 else x
 
@@ -80,7 +80,7 @@ def exact():
 
 
 def rows(count=40, seed=7):
-    """Synthetic rows of uneven length; every text is distinct, so masks of duplicates play no part."""
+    """Returns synthetic rows of different lengths. All texts are distinct, so masks of duplicates have no effect."""
     pick = random.Random(seed)
     seen, out = set(), []
     while len(out) < count:
@@ -100,7 +100,7 @@ def rows(count=40, seed=7):
 
 
 def randomise(model, seed, spread=0.15, norm=1.0):
-    """Weights large enough that attention is far from uniform, norms and biases away from `norm` and 0."""
+    """Draws weights large enough that attention is far from uniform, and norms and biases different from `norm` and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -118,7 +118,7 @@ def write_json(path, value):
 
 
 def write_folder(folder, model, config, tokenizer, tokenizer_config, pooling, max_length, dense=()):
-    """A model folder in the legacy schema of sentence-transformers. `dense`: (outputs, activation) after pooling."""
+    """Writes a model folder in the legacy schema of sentence-transformers. `dense`: (outputs, activation) after pooling."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -158,7 +158,7 @@ def write_folder(folder, model, config, tokenizer, tokenizer_config, pooling, ma
 
 
 def write_adapter(folder, base, targets, seed, rank=4, alpha=8):
-    """An adapter as PEFT writes it. `base` is wrapped in place: open the folder again for a clean one."""
+    """Writes an adapter with PEFT. `base` is wrapped in place; open the folder again for a clean model."""
     torch.manual_seed(seed)
     config = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=rank, lora_alpha=alpha, lora_dropout=0.0,
                         target_modules=targets)
@@ -172,7 +172,7 @@ def write_adapter(folder, base, targets, seed, rank=4, alpha=8):
     model.peft_config["default"].base_model_name_or_path = f"tests/golden/{folder.parent.name}"
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
-    # A set in memory, whose order PEFT lets leak into the file.
+    # PEFT keeps these in a set, whose random order would get into the file.
     path = folder / "adapter_config.json"
     written = json.loads(path.read_text())
     written["target_modules"] = sorted(written["target_modules"])
@@ -180,11 +180,11 @@ def write_adapter(folder, base, targets, seed, rank=4, alpha=8):
 
 
 def open_as(folder, dtype, adapter=False, attention="eager"):
-    """The folder in sentence-transformers, without dropout."""
+    """Opens a folder in sentence-transformers, without dropout."""
     chosen = {"attn_implementation": attention} if attention else {}
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32, **chosen})
     if adapter:
-        # PEFT puts the adapter into the model's own layers, so the outer model needs no replacement.
+        # PEFT injects the adapter into the layers of the model, so the outer model stays.
         PeftModel.from_pretrained(model[0].auto_model, str(folder / "adapter"), is_trainable=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -193,13 +193,13 @@ def open_as(folder, dtype, adapter=False, attention="eager"):
 
 
 def open_double(folder, adapter=False):
-    """The folder in float64, with plain attention."""
+    """Opens a folder in float64, with eager attention."""
     with exact():
         return open_as(folder, torch.float64, adapter)
 
 
 def plain(name):
-    """A parameter's name in model.safetensors or adapter_model.safetensors, from its name inside SentenceTransformer."""
+    """Maps the name of a parameter in SentenceTransformer to its name in (adapter_)model.safetensors."""
     name = name.removeprefix("0.auto_model.").removeprefix("0.model.")
     if name.split(".")[0].isdigit():
         name = name.replace(".", "_Dense.", 1)
@@ -207,13 +207,13 @@ def plain(name):
 
 
 def gradients(model, adapter=False):
-    """With an adapter only its own, as PEFT trains."""
+    """Returns the trained parameters: with an adapter only its own, as in PEFT."""
     named = {plain(n): p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     return {name: grad for name, grad in named.items() if not adapter or ".lora_" in name}
 
 
 def embed(model, sequences, pooling):
-    """Each sequence on its own, so that padding cannot play a part: packed hidden states (T,D), embeddings (N,D)."""
+    """Encodes each sequence alone, without padding. Returns packed hidden states (T,D) and embeddings (N,D)."""
     hidden, pooled = [], []
     for ids in sequences:
         states = model[0].auto_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
@@ -230,7 +230,7 @@ def relative_error(got, want):
 
 
 def own_errors(folder, adapter, sequences, pooling, direction, want):
-    """How far transformers itself is off in half precision, with the attention that it takes by default."""
+    """Returns the relative errors of transformers in half precision, with its default attention."""
     errors = {}
     for name, dtype in [("bf16", torch.bfloat16), ("f16", torch.float16)]:
         model = open_as(folder, dtype, adapter, attention=None).eval()
@@ -245,7 +245,7 @@ def own_errors(folder, adapter, sequences, pooling, direction, want):
 
 
 def write_golden(folder, pooling, single, max_length, script=None):
-    """golden.json and golden.safetensors; `single` is the token of the sequence of length one."""
+    """Writes golden.json and golden.safetensors. `single` is the token of the sequence of length one."""
     model = open_double(folder)
     texts = [t for t in TEXTS if t is not None]
     features = model.preprocess(texts)
@@ -266,7 +266,7 @@ def write_golden(folder, pooling, single, max_length, script=None):
         model.eval()
         with exact():
             hidden, embeddings = embed(model, sequences, pooling)
-            # The packed view and sentence-transformers' padded one are the same embeddings.
+            # Packed and padded sequences (sentence-transformers) have the same embeddings.
             padded = model(model.preprocess(texts))["sentence_embedding"]
         alone = embeddings[[i for i, t in enumerate(TEXTS) if t is not None]]
         assert (padded - alone).abs().max() < 1e-12, (padded - alone).abs().max()
@@ -288,7 +288,7 @@ def write_golden(folder, pooling, single, max_length, script=None):
 
 def write_training(folder, pooling, sequences, adapter, temperature, max_length=24, batch=4, rate=1e-3,
                    weight_decay=0.01, warmup_ratio=0.1, clip=1.0):
-    """Ten steps by sentence-transformers' loss and torch's AdamW, as peers of this project train."""
+    """Trains ten steps with the loss of sentence-transformers and AdamW of torch."""
     data = rows()
     with open(folder / "rows.jsonl", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in data)

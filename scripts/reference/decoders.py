@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/{llama,qwen2,qwen3,gemma3}: tiny random decoders, and what transformers and PEFT compute with them.
+"""Writes tests/golden/{llama,qwen2,qwen3,gemma3}: tiny random decoders, and the results of transformers and PEFT with them.
 
-Llama has Llama 3's scaled rotary positions, biases everywhere and transformers 5's spelling of the positions. Qwen2 has a
-window of 5 in its second layer alone. Qwen3 is shaped like Qwen3-Embedding: heads wider than the model's share, and last-token
-pooling. Gemma 3 is shaped like EmbeddingGemma: tokens see both ways, windows of 6 in all layers but the third, two bases,
-the mean, two dense layers after it.
+Llama has the scaled rotary positions of Llama 3, biases in all layers and the configuration format of transformers 5. Qwen2 has
+a window of 5 in its second layer only. Qwen3 is shaped like Qwen3-Embedding: a head width larger than hidden_size / heads, and
+last-token pooling. Gemma 3 is shaped like EmbeddingGemma: bidirectional attention, windows of 6 in all layers but the third, two
+rotary bases, mean pooling and two dense layers after it.
 
-Run: python scripts/reference/decoders.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
+Run: python scripts/reference/decoders.py     (needs scripts/requirements-reference.txt; reruns are bit-equal)
 """
 
 import mistral
@@ -40,8 +40,8 @@ FAMILIES = {
 
 
 def qwen_tokenizer():
-    """Byte-level BPE as Qwen's, whose end token stands after every text. transformers builds all but its vocabulary, merges and
-    post-processor anew, so another kind of tokenizer would not be the same there."""
+    """A byte-level BPE tokenizer as that of Qwen, with an end token after every text. transformers rebuilds all but
+    vocabulary, merges and post-processor, so another kind of tokenizer would differ there."""
     vocabulary = {piece: i for i, piece in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     merges = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("o", "n"), ("i", "r"), ("ir", "on"), ("\u0120", "m")]
     for left, right in merges:
@@ -73,7 +73,7 @@ def main():
         config = SHARED | {"architectures": [Model.__name__], "model_type": name, "vocab_size": size} | more
         model = Model(Config(**{**config, "rope_parameters": dict(config["rope_parameters"])}
                              if "rope_parameters" in config else config))
-        # Gemma's norms multiply by 1 + w.
+        # The norms of Gemma multiply by 1 + w.
         randomise(model, seed=seed, norm=0.0 if name == "gemma3_text" else 1.0)
         write_folder(folder, model, config, tok, named, pooling, MAX_LENGTH, dense)
         write_adapter(folder / "adapter", model, "all-linear", seed=seed)

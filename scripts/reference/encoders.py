@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/{roberta,xlm-roberta,mpnet,distilbert,modernbert}: tiny random encoders, and what transformers and PEFT
-compute with them.
+"""Writes tests/golden/{roberta,xlm-roberta,mpnet,distilbert,modernbert}: tiny random encoders, and the results of
+transformers and PEFT with them.
 
-RoBERTa's positions begin after its padding token, here with the id 1 as in every RoBERTa. XLM-RoBERTa is shaped like
-multilingual-e5. MPNet's longest text is longer than half of its relative buckets reach. ModernBERT has windows of 3 on both
-sides in two layers of three, and biases nowhere.
+Positions of RoBERTa begin after its padding id, which is 1 as in every RoBERTa. XLM-RoBERTa is shaped like multilingual-e5. The
+longest text of MPNet reaches into its logarithmic relative-position buckets. ModernBERT has windows of 3 on both sides in two of
+three layers, and no biases.
 
-Run: python scripts/reference/encoders.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
+Run: python scripts/reference/encoders.py     (needs scripts/requirements-reference.txt; reruns are bit-equal)
 """
 
 from bert import CONFIG, MAX_LENGTH, tokenizer

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/losses.json: what sentence-transformers' losses say of small random embeddings, and their gradients.
+"""Writes tests/golden/losses.json: the losses of sentence-transformers for small random embeddings, and their gradients.
 
-Run: python scripts/reference/losses.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
+Run: python scripts/reference/losses.py     (needs scripts/requirements-reference.txt; reruns are bit-equal)
 
-Every case has embeddings by column (query, positive, negatives; all in float64), the labels, the loss and d(loss)/d(embeddings).
+Every case has the embeddings of each column (query, positive, negatives; in float64), labels, loss and d(loss)/d(embeddings).
 """
 
 import json
@@ -19,7 +19,7 @@ ROWS, WIDTH = 6, 8
 
 
 class Lookup(torch.nn.Module):
-    """Stands in for a model: the features are the embeddings."""
+    """A model whose features are the embeddings."""
 
     def forward(self, features):
         return {"sentence_embedding": features["embeddings"]}
@@ -52,7 +52,7 @@ def main():
     scores = torch.tensor([0.0, 5.0, 2.5, 2.5, 1.0, 4.2], dtype=torch.float64)
     teacher = 3 * torch.randn(ROWS, 3, generator=generator, dtype=torch.float64)
     cases = [
-        # The embeddings have length 1 already: the gradient through the scaling is not the loss's.
+        # The embeddings already have length 1; the gradient through the normalisation does not belong to the loss.
         case("info_nce", losses.MultipleNegativesRankingLoss(model, scale=20.0, similarity_fct=dot_score), 3, unit=True),
         case("info_nce any length", losses.MultipleNegativesRankingLoss(model, scale=20.0), 3),
         case("cosent", losses.CoSENTLoss(model, scale=20.0), 2, scores),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/metrics.json: what sentence-transformers' evaluators say of small random embeddings with ties.
+"""Writes tests/golden/metrics.json: the results of the evaluators of sentence-transformers for small random embeddings with ties.
 
-Run: python scripts/reference/metrics.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
+Run: python scripts/reference/metrics.py     (needs scripts/requirements-reference.txt; reruns are bit-equal)
 """
 
 import json
@@ -26,7 +26,7 @@ WIDTH = 16
 
 
 class Lookup:
-    """Stands in for a model: a text is the number of its row."""
+    """A model for which a text is the number of its row."""
 
     similarity_fn_name = "cosine"
     similarity = staticmethod(cos_sim)
@@ -43,7 +43,7 @@ class Lookup:
 
 
 def rows(count, seed):
-    """Lengths are powers of two, so that similarities are exact whatever the order of the sum, and often equal."""
+    """Draws embeddings whose lengths are powers of two, so that similarities are exact for any order of sums, and often equal."""
     pick = random.Random(seed)
     found = []
     for _ in range(count):
@@ -54,7 +54,7 @@ def rows(count, seed):
 
 
 def run(evaluator, embeddings):
-    """The scores and the CSV that the evaluator writes."""
+    """Returns the scores and the CSV of an evaluator."""
     with tempfile.TemporaryDirectory() as folder:
         scores = evaluator(Lookup(embeddings), output_path=folder, epoch=1, steps=20)
         (csv,) = Path(folder).iterdir()
@@ -63,16 +63,16 @@ def run(evaluator, embeddings):
 
 
 def embedded(name, queries, documents, seed):
-    """A collection, its evaluator, and the embeddings that stand for its texts."""
+    """Returns a collection, its evaluator, and the embeddings of its texts."""
     pick = random.Random(seed)
-    # Order by string: d10 before d9.
+    # Ids are ordered as strings: d10 before d9.
     ids = [f"d{i}" for i in range(documents)]
     pick.shuffle(ids)
     embeddings = rows(queries + documents, seed)
     scores = cos_sim(embeddings[:queries], embeddings[queries:]).tolist()
     relevant = {}
     for i, row in enumerate(scores):
-        # Some of the best, so that there is something to find, and some of all.
+        # Some of the best documents, so that metrics are above 0, and some random ones.
         best = sorted(ids, key=lambda id: -row[ids.index(id)])[: documents // 6]
         count = pick.choice([0, 1, 1, 2, 3, 12])
         relevant[f"q{i}"] = sorted({pick.choice(pick.choice([best, best, ids])) for _ in range(count)})
@@ -91,7 +91,7 @@ def retrieval(*collection, seed):
 
 
 class Nano(NanoBEIREvaluator):
-    """Over collections that lie in memory."""
+    """Runs the evaluator on collections in memory."""
 
     def __init__(self, evaluators):
         self.given = evaluators
@@ -105,7 +105,7 @@ class Nano(NanoBEIREvaluator):
 
 
 def nano():
-    """The collections of `retrieval` under other names. Each evaluator has a model of its own, as their texts are alike."""
+    """Renames the collections of `retrieval`. Each evaluator has its own model, since the texts of several are equal."""
     sets = [embedded("NanoFirst", 23, 257, 1), embedded("NanoSecond", 3, 13, 4)]
 
     class Own:
@@ -148,7 +148,7 @@ def similarity(count, seed):
 
 
 def folder():
-    """The whole way, from rows to scores, with the tiny model of bert.py."""
+    """Evaluates rows with the tiny model of bert.py."""
     rows = [json.loads(line) for line in (GOLDEN.parent / "bert" / "rows.jsonl").open()]
     column = {name: [row[name] for row in rows] for name in rows[0]}
     model = SentenceTransformer(str(GOLDEN.parent / "bert"), device="cpu")
@@ -166,7 +166,7 @@ def folder():
 def main():
     golden = {
         "folder": folder(),
-        # More documents than the longest list of hits (100), and fewer.
+        # More documents than the longest ranking (100), and fewer.
         "retrieval": [retrieval("many", 23, 257, seed=1), retrieval("few", 3, 13, seed=4)],
         "triplet": triplets(41, seed=2),
         "similarity": similarity(37, seed=3),

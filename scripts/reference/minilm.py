@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/minilm.json: what sentence-transformers makes of all-MiniLM-L6-v2 and of real questions.
+"""Writes tests/golden/minilm.json: results of sentence-transformers with all-MiniLM-L6-v2 on real questions.
 
     minilm.py --model MINILM --rows qa-medquad/pairs.jsonl.gz --output tests/golden/minilm.json
 
-Embeddings of a few texts written here, and of the first batches of rows the InfoNCE loss and the norm of its gradient over all
-parameters, none of them trained in between. The rows themselves stay where they are.
+The file has embeddings of the texts below, and for the first batches of rows the InfoNCE loss and the norm of its gradient over
+all parameters, without training in between. It does not have the rows themselves.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/mining.json: the hard negatives that sentence-transformers' mine_hard_negatives finds.
+"""Writes tests/golden/mining.json: the hard negatives of mine_hard_negatives in sentence-transformers.
 
-`cases` have embeddings of their own (integers; both sides scale them to length 1) and go through every parameter; `folder` has the
-rows of tests/golden/bert, mined with that model. Queries whose result would hang on rounding are left out.
+`cases` have synthetic embeddings (integers, which both sides scale to length 1) and cover every parameter; `folder` has the rows
+of tests/golden/bert, mined with that model. Queries whose results depend on rounding are left out.
 
-Run: python scripts/reference/mining.py     (needs scripts/requirements-reference.txt and datasets; a rerun gives the same bits)
+Run: python scripts/reference/mining.py     (needs scripts/requirements-reference.txt and datasets; reruns are bit-equal)
 """
 
 import json
@@ -23,12 +23,12 @@ from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_co
 
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "golden"
 WIDTH = 16
-# Scores of two documents, or a score and its limit, differ by more than either side can be wrong.
+# Minimum difference of two scores, or of a score and a limit: larger than rounding errors.
 APART = 2e-6
 
 
 class Lookup:
-    """Stands in for a model: a text has a row."""
+    """A model that looks up the embedding of a text."""
 
     device = "cpu"
     similarity = staticmethod(cos_sim)
@@ -46,7 +46,7 @@ class Lookup:
 
 
 def world(seed):
-    """Pairs and a corpus: queries with one to three positives, some pairs twice, positives that the corpus has too."""
+    """Returns pairs and a corpus: queries with one to three positives, repeated pairs, positives that are in the corpus."""
     pick = random.Random(seed)
     draw = lambda: [pick.gauss(0, 40) for _ in range(WIDTH)]
     rows, pairs = {}, []
@@ -68,9 +68,9 @@ def world(seed):
 
 
 def mined(pairs, model, corpus, **settings):
-    """[query, positive, negatives, scores], and no decision that hangs on rounding."""
+    """Returns rows [query, positive, negatives, scores] that do not depend on rounding."""
     dataset = Dataset.from_dict({"query": [q for q, _ in pairs], "positive": [p for _, p in pairs]})
-    # The only format in which they leave positives where they are.
+    # The only format that keeps the order of positives.
     whole = settings.get("include_positives", False)
     found = mine_hard_negatives(dataset, model, corpus=corpus, output_format="n-tuple" if whole else "labeled-list",
                                 output_scores=True, verbose=False, **settings)
@@ -80,7 +80,7 @@ def mined(pairs, model, corpus, **settings):
 
 
 def settled(pairs, model, corpora, cases):
-    """The pairs whose queries have no two scores, and no score and limit, that rounding could exchange."""
+    """Selects the pairs of queries whose scores differ from each other and from limits by more than rounding errors."""
     limits_of = lambda settings, lowest: [
         settings.get("max_score"),
         settings.get("min_score"),
@@ -132,7 +132,7 @@ def main():
         for searched in [corpus] if number % 3 else [corpus, None]:
             case = {"settings": settings, "corpus": searched is not None}
             if settings.get("sampling_strategy") == "random":
-                # Their random numbers are others: what is drawn from is compared.
+                # Random numbers differ, so the candidates of the draw are compared.
                 whole = settings | {"sampling_strategy": "top", "num_negatives": settings["range_max"] - settings["range_min"]}
                 case["rows"] = mined(pairs, model, searched, **whole)
                 drawn = mined(pairs, model, searched, **settings)

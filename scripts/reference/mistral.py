@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/mistral: a tiny random Mistral, last-token pooling, and what transformers and PEFT compute with it.
+"""Writes tests/golden/mistral: a tiny random Mistral, last-token pooling, and the results of transformers and PEFT with it.
 
-The sliding window of 5 is shorter than most texts, two query heads share a key head, and the tokenizer falls back to
-bytes and appends the end token, as that of e5-mistral does.
+The sliding window of 5 is shorter than most texts, two query heads share a key head, and the tokenizer falls back to bytes and
+appends the end token, as that of e5-mistral does.
 
-Run: python scripts/reference/mistral.py     (needs scripts/requirements-reference.txt; a rerun gives the same bits)
+Run: python scripts/reference/mistral.py     (needs scripts/requirements-reference.txt; reruns are bit-equal)
 """
 
 import string
@@ -25,7 +25,7 @@ CONFIG = {
 
 
 def tokenizer():
-    """BPE as converted from sentencepiece: U+2581 starts words, what has no piece becomes bytes, a few words are whole."""
+    """A BPE tokenizer as converted from sentencepiece: U+2581 begins words, unknown characters become bytes."""
     vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>"])}
     for piece in [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", *string.ascii_letters, *string.digits, *"?,;:.-"]:
         vocabulary[piece] = len(vocabulary)
@@ -45,7 +45,7 @@ def tokenizer():
 
 
 def merges_depth(merge, merges):
-    """How many merges lie below this one: a merge may only use what earlier ones have built."""
+    """Returns the depth of a merge, which may only use tokens of earlier merges."""
     made = {left + right: (left, right) for left, right in merges}
     return 1 + max((merges_depth(made[part], merges) for part in merge if part in made), default=0)
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Writes the mixture that a pretrained MiniLM is tuned on, and XQuAD as retrieval sets, from a folder of public data.
+"""Writes the training mixture for a pretrained MiniLM, and XQuAD as retrieval sets, from a folder of public data.
 
     mixture.py --data ../shared/data --output data/mixture [--rows qa-medquad=600 …]
 
-    OUTPUT/train.jsonl           query, positive, source; no query and no positive twice; runs of --batch rows of one source, in an
-                                 order drawn from --seed: rows of one source are the harder negatives of one another
+    OUTPUT/train.jsonl           query, positive, source; distinct queries and positives; blocks of --batch rows of one source in
+                                 random order (--seed): rows of one source are harder negatives for each other
     OUTPUT/xquad-{en,de}/        BEIR folders: the distinct paragraphs are the corpus, every question a query
 
-The rows stand in the order in which any trainer is to take them, so that two trainers see the same batches.
-SQuAD's dev split is left out, since XQuAD's questions come from it; of SciFact only the claims of its train split are used.
+Trainers must use the rows in this order, so that two trainers see the same batches. The dev split of SQuAD is left out, since
+XQuAD has its questions; of SciFact only the claims of the train split are used.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import random
 import re
 from pathlib import Path
 
-# Rows a source, chosen for both test sets: scientific abstracts in English, Wikipedia paragraphs in English and German.
+# Number of rows per source, chosen for both test sets: scientific abstracts in English, Wikipedia paragraphs in English and German.
 ROWS = {
     "ir-scifact": 500,
     "qa-medquad": 600,
@@ -40,7 +40,7 @@ def pairs(path, keep=lambda row: True):
 
 
 def detokenize(text):
-    """Undoes the Penn Treebank's tokens well enough that words and marks stand as in running text."""
+    """Approximately undoes Penn Treebank tokenisation."""
     for token, mark in [("-lrb-", "("), ("-rrb-", ")"), ("``", '"'), ("''", '"')]:
         text = text.replace(token, mark)
     text = re.sub(r" ([,.;:?!%)]|'s\b|n't\b)", r"\1", text)
@@ -48,7 +48,7 @@ def detokenize(text):
 
 
 def scifact(folder):
-    """Claims of the train split, each with the first abstract that is cited for it."""
+    """Returns claims of the train split, each with its first cited abstract."""
     queries = {row["_id"]: row["text"] for row in lines(folder / "queries.jsonl")}
     corpus = {row["_id"]: f"{row['title']} {row['text']}" for row in lines(folder / "corpus.jsonl")}
     judged = {}
@@ -84,7 +84,7 @@ def mixture(data, counts, batch, seed):
                 continue
             seen.update((query, positive))
             rows.append({"query": query, "positive": positive, "source": source})
-        # What does not fill a batch is left out: a short one among the others would shift all that follow.
+        # Incomplete batches are left out: they would shift all later batches.
         batches += [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
     pick.shuffle(batches)
     return [row for rows in batches for row in rows]
@@ -97,7 +97,7 @@ def write(path, rows):
 
 
 def write_retrieval(found, folder):
-    """Pairs as a BEIR folder: distinct positives are the corpus."""
+    """Writes pairs as a BEIR folder: distinct positives are the corpus."""
     ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(p for _, p in found))}
     write(folder / "corpus.jsonl", [{"_id": i, "title": "", "text": text} for text, i in ids.items()])
     write(folder / "queries.jsonl", [{"_id": f"q{i}", "text": query} for i, (query, _) in enumerate(found)])

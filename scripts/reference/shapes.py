@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes model folders with random weights in the shapes of real models, to measure speed and memory with.
+"""Writes model folders with random weights in the shapes of real models, for measuring speed and memory.
 
     shapes.py --tokenizer MINILM --output FOLDER [--shapes bert mpnet modernbert mistral large]
 
---tokenizer is a model folder with a WordPiece tokenizer. Layers are those of the base size, few of them, so that a comparison
-takes seconds; `large` is a Mistral of 1.1 G parameters in shards of 2 GB.
+--tokenizer is a model folder with a WordPiece tokenizer. Layers have the base size, but there are few, so that a comparison takes
+seconds; `large` is a Mistral of 1.1 G parameters in shards of 2 GB.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def write(folder, tokenizer, name):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [architecture], "vocab_size": vocabulary}
                                                    | more))
-    # transformers' own initialisation takes minutes for a large one.
+    # The initialisation of transformers takes minutes for a large model.
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in getattr(transformers, architecture)(config).state_dict().items()}
     generator = torch.Generator().manual_seed(0)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""A mixture of ten public sets (questions, entailment, classes, similarity) with a hard negative a row, for two trainers alike.
+"""Writes a mixture of ten public data sets (questions, entailment, classes, similarity) with one hard negative per row.
 
-    ten.py pairs --data FOLDER --output OUT      OUT/pairs/NAME.jsonl and OUT/corpus: what negatives are mined for
+    ten.py pairs --data FOLDER --output OUT      OUT/pairs/NAME.jsonl and OUT/corpus: input of mining
     DATA=OUT MODEL=… scripts/zeta/mine.sh
-    ten.py rows --data FOLDER --output OUT       OUT/train.jsonl: query, positive, negatives, source; OUT/xquad-{en,de}: BEIR folders
+    ten.py rows --data FOLDER --output OUT       OUT/train.jsonl (query, positive, negatives, source), OUT/xquad-{en,de}
 
-Mined are the questions' and the alike sentences' negatives. Entailments have a contradicting sentence; a text with a class has
-another of its class as its positive and one of another class. Batches are of one source, and no text stands in one twice:
-a trainer that cannot mask it would take another row's copy of a positive for a negative. Of SciFact only the claims of its train
-split are used, of SQuAD nothing that XQuAD asks.
+Negatives of questions and of similar sentences are mined. The negative of an entailment is a contradicting sentence; for a text
+with a class label, the positive has the same class and the negative another. Each batch has rows of one source and no text twice,
+because trainers that do not mask duplicates would use the copy of a positive as a negative. Of SciFact only the claims of the
+train split are used, of SQuAD no questions of XQuAD.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from mixture import detokenize, lines, pairs, scifact, write, write_retrieval
 
 NEGATIVES = 1
-# Rows a source, whole batches.
+# Number of rows per source, in whole batches.
 ROWS = {
     "scifact": 320,
     "medquad": 128,
@@ -32,7 +32,7 @@ ROWS = {
     "sts-b-en": 64,
     "sts-b-de": 64,
 }
-# So many times the rows are mined: not every pair has negatives left, and not every row fits into a batch without a text twice.
+# Factor of pairs to mine: some have no negatives, and some do not fit into a batch without duplicates.
 SPARE = 3
 
 
@@ -66,7 +66,7 @@ def mined(output, name):
 
 
 def entailed(data):
-    """Premises with a sentence that follows and one that contradicts."""
+    """Returns premises with an entailed and a contradicting sentence."""
     rows = lines(data / "nli-snli" / "triplets.jsonl")
     return [(row["query"], row["positive"], [row["negative"]]) for row in rows if row["kind"] == "ent-con"]
 
@@ -86,7 +86,7 @@ def classes(path, pick):
 
 
 def batches(rows, count, size):
-    """The first `count` rows in batches without a text twice; what does not fit waits for the next."""
+    """Returns the first `count` rows in batches without duplicate texts; rows that do not fit go into the next batch."""
     waiting, made = list(rows), []
     while len(made) * size < count:
         batch, texts, left = [], set(), []

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The mixture of ten sets (ten.py): negatives mined here, all-MiniLM-L6-v2 trained here and by sentence-transformers on the same rows
-# with the same settings, nDCG@10 of five retrieval sets for the model before and both after.
+# Compares with sentence-transformers on the mixture of ten data sets (ten.py): mines negatives, trains all-MiniLM-L6-v2 with both
+# on the same rows and settings, and prints nDCG@10 of five retrieval sets for the base and both trained models.
 #
 #   DATA=FOLDER PEER=PATH/st_train.py PYTHON=… scripts/reference/ten.sh
 #
-# MODEL, OUTPUT and BIN as for scripts/seeds. PYTHON has sentence-transformers. What is there already is not made again.
+# MODEL, OUTPUT and BIN as for scripts/seeds. PYTHON needs sentence-transformers. Existing files are not made again.
 source "$(dirname "$0")/../seeds/common.sh"
 peer=${PEER:?must name st_train.py}
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,9 +1,9 @@
-# Sourced by the others: where things are, and how a step is told.
+# Sourced by the other scripts: paths, and the function that prints and runs a step.
 #
-#   DATA=FOLDER      real text, one folder a set (see prepare.py); required
-#   MODEL=FOLDER     a small model; default: scripts/minilm.sh fetches all-MiniLM-L6-v2
-#   OUTPUT=FOLDER    where everything is written; default: runs/seeds/NAME
-#   BIN=FOLDER       where trainer and launch are; default: target/release
+#   DATA=FOLDER      real text, one folder per data set (see prepare.py); required
+#   MODEL=FOLDER     a small model; default: all-MiniLM-L6-v2, by scripts/minilm.sh
+#   OUTPUT=FOLDER    folder for all results; default: runs/seeds/NAME
+#   BIN=FOLDER       folder of trainer and launch; default: target/release
 #   PYTHON=…         default: python3
 set -euo pipefail
 

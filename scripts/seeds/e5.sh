@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# configs/e5-base.yaml at small scale: XQuAD and COVID-QA in English and German, split, trained with a small model, base and tuned
-# compared on the part that nobody looked at. Variables: scripts/seeds/common.sh.
+# configs/e5-base.yaml at small scale: splits XQuAD and COVID-QA in English and German, trains a small model, and compares it with
+# its base on the test part. Variables: scripts/seeds/common.sh.
 #
 #   DATA=FOLDER scripts/seeds/e5.sh [KEY=VALUE …]
 source "$(dirname "$0")/common.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# configs/mpnet-nli.yaml at small scale: triplets of SNLI, a small model, the accuracies of TripletEvaluator before and after, once
-# with the in-batch loss and once with the triplet loss. Variables: scripts/seeds/common.sh.
+# configs/mpnet-nli.yaml at small scale: trains a small model on triplets of SNLI, once with the in-batch loss and once with the
+# triplet loss, and compares triplet accuracies with the base. Variables: scripts/seeds/common.sh.
 #
 #   DATA=FOLDER scripts/seeds/nli.sh [KEY=VALUE …]
 source "$(dirname "$0")/common.sh"

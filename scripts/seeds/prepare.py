@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes what the small replays of the recipes start from, out of a folder of real text.
+"""Writes the data of the recipes at small scale, from a folder of real text.
 
     prepare.py --data FOLDER --output FOLDER e5 | nli | zeta
 
-FOLDER has a folder a set, in JSON lines: qa-xquad (pairs.{en,de}.jsonl: query, positive), qa-covidqa (pairs, faq.pairs: query,
+FOLDER has one folder per data set, with JSON lines: qa-xquad (pairs.{en,de}.jsonl: query, positive), qa-covidqa (pairs, faq.pairs: query,
 positive, lang), qa-squad-sent (pairs.jsonl.gz), nli-snli (triplets: query, positive, negative, kind), cls-banking77 and
 cls-emotion (train: text, label), cls-amazon-counterfactual (en.train), sts-b (en.train: s1, s2, score), ir-scifact (BEIR).
 """
@@ -29,7 +29,7 @@ def write(path, rows):
 
 
 def e5(data, output):
-    """A table of questions and answers, English and German."""
+    """Writes a table of questions and answers in English and German."""
     rows = [row for name in ("en", "de") for row in lines(data / "qa-xquad" / f"pairs.{name}.jsonl")]
     rows += lines(data / "qa-covidqa" / "pairs.jsonl")
     rows += [row for row in lines(data / "qa-covidqa" / "faq.pairs.jsonl") if row["lang"] in ("en", "de")]
@@ -41,13 +41,13 @@ def e5(data, output):
 
 
 def nli(data, output):
-    """Triplets as AllNLI has them: a premise, what follows from it, what contradicts it."""
+    """Writes triplets as in AllNLI: a premise, an entailed sentence, a contradicting one."""
     rows = [row for row in lines(data / "nli-snli" / "triplets.jsonl") if row["kind"] == "ent-con"]
     write(output / "all.jsonl", [{"anchor": r["query"], "positive": r["positive"], "negative": r["negative"]} for r in rows])
 
 
 def zeta(data, output):
-    """A retrieval set of each kind, triplets, classes and similarity, as scripts/zeta leaves them."""
+    """Writes retrieval pairs, triplets, classes and similarity as scripts/zeta does."""
     pairs = {
         "covidqa": [row for row in lines(data / "qa-covidqa" / "pairs.jsonl")],
         "squad": [row for row in lines(data / "qa-squad-sent" / "pairs.jsonl.gz") if row["split"] == "test"][:4000],

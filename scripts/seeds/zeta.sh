@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# configs/zeta.yaml at small scale: eight sets of its five kinds, hard negatives mined, Nano sets made, a small model with LoRA,
-# early stopping, base and tuned compared. Variables: scripts/seeds/common.sh.
+# configs/zeta.yaml at small scale: mines hard negatives for eight data sets of its five kinds, makes Nano sets, trains a small
+# model with LoRA and early stopping, and compares it with its base. Variables: scripts/seeds/common.sh.
 #
 #   DATA=FOLDER scripts/seeds/zeta.sh [KEY=VALUE …]
 source "$(dirname "$0")/common.sh"
@@ -12,7 +12,7 @@ for set in scifact cranfield cisi; do
         step "$bin/trainer" nano --set "$data/ir-$set" --output "$output/nano/$set" --model "$model"
 done
 
-# As in the configuration: the instruction before queries, before every text of classes and alike sentences.
+# As in the configuration: queries have an instruction; for classes and similar sentences, all texts have it.
 retrieval() { echo "{name: $1, path: $output/$1.jsonl, samples: $2, query_prompt: \"Instruct: $3\\nQuery: \"}"; }
 alike() {
     local prompt="\"Instruct: $3\\nQuery: \""

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Training pairs of ArguAna, for which BEIR has none: each argument of the training debates with its counter.
+"""Writes training pairs for ArguAna, which has none in BEIR: arguments of the training debates with their counterarguments.
 
     arguana.py --folder data/zeta/pairs/arguana --output data/zeta/pairs/arguana.jsonl
 
-BEIR's corpus holds all debates, and asks only about those whose ids begin with `test-`. Ids tell which arguments belong together:
-`training-international-apdwhbpa-pro01a` is answered by `training-international-apdwhbpa-pro01b`.
+The corpus of BEIR has all debates; its queries are only those whose ids begin with `test-`. Ids name the pairs:
+`training-international-apdwhbpa-pro01b` is the counterargument of `training-international-apdwhbpa-pro01a`.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from source import Writer, joined, parser, rows
 
 def main():
     cli = parser(__doc__)
-    cli.add_argument("--folder", type=Path, required=True, help="where corpus.jsonl lies")
+    cli.add_argument("--folder", type=Path, required=True, help="folder of corpus.jsonl")
     args = cli.parse_args()
     corpus = {row["_id"]: joined(row.get("title"), row["text"]) for row in rows(args.folder / "corpus.jsonl")}
     pairs = Writer(args.output, args.without)

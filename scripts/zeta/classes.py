@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Texts with their classes, as labelled rows.
+"""Writes texts with class labels as labelled rows.
 
     classes.py --source mteb/banking77 --output data/zeta/banking77.jsonl
     classes.py --source train.csv --label sentiment --output data/zeta/tweet-sentiment.jsonl --without mteb/tweet_sentiment_extraction::test
 
-A text that stands under two classes is left out with all its rows.
+A text with two different labels is left out.
 """
 
 from source import Writer, column, key, parser, rows, squeezed
@@ -16,8 +16,8 @@ LABEL = ["label_text", "label", "category", "sentiment", "is_counterfactual"]
 def main():
     cli = parser(__doc__)
     cli.add_argument("--source", required=True)
-    cli.add_argument("--text", help=f"its column; default: the first of {', '.join(TEXT)}")
-    cli.add_argument("--label", help=f"its column; default: the first of {', '.join(LABEL)}")
+    cli.add_argument("--text", help=f"column of the text; default: the first of {', '.join(TEXT)}")
+    cli.add_argument("--label", help=f"column of the label; default: the first of {', '.join(LABEL)}")
     args = cli.parse_args()
 
     found = {}

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Hard negatives for the sets of configs/zeta.yaml that have none of their own: data/zeta/pairs/NAME.jsonl, or the BEIR folder
-# data/zeta/pairs/NAME, becomes data/zeta/NAME.jsonl. All positives are searched, and data/zeta/corpus/NAME.jsonl where it is there.
+# Mines hard negatives for the data sets of configs/zeta.yaml that have none: reads data/zeta/pairs/NAME.jsonl, or the BEIR folder
+# data/zeta/pairs/NAME, and writes data/zeta/NAME.jsonl. Searches all positives, and data/zeta/corpus/NAME.jsonl if it exists.
 #
-#   scripts/zeta/mine.sh [NAME …]            default: all that are not there yet
+#   scripts/zeta/mine.sh [NAME …]            default: all data sets that do not exist yet
 #
-# TopK-PercPos: of the texts most like a query those are taken that score below 95 % of its positive, since what scores higher is
-# often another answer. MODEL=… mines with another model, LAUNCH='launch --gpus 4' on so many ranks (default: target/release/launch), DATA=FOLDER elsewhere;
-# MINE='--negatives 5 --relative-margin 0.05' is what a negative must be.
+# The filter is TopK-PercPos: negatives must score below 95 % of the positive, since texts above it are often answers too.
+#
+#   MODEL=…                          model to mine with; default: Snowflake/snowflake-arctic-embed-m-v1.5
+#   LAUNCH='launch --gpus 4'         command that starts the ranks; default: target/release/launch
+#   DATA=FOLDER                      default: data/zeta
+#   MINE='--negatives 5 --relative-margin 0.05'    options of `trainer mine`
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -31,7 +34,7 @@ else
     shopt -s nullglob
     pairs=("$data"/pairs/*.jsonl "$data"/pairs/*/)
     if [ ${#pairs[@]} -eq 0 ]; then
-        echo "mine.sh: nothing in $data/pairs; run scripts/zeta/prepare.sh first" >&2
+        echo "mine.sh: $data/pairs is empty; run scripts/zeta/prepare.sh first" >&2
         exit 2
     fi
     for path in "${pairs[@]}"; do

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""NanoBEIR as its authors published it, as BEIR folders.
+"""Writes the published NanoBEIR sets as BEIR folders.
 
     nano.py --output data/nano [--sets SciFact NQ …] [--source zeta-alpha-ai/Nano{}]
 
-Fetches each set from the hub, or reads it from a folder that the --source names (`copies/Nano{}`, with corpus, queries and qrels as
-folders of Parquet files). `trainer nano` makes such a set of any BEIR folder instead.
+Fetches each set from the hub, or reads it from a local folder given as --source (`copies/Nano{}`, with corpus, queries and qrels
+as folders of Parquet files). `trainer nano` makes such a set from any BEIR folder.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main():
         (folder / "qrels").mkdir(parents=True, exist_ok=True)
         counts = {"set": folder.name}
         for kind in ("corpus", "queries"):
-            # As sentence-transformers' evaluator of these sets: a text that is empty is not there.
+            # NanoBEIREvaluator of sentence-transformers skips empty texts too.
             texts = [row for row in part(source, kind) if row["text"].strip()]
             counts[kind] = len(texts)
             with open(folder / f"{kind}.jsonl", "w", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Papers by their category, as labelled rows: titles alone (s2s), or titles with abstracts (p2p).
+"""Writes papers with their category as labelled rows: titles (s2s), or titles with abstracts (p2p).
 
     papers.py --source mteb/raw_biorxiv --text s2s --output data/zeta/biorxiv-s2s.jsonl --without mteb/biorxiv-clustering-s2s::test
 
-The source has title, abstract and category, or arXiv's categories with the main one first: `cs.CL cs.LG`. Categories with fewer
-than --least papers are left out, since a row needs others of its class.
+The source has title, abstract and category, or categories of arXiv with the primary one first: `cs.CL cs.LG`. Categories with
+fewer than --least papers are left out, since a row needs others of its class.
 """
 
 from collections import Counter

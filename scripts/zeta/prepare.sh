@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Fetches the sets of configs/zeta.yaml, but for NLI, which is read from the hub, and writes them as the trainer reads them.
-# docs/recipes.md says where each comes from.
+# Downloads the data sets of configs/zeta.yaml, except NLI, which the trainer reads from the hub, and converts them for the
+# trainer. docs/recipes.md has their sources.
 #
-#   scripts/zeta/prepare.sh [NAME …]         default: all that are not there yet
+#   scripts/zeta/prepare.sh [NAME …]         default: all data sets that do not exist yet
 #
-#   data/zeta/NAME.jsonl                     rows that are whole: classes, and sets that come with negatives
-#   data/zeta/pairs/NAME{.jsonl,/}           what scripts/zeta/mine.sh makes the others from: rows, or BEIR folders
-#   data/zeta/corpus/NAME.jsonl              texts that it searches besides
+#   data/zeta/NAME.jsonl                     data sets with class labels or with negatives, ready for training
+#   data/zeta/pairs/NAME{.jsonl,/}           other data sets, rows or BEIR folders: input of scripts/zeta/mine.sh
+#   data/zeta/corpus/NAME.jsonl              more texts to mine negatives from
 #
-# DATA=FOLDER puts them elsewhere, PYTHON=… names a Python that has `pip install datasets`. BEIR's folders take about 10 GB.
-# AMAZON_REVIEWS says where the reviews are, which Amazon no longer hands out (docs/recipes.md).
+# DATA=FOLDER is the folder to write, PYTHON=… a Python with the package `datasets`. The BEIR folders take about 10 GB.
+# AMAZON_REVIEWS is the source of the Amazon reviews, which Amazon no longer distributes (docs/recipes.md).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,7 +32,7 @@ beir() {
     rm "$folder.zip"
 }
 
-# NAME SOURCE: without the texts of the set's own test split.
+# NAME SOURCE: leaves out texts of the test split.
 classes() {
     local test=$2::test
     case $2 in *:*) test=$2:test ;; esac
@@ -87,7 +87,7 @@ prepare() {
 if [ $# -gt 0 ]; then
     for name in "$@"; do prepare "$name"; done
 else
-    # Before hours of fetching.
+    # Fails before hours of downloads.
     [ -f "$data/amazon-reviews.jsonl" ] ||
         : "${AMAZON_REVIEWS:?must name the reviews: a file with text and label, or a copy on the hub; see docs/recipes.md}"
     for name in "${names[@]}"; do

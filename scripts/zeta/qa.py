@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Questions with the passages that answer them, of the sets that are not in BEIR's form.
+"""Writes questions and the passages that answer them, from data sets that are not BEIR folders.
 
     qa.py squad         --source rajpurkar/squad | train-v1.1.json     question → title and paragraph
     qa.py nq            --source sentence-transformers/natural-questions:pair
@@ -7,8 +7,8 @@
     qa.py stackexchange --source superuser.com.jsonl.gz math.stackexchange.com.jsonl.gz …
     qa.py scirep        --source allenai/scirepeval:search
 
-Written are query, positive and, where the set has them, negatives. A question that comes several times becomes one row with all
-its passages. Of SciRepEval's searches the clicked papers are positives, those shown and not clicked negatives.
+Rows have query, positive and, if the data set has them, negatives. A repeated question becomes one row with all its passages. In
+the searches of SciRepEval, clicked papers are positives; papers that were shown but not clicked are negatives.
 """
 
 from source import Writer, column, joined, parser, rows, squeezed
@@ -40,16 +40,16 @@ def main():
     cli = parser(__doc__)
     cli.add_argument("set", choices=READ)
     cli.add_argument("--source", nargs="+", required=True)
-    cli.add_argument("--negatives", type=int, default=20, help="of a question, at most")
+    cli.add_argument("--negatives", type=int, default=20, help="maximum number per question")
     args = cli.parse_args()
 
-    # A dict keeps the order and gives each text once.
+    # Dicts keep the order and deduplicate.
     questions = {}
     for source in args.source:
         for row in rows(source):
             query, positives, negatives = READ[args.set](row, source)
             if not isinstance(query, str):
-                continue  # SciRepEval has searches that are papers, of other tasks
+                continue  # in SciRepEval, queries of other tasks are papers
             known = questions.setdefault(squeezed(query), ({}, {}))
             for texts, found in zip(known, (positives, negatives)):
                 texts.update((squeezed(text), None) for text in found)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Sentences that people found alike, as pairs, and all sentences as the corpus that their negatives are mined from.
+"""Writes pairs of similar sentences, and all sentences as the corpus to mine negatives from.
 
     similarity.py --source mteb/stsbenchmark-sts --least 3 --output data/zeta/pairs/stsbenchmark.jsonl --corpus data/zeta/corpus/stsbenchmark.jsonl
 
-A pair with a score of --least or above is a row. --scored writes every pair with its score instead, for a loss that learns from
+Pairs with a score of at least --least become rows. --scored writes all pairs with their scores instead, for losses that use
 scores.
 """
 
@@ -14,7 +14,7 @@ def main():
     cli = parser(__doc__)
     cli.add_argument("--source", required=True)
     cli.add_argument("--least", type=float, default=3.0, help="default: 3")
-    cli.add_argument("--corpus", help="write every sentence here too, a text a line")
+    cli.add_argument("--corpus", help="also write all sentences to this file, one per line")
     cli.add_argument("--scored", action="store_true")
     args = cli.parse_args()
 

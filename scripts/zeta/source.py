@@ -1,8 +1,8 @@
-"""Rows of public data sets, whatever they are kept in, and the files that the trainer reads.
+"""Reads rows of public data sets in several formats, and writes the files that the trainer reads.
 
-A source is a file (.jsonl, .json, .csv, .tsv, .parquet, each of the first four also .gz), or a data set on the Hugging Face hub,
-ORG/NAME or ORG/NAME:CONFIG, whose `train` split is taken (ORG/NAME:CONFIG:SPLIT another one). Parquet and the hub need
-`pip install datasets`; the rest is Python's own.
+A source is a file (.jsonl, .json, .csv, .tsv, .parquet; all but .parquet also with .gz), or a data set on the Hugging Face hub:
+ORG/NAME or ORG/NAME:CONFIG for its `train` split, ORG/NAME:CONFIG:SPLIT for another. Parquet and the hub need
+`pip install datasets`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ csv.field_size_limit(1 << 30)
 
 
 def rows(source):
-    """One dict a row. Of a JSON file, the objects of its list, or the questions of SQuAD's form."""
+    """Yields one dict per row. A JSON file is a list of objects, or has the format of SQuAD."""
     path = Path(source)
     if not path.exists():
         yield from hub(source)
@@ -59,7 +59,7 @@ def squad(articles):
 def hub(source):
     org_and_name, config, split, *more = (*source.split(":"), "", "")
     if org_and_name.count("/") != 1 or source.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")) or any(more):
-        sys.exit(f"{source}: no such file, nor ORG/NAME, ORG/NAME:CONFIG or ORG/NAME:CONFIG:SPLIT of the hub")
+        sys.exit(f"{source}: neither a file nor ORG/NAME, ORG/NAME:CONFIG or ORG/NAME:CONFIG:SPLIT on the hub")
     yield from library().load_dataset(org_and_name, config or None, split=split or "train")
 
 
@@ -72,7 +72,7 @@ def library():
 
 
 def column(row, names, source):
-    """The value of the first of several usual names."""
+    """Returns the value of the first of these columns that the row has."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -80,7 +80,7 @@ def column(row, names, source):
 
 
 def squeezed(text):
-    """One line, single spaces: what two sets that hold the same text agree on."""
+    """Normalises a text to one line with single spaces, so that copies in several data sets are equal."""
     return " ".join(unicodedata.normalize("NFC", str(text)).split())
 
 
@@ -89,12 +89,12 @@ def joined(title, text):
 
 
 class Writer:
-    """Writes rows that are new and allowed, and counts why others are left out."""
+    """Writes rows, except duplicates and unwanted ones, and counts the skipped rows by reason."""
 
     def __init__(self, path, without=()):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: a stopped run leaves nothing that looks like a data set.
+        # Renamed at the end, so that an interrupted run leaves no incomplete data set.
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.file = open(self.partial, "w", encoding="utf-8")
         self.unwanted = {key(text) for file in without for row in rows(file) for text in strings(row)}
@@ -118,7 +118,7 @@ class Writer:
         self.file.close()
         if not self.counts["rows"]:
             self.partial.unlink()
-            sys.exit(f"{self.path}: not one row is left of {dict(self.counts)}")
+            sys.exit(f"{self.path}: no rows left; skipped {dict(self.counts)}")
         self.partial.replace(self.path)
         print(json.dumps({"file": str(self.path)} | dict(self.counts)))
 
@@ -128,7 +128,7 @@ def key(text):
 
 
 def strings(value):
-    """Every text in a row, at any depth, also with its title before it; ids and labels are none."""
+    """Yields all texts of a row at any depth, also with their titles; skips ids and labels."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -146,5 +146,5 @@ def parser(description):
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--output", type=Path, required=True)
     made.add_argument("--without", nargs="*", default=[], metavar="SOURCE",
-                      help="leave out rows of which a text stands in one of these: the test sets")
+                      help="leave out rows that have a text of these sources, such as test sets")
     return made

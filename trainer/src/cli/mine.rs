@@ -7,63 +7,65 @@ use super::encode::at_least_one;
 use super::encoding::Encoding;
 use super::print;
 use crate::comm::World;
-use crate::mine::{Filter, Inputs, Mine, Sampling, identity};
+use crate::mine::{Filter, Inputs, Miner, Sampling, fingerprint};
 use crate::{Error, Result};
 
-/// Find hard negatives: documents near a query that do not answer it
+/// Mine hard negatives: documents that are similar to a query but are not its positives
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     trainer mine --model intfloat/multilingual-e5-base --pairs data/train.jsonl --output data/mined.jsonl\n  \
     trainer mine --model runs/first/model --pairs data/scifact --output data/mined.jsonl --range 10..100 \
     --relative-margin none --max-score 0.9 --sampling random\n  \
     launch --cpus 2 -- mine --model runs/first/model --pairs data/train.jsonl --output data/mined.jsonl\n\n\
-    Writes rows for training: query, positive, negatives, and scores if asked for. What was found and dropped, and why, \
-    is printed as JSON. A run that was ended goes on where it was when it is started again.")]
+    Writes training rows with query, positive, negatives and, with --output-scores, scores. Prints statistics as JSON: \
+    rows, scores, and candidates dropped by each filter. An interrupted run resumes when the same command runs again.")]
 pub(super) struct Args {
-    /// A model folder, or an id on the Hugging Face hub
+    /// Model folder, or model id on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     model: String,
-    /// Rows of queries and positives, as for training; or a BEIR folder, which brings its corpus
+    /// Training rows with queries and positives, or a BEIR folder
     #[arg(long, value_name = "FILE")]
     pairs: PathBuf,
-    /// Texts that are searched beside all positives: rows with "text" (and "title"), or one text a line
+    /// More documents to search, in addition to all positives: rows with "text" (and "title"), or one text
+    /// per line. Default for a BEIR folder: its corpus
     #[arg(long, value_name = "FILE")]
     corpus: Option<PathBuf>,
-    /// Where the rows go: .jsonl
+    /// The JSONL file to write
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Negatives for each query
+    /// Maximum number of negatives per query
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     negatives: usize,
-    /// How far below the positive's score a negative's must be, as a share of it; or `none`
-    #[arg(long, value_name = "SHARE", default_value = "0.05", value_parser = margin, allow_hyphen_values = true)]
+    /// Minimum distance of a negative's score below the positive's, as a fraction of the positive's score; or
+    /// `none`
+    #[arg(long, value_name = "FRACTION", default_value = "0.05", value_parser = margin, allow_hyphen_values = true)]
     relative_margin: Margin,
-    /// How far below the positive's score a negative's must be
+    /// Minimum distance of a negative's score below the positive's
     #[arg(long, value_name = "X", value_parser = finite, allow_hyphen_values = true)]
     absolute_margin: Option<f32>,
-    /// The lowest score of a negative
+    /// Minimum score of a negative
     #[arg(long, value_name = "X", value_parser = finite, allow_hyphen_values = true)]
     min_score: Option<f32>,
-    /// The highest score of a negative
+    /// Maximum score of a negative
     #[arg(long, value_name = "X", value_parser = finite, allow_hyphen_values = true)]
     max_score: Option<f32>,
-    /// Which of the best documents, after all others were dropped: `10..50` passes over ten. Default: from the best on, far enough
+    /// Ranks to choose negatives from, after filtering: `10..50` skips the top ten. Default: start at the top
     #[arg(long, value_name = "A..B", value_parser = range)]
     range: Option<(usize, Option<usize>)>,
-    /// Which of the range: the best, or any
+    /// How to choose from the range: `top` takes the best, `random` draws
     #[arg(long, default_value = "top")]
     sampling: Sampling,
-    /// What random choices follow from
+    /// Seed of `--sampling random`
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
-    /// Leave the positives in the ranking, for rerankers to be measured with; such rows are nothing to train on
+    /// Keep positives among the candidates, to evaluate rerankers. Do not train on such rows
     #[arg(long)]
     include_positives: bool,
-    /// Write also the `scores` of the positive and the negatives, which the losses margin_mse and kl learn from
+    /// Also write `scores` of the positive and the negatives, for the losses margin_mse and kl
     #[arg(long)]
     output_scores: bool,
-    /// Where embeddings and finished rows are kept meanwhile; the embeddings stay, for another run with the same texts. Default: beside the
-    /// output, and nothing stays
+    /// Folder of intermediate results. Embeddings stay there, so that another run with the same texts can use
+    /// them. Default: a folder beside the output, deleted at the end
     #[arg(long, value_name = "DIR")]
     work: Option<PathBuf>,
     #[command(flatten)]
@@ -85,7 +87,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         include_positives: args.include_positives,
     };
     let Some(name) = args.output.file_name() else {
-        return Err(Error::Usage(format!("--output: {} is no name for a file", args.output.display())));
+        return Err(Error::Usage(format!("--output {} is not a file name", args.output.display())));
     };
     for input in [Some(&args.pairs), args.corpus.as_ref()].into_iter().flatten() {
         if args.output == *input
@@ -107,34 +109,35 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
 
     let opened = args.encoding.model(&args.model)?;
     let embedder = args.encoding.embedder(&opened, world)?;
-    // The first rank's: on other nodes the same files may have other times.
-    let identity = world.of_first(identity(&opened.model.folder().path)?.into_bytes())?;
+    // Rank 0's: on other nodes the modification times may differ.
+    let fingerprint = world.of_first(fingerprint(&opened.model.folder().path)?.into_bytes())?;
     let model = format!(
         "{} {:?} {} {} {:?}",
-        String::from_utf8_lossy(&identity),
+        String::from_utf8_lossy(&fingerprint),
         (embedder.query_prompt, embedder.document_prompt),
         embedder.max_query_length,
         args.encoding.random_weights,
         opened.model.folder().pooling,
     );
     let scores = args.output_scores;
-    let mine = Mine { filter, scores, output: args.output.clone(), work, keep: args.work.is_some() };
-    let counts = mine.run(&inputs, &model, world, |texts, role| embedder.encode(texts, role))?;
+    let miner = Miner { filter, scores, output: args.output.clone(), work, keep_embeddings: args.work.is_some() };
+    let stats = miner.run(&inputs, &model, world, |texts, role| embedder.encode(texts, role))?;
     if world.first() {
-        if counts.pairs_without > 0 {
+        if stats.pairs_without > 0 {
             tracing::warn!(
-                "{} of {} pairs have no negative left and are not written\nhint: a larger --range or smaller margins leave more",
-                counts.pairs_without,
-                counts.pairs_without + counts.rows
+                "{} of {} pairs have no negative and are not written\n\
+                 hint: a wider --range or smaller margins keep more candidates",
+                stats.pairs_without,
+                stats.pairs_without + stats.rows
             );
         }
-        tracing::info!("{} rows in {}", counts.rows, args.output.display());
-        print(serde_json::to_string_pretty(&counts.json()).unwrap_or_default());
+        tracing::info!("wrote {} rows to {}", stats.rows, args.output.display());
+        print(serde_json::to_string_pretty(&stats.json()).unwrap_or_default());
     }
     Ok(())
 }
 
-/// A margin, or none.
+/// A margin, or `none`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Margin(Option<f32>);
 
@@ -148,7 +151,7 @@ fn finite(text: &str) -> std::result::Result<f32, String> {
 }
 
 fn range(text: &str) -> std::result::Result<(usize, Option<usize>), String> {
-    let wrong = || "expected A..B, two whole numbers, either of which may be missing".to_owned();
+    let wrong = || "expected A..B, A.. or ..B with whole numbers".to_owned();
     let (first, last) = text.split_once("..").ok_or_else(wrong)?;
     let number = |text: &str| text.trim().parse().map_err(|_| wrong());
     let first = if first.is_empty() { 0 } else { number(first)? };
@@ -160,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_and_margins_are_understood() {
+    fn ranges_and_margins_are_parsed() {
         assert_eq!(range("10..50"), Ok((10, Some(50))));
         assert_eq!((range("3.."), range("..9")), (Ok((3, None)), Ok((0, Some(9)))));
         assert!(["3", "a..4", "1...2", "-1..4"].iter().all(|text| range(text).is_err()));

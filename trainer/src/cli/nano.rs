@@ -6,34 +6,37 @@ use super::encode::at_least_one;
 use super::encoding::Encoding;
 use super::print;
 use crate::comm::World;
-use crate::mine::nano::Nano;
+use crate::mine::nano::NanoBuilder;
 use crate::{Error, Result};
 
-/// Make a small set that is nearly as hard as a BEIR set: some queries, their answers, and what is hard to tell from them
+/// Make a small evaluation set from a BEIR set (as NanoBEIR)
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer nano --set data/scifact --output data/NanoSciFact\n  \
     trainer nano --set data/scifact --output data/NanoSciFact --queries 100 --model intfloat/multilingual-e5-base\n\n\
-    Writes a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv. `trainer evaluate --set` opens it.")]
+    The set has some of the queries, all their relevant documents, and the documents that BM25 (and --model) rank highest \
+    for them, so that it is nearly as hard as the whole set. Writes a BEIR folder (corpus.jsonl, queries.jsonl, \
+    qrels/test.tsv) for `trainer evaluate --set`.")]
 pub(super) struct Args {
-    /// A BEIR folder
+    /// BEIR folder to sample from
     #[arg(long, value_name = "DIR")]
     set: PathBuf,
-    /// The folder that is made
+    /// The folder to write; it must not exist
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// Queries that are drawn
+    /// Number of queries to draw
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = at_least_one)]
     queries: usize,
-    /// Documents of each query beside its answers, at most: those that BM25 and the model rank highest, in turn
+    /// Maximum number of documents to add per query: those that BM25 and the model rank highest, taken in
+    /// turn
     #[arg(long, value_name = "N", default_value_t = 200)]
     negatives: usize,
-    /// A model folder, or an id on the Hugging Face hub. Without it, BM25 alone finds the documents
+    /// Model folder, or model id on the Hugging Face hub, for the dense ranking. Default: rank with BM25 only
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
-    /// What is drawn follows from it
+    /// Seed of the draw
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
-    /// Which qrels/SPLIT.tsv is used. Default: test, else dev, else the only one
+    /// Name of the qrels file: qrels/SPLIT.tsv. Default: test, else dev, else the only one
     #[arg(long)]
     split: Option<String>,
     #[command(flatten)]
@@ -43,10 +46,10 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<()> {
     if args.model.is_none() && args.encoding.is_given() {
         let message =
-            "--model is missing: without it nothing is embedded, and the flags of how texts are say nothing";
+            "--model is missing: the flags for embedding texts have no effect without it";
         return Err(Error::Usage(message.to_owned()));
     }
-    let nano = Nano {
+    let builder = NanoBuilder {
         set: args.set.clone(),
         split: args.split.clone(),
         output: args.output.clone(),
@@ -54,8 +57,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         negatives: args.negatives,
         seed: args.seed,
     };
-    let sample = nano.sample()?;
-    let counts = match &args.model {
+    let sample = builder.sample()?;
+    let stats = match &args.model {
         None => sample.write(None)?,
         Some(model) => {
             let opened = args.encoding.model(model)?;
@@ -63,6 +66,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
             sample.write(Some(&mut |texts, role| embedder.encode(texts, role)))?
         }
     };
-    print(counts.json());
+    print(stats.json());
     Ok(())
 }

@@ -175,7 +175,7 @@ fn mpirun(get: Get, [rank, size, local_rank, local_size]: &[&str; 4]) -> Result<
 
 /// Cores for one of so many ranks, which mpirun may have bound: each to cores of its own, or some to the same.
 fn share_of_cores(ranks: usize) -> usize {
-    let mine = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let available = std::thread::available_parallelism().map_or(1, NonZero::get);
     let parent = std::os::unix::process::parent_id().to_string();
     let cores = |process: &str| {
         let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
@@ -184,9 +184,9 @@ fn share_of_cores(ranks: usize) -> usize {
     // Whoever started the ranks is not bound itself.
     let all = match (cores("self"), cores(&parent)) {
         (Some(own), Some(all)) if own < all => all,
-        _ => mine,
+        _ => available,
     };
-    (all / ranks.max(1)).clamp(1, mine)
+    (all / ranks.max(1)).clamp(1, available)
 }
 
 /// `0-3,8` → 5.
@@ -414,8 +414,8 @@ mod tests {
 
     #[test]
     fn ranks_of_mpirun_share_the_cores() {
-        let mine = std::thread::available_parallelism().unwrap().get();
-        assert!((1..=mine).contains(&share_of_cores(1)));
+        let available = std::thread::available_parallelism().unwrap().get();
+        assert!((1..=available).contains(&share_of_cores(1)));
         assert_eq!(share_of_cores(usize::MAX), 1);
         assert_eq!(["0", "0-3,8", "2-2,5-6"].map(|list| listed(list).unwrap()), [1, 5, 3]);
         assert_eq!(listed("x"), None);

@@ -209,21 +209,21 @@ impl World {
     }
 
     /// What each rank has for each row of its [`World::rows`] → the same for all rows, on every rank.
-    pub fn collect(&self, mine: Tensor) -> Result<Tensor> {
+    pub fn collect(&self, local: Tensor) -> Result<Tensor> {
         if self.size == 1 {
-            return Ok(mine);
+            return Ok(local);
         }
-        let all = self.all(&values(&mine)?)?.concat();
+        let all = self.all(&values(&local)?)?.concat();
         let rows = all.len();
-        placed(all, rows, mine.device())
+        placed(all, rows, local.device())
     }
 
     /// The sequences that each rank has of `share` → all of them in order, on every rank.
-    pub fn sequences(&self, mine: Vec<Sequence>, share: &Share) -> Result<Vec<Sequence>> {
+    pub fn sequences(&self, local: Vec<Sequence>, share: &Share) -> Result<Vec<Sequence>> {
         if self.size == 1 {
-            return Ok(mine);
+            return Ok(local);
         }
-        let numbers: Vec<u32> = mine
+        let numbers: Vec<u32> = local
             .iter()
             .flat_map(|sequence| {
                 [sequence.skip, sequence.ids.len() as u32].into_iter().chain(sequence.ids.iter().copied())
@@ -268,11 +268,11 @@ impl World {
     }
 
     /// What the first rank has, on every rank. The others' bytes are not looked at.
-    pub fn of_first(&self, mine: Vec<u8>) -> Result<Vec<u8>> {
+    pub fn of_first(&self, local: Vec<u8>) -> Result<Vec<u8>> {
         if self.size == 1 {
-            return Ok(mine);
+            return Ok(local);
         }
-        let message = if self.first() { mine.as_slice() } else { &[] };
+        let message = if self.first() { local.as_slice() } else { &[] };
         Ok(self.carry(|transport| transport.gather(message))?.swap_remove(0))
     }
 
@@ -284,8 +284,8 @@ impl World {
         let elements = buffer.elem_count();
         for start in (0..elements).step_by(SEGMENT) {
             let length = SEGMENT.min(elements - start);
-            let mine = if self.first() { values(&buffer.narrow(0, start, length)?)? } else { Vec::new() };
-            let first = self.all(&mine)?.swap_remove(0);
+            let local = if self.first() { values(&buffer.narrow(0, start, length)?)? } else { Vec::new() };
+            let first = self.all(&local)?.swap_remove(0);
             self.expect(0, first.len(), length)?;
             buffer.slice_set(
                 &Tensor::from_vec(first, length, &Device::Cpu)?.to_device(buffer.device())?,
@@ -302,11 +302,11 @@ impl World {
     }
 
     /// What each rank has, in their order, on every rank.
-    pub fn all<T: Pod>(&self, mine: &[T]) -> Result<Vec<Vec<T>>> {
+    pub fn all<T: Pod>(&self, local: &[T]) -> Result<Vec<Vec<T>>> {
         if self.size == 1 {
-            return Ok(vec![mine.to_vec()]);
+            return Ok(vec![local.to_vec()]);
         }
-        let messages = self.carry(|transport| transport.gather(bytemuck::cast_slice(mine)))?;
+        let messages = self.carry(|transport| transport.gather(bytemuck::cast_slice(local)))?;
         self.open(messages)
     }
 

@@ -126,13 +126,13 @@ impl Mpi {
                 return Err(error);
             }
         }
-        let mine = outgoing(self.rank).to_vec();
+        let local = outgoing(self.rank).to_vec();
         // SAFETY: leaked above, and all is sent and received.
         let free = |place: *mut [u8]| unsafe { Box::from_raw(place) };
         messages.into_iter().for_each(|message| drop(free(message)));
         let mut received: Vec<Vec<u8>> =
             places.into_iter().map(|place| place.map(free).map(Vec::from).unwrap_or_default()).collect();
-        received[self.rank] = mine;
+        received[self.rank] = local;
         Ok(received)
     }
 

@@ -39,18 +39,18 @@ impl Token {
     }
 
     /// Shows the other side that this one holds the token, and looks whether it does too.
-    fn prove(&self, socket: &mut TcpStream, mine: Side) -> io::Result<()> {
+    fn prove(&self, socket: &mut TcpStream, local: Side) -> io::Result<()> {
         socket.set_read_timeout(Some(POLITE))?;
         socket.set_write_timeout(Some(POLITE))?;
         let drawn: [u8; 32] = random()?;
         socket.write_all(&drawn)?;
         let mut theirs = [0; 32];
         socket.read_exact(&mut theirs)?;
-        let proof = hmac::sign(&self.0, &[&[mine as u8][..], &theirs, &drawn].concat());
+        let proof = hmac::sign(&self.0, &[&[local as u8][..], &theirs, &drawn].concat());
         socket.write_all(proof.as_ref())?;
         let mut proof = [0; 32];
         socket.read_exact(&mut proof)?;
-        hmac::verify(&self.0, &[&[mine.other() as u8][..], &drawn, &theirs].concat(), &proof)
+        hmac::verify(&self.0, &[&[local.other() as u8][..], &drawn, &theirs].concat(), &proof)
             .map_err(|_| io::Error::new(io::ErrorKind::PermissionDenied, "does not hold the run's token"))
     }
 }

@@ -63,9 +63,9 @@ fn what_was_dealt_comes_back_in_order_whatever_each_rank_holds() {
             };
             let all: Vec<usize> = (0..count).collect();
             let gathered = together(worlds.clone(), |world| {
-                let mine = share.of(world.rank());
-                let mine = Tensor::from_vec(rows(mine), (mine.len(), 2), &Device::Cpu).unwrap();
-                let gathered = world.gather(mine, &share).unwrap();
+                let local = share.of(world.rank());
+                let local = Tensor::from_vec(rows(local), (local.len(), 2), &Device::Cpu).unwrap();
+                let gathered = world.gather(local, &share).unwrap();
                 assert_eq!(gathered.dims(), [count, 2]);
                 values(&gathered).unwrap()
             });
@@ -88,19 +88,19 @@ fn sums_run_in_the_order_of_the_ranks_and_all_get_the_same_bits() {
         let expected = |i: usize| (1..size).fold(number(i), |sum, rank| sum + number(i + 31 * rank));
         for count in [0, 1, 3, 1000] {
             let share = Share::deal(&vec![1; count], size);
-            let mine = |world: &World| {
+            let local = |world: &World| {
                 let rows = (0..count).map(|i| number(i + 31 * world.rank())).collect();
                 Tensor::from_vec(rows, (count, 1), &Device::Cpu).unwrap()
             };
             let scattered = together(worlds.clone(), |world| {
-                let rows = world.scatter(mine(world), &share).unwrap();
+                let rows = world.scatter(local(world), &share).unwrap();
                 let pieces = share.of(world.rank());
                 assert_eq!(rows.dims(), [pieces.len(), 1]);
                 values(&rows).unwrap() == pieces.iter().map(|&i| expected(i)).collect::<Vec<_>>()
             });
             assert!(scattered.into_iter().all(|same| same));
             let summed = together(worlds.clone(), |world| {
-                let gradients = Gradients::of_values(mine(world).flatten_all().unwrap());
+                let gradients = Gradients::of_values(local(world).flatten_all().unwrap());
                 world.sum(&gradients).unwrap();
                 values(gradients.flat()).unwrap()
             });

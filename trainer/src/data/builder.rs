@@ -139,8 +139,8 @@ impl<'a> Builder<'a> {
 
         let lengths: Vec<usize> = texts.list.iter().map(|(text, _)| text.text.len()).collect();
         let share = Share::deal(&lengths, part.ranks);
-        let mine: Vec<_> = share.of(part.rank).iter().map(|&text| texts.list[text]).collect();
-        let sequences = self.tokenise(&mine)?;
+        let local: Vec<_> = share.of(part.rank).iter().map(|&text| texts.list[text]).collect();
+        let sequences = self.tokenise(&local)?;
         Ok(Draft { sequences, share, inside, tables, rows, cursor, epoch })
     }
 

@@ -1,16 +1,17 @@
-//! The model card: `README.md`, as the hub shows it and sentence-transformers writes it.
+//! Writes the model card, `README.md`: the same form as that of sentence-transformers, which the hub
+//! displays.
 
 use std::fmt::Write;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::About;
+use super::ModelInfo;
 use crate::config::Pooling;
 use crate::{Error, Result};
 
-/// The metrics that stand in the table; all are in the head.
-const MAIN: [&str; 8] = [
+/// Endings of the metrics in the table. The front matter has all metrics.
+const SHOWN_METRICS: [&str; 8] = [
     "accuracy@1",
     "recall@10",
     "ndcg@10",
@@ -21,76 +22,77 @@ const MAIN: [&str; 8] = [
     "spearman_cosine",
 ];
 
-/// The card's text. `adapter`: the folder holds a LoRA adapter, not the whole model.
+/// Returns the text of the card. `adapter` tells that the folder has a LoRA adapter, not the whole model.
 ///
 /// # Errors
-/// The head is no YAML.
-pub(super) fn text(about: &About, adapter: bool) -> Result<String> {
-    let About { name, base, width, max_length, .. } = about;
-    // The hub accepts an id here, no path.
+/// The front matter cannot be written as YAML.
+pub(super) fn text(info: &ModelInfo, adapter: bool) -> Result<String> {
+    let ModelInfo { name, base, width, max_length, .. } = info;
+    // The hub accepts only an id here, not a path.
     let on_hub = !Path::new(base).exists();
-    let head = serde_yaml::to_string(&head(about, on_hub, adapter))
+    let front_matter = serde_yaml::to_string(&front_matter(info, on_hub, adapter))
         .map_err(|error| Error::Usage(format!("the model card of {name}: {error}")))?;
     let base = if on_hub { format!("[{base}](https://huggingface.co/{base})") } else { code(base) };
-    let pooling = match about.pooling {
+    let pooling = match info.pooling {
         Pooling::Mean => "the mean of the tokens",
         Pooling::Cls => "the first token",
         Pooling::LastToken => "the last token",
     };
-    let normalized = if about.normalize { ", scaled to length one" } else { "" };
-    let what = if adapter { "a LoRA adapter of" } else { "trained from" };
+    let normalized = if info.normalize { ", scaled to length 1" } else { "" };
+    let what = if adapter { "a LoRA adapter of" } else { "fine-tuned from" };
     let title = line(name);
     let mut card = format!(
-        "---\n{head}---\n\n# {title}\n\nA text-embedding model, {what} {base} with lodestone. It maps texts to {width} dimensions \
-         ({pooling}{normalized}) and compares them by cosine similarity. Texts are cut at {max_length} tokens.\n\n\
+        "---\n{front_matter}---\n\n# {title}\n\nA text-embedding model, {what} {base} with lodestone. It maps texts to vectors of \
+         {width} dimensions ({pooling}{normalized}), which are compared by cosine similarity. Texts are truncated at \
+         {max_length} tokens.\n\n\
          ## Usage\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n\
          model = SentenceTransformer(\"path/to/this/folder\")\n\
          queries = model.encode_query([\"What is the melting point of iron?\"])\n\
          documents = model.encode_document([\"Iron melts at 1538 °C.\"])\n\
          print(model.similarity(queries, documents))\n```\n",
     );
-    for (role, prompt) in [("Queries", &about.query_prompt), ("Documents", &about.document_prompt)] {
+    for (role, prompt) in [("Queries", &info.query_prompt), ("Documents", &info.document_prompt)] {
         if !prompt.is_empty() {
-            let _ = write!(card, "\n{role} are preceded by the prompt {}.\n", code(prompt));
+            let _ = write!(card, "\n{role} are prefixed with {}.\n", code(prompt));
         }
     }
-    if !about.scores.is_empty() {
-        evaluation(&mut card, about);
+    if !info.scores.is_empty() {
+        evaluation(&mut card, info);
     }
-    if !about.training.is_empty() || !about.data.is_empty() {
+    if !info.training.is_empty() || !info.data.is_empty() {
         card.push_str("\n## Training\n");
     }
-    if !about.data.is_empty() {
+    if !info.data.is_empty() {
         card.push_str(
-            "\n| Data set | Rows | Prompt of queries | Prompt of documents |\n|---|---:|---|---|\n",
+            "\n| Data set | Rows | Query prompt | Document prompt |\n|---|---:|---|---|\n",
         );
-        for set in &about.data {
+        for set in &info.data {
             let prompt =
                 |prompt: &str| if prompt.is_empty() { "–".to_owned() } else { cell(&code(prompt)) };
             let (query, document) = (prompt(&set.query_prompt), prompt(&set.document_prompt));
             let _ = writeln!(card, "| {} | {} | {query} | {document} |", cell(&set.name), set.rows);
         }
     }
-    if !about.training.is_empty() {
+    if !info.training.is_empty() {
         card.push('\n');
     }
-    for (setting, value) in &about.training {
+    for (setting, value) in &info.training {
         let _ = writeln!(card, "- {setting}: {}", line(value));
     }
-    if !about.config.is_empty() {
-        let fence = "`".repeat(longest_run(&about.config).max(2) + 1);
+    if !info.config.is_empty() {
+        let fence = "`".repeat(longest_run(&info.config).max(2) + 1);
         let _ = write!(
             card,
-            "\n<details><summary>The whole configuration</summary>\n\n{fence}yaml\n{}\n{fence}\n\n</details>\n",
-            about.config.trim_end()
+            "\n<details><summary>Configuration</summary>\n\n{fence}yaml\n{}\n{fence}\n\n</details>\n",
+            info.config.trim_end()
         );
     }
-    let _ = write!(card, "\nlodestone {}\n", env!("CARGO_PKG_VERSION"));
+    let _ = write!(card, "\nTrained with lodestone {}.\n", env!("CARGO_PKG_VERSION"));
     Ok(card)
 }
 
-/// What the hub reads.
-fn head(about: &About, on_hub: bool, adapter: bool) -> Value {
+/// Returns the front matter, which the hub reads.
+fn front_matter(info: &ModelInfo, on_hub: bool, adapter: bool) -> Value {
     let mut tags = vec![
         "sentence-transformers".to_owned(),
         "sentence-similarity".into(),
@@ -102,37 +104,37 @@ fn head(about: &About, on_hub: bool, adapter: bool) -> Value {
     if adapter {
         tags.extend(["peft".into(), "lora".into()]);
     }
-    if !about.loss.is_empty() {
-        tags.push(format!("loss:{}", about.loss));
+    if !info.loss.is_empty() {
+        tags.push(format!("loss:{}", info.loss));
     }
-    let mut head = Map::new();
-    head.insert("library_name".into(), "sentence-transformers".into());
-    head.insert("pipeline_tag".into(), "sentence-similarity".into());
+    let mut front_matter = Map::new();
+    front_matter.insert("library_name".into(), "sentence-transformers".into());
+    front_matter.insert("pipeline_tag".into(), "sentence-similarity".into());
     if on_hub {
-        head.insert("base_model".into(), about.base.clone().into());
+        front_matter.insert("base_model".into(), info.base.clone().into());
         let relation = if adapter { "adapter" } else { "finetune" };
-        head.insert("base_model_relation".into(), relation.into());
+        front_matter.insert("base_model_relation".into(), relation.into());
     }
-    head.insert("tags".into(), tags.into());
-    let results = results(about);
+    front_matter.insert("tags".into(), tags.into());
+    let results = results(info);
     if !results.is_empty() {
         let mut metrics: Vec<&str> = Vec::new();
-        for (name, _, after) in &about.scores {
+        for (name, _, after) in &info.scores {
             let metric = split(name).1;
             if after.is_some() && !metrics.contains(&metric) {
                 metrics.push(metric);
             }
         }
-        head.insert("metrics".into(), metrics.into());
-        head.insert("model-index".into(), json!([{ "name": about.name, "results": results }]));
+        front_matter.insert("metrics".into(), metrics.into());
+        front_matter.insert("model-index".into(), json!([{ "name": info.name, "results": results }]));
     }
-    Value::Object(head)
+    Value::Object(front_matter)
 }
 
-/// The scores after the training, set by set, as the hub's index of models has them.
-fn results(about: &About) -> Vec<Value> {
+/// Returns the scores after training by evaluation set, in the form of the hub's `model-index`.
+fn results(info: &ModelInfo) -> Vec<Value> {
     let mut results: Vec<(&str, &str, Vec<Value>)> = Vec::new();
-    for (name, _, after) in &about.scores {
+    for (name, _, after) in &info.scores {
         let Some(value) = after.filter(|value| value.is_finite()) else { continue };
         let (set, metric) = split(name);
         let title = title(metric);
@@ -152,7 +154,7 @@ fn results(about: &About) -> Vec<Value> {
     results.into_iter().map(result).collect()
 }
 
-/// `scifact_cosine_ndcg@10` → its set and its metric.
+/// Splits the name of a score: `scifact_cosine_ndcg@10` into `scifact` and `cosine_ndcg@10`.
 fn split(name: &str) -> (&str, &str) {
     const FIRST: [&str; 7] =
         ["_cosine_", "_dot_", "_manhattan_", "_euclidean_", "_max_", "_pearson_", "_spearman_"];
@@ -160,7 +162,7 @@ fn split(name: &str) -> (&str, &str) {
     place.map_or(("", name), |place| (&name[..place], &name[place + 1..]))
 }
 
-/// The task's name in the hub's index, as sentence-transformers gives it.
+/// Returns the name of the task in the `model-index`, as sentence-transformers has it.
 fn task(name: &str) -> &'static str {
     let (set, metric) = split(name);
     match metric {
@@ -171,7 +173,7 @@ fn task(name: &str) -> &'static str {
     }
 }
 
-/// `cosine_ndcg@10` → `Cosine Ndcg@10`.
+/// Returns the display name of a metric: `cosine_ndcg@10` becomes `Cosine Ndcg@10`.
 fn title(metric: &str) -> String {
     let word = |word: &str| {
         let mut letters = word.chars();
@@ -180,23 +182,23 @@ fn title(metric: &str) -> String {
     metric.split('_').map(word).collect::<Vec<String>>().join(" ")
 }
 
-fn evaluation(card: &mut String, about: &About) {
-    card.push_str("\n## Evaluation\n\n| Metric | Base | Tuned | Δ |\n|---|---:|---:|---:|\n");
-    let main = |name: &str| MAIN.iter().any(|metric| name.ends_with(metric));
-    let any = about.scores.iter().any(|(name, ..)| main(name));
+fn evaluation(card: &mut String, info: &ModelInfo) {
+    card.push_str("\n## Evaluation\n\n| Metric | Base | Fine-tuned | Δ |\n|---|---:|---:|---:|\n");
+    let main = |name: &str| SHOWN_METRICS.iter().any(|metric| name.ends_with(metric));
+    let any = info.scores.iter().any(|(name, ..)| main(name));
     let shown = |score: Option<f64>| score.map_or_else(|| "–".to_owned(), |score| format!("{score:.4}"));
-    for (metric, before, after) in about.scores.iter().filter(|(name, ..)| !any || main(name)) {
+    for (metric, before, after) in info.scores.iter().filter(|(name, ..)| !any || main(name)) {
         let delta = before.zip(*after).map(|(before, after)| format!("{:+.4}", after - before));
         let delta = delta.unwrap_or_else(|| "–".to_owned());
         let _ = writeln!(card, "| {} | {} | {} | {delta} |", cell(metric), shown(*before), shown(*after));
     }
 }
 
-/// A text as code in a line, whatever is in it.
+/// Formats a text as inline code. Line breaks and backticks are escaped.
 fn code(text: &str) -> String {
     let text = text.replace('\n', "\\n");
     let ticks = "`".repeat(longest_run(&text) + 1);
-    // Spaces at both ends are taken away by Markdown, one each.
+    // Markdown removes one space at each end.
     let pad = if text.starts_with(['`', ' ']) || text.ends_with(['`', ' ']) { " " } else { "" };
     format!("{ticks}{pad}{text}{pad}{ticks}")
 }
@@ -205,7 +207,7 @@ fn longest_run(text: &str) -> usize {
     text.split(|c| c != '`').map(str::len).max().unwrap_or(0)
 }
 
-/// A text in a cell of a table.
+/// Formats a text for a cell of a table.
 fn cell(text: &str) -> String {
     line(text).replace('|', "\\|")
 }
@@ -217,10 +219,10 @@ fn line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::DataFacts;
+    use crate::export::DatasetInfo;
 
-    fn about() -> About {
-        About {
+    fn info() -> ModelInfo {
+        ModelInfo {
             name: "little: \"one\" # | <b>".into(),
             base: "org/name".into(),
             width: 384,
@@ -240,7 +242,7 @@ mod tests {
             .map(|(name, before, after)| (name.to_owned(), before, after))
             .into(),
             training: vec![("steps".into(), "10 of 64 rows".into())],
-            data: vec![DataFacts {
+            data: vec![DatasetInfo {
                 name: "qa|pairs".into(),
                 rows: "1000".into(),
                 query_prompt: "q|: ".into(),
@@ -252,21 +254,21 @@ mod tests {
     }
 
     fn parts(card: &str) -> (Value, &str) {
-        let (head, body) = card.strip_prefix("---\n").unwrap().split_once("\n---\n").unwrap();
-        (serde_yaml::from_str(head).unwrap(), body)
+        let (front_matter, body) = card.strip_prefix("---\n").unwrap().split_once("\n---\n").unwrap();
+        (serde_yaml::from_str(front_matter).unwrap(), body)
     }
 
     #[test]
     fn the_head_is_what_the_hub_reads() {
-        let card = text(&about(), false).unwrap();
-        let (head, _) = parts(&card);
-        assert_eq!(head["library_name"], "sentence-transformers");
+        let card = text(&info(), false).unwrap();
+        let (front_matter, _) = parts(&card);
+        assert_eq!(front_matter["library_name"], "sentence-transformers");
         assert_eq!(
-            (&head["base_model"], &head["base_model_relation"]),
+            (&front_matter["base_model"], &front_matter["base_model_relation"]),
             (&json!("org/name"), &json!("finetune"))
         );
-        assert!(head["tags"].as_array().unwrap().contains(&"loss:info_nce".into()));
-        let index = &head["model-index"][0];
+        assert!(front_matter["tags"].as_array().unwrap().contains(&"loss:info_nce".into()));
+        let index = &front_matter["model-index"][0];
         assert_eq!(index["name"], "little: \"one\" # | <b>");
         let results = index["results"].as_array().unwrap();
         let tasks: Vec<_> = results
@@ -280,7 +282,7 @@ mod tests {
                 )
             })
             .collect();
-        // What is no number is no result.
+        // NaN is not a result.
         assert_eq!(
             tasks,
             [
@@ -294,21 +296,21 @@ mod tests {
         assert_eq!(metrics[1], json!({"type": "cosine_ndcg@10", "value": 0.5, "name": "Cosine Ndcg@10"}));
         assert_eq!(metrics.len(), 2);
 
-        let adapter = text(&about(), true).unwrap();
+        let adapter = text(&info(), true).unwrap();
         assert_eq!(parts(&adapter).0["base_model_relation"], "adapter");
     }
 
     #[test]
-    fn the_body_shows_base_tuned_and_what_it_was_trained_on() {
-        let card = text(&about(), false).unwrap();
+    fn the_body_shows_scores_data_and_configuration() {
+        let card = text(&info(), false).unwrap();
         let (_, body) = parts(&card);
         for expected in [
-            "| Metric | Base | Tuned | Δ |",
+            "| Metric | Base | Fine-tuned | Δ |",
             "| sci_fact_cosine_ndcg@10 | 0.2500 | 0.5000 | +0.2500 |",
             "| nli_cosine_accuracy | 0.7500 | 0.5000 | -0.2500 |",
             "| NanoBEIR_mean_cosine_ndcg@10 | – | 0.1250 | – |",
             "| qa\\|pairs | 1000 | ` q\\|:  ` | – |",
-            "preceded by the prompt `` Instruct: `x`\\nQuery:  ``.",
+            "are prefixed with `` Instruct: `x`\\nQuery:  ``.",
             "- steps: 10 of 64 rows",
             "\n````yaml\nname: little\nprompt: \"```\"\n````\n",
         ] {
@@ -319,18 +321,18 @@ mod tests {
 
     #[test]
     fn a_model_without_a_run_has_a_card_too() {
-        let bare = About {
+        let bare = ModelInfo {
             scores: vec![],
             training: vec![],
             data: vec![],
             config: String::new(),
             loss: String::new(),
             base: ".".into(),
-            ..about()
+            ..info()
         };
         let card = text(&bare, false).unwrap();
-        let (head, body) = parts(&card);
-        assert!(head.get("base_model").is_none() && head.get("model-index").is_none());
-        assert!(body.contains("trained from `.` with") && !body.contains("## Training"), "{body}");
+        let (front_matter, body) = parts(&card);
+        assert!(front_matter.get("base_model").is_none() && front_matter.get("model-index").is_none());
+        assert!(body.contains("fine-tuned from `.` with") && !body.contains("## Training"), "{body}");
     }
 }

@@ -1,6 +1,7 @@
-//! Model folders that other programs open: sentence-transformers, PEFT, text-embeddings-inference, vLLM.
+//! Exports models in the formats of sentence-transformers and PEFT, which text-embeddings-inference and vLLM
+//! open too.
 //!
-//! A folder is written under a temporary name beside its place and renamed when it is whole.
+//! A folder is written under a temporary name and then renamed, so that it is never incomplete.
 
 mod card;
 mod peft;
@@ -15,120 +16,120 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::Value;
 
-pub use self::run::{Options, Trained, write as run};
+pub use self::run::{Options, TrainedRun, write_run};
 use crate::config::Pooling;
 use crate::model::Folder;
 use crate::model::adapter::Settings;
 use crate::{Error, Result};
 
-/// What is written about a model besides its weights.
+/// What an exported folder says about its model, beside weights and tokenizer.
 #[derive(Clone, Debug)]
-pub struct About {
-    /// What it is called.
+pub struct ModelInfo {
+    /// Name of the model.
     pub name: String,
-    /// The model that it was trained from: an id of the hub, or a folder.
+    /// The base model: an id of the hub, or a folder.
     pub base: String,
-    /// D of an embedding.
+    /// Width D of an embedding.
     pub width: usize,
-    /// D of a hidden state.
+    /// Width of a hidden state.
     pub hidden_width: usize,
-    /// How its hidden states become one embedding.
+    /// How hidden states become one embedding.
     pub pooling: Pooling,
-    /// Whether embeddings have the length one.
+    /// Whether embeddings are scaled to length 1.
     pub normalize: bool,
-    /// The longest text in tokens.
+    /// Number of tokens at which texts are truncated.
     pub max_length: usize,
-    /// What queries were trained with.
+    /// Prompt before queries.
     pub query_prompt: String,
-    /// What documents were trained with.
+    /// Prompt before documents.
     pub document_prompt: String,
-    /// Metrics: name, before the training, after it.
+    /// Metrics: name, value before training, value after.
     pub scores: Vec<(String, Option<f64>, Option<f64>)>,
-    /// How it was trained: setting, value.
+    /// Training settings: name, value.
     pub training: Vec<(String, String)>,
-    /// What it was trained on.
-    pub data: Vec<DataFacts>,
-    /// The loss that was minimised.
+    /// Training data sets.
+    pub data: Vec<DatasetInfo>,
+    /// Name of the loss.
     pub loss: String,
-    /// The run's whole configuration, YAML.
+    /// The whole configuration of the run, as YAML.
     pub config: String,
 }
 
-/// A data set in the card.
+/// A training data set, as the model card shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataFacts {
-    /// What it is called.
+pub struct DatasetInfo {
+    /// Name of the data set.
     pub name: String,
-    /// How many of its rows were used.
+    /// Number of rows used, as text.
     pub rows: String,
-    /// Put before queries.
+    /// Prompt before queries.
     pub query_prompt: String,
-    /// Put before documents.
+    /// Prompt before documents.
     pub document_prompt: String,
 }
 
-/// Writes a whole model at `target`: `tensors` by their names in a checkpoint. `source` is the folder that it was trained
-/// from.
+/// Writes a whole model to the folder `target`: `tensors` with their names in a checkpoint. `source` is the
+/// folder of the base model.
 ///
 /// # Errors
-/// Something is at `target` already, unless it is to be replaced; the disk is full or read-only.
-pub fn model(
+/// `target` exists, is not empty, and `replace` is false; the disk is full or read-only.
+pub fn write_model(
     target: &Path,
     replace: bool,
     source: &Folder,
-    about: &About,
+    info: &ModelInfo,
     tensors: Vec<(String, Tensor)>,
 ) -> Result<()> {
     publish(target, replace, |draft| {
-        sentence_transformers::write(draft, source, about)?;
+        sentence_transformers::write(draft, source, info)?;
         sentence_transformers::write_config(draft, source)?;
-        put_text(&draft.join("README.md"), &card::text(about, false)?)?;
+        write_text(&draft.join("README.md"), &card::text(info, false)?)?;
         let tensors = sentence_transformers::write_dense(draft, source, tensors)?;
-        weights::write(draft, &tensors, weights::SHARD)
+        weights::write(draft, &tensors, weights::MAX_SHARD_BYTES)
     })
 }
 
-/// Writes a LoRA adapter at `target`: `adapters` by their modules' names, and `dense`, the tensors of the layers after
-/// pooling, which PEFT does not know; as [`model`] else.
+/// Writes a LoRA adapter to the folder `target`: `adapters` with the names of their modules, and `dense`, the
+/// tensors of the dense layers after pooling, which PEFT does not store. The rest is as in [`write_model`].
 ///
 /// # Errors
-/// As [`model`].
-pub fn adapter(
+/// Those of [`write_model`].
+pub fn write_adapter(
     target: &Path,
     replace: bool,
     source: &Folder,
-    about: &About,
+    info: &ModelInfo,
     lora: Settings,
     adapters: Vec<(String, Tensor)>,
     dense: Vec<(String, Tensor)>,
 ) -> Result<()> {
-    // A path is of use only from where it was written, unless it is whole.
-    let base = match Path::new(&about.base).canonicalize() {
+    // An absolute path, so that the adapter finds its base from any working directory.
+    let base = match Path::new(&info.base).canonicalize() {
         Ok(path) => path.display().to_string(),
-        Err(_) => about.base.clone(),
+        Err(_) => info.base.clone(),
     };
     publish(target, replace, |draft| {
-        sentence_transformers::write(draft, source, about)?;
-        put_text(&draft.join("README.md"), &card::text(about, true)?)?;
+        sentence_transformers::write(draft, source, info)?;
+        write_text(&draft.join("README.md"), &card::text(info, true)?)?;
         sentence_transformers::write_dense(draft, source, dense)?;
         peft::write(draft, &base, lora, adapters)
     })
 }
 
-/// Lets `write` fill a folder under a temporary name, then renames it to `target`.
+/// Calls `write` with a temporary folder, then renames it to `target`.
 fn publish(target: &Path, replace: bool, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if target.exists() && !replace && !crate::system::atomic::is_empty(target) {
         let message =
-            "is there already, and nothing is overwritten\nhint: give another folder, or remove this one";
+            "already exists\nhint: give another folder or delete it";
         return Err(Error::file(target, message));
     }
     let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
-        return Err(Error::file(target, "is no name for a folder"));
+        return Err(Error::file(target, "is not a folder name"));
     };
     let parent = if parent == Path::new("") { Path::new(".") } else { parent };
-    let beside = |ending: &str| parent.join(format!(".{}.{ending}", name.display()));
-    let (draft, old) = (beside("tmp"), beside("old"));
-    // A process that was killed has left them.
+    let sibling = |ending: &str| parent.join(format!(".{}.{ending}", name.display()));
+    let (draft, old) = (sibling("tmp"), sibling("old"));
+    // A killed process may have left them.
     remove(&draft)?;
     remove(&old)?;
     fs::create_dir_all(&draft).map_err(Error::io("create", &draft))?;
@@ -139,7 +140,7 @@ fn publish(target: &Path, replace: bool, write: impl FnOnce(&Path) -> Result<()>
         fs::rename(&draft, target).map_err(Error::io("rename", &draft))
     });
     if written.is_err() {
-        // A full disk must not stay full of what it could not hold.
+        // Frees a full disk.
         let _ = fs::remove_dir_all(&draft);
     }
     written?;
@@ -154,12 +155,12 @@ fn remove(folder: &Path) -> Result<()> {
     }
 }
 
-/// Writes JSON, indented by two as transformers does.
-fn put(path: &Path, value: &Value) -> Result<()> {
-    put_text(path, &format!("{value:#}\n"))
+/// Writes JSON with an indent of two, as transformers does.
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    write_text(path, &format!("{value:#}\n"))
 }
 
-fn put_text(path: &Path, text: &str) -> Result<()> {
+fn write_text(path: &Path, text: &str) -> Result<()> {
     File::create(path)
         .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
         .map_err(Error::io("write", path))
@@ -191,8 +192,8 @@ mod tests {
         (folder, found)
     }
 
-    fn about() -> About {
-        About {
+    fn info() -> ModelInfo {
+        ModelInfo {
             name: "little".into(),
             base: "org/name".into(),
             width: 2,
@@ -222,12 +223,12 @@ mod tests {
     }
 
     #[test]
-    fn a_model_folder_says_again_what_it_was_written_with() {
+    fn a_model_folder_opens_with_the_settings_it_was_written_with() {
         let (_keep, source) = source();
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("new/model");
         let tensors = [("embeddings.weight".to_owned(), Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap())];
-        model(&target, false, &source, &about(), tensors.into()).unwrap();
+        write_model(&target, false, &source, &info(), tensors.into()).unwrap();
         let expected = [
             "1_Pooling",
             "README.md",
@@ -256,7 +257,7 @@ mod tests {
         );
         assert_eq!(read(&target.join("1_Pooling/config.json"))["pooling_mode_lasttoken"], true);
         assert_eq!(read(&target.join("tokenizer_config.json"))["model_max_length"], 192);
-        // Byte for byte: rounding a vocabulary's scores would change how texts are cut.
+        // Byte for byte: rounding the scores of a vocabulary would change the tokens.
         assert_eq!(
             fs::read(target.join("tokenizer.json")).unwrap(),
             fs::read(source.path.join("tokenizer.json")).unwrap()
@@ -273,12 +274,12 @@ mod tests {
         let target = place.path().join("adapter");
         let zeros = Tensor::zeros((1, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
         let base = source.path.canonicalize().unwrap().display().to_string();
-        let about = About { normalize: false, base: base.clone(), ..about() };
-        adapter(
+        let info = ModelInfo { normalize: false, base: base.clone(), ..info() };
+        write_adapter(
             &target,
             false,
             &source,
-            &about,
+            &info,
             Settings::default(),
             vec![("q.lora_A.weight".into(), zeros)],
             vec![],
@@ -296,26 +297,26 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_overwritten_and_nothing_half_written_stays() {
+    fn nothing_is_overwritten_and_no_incomplete_folder_stays() {
         let (_keep, source) = source();
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("model");
-        put_text(&target, "a file").unwrap();
-        let error = model(&target, false, &source, &about(), vec![]).unwrap_err().to_string();
-        assert!(error.contains("is there already"), "{error}");
+        write_text(&target, "a file").unwrap();
+        let error = write_model(&target, false, &source, &info(), vec![]).unwrap_err().to_string();
+        assert!(error.contains("already exists"), "{error}");
         fs::remove_file(&target).unwrap();
         let failed = publish(&target, false, |draft| {
-            put_text(&draft.join("a"), "b")?;
+            write_text(&draft.join("a"), "b")?;
             Err(Error::file(draft, "no space left"))
         });
         assert!(failed.is_err());
         assert_eq!(names(place.path()), BTreeSet::new());
-        // What a killed process left behind does not get into the next folder.
+        // Files that a killed process left do not get into the next folder.
         fs::create_dir(place.path().join(".model.tmp")).unwrap();
         fs::write(place.path().join(".model.tmp/old"), "").unwrap();
         publish(&target, false, |_| Ok(())).unwrap();
         assert_eq!(names(&target), BTreeSet::new());
-        publish(&target, true, |draft| put_text(&draft.join("new"), "")).unwrap();
+        publish(&target, true, |draft| write_text(&draft.join("new"), "")).unwrap();
         assert_eq!(names(&target), ["new".to_owned()].into());
         assert_eq!(names(place.path()), ["model".to_owned()].into());
     }

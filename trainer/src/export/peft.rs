@@ -1,4 +1,4 @@
-//! LoRA adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`.
+//! Writes LoRA adapters in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
 use std::path::Path;
 
@@ -9,18 +9,18 @@ use crate::Result;
 use crate::model::adapter::Settings;
 use crate::system::safetensors;
 
-/// Before the name of a module, for the two wrappers that PEFT puts around a model.
+/// Prefix of module names: the two wrappers that PEFT puts around a model.
 const PREFIX: &str = "base_model.model.";
 
-/// Writes the adapters `layers.0.self_attn.q_proj.lora_A.weight` (R, I), `….lora_B.weight` (O, R), … of the model `base`
-/// into `folder`.
+/// Writes the adapters of the model `base` into `folder`. Their names are those of PEFT without its prefix:
+/// `layers.0.self_attn.q_proj.lora_A.weight` (R, I), `….lora_B.weight` (O, R).
 pub(super) fn write(
     folder: &Path,
     base: &str,
     lora: Settings,
     adapters: Vec<(String, Tensor)>,
 ) -> Result<()> {
-    // Whole paths, not `dense`: that would also be the pooler's, which has no adapter.
+    // Whole paths: the name `dense` alone would also match the pooler, which has no adapter.
     let mut modules: Vec<_> = adapters
         .iter()
         .filter_map(|(name, _)| name.strip_suffix(".lora_A.weight"))
@@ -44,7 +44,7 @@ pub(super) fn write(
         "use_dora": false,
         "use_rslora": lora.rslora,
     });
-    super::put(&folder.join("adapter_config.json"), &config)?;
+    super::write_json(&folder.join("adapter_config.json"), &config)?;
     let named: Vec<_> =
         adapters.into_iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
     safetensors::write(&folder.join("adapter_model.safetensors"), &named)

@@ -1,62 +1,62 @@
-//! The model of a run: what its configuration says becomes the folder's prompts, lengths and card.
+//! Exports the model of a training run, with prompts, lengths and model card from its configuration.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{About, DataFacts};
+use super::{DatasetInfo, ModelInfo};
 use crate::Result;
 use crate::config::{Config, DataSet, WeightInit};
 use crate::model::Model;
 use crate::model::adapter::Settings;
 
-/// What a run has come to.
+/// A training run and the metrics of its exported step.
 #[derive(Clone, Copy, Debug)]
-pub struct Trained<'a> {
-    /// How it was trained.
+pub struct TrainedRun<'a> {
+    /// Configuration of the run.
     pub config: &'a Config,
-    /// The step whose parameters the model has.
+    /// The step whose parameters are exported.
     pub step: u64,
-    /// Metrics before the first step.
+    /// Metrics before the first step, by name.
     pub before: &'a Map<String, Value>,
-    /// Metrics after `step`.
+    /// Metrics after `step`, by name.
     pub after: &'a Map<String, Value>,
 }
 
-/// How a folder is written.
+/// Options of an export.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Whether adapters are merged into the weights they belong to; else only they are written.
+    /// Whether LoRA adapters are merged into the weights. Otherwise only the adapters are written.
     pub merge: bool,
-    /// Whether a folder at the same place is replaced.
+    /// Whether an existing folder is replaced.
     pub replace: bool,
 }
 
-/// Writes the model of a run at `target`: whole, or its adapters if it has any.
+/// Exports the model of a run to the folder `target`: its LoRA adapter if it has one, else the whole model.
 ///
 /// # Errors
-/// A folder at `target` that is not to be replaced; a full or read-only disk.
-pub fn write(model: &mut Model, trained: &Trained, options: Options, target: &Path) -> Result<()> {
-    let about = about(model, trained);
+/// Those of [`super::write_model`].
+pub fn write_run(model: &mut Model, trained: &TrainedRun, options: Options, target: &Path) -> Result<()> {
+    let info = info(model, trained);
     let source = model.folder().clone();
     match model.lora() {
-        // Weights from a seed lie in no folder, so the adapters alone would belong to nothing.
+        // A random base exists in no folder, so an adapter alone could not be loaded.
         Some(lora) if !options.merge && trained.config.model.init == WeightInit::Pretrained => {
             let (adapters, dense) = (model.adapters(), model.dense());
-            super::adapter(target, options.replace, &source, &about, lora, adapters, dense)
+            super::write_adapter(target, options.replace, &source, &info, lora, adapters, dense)
         }
-        _ => super::model(target, options.replace, &source, &about, model.tensors()?),
+        _ => super::write_model(target, options.replace, &source, &info, model.tensors()?),
     }
 }
 
-fn about(model: &Model, trained: &Trained) -> About {
+fn info(model: &Model, trained: &TrainedRun) -> ModelInfo {
     let Config { name, model: section, data, .. } = trained.config;
     let folder = model.folder();
     let longest = folder.max_length.unwrap_or(usize::MAX).min(model.positions());
     let length = |own: Option<usize>| own.unwrap_or(longest);
-    // An adapter that was trained further belongs to the same model as before.
+    // A continued adapter keeps its base model.
     let base = folder.adapter.as_ref().and_then(|adapter| adapter["base_model_name_or_path"].as_str());
-    About {
+    ModelInfo {
         name: name.clone(),
         base: base.unwrap_or(&section.path).to_owned(),
         width: model.width(),
@@ -71,63 +71,63 @@ fn about(model: &Model, trained: &Trained) -> About {
             .to_owned(),
         scores: scores(trained),
         training: training(trained, model.lora()),
-        data: data.train.iter().map(facts).collect(),
+        data: data.train.iter().map(dataset_info).collect(),
         loss: trained.config.loss.kind.to_string(),
         config: trained.config.to_yaml().unwrap_or_default(),
     }
 }
 
-fn scores(trained: &Trained) -> Vec<(String, Option<f64>, Option<f64>)> {
-    let Trained { before, after, .. } = trained;
+fn scores(trained: &TrainedRun) -> Vec<(String, Option<f64>, Option<f64>)> {
+    let TrainedRun { before, after, .. } = trained;
     let names = before.keys().chain(after.keys().filter(|name| !before.contains_key(*name)));
     let value = |map: &Map<String, Value>, name: &str| map.get(name).and_then(Value::as_f64);
     names.map(|name| (name.clone(), value(before, name), value(after, name))).collect()
 }
 
-fn facts(set: &DataSet) -> DataFacts {
+fn dataset_info(set: &DataSet) -> DatasetInfo {
     let file = || set.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let rows = set.samples.map_or_else(|| "all".to_owned(), |samples| samples.to_string());
-    DataFacts {
+    DatasetInfo {
         name: if set.name.is_empty() { file() } else { set.name.clone() },
-        rows: if set.weight == 1.0 { rows } else { format!("{rows}, {} times an epoch", set.weight) },
+        rows: if set.weight == 1.0 { rows } else { format!("{rows}, {} times per epoch", set.weight) },
         query_prompt: set.query_prompt.clone(),
         document_prompt: set.document_prompt.clone(),
     }
 }
 
-fn training(trained: &Trained, lora: Option<Settings>) -> Vec<(String, String)> {
+fn training(trained: &TrainedRun, lora: Option<Settings>) -> Vec<(String, String)> {
     let Config { seed, data, loss, training, evaluation, model, .. } = trained.config;
-    let mut of_loss = format!("{}, temperature {}", loss.kind, loss.temperature);
-    for (told, what) in [
+    let mut loss_text = format!("{}, temperature {}", loss.kind, loss.temperature);
+    for (applies, what) in [
         (!loss.in_batch_negatives, "without in-batch negatives"),
         (loss.symmetric, "symmetric"),
         (!loss.mask_known_positives, "known positives not masked"),
     ] {
-        if told {
-            of_loss = format!("{of_loss}, {what}");
+        if applies {
+            loss_text = format!("{loss_text}, {what}");
         }
     }
     let mut facts = vec![
-        ("steps".to_owned(), format!("{} of {} rows", trained.step, training.batch_size)),
-        ("loss".to_owned(), of_loss),
-        ("hard negatives".to_owned(), format!("{} a row at most", data.negatives)),
-        ("batches".to_owned(), data.batching.to_string()),
+        ("steps".to_owned(), format!("{} of {} rows each", trained.step, training.batch_size)),
+        ("loss".to_owned(), loss_text),
+        ("hard negatives".to_owned(), format!("at most {} per row", data.negatives)),
+        ("batching".to_owned(), data.batching.to_string()),
         ("learning rate".to_owned(), format!("{:e}, {}", training.learning_rate, training.schedule)),
         ("weight decay".to_owned(), training.weight_decay.to_string()),
-        ("largest gradient norm".to_owned(), training.max_grad_norm.to_string()),
-        ("computed in".to_owned(), model.dtype.to_string()),
+        ("maximum gradient norm".to_owned(), training.max_grad_norm.to_string()),
+        ("dtype".to_owned(), model.dtype.to_string()),
         ("seed".to_owned(), seed.to_string()),
     ];
     if let Some(patience) = evaluation.patience {
         let metric = &evaluation.metric;
         facts.push((
             "early stopping".to_owned(),
-            format!("after {patience} evaluations without a better {metric}"),
+            format!("after {patience} evaluations without improvement of {metric}"),
         ));
     }
     if let Some(lora) = lora {
-        let facts_of_lora = format!("rank {}, alpha {}, dropout {}", lora.rank, lora.alpha, lora.dropout);
-        facts.push(("LoRA".to_owned(), facts_of_lora));
+        let settings = format!("rank {}, alpha {}, dropout {}", lora.rank, lora.alpha, lora.dropout);
+        facts.push(("LoRA".to_owned(), settings));
     }
     facts
 }
@@ -148,15 +148,15 @@ mod tests {
         };
         assert_eq!(prompt(&["query: ", "query: "]).as_deref(), Some("query: "));
         assert_eq!(prompt(&["query: ", "query: ", ""]), None);
-        assert_eq!(prompt(&[""]), None, "the folder's stays");
+        assert_eq!(prompt(&[""]), None, "the prompt of the folder stays");
         assert_eq!(prompt(&[]), None);
     }
 
     #[test]
-    fn scores_stand_before_and_after() {
+    fn scores_have_values_before_and_after() {
         let map = |value: Value| value.as_object().unwrap().clone();
         let (before, after) = (map(json!({"a": 0.5, "b": 0.25})), map(json!({"c": 1.0, "a": 0.75})));
-        let trained = Trained { config: &Config::default(), step: 3, before: &before, after: &after };
+        let trained = TrainedRun { config: &Config::default(), step: 3, before: &before, after: &after };
         let expected = [("a", Some(0.5), Some(0.75)), ("b", Some(0.25), None), ("c", None, Some(1.0))];
         assert_eq!(scores(&trained), expected.map(|(name, before, after)| (name.to_owned(), before, after)));
     }

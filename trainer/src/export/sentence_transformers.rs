@@ -1,51 +1,51 @@
-//! The files around the weights, in the legacy schema of sentence-transformers.
+//! Writes the files beside the weights, in the legacy schema of sentence-transformers.
 //!
-//! Every version of it reads that schema, and so do text-embeddings-inference and vLLM; the compact one of 5.4 and later
-//! they mistake or refuse.
-
+//! All versions of sentence-transformers read it, as do text-embeddings-inference and vLLM. The compact
+//! schema of version 5.4 and later is misread or refused by these two.
 use std::path::Path;
 
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 
-use super::{About, put, put_text};
+use super::{ModelInfo, write_json, write_text};
 use crate::config::Pooling;
 use crate::data::tokenize;
 use crate::model::Folder;
 use crate::system::safetensors;
 use crate::{Error, Result};
 
-/// Writes everything but weights, model card and `config.json` into `folder`. `source` is the folder that the model was trained from.
-pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()> {
+/// Writes all files but weights, model card and `config.json` into `folder`. `source` is the folder of the
+/// base model.
+pub(super) fn write(folder: &Path, source: &Folder, info: &ModelInfo) -> Result<()> {
     let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
     for dense in &source.dense {
         modules.push(module(modules.len(), &dense.name, "Dense"));
     }
-    if about.normalize {
+    if info.normalize {
         let place = modules.len();
         modules.push(module(place, &format!("{place}_Normalize"), "Normalize"));
     }
-    put(&folder.join("modules.json"), &Value::from(modules))?;
+    write_json(&folder.join("modules.json"), &Value::from(modules))?;
 
     let pooling = folder.join("1_Pooling");
     std::fs::create_dir(&pooling).map_err(Error::io("create", &pooling))?;
-    put(
+    write_json(
         &pooling.join("config.json"),
-        &pooling_config(about.pooling, about.hidden_width, source.include_prompt),
+        &pooling_config(info.pooling, info.hidden_width, source.include_prompt),
     )?;
 
-    let encoder = json!({ "max_seq_length": about.max_length, "do_lower_case": source.lower_case });
-    put(&folder.join("sentence_bert_config.json"), &encoder)?;
+    let encoder = json!({ "max_seq_length": info.max_length, "do_lower_case": source.lower_case });
+    write_json(&folder.join("sentence_bert_config.json"), &encoder)?;
 
     let mut prompts = source.prompts.clone();
-    prompts.insert("query".into(), about.query_prompt.clone());
-    prompts.insert("document".into(), about.document_prompt.clone());
+    prompts.insert("query".into(), info.query_prompt.clone());
+    prompts.insert("document".into(), info.document_prompt.clone());
     let named = json!({
         "prompts": prompts,
         "default_prompt_name": source.default_prompt,
         "similarity_fn_name": "cosine",
     });
-    put(&folder.join("config_sentence_transformers.json"), &named)?;
+    write_json(&folder.join("config_sentence_transformers.json"), &named)?;
 
     for name in tokenize::FILES {
         let from = source.path.join(name);
@@ -54,10 +54,10 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
         }
     }
     if !source.path.join("tokenizer.json").exists() {
-        put_text(&folder.join("tokenizer.json"), &tokenize::of_bytes())?;
+        write_text(&folder.join("tokenizer.json"), &tokenize::of_bytes())?;
     }
     if let Some(text) = tokenize::appending(&source.path)? {
-        put_text(&folder.join("tokenizer.json"), &text)?;
+        write_text(&folder.join("tokenizer.json"), &text)?;
     }
     let name = "tokenizer_config.json";
     let from = source.path.join(name);
@@ -65,14 +65,14 @@ pub(super) fn write(folder: &Path, source: &Folder, about: &About) -> Result<()>
         let text = std::fs::read(&from).map_err(Error::io("read", &from))?;
         let mut config: Map<String, Value> = serde_json::from_slice(&text)
             .map_err(|error| Error::file(&from, format!("malformed: {error}")))?;
-        config.insert("model_max_length".into(), about.max_length.into());
-        put(&folder.join(name), &config.into())?;
+        config.insert("model_max_length".into(), info.max_length.into());
+        write_json(&folder.join(name), &config.into())?;
     }
     Ok(())
 }
 
-/// Writes the dense layers that follow pooling, whose tensors' names begin with their folders' names, and returns the
-/// tensors that are the encoder's.
+/// Writes the dense layers after pooling: the tensors whose names begin with the name of a dense layer's
+/// folder. Returns the other tensors, those of the encoder.
 pub(super) fn write_dense(
     folder: &Path,
     source: &Folder,
@@ -88,13 +88,13 @@ pub(super) fn write_dense(
             "bias": dense.bias,
             "activation_function": dense.function.name(),
         });
-        put(&place.join("config.json"), &config)?;
-        let start = format!("{}.", dense.name);
+        write_json(&place.join("config.json"), &config)?;
+        let prefix = format!("{}.", dense.name);
         let (own, others): (Vec<_>, Vec<_>) =
-            rest.into_iter().partition(|(name, _)| name.starts_with(&start));
+            rest.into_iter().partition(|(name, _)| name.starts_with(&prefix));
         rest = others;
         let own: Vec<_> =
-            own.into_iter().map(|(name, tensor)| (name[start.len()..].to_owned(), tensor)).collect();
+            own.into_iter().map(|(name, tensor)| (name[prefix.len()..].to_owned(), tensor)).collect();
         safetensors::write(&place.join("model.safetensors"), &own)?;
     }
     Ok(rest)
@@ -118,13 +118,13 @@ fn pooling_config(pooling: Pooling, width: usize, include_prompt: bool) -> Value
     })
 }
 
-/// Writes the encoder's `config.json`. Not beside an adapter alone: transformers takes a folder that has one for a whole model,
-/// and does not look for the adapter's base.
+/// Writes `config.json` of the encoder. An adapter folder must not have one: transformers would open it as a
+/// whole model and not look for the adapter's base.
 pub(super) fn write_config(folder: &Path, source: &Folder) -> Result<()> {
-    put(&folder.join("config.json"), &encoder_config(source.config.clone()))
+    write_json(&folder.join("config.json"), &encoder_config(source.config.clone()))
 }
 
-/// The encoder's `config.json`: the weights are f32 now, and those of an encoder without a head.
+/// Adapts `config.json` to the exported weights: f32, and an encoder without a head.
 fn encoder_config(mut config: Value) -> Value {
     for key in ["torch_dtype", "dtype"] {
         if let Some(dtype) = config.get_mut(key) {

@@ -1,4 +1,4 @@
-//! Weights as safetensors: one file, or shards with an index.
+//! Writes weights as safetensors: one file, or shards with an index.
 
 use std::path::Path;
 
@@ -9,12 +9,13 @@ use crate::Result;
 use crate::system::progress::Progress;
 use crate::system::safetensors;
 
-/// Bytes of a file at most, as on the hub; a tensor that is larger has a file of its own.
-pub(super) const SHARD: usize = 5_000_000_000;
+/// Largest size of a file in bytes, as on the hub. A larger tensor gets a file for itself.
+pub(super) const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
-/// Writes `model.safetensors` into `folder`, or `model-00001-of-0000N.safetensors` … and their index.
+/// Writes `model.safetensors` into `folder`, or `model-00001-of-0000N.safetensors` … and
+/// `model.safetensors.index.json`.
 pub(super) fn write(folder: &Path, tensors: &[(String, Tensor)], limit: usize) -> Result<()> {
-    let shards = cut(tensors, limit);
+    let shards = split_shards(tensors, limit);
     if shards.len() == 1 {
         return safetensors::write(&folder.join("model.safetensors"), tensors);
     }
@@ -28,11 +29,11 @@ pub(super) fn write(folder: &Path, tensors: &[(String, Tensor)], limit: usize) -
         progress.advance((shard.iter().map(|(_, tensor)| bytes(tensor)).sum::<usize>() / 1_000_000) as u64);
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
-    super::put(&folder.join("model.safetensors.index.json"), &index)
+    super::write_json(&folder.join("model.safetensors.index.json"), &index)
 }
 
-/// Consecutive tensors of together at most `limit` bytes.
-fn cut(tensors: &[(String, Tensor)], limit: usize) -> Vec<&[(String, Tensor)]> {
+/// Groups consecutive tensors into shards of at most `limit` bytes.
+fn split_shards(tensors: &[(String, Tensor)], limit: usize) -> Vec<&[(String, Tensor)]> {
     let mut shards = Vec::new();
     let (mut start, mut size) = (0, 0);
     for (index, (_, tensor)) in tensors.iter().enumerate() {
@@ -64,7 +65,7 @@ mod tests {
     #[test]
     fn small_models_are_one_file() {
         let folder = tempfile::tempdir().unwrap();
-        write(folder.path(), &tensors(), SHARD).unwrap();
+        write(folder.path(), &tensors(), MAX_SHARD_BYTES).unwrap();
         let back = load(folder.path().join("model.safetensors"), &Device::Cpu).unwrap();
         assert_eq!(back.len(), 5);
         assert_eq!(back["b"].to_vec1::<f32>().unwrap(), [0.0, 1.0]);

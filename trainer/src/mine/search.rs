@@ -1,8 +1,8 @@
-//! Exact search among embeddings that stay on disk: the k best documents of a block of queries.
+//! Exact search in embeddings on disk: the k documents with the highest inner products for each query of a
+//! block.
 //!
-//! Documents are read portion by portion, [`TopK`] scores them and keeps the best; memory is the queries of the block, a
-//! portion, and 2k numbers a query, however many documents there are.
-
+//! Documents are read in batches; [`TopK`] scores them and keeps the best. Memory holds the queries of the
+//! block, one batch of documents, and 2k values per query, for any number of documents.
 use std::ops::Range;
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use crate::system::heartbeat;
 use crate::system::npy::Reader;
 use crate::{Error, Result};
 
-/// Rows that are read at once.
-const PORTION: usize = 4096;
+/// Rows of documents that are read at once.
+const BATCH: usize = 4096;
 
-/// Embeddings (N, D) in one file, or in several of which all but the last have the same number of rows.
+/// Embeddings (N, D) in one or more .npy files. All files but the last have the same number of rows.
 #[derive(Debug)]
 pub struct Embeddings {
     shards: Vec<Reader>,
@@ -24,19 +24,20 @@ pub struct Embeddings {
 }
 
 impl Embeddings {
-    /// Opens the shards, in their order.
+    /// Opens the files, in the order of their rows.
     ///
     /// # Errors
-    /// There is none, or what [`Reader::open`] refuses; they are not of one width; one in the middle is of another length.
+    /// What [`Reader::open`] refuses; the files differ in width; a file other than the last has another
+    /// number of rows.
     pub fn open<P: AsRef<Path>>(shards: impl IntoIterator<Item = P>) -> Result<Self> {
         let mut open: Vec<Reader> = Vec::new();
         for path in shards {
             let (path, shard) = (path.as_ref(), Reader::open(path.as_ref())?);
             if shard.width() == 0 || open.first().is_some_and(|first| first.width() != shard.width()) {
-                return Err(Error::file(path, format!("has {} columns, unlike the others", shard.width())));
+                return Err(Error::file(path, format!("has {} columns, other shards differ", shard.width())));
             }
             if open.len() > 1 && open[open.len() - 1].rows() != open[0].rows() {
-                return Err(Error::file(path, "follows a part with another number of rows"));
+                return Err(Error::file(path, "follows a shard with another number of rows"));
             }
             open.push(shard);
         }
@@ -45,63 +46,64 @@ impl Embeddings {
         Ok(Self { shards: open, rows, width })
     }
 
-    /// N.
+    /// N, the number of embeddings.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// D.
+    /// D, the width of an embedding.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// Reads rows (n, D) into `numbers`, which becomes that long.
+    /// Reads rows (n, D) into `values`, which is resized to n·D.
     ///
     /// # Errors
     /// A file cannot be read.
-    pub fn read(&self, range: Range<usize>, numbers: &mut Vec<f32>) -> Result<()> {
-        numbers.resize(range.len() * self.width, 0.0);
+    pub fn read(&self, range: Range<usize>, values: &mut Vec<f32>) -> Result<()> {
+        values.resize(range.len() * self.width, 0.0);
         let length = self.shards.first().map_or(1, Reader::rows).max(1);
         let mut row = range.start;
         while row < range.end {
             let (shard, first) = (row / length, row % length);
             let count = (range.end - row).min(length - first);
             let place = (row - range.start) * self.width;
-            self.shards[shard].read(first..first + count, &mut numbers[place..][..count * self.width])?;
+            self.shards[shard].read(first..first + count, &mut values[place..][..count * self.width])?;
             row += count;
         }
         Ok(())
     }
 
-    /// The inner products of `query` (D) with the rows of these numbers.
+    /// Inner products of `query` (D) with these rows.
     ///
     /// # Errors
     /// A file cannot be read.
     pub fn scores(&self, query: &[f32], rows: &[u32]) -> Result<Vec<f32>> {
-        let mut numbers = Vec::new();
+        let mut values = Vec::new();
         rows.iter()
             .map(|&row| {
-                self.read(row as usize..row as usize + 1, &mut numbers)?;
-                Ok(query.iter().zip(&numbers).map(|(a, b)| a * b).sum())
+                self.read(row as usize..row as usize + 1, &mut values)?;
+                Ok(query.iter().zip(&values).map(|(a, b)| a * b).sum())
             })
             .collect()
     }
 }
 
-/// For each of `queries` (Q, D) the k documents with the highest inner products, best first; of equal ones the first.
+/// Finds the k documents with the highest inner products for each of `queries` (Q, D), best first. Of
+/// documents with equal scores the first is taken.
 ///
 /// # Errors
-/// A file cannot be read; the widths differ.
+/// A file cannot be read; queries and documents differ in width.
 pub fn search(queries: &[f32], documents: &Embeddings, k: usize) -> Result<Vec<Vec<Hit>>> {
     let width = documents.width();
     if width == 0 || !queries.len().is_multiple_of(width) {
-        return Err(Error::Usage(format!("queries are not of the width {width} of the documents")));
+        return Err(Error::Usage(format!("the queries do not have the width of the documents, {width}")));
     }
     let mut best = TopK::new(queries.len() / width, k);
-    let mut portion = Vec::new();
-    for first in (0..documents.rows()).step_by(PORTION) {
-        documents.read(first..documents.rows().min(first + PORTION), &mut portion)?;
-        best.push(queries, &portion, width, first as u32);
+    let mut batch = Vec::new();
+    for first in (0..documents.rows()).step_by(BATCH) {
+        documents.read(first..documents.rows().min(first + BATCH), &mut batch)?;
+        best.push(queries, &batch, width, first as u32);
         heartbeat::beat();
     }
     Ok(best.finish())
@@ -137,7 +139,7 @@ mod tests {
             parts.read(range.clone(), &mut read).unwrap();
             assert_eq!(read, numbers[range.start * 2..range.end * 2]);
         }
-        // More documents than a portion.
+        // More documents than a batch.
         let queries = [1.0, 0.0, 0.5, 1.0];
         let found = search(&queries, &parts, 3).unwrap();
         assert_eq!(found, search(&queries, &whole, 3).unwrap());
@@ -158,7 +160,7 @@ mod tests {
         let error = Embeddings::open([&a, &wide]).unwrap_err().to_string();
         assert!(error.contains("wide.npy: has 3 columns"), "{error}");
         let error = Embeddings::open([&a, &short, &a]).unwrap_err().to_string();
-        assert!(error.contains("a.npy: follows a part"), "{error}");
+        assert!(error.contains("a.npy: follows a shard"), "{error}");
         assert!(search(&[1.0; 3], &Embeddings::open([&a]).unwrap(), 1).is_err());
         assert_eq!(Embeddings::open(Vec::<&Path>::new()).unwrap().rows(), 0);
     }

@@ -1,16 +1,19 @@
-//! Which of the documents found for a query are its hard negatives.
+//! Selects the hard negatives of a query from its search results.
 //!
-//! As `mine_hard_negatives` of sentence-transformers 6, step by step and in f32 like there. With p the lowest score of the query's
-//! positives and s a candidate's, of the `range_max + positives` best candidates
+//! The rules are those of `mine_hard_negatives` in sentence-transformers 6, in the same order and in f32. The
+//! candidates are the `range_max + positives` best documents. With `p` the lowest score of the query's
+//! positives and `s` the score of a candidate, a candidate is dropped
 //!
 //! ```text
-//! positives                          left out, unless asked for
-//! absolute margin a:  s + a > p      dropped       max_score:  s > max   dropped
-//! relative margin r:  s > p − |p|·r  dropped       min_score:  s < min   dropped       (TopK-PercPos is r = 0.05)
+//! if it is a positive, unless include_positives
+//! absolute_margin a:  if s + a > p
+//! relative_margin r:  if s > p − |p|·r          (r = 0.05: TopK-PercPos of NV-Retriever)
+//! max_score:          if s > max_score
+//! min_score:          if s < min_score
 //! ```
 //!
-//! and of what is left those from `range_min` up to `range_max`: the first of them, or some at random.
-
+//! Of the remaining candidates those at ranks `range_min` to `range_max` are kept, and of these the first, or
+//! some at random.
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use kernels::topk::Hit;
@@ -19,54 +22,56 @@ use super::texts::Inputs;
 use crate::data::permutation::Permutation;
 use crate::{Error, Result};
 
-/// Which of the candidates in range are taken.
+/// Which of the candidates in the range become negatives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sampling {
-    /// The best.
+    /// Those with the highest scores.
     Top,
-    /// Any, by the seed.
+    /// Uniformly random ones.
     Random,
 }
 
-/// What a hard negative must be.
+/// Conditions that a hard negative must meet.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Filter {
-    /// Negatives for each query; at least 1.
+    /// Largest number of negatives per query; at least 1.
     pub negatives: usize,
-    /// Candidates that are passed over after all others were dropped.
+    /// Number of the best remaining candidates to skip.
     pub range_min: usize,
-    /// The last candidate that counts. Without it: far enough for what the others drop.
+    /// Rank after the last remaining candidate to use. Default: `range_min` + `negatives` + the largest
+    /// number of positives, with ten times `negatives` if a margin or `max_score` is set.
     pub range_max: Option<usize>,
-    /// How far below the positive, at least.
+    /// Smallest difference between the positive's score and a negative's.
     pub absolute_margin: Option<f32>,
-    /// How far below the positive, as a share of its score's size, at least.
+    /// Smallest difference between the positive's score and a negative's, as a fraction of the positive's
+    /// absolute score.
     pub relative_margin: Option<f32>,
-    /// The lowest score.
+    /// Lowest score of a negative.
     pub min_score: Option<f32>,
-    /// The highest score.
+    /// Highest score of a negative.
     pub max_score: Option<f32>,
-    /// Which are taken.
+    /// How negatives are chosen from the candidates in the range.
     pub sampling: Sampling,
-    /// What random choices follow from.
+    /// Seed of random choices.
     pub seed: u64,
-    /// Whether the positives stay in the ranking, which is to measure rerankers with then, and nothing to train on.
+    /// Whether positives are candidates too. Such rows are for the evaluation of rerankers, not for training.
     pub include_positives: bool,
 }
 
-/// Candidates that were dropped, by the reason.
+/// Number of dropped candidates, by reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Dropped {
-    /// They are positives of the query.
+    /// The candidate is a positive of the query.
     pub positive: u64,
-    /// Too near the positive.
+    /// The score is within the absolute margin of the positive's.
     pub absolute_margin: u64,
-    /// Too near the positive.
+    /// The score is within the relative margin of the positive's.
     pub relative_margin: u64,
-    /// Above the highest score.
+    /// The score is above `max_score`.
     pub max_score: u64,
-    /// Below the lowest score.
+    /// The score is below `min_score`.
     pub min_score: u64,
-    /// Better than `range_min` or worse than `range_max` among what was left.
+    /// The rank among the remaining candidates is outside the range.
     pub range: u64,
 }
 
@@ -82,36 +87,38 @@ impl Dropped {
 }
 
 impl Filter {
-    /// # Errors
-    /// The range is empty for these inputs, or holds fewer candidates than negatives are asked for.
-    pub fn check(&self, inputs: &Inputs) -> Result<()> {
-        self.range_max(inputs.most).map(drop)
-    }
-
-    /// `range_max`, where a query has at most `positives`.
+    /// Checks the range for these inputs.
     ///
     /// # Errors
-    /// The range is empty, or holds fewer candidates than negatives are asked for.
+    /// The range is empty, or has fewer ranks than `negatives`.
+    pub fn check(&self, inputs: &Inputs) -> Result<()> {
+        self.range_max(inputs.max_positives).map(drop)
+    }
+
+    /// Returns `range_max` or its default, for queries with at most `positives` positives.
+    ///
+    /// # Errors
+    /// The range is empty, or has fewer ranks than `negatives`.
     pub(super) fn range_max(&self, positives: usize) -> Result<usize> {
         let Self { negatives, range_min, .. } = *self;
         let drops =
             self.absolute_margin.is_some() || self.relative_margin.is_some() || self.max_score.is_some();
-        let reach = if drops { 10 * negatives } else { negatives };
-        let range_max = self.range_max.unwrap_or(range_min + reach + positives);
+        let window = if drops { 10 * negatives } else { negatives };
+        let range_max = self.range_max.unwrap_or(range_min + window + positives);
         if range_min >= range_max {
             return Err(Error::Usage(format!("--range {range_min}..{range_max} is empty")));
         }
         if negatives > range_max - range_min {
             return Err(Error::Usage(format!(
-                "--range {range_min}..{range_max} holds {} candidates, --negatives asks for {negatives}",
+                "--range {range_min}..{range_max} has {} ranks, fewer than --negatives {negatives}",
                 range_max - range_min
             )));
         }
         Ok(range_max)
     }
 
-    /// The negatives of query number `query` among its `hits`, best first. `positives` are its documents, `lowest` their lowest
-    /// score.
+    /// Returns the negatives of query number `query` from its search results `hits`, best first. `positives`
+    /// are the numbers of its positives, `lowest` their lowest score.
     pub(super) fn choose(
         &self,
         query: u64,
@@ -122,7 +129,7 @@ impl Filter {
         dropped: &mut Dropped,
     ) -> Vec<Hit> {
         let relative = self.relative_margin.map(|margin| lowest - lowest.abs() * margin);
-        let mut left = Vec::with_capacity(hits.len());
+        let mut remaining = Vec::with_capacity(hits.len());
         for &hit in hits {
             let reason = if !self.include_positives && positives.contains(&hit.document) {
                 &mut dropped.positive
@@ -135,27 +142,27 @@ impl Filter {
             } else if self.min_score.is_some_and(|least| hit.score < least) {
                 &mut dropped.min_score
             } else {
-                left.push(hit);
+                remaining.push(hit);
                 continue;
             };
             *reason += 1;
         }
-        let count = left.len();
-        left.truncate(range_max);
-        left.drain(..self.range_min.min(left.len()));
-        dropped.range += (count - left.len()) as u64;
-        if left.len() <= self.negatives {
-            return left;
+        let count = remaining.len();
+        remaining.truncate(range_max);
+        remaining.drain(..self.range_min.min(remaining.len()));
+        dropped.range += (count - remaining.len()) as u64;
+        if remaining.len() <= self.negatives {
+            return remaining;
         }
         if self.sampling == Sampling::Random {
             let order =
-                Permutation::new(left.len() as u64, xxh3_64_with_seed(b"negatives", self.seed), &[query]);
-            let mut taken: Vec<u64> = (0..self.negatives as u64).map(|place| order.at(place)).collect();
-            taken.sort_unstable();
-            return taken.into_iter().map(|place| left[place as usize]).collect();
+                Permutation::new(remaining.len() as u64, xxh3_64_with_seed(b"negatives", self.seed), &[query]);
+            let mut ranks: Vec<u64> = (0..self.negatives as u64).map(|place| order.at(place)).collect();
+            ranks.sort_unstable();
+            return ranks.into_iter().map(|place| remaining[place as usize]).collect();
         }
-        left.truncate(self.negatives);
-        left
+        remaining.truncate(self.negatives);
+        remaining
     }
 }
 
@@ -209,13 +216,13 @@ mod tests {
             range: 0,
         };
         assert_eq!(dropped, expected);
-        // Below zero a share of the score lowers the limit too.
+        // The relative margin uses |p|, so it lowers the limit for negative scores too.
         let relative = Filter { relative_margin: Some(0.5), ..filter() };
         assert_eq!(chosen(&relative, &[0.0, -0.5, -0.625, -0.75, -0.875]).0, [3, 4]);
     }
 
     #[test]
-    fn the_range_counts_what_is_left() {
+    fn the_range_counts_the_remaining_candidates() {
         let scores = [1.0, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3];
         let ranged = Filter { range_min: 1, range_max: Some(4), ..filter() };
         assert_eq!(chosen(&ranged, &scores).0, [2, 3]);
@@ -223,7 +230,7 @@ mod tests {
         assert!(chosen(&Filter { max_score: Some(0.35), ..ranged.clone() }, &scores).0.is_empty());
         for (filter, expected) in [
             (Filter { range_min: 4, ..ranged.clone() }, "--range 4..4 is empty"),
-            (Filter { negatives: 4, ..ranged }, "--range 1..4 holds 3 candidates, --negatives asks for 4"),
+            (Filter { negatives: 4, ..ranged }, "--range 1..4 has 3 ranks, fewer than --negatives 4"),
         ] {
             assert_eq!(filter.range_max(1).unwrap_err().to_string(), expected);
         }
@@ -241,7 +248,8 @@ mod tests {
             assert_eq!(chosen(&random, &scores).0, found);
             found.iter().for_each(|&document| counts[document as usize] += 1);
         }
-        // Document 1 is the positive; places 3 to 12 of the others are documents 4 to 13, each 400 times, ± 5 deviations.
+        // Document 1 is the positive; ranks 3 to 12 of the others are documents 4 to 13, each about 400
+        // times, ± 5 standard deviations.
         assert!((4..14).all(|document| (310..490).contains(&counts[document])), "{counts:?}");
         assert_eq!(counts.iter().sum::<usize>(), counts[4..14].iter().sum::<usize>());
     }

@@ -41,8 +41,8 @@ impl Place {
         Inputs::read(&self.path("pairs.jsonl"), corpus.then_some(&searched), self.folder.path()).unwrap()
     }
 
-    fn mine(&self, filter: Filter) -> Mine {
-        Mine { filter, scores: false, output: self.path("out.jsonl"), work: self.path("work"), keep: false }
+    fn mine(&self, filter: Filter) -> Miner {
+        Miner { filter, scores: false, output: self.path("out.jsonl"), work: self.path("work"), keep_embeddings: false }
     }
 
     fn encode(&self, texts: &[String]) -> Result<Tensor> {
@@ -50,7 +50,7 @@ impl Place {
         Ok(Tensor::from_vec(rows, (texts.len(), 16), &Device::Cpu)?)
     }
 
-    fn run(&self, mine: &Mine, corpus: bool) -> Counts {
+    fn run(&self, mine: &Miner, corpus: bool) -> MiningStats {
         let encode = |texts: &[String], _| {
             self.asked.borrow_mut().push(texts.len());
             self.encode(texts)
@@ -90,7 +90,7 @@ fn negatives_are_those_of_sentence_transformers_for_every_parameter() {
     let (mut random, mut fewer, mut included) = (0, 0, 0);
     for case in golden["cases"].as_array().unwrap() {
         let filter = filter(&case["settings"]);
-        let mine = Mine { scores: true, ..world.mine(filter.clone()) };
+        let mine = Miner { scores: true, ..world.mine(filter.clone()) };
         let counts = world.run(&mine, case["corpus"].as_bool().unwrap());
         let (mut rows, expected) = (world.rows(), case["rows"].as_array().unwrap());
         assert_eq!(rows.len() as u64, counts.rows);
@@ -171,17 +171,18 @@ fn every_candidate_is_counted_once() {
 fn what_is_finished_is_not_done_again() {
     let golden = golden();
     let world = Place::new(&golden);
-    let mine = Mine { keep: true, ..world.mine(filter(&json!({"range_min": 1}))) };
+    let mine = Miner { keep_embeddings: true, ..world.mine(filter(&json!({"range_min": 1}))) };
     let counts = world.run(&mine, true);
     let (rows, asked) = (world.rows(), world.asked.take());
     assert_eq!(asked.len(), 2);
     // Other settings, the same embeddings; another corpus, others.
-    world.run(&Mine { filter: filter(&json!({"num_negatives": 1})), ..mine.clone() }, true);
+    world.run(&Miner { filter: filter(&json!({"num_negatives": 1})), ..mine.clone() }, true);
     assert!(world.asked.take().is_empty());
     world.run(&mine, false);
     assert_eq!(world.asked.take().len(), 2);
 
-    // A run that ended after its only block, before its rows were joined: another text in the block shows that it is taken.
+    // A run that ended after its only block, before its rows were joined: another text in the block shows
+    // that it is taken.
     let kept =
         |names: &Path| fs::read_dir(names).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
     let embeddings = kept(&world.path("work"));
@@ -192,9 +193,9 @@ fn what_is_finished_is_not_done_again() {
     let texts = xxh3_64(format!("{digests:x?}").as_bytes());
     assert!(embeddings.iter().any(|path| name(path) == format!("embeddings-{texts:016x}")));
     let settings = xxh3_64(mine.settings(&inputs).as_bytes());
-    let work = Work::open(&mine.work, texts, settings, &World::solo()).unwrap();
+    let work = WorkDir::open(&mine.work, texts, settings, &World::solo()).unwrap();
     work.write_block(0, b"{\"query\":1,\"positive\":2,\"negatives\":3}\n", &counts).unwrap();
-    let same = |again: Counts| again.rows == counts.rows && again.dropped == counts.dropped;
+    let same = |again: MiningStats| again.rows == counts.rows && again.dropped == counts.dropped;
     assert!(same(world.run(&mine, true)));
     assert_eq!(world.rows(), [json!([1, 2, 3, null])]);
     assert!(same(world.run(&mine, true)));
@@ -232,7 +233,7 @@ fn ranks_share_the_blocks_and_write_the_same() {
     let rows = fs::read(one.path("out.jsonl")).unwrap();
     assert!(counts.queries > 1000, "several blocks");
     for ranks in [2, 3, 7] {
-        let found: Vec<Counts> = thread::scope(|scope| {
+        let found: Vec<MiningStats> = thread::scope(|scope| {
             let handles: Vec<_> = World::threads(ranks)
                 .into_iter()
                 .map(|world| {

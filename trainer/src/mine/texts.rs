@@ -1,7 +1,7 @@
-//! What is asked, and what is searched: distinct texts, numbered in the order in which they came.
+//! The inputs of mining: queries, documents and which documents are positives of which query.
 //!
-//! The texts lie in a file without a name, gone when the program is; in memory are 8 bytes a text, and while they are read a hash.
-
+//! Texts are deduplicated and numbered in the order in which they first occur. They are stored in an unnamed
+//! temporary file; memory holds 8 bytes per text, and a hash of each while they are read.
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -16,11 +16,13 @@ use crate::config::RowKind;
 use crate::data::reader::{self, Source};
 use crate::{Error, Result};
 
-/// Distinct texts.
+/// Distinct texts in a temporary file, by number.
 pub(super) struct Texts {
     folder: PathBuf,
     file: File,
+    /// End of each text in the file.
     ends: Vec<u64>,
+    /// Hash of all texts in their order.
     digest: u64,
 }
 
@@ -46,6 +48,7 @@ impl Texts {
     }
 }
 
+/// Writes distinct texts to a temporary file and numbers them.
 struct Collector {
     folder: PathBuf,
     file: BufWriter<File>,
@@ -66,7 +69,8 @@ impl Collector {
         })
     }
 
-    fn number(&mut self, text: &str) -> Result<u32> {
+    /// Returns the number of a text; writes the text if it is new.
+    fn intern(&mut self, text: &str) -> Result<u32> {
         let next = self.ends.len() as u32;
         let hash = xxh3_128(text.as_bytes());
         let number = *self.numbers.entry(hash).or_insert(next);
@@ -85,52 +89,53 @@ impl Collector {
     }
 }
 
-/// The rows that negatives are sought for, and the documents among which.
+/// Queries, documents, and the positives of each query.
 pub struct Inputs {
     pub(super) queries: Texts,
     pub(super) documents: Texts,
-    /// Each query's documents, each once, in the order in which they came.
+    /// Distinct positives of each query, in the order in which they occur.
     pub(super) positives: Vec<Vec<u32>>,
-    /// Positives of the query that has most, those that are named twice counted twice.
-    pub(super) most: usize,
-    /// Texts of the corpus that are blank.
+    /// Largest number of positives of a query, counting repeated ones.
+    pub(super) max_positives: usize,
+    /// Number of blank texts of the corpus, which are skipped.
     pub(super) blank: u64,
-    /// Of which document answers which query.
+    /// Hash of `positives`.
     pub(super) digest: u64,
 }
 
 impl Inputs {
-    /// Reads `pairs`, rows as for training or a BEIR folder, and the texts of `corpus`; the positives are documents too. A
-    /// BEIR folder brings its own corpus. What lies on disk meanwhile is in `folder`.
+    /// Reads `pairs`, which are training rows or a BEIR folder. The documents are the texts of `corpus` and
+    /// all positives. The default corpus of a BEIR folder is its own. Temporary files are created in
+    /// `folder`.
     ///
     /// # Errors
-    /// A file cannot be read, or a row of it is malformed; there is one document only.
+    /// A file cannot be read or has a malformed row; there is only one document.
     pub fn read(pairs: &Path, corpus: Option<&Path>, folder: &Path) -> Result<Self> {
         let source = Source::answers(pairs, RowKind::Pairs)?;
         let (mut queries, mut documents) = (Collector::new(folder)?, Collector::new(folder)?);
         let mut blank = 0;
-        let own = ["", ".gz", ".zst"].map(|packed| pairs.join(format!("corpus.jsonl{packed}")));
-        if let Some(corpus) = corpus.or_else(|| own.iter().map(PathBuf::as_path).find(|path| path.is_file()))
+        let of_folder = ["", ".gz", ".zst"].map(|packed| pairs.join(format!("corpus.jsonl{packed}")));
+        if let Some(corpus) = corpus.or_else(|| of_folder.iter().map(PathBuf::as_path).find(|path| path.is_file()))
         {
             corpus_texts(corpus, |text| {
                 if text.trim().is_empty() {
                     blank += 1;
                     return Ok(());
                 }
-                documents.number(text).map(drop)
+                documents.intern(text).map(drop)
             })?;
         }
-        let (mut positives, mut named) = (Vec::<Vec<u32>>::new(), Vec::<usize>::new());
+        let (mut positives, mut counts) = (Vec::<Vec<u32>>::new(), Vec::<usize>::new());
         for index in 0..source.len() {
             let row = source.row(index)?;
-            let query = queries.number(&row.query)? as usize;
+            let query = queries.intern(&row.query)? as usize;
             if query == positives.len() {
                 positives.push(Vec::new());
-                named.push(0);
+                counts.push(0);
             }
-            named[query] += row.positives.len();
+            counts[query] += row.positives.len();
             for text in &row.positives {
-                let document = documents.number(text)?;
+                let document = documents.intern(text)?;
                 if !positives[query].contains(&document) {
                     positives[query].push(document);
                 }
@@ -144,21 +149,22 @@ impl Inputs {
         let inputs = Self {
             queries: queries.finish()?,
             documents: documents.finish()?,
-            most: named.into_iter().max().unwrap_or(0),
+            max_positives: counts.into_iter().max().unwrap_or(0),
             positives,
             blank,
             digest: digest.digest(),
         };
         if inputs.documents.len() < 2 {
-            let message = "there is one document only, and it is the positive: no negative can be found\n\
-                           hint: --corpus FILE names texts to search";
+            let message = "there is only one document, the positive, so there are no negatives\n\
+                           hint: give more texts to search with --corpus FILE";
             return Err(Error::file(pairs, message));
         }
         Ok(inputs)
     }
 }
 
-/// Calls `each` with the texts of a file: rows with "text", a title before it as in BEIR, or one text a line.
+/// Calls `each` with the texts of a corpus file: rows with `text` (and `title`, which is put before it, as in
+/// BEIR), or one text per line.
 fn corpus_texts(path: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let name = path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
     let bare = name.trim_end_matches(".gz").trim_end_matches(".zst");
@@ -170,7 +176,7 @@ fn corpus_texts(path: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result
         let wrong = |message: &str| Error::Row { path: path.to_owned(), line, message: message.into() };
         let text = match row.get("text") {
             Some(Value::String(text)) => text,
-            Some(_) => return Err(wrong("`text` is no text")),
+            Some(other) => return Err(wrong(&format!("`text` is {other}, expected a string"))),
             None => return Err(wrong("has no `text`")),
         };
         match row.get("title").and_then(Value::as_str).filter(|title| !title.is_empty()) {
@@ -213,7 +219,7 @@ mod tests {
         assert_eq!(inputs.queries.range(0..2).unwrap(), ["a", "b"]);
         assert_eq!(inputs.documents.range(0..inputs.documents.len()).unwrap(), ["w", "ü", "x", "y", "z"]);
         assert_eq!(inputs.positives, [vec![2, 4], vec![3, 1, 2]]);
-        assert_eq!((inputs.most, inputs.blank), (3, 0));
+        assert_eq!((inputs.max_positives, inputs.blank), (3, 0));
         let (alone, _folder) = read(&[("p.jsonl", PAIRS)], "p.jsonl", None).unwrap();
         assert_eq!(alone.documents.range(0..4).unwrap(), ["x", "y", "ü", "z"]);
         assert!(alone.documents.digest() != inputs.documents.digest());
@@ -221,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_beir_folder_brings_its_corpus() {
+    fn the_default_corpus_of_a_beir_folder_is_its_own() {
         let corpus = "{\"_id\": \"1\", \"title\": \"T\", \"text\": \"one\"}\n{\"_id\": \"2\", \"text\": \"two\"}\n{\"_id\": \"3\", \"text\": \" \"}\n";
         let files = [
             ("corpus.jsonl", corpus),
@@ -234,16 +240,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_file_and_line() {
         let one = "{\"query\": \"a\", \"positive\": \"x\"}\n";
         for (files, expected) in [
-            (vec![("p.jsonl", one)], "p.jsonl: there is one document only"),
+            (vec![("p.jsonl", one)], "p.jsonl: there is only one document"),
             (vec![("p.jsonl", "{\"query\": \"a\"}\n")], "p.jsonl:1: has no column for the positive"),
             (
                 vec![("p.jsonl", one), ("c.jsonl", "{\"text\": \"y\"}\n{\"txt\": \"z\"}")],
                 "c.jsonl:2: has no `text`",
             ),
-            (vec![("p.jsonl", one), ("c.jsonl", "{\"text\": 3}")], "c.jsonl:1: `text` is no text"),
+            (vec![("p.jsonl", one), ("c.jsonl", "{\"text\": 3}")], "c.jsonl:1: `text` is 3, expected a string"),
         ] {
             let corpus = files.get(1).map(|(name, _)| *name);
             let error = read(&files, "p.jsonl", corpus).err().unwrap().to_string();

@@ -141,7 +141,7 @@ impl Source {
         }
         if pooled {
             // PEFT's `all-linear` means the pooler too, which no embedding goes through.
-            let (pooler, count) = (format!("{prefix}{}", Bert::CARRIED), tensors.len());
+            let (pooler, count) = (format!("{prefix}{}", Bert::PASSTHROUGH), tensors.len());
             tensors.retain(|name, _| !name.starts_with(&pooler));
             if tensors.len() < count {
                 tracing::info!(

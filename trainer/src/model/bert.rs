@@ -77,7 +77,7 @@ impl Bert {
     /// Names of which every file has one, with or without a prefix.
     pub const ANCHORS: &[&str] = &["embeddings.word_embeddings.weight"];
     /// Tensors that transformers expects beside the encoder's own.
-    pub const CARRIED: &str = "pooler.";
+    pub const PASSTHROUGH: &str = "pooler.";
 
     /// Takes the weights.
     pub fn new(shape: Shape, weights: &Weights) -> Result<Self> {

@@ -56,7 +56,7 @@ impl Encoder {
         if let Some(family) = bert::Family::named(name) {
             let shape = bert::Shape::read(family, settings, dropout)?;
             let weights = weights(Bert::ANCHORS)?;
-            return Ok((Self::Bert(Bert::new(shape, &weights)?), weights.carried(Bert::CARRIED)?));
+            return Ok((Self::Bert(Bert::new(shape, &weights)?), weights.passthrough(Bert::PASSTHROUGH)?));
         }
         if name == "modernbert" {
             let shape = modernbert::Shape::read(settings, dropout)?;

@@ -53,7 +53,7 @@ pub struct Model {
     precision: Precision,
     parameters: Vec<(String, Parameter)>,
     flat: Flat,
-    carried: Vec<(String, Tensor)>,
+    passthrough: Vec<(String, Tensor)>,
     lora: Option<adapter::Settings>,
 }
 
@@ -98,7 +98,7 @@ impl Model {
         let longest = longest(&folder, &options.model, &settings)?;
         let dropout = options.model.dropout.map(|p| p as f32);
         let open = |anchors: &[&str]| init(&adapter::base(&folder)?, "", anchors);
-        let (mut encoder, carried) = Encoder::new(&settings, open, dropout, longest)?;
+        let (mut encoder, passthrough) = Encoder::new(&settings, open, dropout, longest)?;
         let mut width = encoder.width();
         for dense in &folder.dense {
             if dense.inputs != width {
@@ -159,7 +159,7 @@ impl Model {
             folder,
             parameters,
             flat,
-            carried,
+            passthrough,
             lora,
         })
     }
@@ -339,7 +339,7 @@ impl Model {
                 (name.clone(), merged.unwrap_or(parameter.value()).clone())
             })
             .collect();
-        for (name, tensor) in &self.carried {
+        for (name, tensor) in &self.passthrough {
             all.push((name.clone(), tensor.to_dtype(DType::F32)?));
         }
         Ok(all)

@@ -123,7 +123,7 @@ impl Weights {
     }
 
     /// Tensors of the files that the encoder does not compute with but another program may: they go through unchanged.
-    pub fn carried(&self, wanted: &str) -> Result<Vec<(String, Tensor)>> {
+    pub fn passthrough(&self, wanted: &str) -> Result<Vec<(String, Tensor)>> {
         let (Source::Files { tensors, .. }, false) = (&self.source, self.dry) else {
             return Ok(Vec::new());
         };

@@ -45,13 +45,6 @@ impl Draft {
         self.place.path().join("folder")
     }
 
-    /// A place beside the folder's files for what is gone when the draft is.
-    pub(crate) fn scratch(&self, name: &str) -> Result<PathBuf> {
-        let path = self.place.path().join(name);
-        fs::create_dir(&path).map_err(Error::io("create", &path))?;
-        Ok(path)
-    }
-
     /// A file of the folder.
     pub(crate) fn file(&self, name: &str) -> Result<Lines> {
         let path = self.folder().join(name);
@@ -105,7 +98,6 @@ mod tests {
         let entries = |path: &Path| fs::read_dir(path).unwrap().count();
         let write = || {
             let draft = Draft::new(&target)?;
-            draft.scratch("index")?;
             for (name, line) in [("x.txt", "one"), ("deep/y.txt", "two")] {
                 let mut file = draft.file(name)?;
                 file.write(line.as_bytes())?;

@@ -14,7 +14,7 @@ use crate::data::batch::Batch;
 use crate::eval::embed::Embedder;
 use crate::eval::samples::{EvaluationSamples, SamplesFile};
 use crate::eval::{self, Examples, nano};
-use crate::export::{self, Trained};
+use crate::export::{self, TrainedRun};
 use crate::loss::Losses;
 use crate::model::Model;
 use crate::model::params::Gradients;
@@ -140,9 +140,9 @@ impl Run {
             heartbeat::beat();
         }
         let (config, step) = (&self.plan.config, summary.selected_step);
-        let trained = Trained { config, step, before: &summary.before, after: &summary.after };
+        let trained = TrainedRun { config, step, before: &summary.before, after: &summary.after };
         let options = export::Options { merge: false, replace: true };
-        export::run(&mut self.model, &trained, options, &output.join("model"))?;
+        export::write_run(&mut self.model, &trained, options, &output.join("model"))?;
         if let Err(error) = report::write(std::slice::from_ref(&output), None) {
             // The model is there, and the report can be written again.
             tracing::warn!("no report: {error}\nhint: trainer report {}", output.display());

@@ -56,8 +56,8 @@ impl Stepper<'_> {
         let rows = batch.rows.len();
 
         let share = world.share(&batch.sequences);
-        let mine = share.of(world.rank());
-        let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, mine, *budget, noise)?;
+        let local = share.of(world.rank());
+        let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, local, *budget, noise)?;
         let embeddings = world.gather(embeddings, &share)?; // (N, D)
         let (losses, d) = losses.evaluate(&embeddings, &batch.tables, world.rows(rows))?; // (B of this rank), (N, D)
         let losses = world.collect(losses)?; // (B)

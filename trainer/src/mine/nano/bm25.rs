@@ -1,105 +1,149 @@
-//! BM25 over the words of documents, by `tantivy`: k1 = 1.2, b = 0.75, words in lower case, no stemming, in any language that puts
-//! spaces between words.
+//! BM25 ranking of documents, with an inverted index of the words that occur in the queries.
+//!
+//! ```text
+//! score(q, d) = Σ idf(w) · (k1 + 1) · f / (f + k1 · (1 − b + b · |d| / mean))      summed over the words w of q
+//! idf(w)      = ln(1 + (N − n + 0.5) / (n + 0.5))                                  k1 = 1.2, b = 0.75
+//! ```
+//!
+//! `f` is the number of times that `w` occurs in `d`, `n` the number of documents that contain `w`, `N` the
+//! number of documents, `|d|` the number of words of `d` and `mean` its average. A word that a query repeats
+//! is counted again. The formula is that of Robertson and Zaragoza (The Probabilistic Relevance Framework:
+//! BM25 and Beyond, 2009) with the idf of Lucene. Words, rounding of lengths and order of sums are those of
+//! tantivy 0.27 with its default tokenizer, so scores are equal to the last bit.
 
-use std::cmp::Reverse;
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
 
-use tantivy::collector::TopDocs;
-use tantivy::query::{BooleanQuery, Occur, Query, TermQuery};
-use tantivy::schema::{FAST, Field, IndexRecordOption, Schema, TextFieldIndexing, TextOptions};
-use tantivy::{
-    DocId, Index, IndexWriter, Score, Searcher, SegmentReader, TantivyDocument, TantivyError, Term,
-};
+const K1: f32 = 1.2;
+const B: f32 = 0.75;
+/// Longer words are not indexed, in bytes of UTF-8.
+const MAX_WORD_BYTES: usize = 39;
 
-use crate::{Error, Result};
-
-/// Bytes of postings before they go to disk.
-const MEMORY: usize = 128 << 20;
-
-/// An index that is being written.
-pub(super) struct Builder {
-    folder: PathBuf,
-    index: Index,
-    writer: IndexWriter,
-    text: Field,
-    number: Field,
+/// An index of documents for queries that are known beforehand.
+///
+/// Memory is 4 bytes per document and 8 bytes per document and distinct word of the queries that it contains.
+/// The texts are not kept.
+///
+/// ```
+/// use trainer::mine::nano::Bm25;
+///
+/// let mut index = Bm25::new(["red planet", "metal"]);
+/// for (number, text) in (0..).zip(["Iron is a metal.", "Mars is a planet.", "Mars, the red planet"]) {
+///     index.add(number, text);
+/// }
+/// assert_eq!(index.top(0, 10), [2, 1]);
+/// assert_eq!(index.top(1, 10), [0]);
+/// ```
+#[derive(Debug, Default)]
+pub struct Bm25 {
+    /// Index into `postings` of each word.
+    words: HashMap<String, usize>,
+    /// The words of each query, in their order and with repetitions.
+    queries: Vec<Vec<usize>>,
+    postings: Vec<Vec<Posting>>,
+    /// Stored length of each document, 0 for numbers that were not added.
+    lengths: Vec<u32>,
+    documents: u64,
+    total_length: u64,
 }
 
-/// A finished index.
-pub(super) struct Bm25 {
-    folder: PathBuf,
-    index: Index,
-    searcher: Searcher,
-    text: Field,
-}
-
-impl Builder {
-    /// In an empty folder.
-    pub(super) fn new(folder: PathBuf) -> Result<Self> {
-        let mut schema = Schema::builder();
-        let words = TextFieldIndexing::default().set_index_option(IndexRecordOption::WithFreqs);
-        let text = schema.add_text_field("text", TextOptions::default().set_indexing_options(words));
-        let number = schema.add_u64_field("number", FAST);
-        let index = Index::create_in_dir(&folder, schema.build()).map_err(wrong(&folder))?;
-        // One thread: the documents' order is that of their numbers.
-        let writer = index.writer_with_num_threads(1, MEMORY).map_err(wrong(&folder))?;
-        Ok(Self { folder, index, writer, text, number })
-    }
-
-    pub(super) fn add(&mut self, number: u32, text: &str) -> Result<()> {
-        let mut document = TantivyDocument::default();
-        document.add_text(self.text, text);
-        document.add_u64(self.number, u64::from(number));
-        self.writer.add_document(document).map(drop).map_err(wrong(&self.folder))
-    }
-
-    pub(super) fn finish(mut self) -> Result<Bm25> {
-        let Self { folder, index, text, .. } = self;
-        self.writer.commit().map_err(wrong(&folder))?;
-        self.writer.wait_merging_threads().map_err(wrong(&folder))?;
-        let searcher = index.reader().map_err(wrong(&folder))?.searcher();
-        Ok(Bm25 { folder, index, searcher, text })
-    }
+#[derive(Debug)]
+struct Posting {
+    document: u32,
+    frequency: u32,
 }
 
 impl Bm25 {
-    /// The numbers of the `count` best documents for a query, best first; of equal ones the first. Fewer, where fewer have one of its
-    /// words.
-    pub(super) fn best(&self, query: &str, count: usize) -> Result<Vec<u32>> {
-        let mut words: Vec<(Occur, Box<dyn Query>)> = Vec::new();
-        let mut tokenizer = self.index.tokenizer_for_field(self.text).map_err(wrong(&self.folder))?;
-        tokenizer.token_stream(query).process(&mut |token| {
-            let term = Term::from_field_text(self.text, &token.text);
-            words.push((Occur::Should, Box::new(TermQuery::new(term, IndexRecordOption::WithFreqs))));
-        });
-        if count == 0 || words.is_empty() {
-            return Ok(Vec::new());
+    /// Creates an empty index for `queries`, which [`Self::top`] names by their position.
+    pub fn new<'a>(queries: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut index = Self::default();
+        for text in queries {
+            let mut query = Vec::new();
+            for_each_word(text, |word| {
+                let next = index.words.len();
+                query.push(*index.words.entry(word.to_owned()).or_insert(next));
+            });
+            index.queries.push(query);
         }
-        let order = TopDocs::with_limit(count).tweak_score(|segment: &SegmentReader| {
-            let numbers = segment.fast_fields().u64("number").map(|column| column.first_or_default_col(0));
-            move |document: DocId, score: Score| {
-                let number = numbers.as_ref().map_or(0, |numbers| numbers.get_val(document));
-                (score, Reverse(number))
+        index.postings.resize_with(index.words.len(), Vec::new);
+        index
+    }
+
+    /// Indexes document number `document`. Numbers must be increasing; they may have gaps.
+    pub fn add(&mut self, document: u32, text: &str) {
+        let mut length = 0;
+        for_each_word(text, |word| {
+            length += 1;
+            let Some(&word) = self.words.get(word) else { return };
+            match self.postings[word].last_mut() {
+                Some(last) if last.document == document => last.frequency += 1,
+                _ => self.postings[word].push(Posting { document, frequency: 1 }),
             }
         });
-        let found = self.searcher.search(&BooleanQuery::new(words), &order).map_err(wrong(&self.folder))?;
-        Ok(found.into_iter().map(|((_, Reverse(number)), _)| number as u32).collect())
+        self.lengths.resize(document as usize, 0);
+        self.lengths.push(stored_length(length));
+        self.documents += 1;
+        self.total_length += u64::from(length);
+    }
+
+    /// Numbers of the `k` documents with the highest scores for query number `query`, best first; of equal
+    /// ones the lowest number first. Documents without any word of the query are not ranked, so there may be
+    /// fewer.
+    pub fn top(&self, query: usize, k: usize) -> Vec<u32> {
+        let mean = self.total_length as f32 / self.documents as f32;
+        let mut scores: Vec<Option<f32>> = vec![None; self.lengths.len()];
+        for &word in &self.queries[query] {
+            let weight = self.idf(self.postings[word].len()) * (1.0 + K1);
+            for posting in &self.postings[word] {
+                let document = posting.document as usize;
+                let frequency = posting.frequency as f32;
+                let norm = K1 * (1.0 - B + B * self.lengths[document] as f32 / mean);
+                *scores[document].get_or_insert(0.0) += weight * (frequency / (frequency + norm));
+            }
+        }
+        let mut ranked: Vec<(f32, u32)> =
+            (0..).zip(scores).filter_map(|(document, score)| Some((score?, document))).collect();
+        let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        if k < ranked.len() {
+            ranked.select_nth_unstable_by(k, order);
+            ranked.truncate(k);
+        }
+        ranked.sort_unstable_by(order);
+        ranked.into_iter().map(|(_, document)| document).collect()
+    }
+
+    /// Inverse document frequency of a word that `holders` documents contain.
+    fn idf(&self, holders: usize) -> f32 {
+        let ratio = ((self.documents - holders as u64) as f32 + 0.5) / (holders as f32 + 0.5);
+        (1.0 + ratio).ln()
     }
 }
 
-fn wrong(folder: &Path) -> impl Fn(TantivyError) -> Error + '_ {
-    move |error| Error::Io {
-        path: folder.to_owned(),
-        action: "index words in",
-        source: std::io::Error::other(error),
+/// Calls `each` with the words of a text: its runs of letters and digits, in lower case.
+fn for_each_word(text: &str, mut each: impl FnMut(&str)) {
+    let mut lower = String::new();
+    for word in text.split(|c: char| !c.is_alphanumeric()) {
+        if !word.is_empty() && word.len() <= MAX_WORD_BYTES {
+            lower.clear();
+            // Character by character: `str::to_lowercase` treats a final Σ differently.
+            lower.extend(word.chars().flat_map(char::to_lowercase));
+            each(&lower);
+        }
     }
+}
+
+/// A document's length as Lucene stores it in one byte: exact up to 40, rounded down to 4 significant bits
+/// above 24.
+fn stored_length(length: u32) -> u32 {
+    let Some(above) = length.checked_sub(24) else { return length };
+    let shift = (u32::BITS - above.leading_zeros()).saturating_sub(4);
+    24 + (above >> shift << shift)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The formula, over words in lower case.
+    /// The formula in f64, over words in lower case.
     fn reference(documents: &[&str], query: &str) -> Vec<u32> {
         let words = |text: &str| -> Vec<String> {
             text.split(|c: char| !c.is_alphanumeric())
@@ -140,13 +184,7 @@ mod tests {
             "Über Eisen",
             "Iron is a metal.",
         ];
-        let folder = tempfile::tempdir().unwrap();
-        let mut index = Builder::new(folder.path().to_owned()).unwrap();
-        for (number, text) in (0..).zip(documents) {
-            index.add(number, text).unwrap();
-        }
-        let index = index.finish().unwrap();
-        for query in [
+        let queries = [
             "metal",
             "is mars a planet?",
             "IRON",
@@ -155,11 +193,50 @@ mod tests {
             "nothing here",
             "",
             "+(\" AND metal",
-        ] {
-            let expected = reference(&documents, query);
-            assert_eq!(index.best(query, 20).unwrap(), expected, "{query}");
-            assert_eq!(index.best(query, 2).unwrap(), expected[..expected.len().min(2)], "{query}");
+        ];
+        let mut index = Bm25::new(queries);
+        for (number, text) in (0..).zip(documents) {
+            index.add(number, text);
         }
-        assert!(index.best("metal", 0).unwrap().is_empty());
+        for (number, query) in queries.iter().enumerate() {
+            let expected = reference(&documents, query);
+            assert_eq!(index.top(number, 20), expected, "{query}");
+            assert_eq!(index.top(number, 2), expected[..expected.len().min(2)], "{query}");
+        }
+        assert!(index.top(0, 0).is_empty());
+    }
+
+    #[test]
+    fn document_numbers_may_have_gaps_which_do_not_count() {
+        let (mut dense, mut gaps) = (Bm25::new(["b c"]), Bm25::new(["b c"]));
+        for (number, text) in (0..).zip(["a b", "b c d e f", "c c", "b"]) {
+            dense.add(number, text);
+            gaps.add(3 * number + 2, text);
+        }
+        let expected: Vec<u32> = dense.top(0, 9).iter().map(|number| 3 * number + 2).collect();
+        assert_eq!(gaps.top(0, 9), expected);
+    }
+
+    #[test]
+    fn words_are_runs_of_letters_and_digits_in_lower_case() {
+        let words = |text: &str| {
+            let mut words = Vec::new();
+            for_each_word(text, |word| words.push(word.to_owned()));
+            words
+        };
+        assert_eq!(words("Don't, E5-base ΟΔΟΣ\tİ"), ["don", "t", "e5", "base", "οδοσ", "i\u{307}"]);
+        let long = "a".repeat(39);
+        assert_eq!(words(&format!("{long} {long}b x")), [long.as_str(), "x"]);
+    }
+
+    #[test]
+    fn lengths_are_rounded_as_lucene_stores_them() {
+        let exact: Vec<u32> = (0..=40).collect();
+        assert_eq!(exact.iter().map(|&length| stored_length(length)).collect::<Vec<_>>(), exact);
+        let pairs =
+            [(41, 40), (42, 42), (55, 54), (56, 56), (59, 56), (127, 120), (1000, 984), (100_000, 98_328)];
+        for (length, stored) in pairs {
+            assert_eq!(stored_length(length), stored, "{length}");
+        }
     }
 }

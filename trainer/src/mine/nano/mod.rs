@@ -1,9 +1,10 @@
-//! A small set that is nearly as hard as the large one it is made of: some queries of a BEIR set, the documents that answer them,
-//! and those that are hardest to tell from them.
+//! Nano sets: small retrieval sets that are nearly as hard as the BEIR set that they are sampled from, as in
+//! NanoBEIR.
 //!
-//! As NanoBEIR: a number of queries drawn by the seed, all their relevant documents, and for each query up to a number of documents
-//! that BM25 and a dense model rank highest, one of each in turn. Documents and queries stay as they are in the files, in
-//! their order. The corpus stays on disk; in memory are its identifiers' hashes.
+//! A Nano set has a number of queries drawn by the seed, all their relevant documents, and for each query the
+//! documents that BM25 and a dense model rank highest, taken from both rankings in turn. Rows are copied
+//! unchanged, in the order of the files. The corpus stays on disk; memory holds hashes of its identifiers and
+//! the BM25 index of the drawn queries.
 
 mod bm25;
 
@@ -15,53 +16,56 @@ use kernels::topk::TopK;
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 
-use self::bm25::{Bm25, Builder};
+pub use self::bm25::Bm25;
 use crate::data::permutation::Permutation;
 use crate::data::reader;
 use crate::eval::embed::Role;
 use crate::eval::open;
-use crate::mine::unit;
+use crate::mine::normalize;
 use crate::system::atomic::Draft;
 use crate::system::progress::Progress;
 use crate::{Error, Result};
 
 /// Documents that are embedded at once.
-const PORTION: usize = 1 << 14;
+const BATCH: usize = 1 << 14;
 
-/// What is made of what.
+/// Embeds texts: (N, D).
+pub type Encode<'a> = dyn FnMut(&[String], Role) -> Result<Tensor> + 'a;
+
+/// Options of a Nano set: the set that it is sampled from, its size, and where it is written.
 #[derive(Clone, Debug)]
-pub struct Nano {
-    /// A BEIR folder.
+pub struct NanoBuilder {
+    /// The BEIR folder to sample from.
     pub set: PathBuf,
-    /// Which qrels; none: test's, else dev's, else the only ones.
+    /// Name of the qrels file, without `.tsv`. Default: test, else dev, else the only one.
     pub split: Option<String>,
-    /// The folder that is made.
+    /// The folder to write. It must not exist, or be empty.
     pub output: PathBuf,
-    /// Queries that are drawn.
+    /// Number of queries to draw.
     pub queries: usize,
-    /// Documents of each query, beside those that answer it.
+    /// Largest number of documents added for each query, beside its relevant ones.
     pub negatives: usize,
-    /// What is drawn follows from it.
+    /// Seed of the draw.
     pub seed: u64,
 }
 
-/// What the small set has.
+/// Numbers of queries and documents of a Nano set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Queries.
+pub struct NanoStats {
+    /// Number of queries.
     pub queries: usize,
-    /// Documents of the corpus.
+    /// Number of documents in the corpus.
     pub documents: usize,
-    /// Those that answer a query.
+    /// Number of documents that are relevant to a query.
     pub positives: usize,
-    /// Documents that BM25 named, all queries together.
+    /// Number of documents taken from BM25's rankings, summed over queries.
     pub bm25: usize,
-    /// Documents that the model named first, all queries together.
+    /// Number of documents taken from the model's rankings, summed over queries.
     pub dense: usize,
 }
 
-impl Counts {
-    /// As one object.
+impl NanoStats {
+    /// Returns the numbers as a JSON object.
     pub fn json(&self) -> Value {
         json!({
             "queries": self.queries,
@@ -73,166 +77,182 @@ impl Counts {
     }
 }
 
-/// A query that was drawn.
+/// The drawn queries of a Nano set, and a BM25 index of the whole corpus for them.
+pub struct Sample<'a> {
+    options: &'a NanoBuilder,
+    draft: Draft,
+    queries_file: PathBuf,
+    corpus_file: PathBuf,
+    queries: Vec<Query>,
+    corpus: Corpus,
+}
+
+/// A query with its relevant documents.
 struct Query {
     id: String,
     text: String,
-    /// The documents that answer it, with their scores as they stand in the qrels.
-    relevant: Vec<(u32, String, String)>,
+    /// Identifiers of the relevant documents, and their scores as the qrels spell them.
+    relevant: Vec<(String, String)>,
 }
 
-/// The large set, looked through; the small one is begun.
-pub struct Sample<'a> {
-    nano: &'a Nano,
-    draft: Draft,
-    corpus: PathBuf,
-    queries_file: PathBuf,
-    queries: Vec<Query>,
-    documents: usize,
-    words: Bm25,
+/// What one pass over the corpus finds.
+struct Corpus {
+    documents: u32,
+    /// Row number of each judged document.
+    numbers: HashMap<String, u32>,
+    index: Bm25,
 }
 
-impl Nano {
-    /// Looks through the whole set, draws the queries, and indexes the documents' words.
+/// A line of the qrels.
+struct Judgement {
+    line: u64,
+    query: String,
+    document: String,
+    /// The score as written, if it is above 0.
+    relevant: Option<String>,
+}
+
+impl NanoBuilder {
+    /// Draws the queries and indexes the corpus for them.
     ///
     /// # Errors
-    /// The output exists; the set is no BEIR folder, has a malformed row, qrels that name what is not there, no answers, or one document.
+    /// The output exists; the set is no BEIR folder, has a malformed row, qrels that name missing queries or
+    /// documents, no relevant document, or fewer than two documents.
     pub fn sample(&self) -> Result<Sample<'_>> {
         Draft::free(&self.output)?;
         let qrels = open::qrels(&self.set, self.split.as_deref())?;
-        let (queries_file, corpus) =
-            (open::find(&self.set, "queries.jsonl")?, open::find(&self.set, "corpus.jsonl")?);
-        let mut judged = Vec::new();
+        let queries_file = open::find(&self.set, "queries.jsonl")?;
+        let corpus_file = open::find(&self.set, "corpus.jsonl")?;
+        let mut judgements = Vec::new();
         open::judgements(&qrels, |line, query, document, score, written| {
-            judged.push((
-                line,
-                query.to_owned(),
-                document.to_owned(),
-                (score > 0.0).then(|| written.to_owned()),
-            ));
+            let relevant = (score > 0.0).then(|| written.to_owned());
+            judgements.push(Judgement { line, query: query.into(), document: document.into(), relevant });
             Ok(())
         })?;
-        let queries = identified(&queries_file)?;
-        let named: HashSet<&str> = judged.iter().map(|(_, _, document, _)| document.as_str()).collect();
-
+        let queries = self.draw(&qrels, &queries_file, &judgements)?;
         let draft = Draft::new(&self.output)?;
-        let mut words = Builder::new(draft.scratch("words")?)?;
-        let (mut numbers, mut seen, mut documents) = (HashMap::new(), HashSet::new(), 0u32);
-        each_text(&corpus, true, |line, id, text, _| {
+        let corpus = Corpus::read(&corpus_file, &queries, &judgements)?;
+        for Judgement { line, document, .. } in &judgements {
+            if !corpus.numbers.contains_key(document) {
+                let message = format!("`{document}` is not in corpus.jsonl");
+                return Err(Error::Row { path: qrels, line: *line, message });
+            }
+        }
+        Ok(Sample { options: self, draft, queries_file, corpus_file, queries, corpus })
+    }
+
+    /// Draws from the queries that have text and a relevant document; returns them in the order of their
+    /// file.
+    fn draw(&self, qrels: &Path, queries_file: &Path, judgements: &[Judgement]) -> Result<Vec<Query>> {
+        let texts = texts_by_id(queries_file)?;
+        let mut relevant: HashMap<&str, Vec<(String, String)>> = HashMap::new();
+        for Judgement { line, query, document, relevant: score } in judgements {
+            if !texts.contains_key(query) {
+                let message = format!("`{query}` is not in queries.jsonl");
+                return Err(Error::Row { path: qrels.to_owned(), line: *line, message });
+            }
+            if let Some(score) = score {
+                let documents = relevant.entry(query).or_default();
+                if !documents.iter().any(|(other, _)| other == document) {
+                    documents.push((document.clone(), score.clone()));
+                }
+            }
+        }
+        let mut order: Vec<_> = relevant.into_iter().collect();
+        order.sort_by_key(|(id, _)| texts[*id].0);
+        let mut queries: Vec<Query> = order
+            .into_iter()
+            .map(|(id, relevant)| Query { id: id.to_owned(), text: texts[id].1.clone(), relevant })
+            .filter(|query| !query.text.trim().is_empty())
+            .collect();
+        if queries.is_empty() {
+            return Err(Error::file(qrels, "has no relevant document, expected scores above 0"));
+        }
+        let (count, wanted) = (queries.len(), self.queries);
+        if count < wanted {
+            tracing::warn!("only {count} of {wanted} queries have a relevant document: all of them are used");
+        }
+        let order = Permutation::new(count as u64, xxh3_64_with_seed(b"nano", self.seed), &[]);
+        let drawn: HashSet<u64> = (0..wanted.min(count) as u64).map(|place| order.at(place)).collect();
+        let mut numbers = 0..;
+        queries.retain(|_| numbers.next().is_some_and(|number| drawn.contains(&number)));
+        Ok(queries)
+    }
+}
+
+impl Corpus {
+    fn read(path: &Path, queries: &[Query], judgements: &[Judgement]) -> Result<Self> {
+        let judged: HashSet<&str> = judgements.iter().map(|judgement| judgement.document.as_str()).collect();
+        let mut index = Bm25::new(queries.iter().map(|query| query.text.as_str()));
+        let (mut numbers, mut seen, mut documents) = (HashMap::new(), HashSet::new(), 0);
+        for_each_text(path, true, |line, id, text, _| {
             if !seen.insert(xxh3_128(id.as_bytes())) {
                 let message = format!("has the `_id` `{id}` of another document");
-                return Err(Error::Row { path: corpus.clone(), line, message });
+                return Err(Error::Row { path: path.to_owned(), line, message });
             }
-            if named.contains(id) {
+            if judged.contains(id) {
                 numbers.insert(id.to_owned(), documents);
             }
-            // What is blank answers nothing, and is no answer to mistake for another.
+            // A blank document is never added as a negative.
             if !text.trim().is_empty() {
-                words.add(documents, text)?;
+                index.add(documents, text);
             }
             documents += 1;
             Ok(())
         })?;
-        drop(seen);
         if documents < 2 {
-            let message = format!("has {documents} documents, expected some to tell apart");
-            return Err(Error::file(corpus, message));
+            return Err(Error::file(path, format!("has {documents} documents, expected at least 2")));
         }
-        let mut relevant: HashMap<&str, Vec<(u32, String, String)>> = HashMap::new();
-        for (line, query, document, score) in &judged {
-            let wrong = |id: &str, file: &str| {
-                let message = format!("`{id}` is not in {file}");
-                Error::Row { path: qrels.clone(), line: *line, message }
-            };
-            let number = *numbers.get(document).ok_or_else(|| wrong(document, "corpus.jsonl"))?;
-            if !queries.contains_key(query) {
-                return Err(wrong(query, "queries.jsonl"));
-            }
-            if let Some(score) = score {
-                let of_query = relevant.entry(query).or_default();
-                if !of_query.iter().any(|(other, ..)| *other == number) {
-                    of_query.push((number, document.clone(), score.clone()));
-                }
-            }
-        }
-        let mut answered: Vec<Query> = Vec::new();
-        let mut order: Vec<_> = relevant.into_iter().collect();
-        order.sort_by_key(|(id, _)| queries[*id].0);
-        for (id, relevant) in order {
-            let text = queries[id].1.clone();
-            if !text.trim().is_empty() {
-                answered.push(Query { id: id.to_owned(), text, relevant });
-            }
-        }
-        if answered.is_empty() {
-            return Err(Error::file(qrels, "has no relevant document, expected scores above 0"));
-        }
-        if answered.len() < self.queries {
-            tracing::warn!("{} queries have answers, all of them are taken", answered.len());
-        }
-        let drawn = Permutation::new(answered.len() as u64, xxh3_64_with_seed(b"nano", self.seed), &[]);
-        let drawn: BTreeSet<u64> =
-            (0..self.queries.min(answered.len()) as u64).map(|place| drawn.at(place)).collect();
-        let mut number = 0;
-        answered.retain(|_| {
-            number += 1;
-            drawn.contains(&(number - 1))
-        });
-        let words = words.finish()?;
-        Ok(Sample {
-            nano: self,
-            draft,
-            corpus,
-            queries_file,
-            queries: answered,
-            documents: documents as usize,
-            words,
-        })
+        Ok(Self { documents, numbers, index })
     }
 }
 
 impl Sample<'_> {
-    /// Finds what is hard to tell from the answers, and writes the small set. `encode`, where there is a model, embeds
-    /// texts: (N, D).
+    /// Finds the documents to add and writes the Nano set. `encode` embeds texts for the dense ranking;
+    /// without it only BM25 ranks.
     ///
     /// # Errors
-    /// What `encode` returns; the disk is full; the set has changed meanwhile.
-    pub fn write(self, encode: Option<&mut Encode<'_>>) -> Result<Counts> {
-        let mut counts = Counts { queries: self.queries.len(), ..Counts::default() };
+    /// What `encode` returns; the disk is full; the set changed since [`NanoBuilder::sample`].
+    pub fn write(self, encode: Option<&mut Encode<'_>>) -> Result<NanoStats> {
+        let mut stats = NanoStats { queries: self.queries.len(), ..NanoStats::default() };
         let dense = match encode {
-            Some(encode) => self.dense(encode)?,
+            Some(encode) => self.dense_rankings(encode)?,
             None => vec![Vec::new(); self.queries.len()],
         };
-        let most = self.most();
         let (mut taken, mut positives) = (BTreeSet::new(), BTreeSet::new());
-        for (query, dense) in self.queries.iter().zip(dense) {
-            let own: HashSet<u32> = query.relevant.iter().map(|(number, ..)| *number).collect();
-            positives.extend(own.iter().copied());
-            let words = self.words.best(&query.text, most + own.len())?;
-            let (found, of_words) = in_turn(&words, &dense, &own, most);
-            counts.bm25 += of_words;
-            counts.dense += found.len() - of_words;
-            taken.extend(found);
+        for (number, (query, dense)) in self.queries.iter().zip(dense).enumerate() {
+            let relevant: HashSet<u32> =
+                query.relevant.iter().map(|(document, _)| self.corpus.numbers[document]).collect();
+            positives.extend(relevant.iter().copied());
+            let bm25 = self.corpus.index.top(number, self.max_negatives() + relevant.len());
+            let (negatives, from_bm25) = interleave(&bm25, &dense, &relevant, self.max_negatives());
+            stats.bm25 += from_bm25;
+            stats.dense += negatives.len() - from_bm25;
+            taken.extend(negatives);
         }
-        counts.positives = positives.len();
+        stats.positives = positives.len();
         taken.extend(positives);
-        counts.documents = taken.len();
-        let Self { draft, corpus, queries_file, queries, documents, .. } = self;
+        stats.documents = taken.len();
+        self.write_files(&taken)?;
+        Ok(stats)
+    }
 
-        let changed = |path: &Path| Error::file(path, "has changed meanwhile");
+    fn write_files(self, documents: &BTreeSet<u32>) -> Result<()> {
+        let Self { draft, corpus_file, queries_file, queries, corpus, .. } = self;
+        let changed = |path: &Path| Error::file(path, "changed while it was read");
         let (mut file, mut number) = (draft.file("corpus.jsonl")?, 0);
-        reader::raw(&corpus, |_, bytes, _| {
+        reader::raw(&corpus_file, |_, bytes, _| {
             number += 1;
-            if taken.contains(&(number - 1)) { file.write(bytes) } else { Ok(()) }
+            if documents.contains(&(number - 1)) { file.write(bytes) } else { Ok(()) }
         })?;
-        if number as usize != documents {
-            return Err(changed(&corpus));
+        if number != corpus.documents {
+            return Err(changed(&corpus_file));
         }
         file.finish()?;
 
         let drawn: HashSet<&str> = queries.iter().map(|query| query.id.as_str()).collect();
         let (mut file, mut written) = (draft.file("queries.jsonl")?, 0);
-        each_text(&queries_file, false, |_, id, _, bytes| {
+        for_each_text(&queries_file, false, |_, id, _, bytes| {
             if !drawn.contains(id) {
                 return Ok(());
             }
@@ -247,92 +267,89 @@ impl Sample<'_> {
         let mut file = draft.file("qrels/test.tsv")?;
         file.write(b"query-id\tcorpus-id\tscore")?;
         for query in &queries {
-            for (_, document, score) in &query.relevant {
+            for (document, score) in &query.relevant {
                 file.write(format!("{}\t{document}\t{score}", query.id).as_bytes())?;
             }
         }
         file.finish()?;
-        draft.finish()?;
-        Ok(counts)
+        draft.finish()
     }
 
-    /// Negatives a query at most.
-    fn most(&self) -> usize {
-        self.nano.negatives.min(self.documents)
+    fn max_negatives(&self) -> usize {
+        self.options.negatives.min(self.corpus.documents as usize)
     }
 
-    /// For each query the documents that the model finds, best first; its answers may be among them.
-    fn dense(&self, encode: &mut Encode<'_>) -> Result<Vec<Vec<u32>>> {
+    /// Ranks the corpus for each query by cosine similarity, best first. Relevant documents may be among the
+    /// results.
+    fn dense_rankings(&self, encode: &mut Encode<'_>) -> Result<Vec<Vec<u32>>> {
         let texts: Vec<String> = self.queries.iter().map(|query| query.text.clone()).collect();
-        let queries = unit(&encode(&texts, Role::Query)?, &texts)?; // (Q, D)
+        let queries = normalize(&encode(&texts, Role::Query)?, &texts)?; // (Q, D)
         let width = queries.dim(1)?;
         let queries = queries.flatten_all()?.to_vec1::<f32>()?;
-        let answers = self.queries.iter().map(|query| query.relevant.len()).max().unwrap_or(0);
-        let mut best = TopK::new(self.queries.len(), self.most() + answers);
-        let mut progress = Progress::new("embedding documents", self.documents as u64, 0);
-        let (mut portion, mut numbers, mut number) = (Vec::new(), Vec::new(), 0u32);
-        let mut embed = |portion: &mut Vec<String>, numbers: &mut Vec<u32>| -> Result<()> {
-            if portion.is_empty() {
+        let relevant = self.queries.iter().map(|query| query.relevant.len()).max().unwrap_or(0);
+        let mut best = TopK::new(self.queries.len(), self.max_negatives() + relevant);
+        let mut progress = Progress::new("embedding documents", u64::from(self.corpus.documents), 0);
+        let (mut texts, mut numbers, mut number) = (Vec::new(), Vec::new(), 0u32);
+        let mut embed = |texts: &mut Vec<String>, numbers: &mut Vec<u32>| -> Result<()> {
+            if texts.is_empty() {
                 return Ok(());
             }
-            let documents =
-                unit(&encode(portion, Role::Document)?, portion)?.flatten_all()?.to_vec1::<f32>()?;
-            // Numbers run on, but for documents that are blank.
+            let documents = normalize(&encode(texts, Role::Document)?, texts)?;
+            let documents = documents.flatten_all()?.to_vec1::<f32>()?;
+            // `TopK` takes consecutive numbers; blank documents leave gaps.
             let mut start = 0;
             while start < numbers.len() {
                 let run = numbers[start..].windows(2).take_while(|pair| pair[1] == pair[0] + 1).count() + 1;
                 best.push(&queries, &documents[start * width..(start + run) * width], width, numbers[start]);
                 start += run;
             }
-            progress.advance(portion.len() as u64);
-            portion.clear();
+            progress.advance(texts.len() as u64);
+            texts.clear();
             numbers.clear();
             Ok(())
         };
-        each_text(&self.corpus, true, |_, _, text, _| {
+        for_each_text(&self.corpus_file, true, |_, _, text, _| {
             if !text.trim().is_empty() {
-                portion.push(text.to_owned());
+                texts.push(text.to_owned());
                 numbers.push(number);
             }
             number += 1;
-            if portion.len() == PORTION { embed(&mut portion, &mut numbers) } else { Ok(()) }
+            if texts.len() == BATCH { embed(&mut texts, &mut numbers) } else { Ok(()) }
         })?;
-        embed(&mut portion, &mut numbers)?;
-        let found = best.finish().into_iter();
-        Ok(found.map(|hits| hits.iter().map(|hit| hit.document).collect()).collect())
+        embed(&mut texts, &mut numbers)?;
+        let rankings = best.finish().into_iter();
+        Ok(rankings.map(|hits| hits.iter().map(|hit| hit.document).collect()).collect())
     }
 }
 
-/// Embeds texts as what they are.
-pub type Encode<'a> = dyn FnMut(&[String], Role) -> Result<Tensor> + 'a;
-
-/// One of each list in turn, each document once and none that is an answer, `count` at most; and how many the first list named.
-fn in_turn(words: &[u32], dense: &[u32], answers: &HashSet<u32>, count: usize) -> (Vec<u32>, usize) {
-    let (mut lists, mut seen) = ([words.iter(), dense.iter()], answers.clone());
-    let (mut found, mut of_words) = (Vec::new(), 0);
-    while found.len() < count {
-        let before = found.len();
-        for (turn, list) in lists.iter_mut().enumerate() {
-            if found.len() < count
-                && let Some(&document) = list.find(|document| seen.insert(**document))
+/// Takes the next new document of each ranking in turn, until there are `count`; skips those of `relevant`.
+/// Returns them, and how many came from `bm25`.
+fn interleave(bm25: &[u32], dense: &[u32], relevant: &HashSet<u32>, count: usize) -> (Vec<u32>, usize) {
+    let (mut rankings, mut seen) = ([bm25.iter(), dense.iter()], relevant.clone());
+    let (mut taken, mut from_bm25) = (Vec::new(), 0);
+    while taken.len() < count {
+        let before = taken.len();
+        for (index, ranking) in rankings.iter_mut().enumerate() {
+            if taken.len() < count
+                && let Some(&document) = ranking.find(|document| seen.insert(**document))
             {
-                found.push(document);
-                of_words += usize::from(turn == 0);
+                taken.push(document);
+                from_bm25 += usize::from(index == 0);
             }
         }
-        if found.len() == before {
+        if taken.len() == before {
             break;
         }
     }
-    (found, of_words)
+    (taken, from_bm25)
 }
 
-/// The identifiers of a file of texts, with their places and texts.
-fn identified(path: &Path) -> Result<HashMap<String, (usize, String)>> {
+/// Reads a file of texts: from each identifier to its row number and text.
+fn texts_by_id(path: &Path) -> Result<HashMap<String, (usize, String)>> {
     let mut all = HashMap::new();
-    each_text(path, false, |line, id, text, _| {
-        let place = all.len();
-        match all.insert(id.to_owned(), (place, text.to_owned())) {
+    for_each_text(path, false, |line, id, text, _| {
+        let number = all.len();
+        match all.insert(id.to_owned(), (number, text.to_owned())) {
             None => Ok(()),
             Some(_) => {
                 let message = format!("has the `_id` `{id}` of another row");
@@ -343,8 +360,9 @@ fn identified(path: &Path) -> Result<HashMap<String, (usize, String)>> {
     Ok(all)
 }
 
-/// Calls `each` with line, identifier, text and bytes of the rows of `queries.jsonl` or `corpus.jsonl`. A title stands before its text.
-fn each_text(
+/// Calls `each` with line number, identifier, text and bytes of each row of `queries.jsonl` or
+/// `corpus.jsonl`. With `titled`, the text begins with the title.
+fn for_each_text(
     path: &Path,
     titled: bool,
     mut each: impl FnMut(u64, &str, &str, &[u8]) -> Result<()>,

@@ -41,8 +41,8 @@ fn words() -> Vec<(&'static str, String)> {
     ]
 }
 
-fn nano(folder: &tempfile::TempDir, name: &str) -> Nano {
-    Nano {
+fn nano(folder: &tempfile::TempDir, name: &str) -> NanoBuilder {
+    NanoBuilder {
         set: folder.path().join("set"),
         split: None,
         output: folder.path().join(name),
@@ -116,7 +116,7 @@ fn a_small_set_has_the_answers_and_what_is_hard_to_tell_from_them() {
 fn the_seed_decides_which_queries() {
     let folder = set(&words());
     let drawn = |seed, name: &str| {
-        let nano = Nano { seed, ..nano(&folder, name) };
+        let nano = NanoBuilder { seed, ..nano(&folder, name) };
         nano.sample().unwrap().write(None).unwrap();
         ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"]
             .map(|file| lines(&folder, &format!("{name}/{file}")))
@@ -125,18 +125,18 @@ fn the_seed_decides_which_queries() {
     assert_eq!(one, drawn(1, "b"));
     assert!(one[1] != drawn(2, "c")[1]);
     // More than there are: all that have answers.
-    let all = Nano { queries: 99, negatives: 0, ..nano(&folder, "all") };
+    let all = NanoBuilder { queries: 99, negatives: 0, ..nano(&folder, "all") };
     let counts = all.sample().unwrap().write(None).unwrap();
     assert_eq!((counts.queries, counts.documents, counts.bm25), (24, counts.positives, 0));
 }
 
 #[test]
-fn lists_take_turns() {
+fn rankings_are_interleaved() {
     let answers = HashSet::from([3]);
-    assert_eq!(in_turn(&[1, 2, 3, 4], &[1, 5, 6], &answers, 4), (vec![1, 5, 2, 6], 2));
-    assert_eq!(in_turn(&[1, 2, 3, 4], &[1, 5, 6], &answers, 9), (vec![1, 5, 2, 6, 4], 3));
-    assert_eq!(in_turn(&[], &[3, 9], &answers, 5), (vec![9], 0));
-    assert_eq!(in_turn(&[1], &[2], &answers, 0), (vec![], 0));
+    assert_eq!(interleave(&[1, 2, 3, 4], &[1, 5, 6], &answers, 4), (vec![1, 5, 2, 6], 2));
+    assert_eq!(interleave(&[1, 2, 3, 4], &[1, 5, 6], &answers, 9), (vec![1, 5, 2, 6, 4], 3));
+    assert_eq!(interleave(&[], &[3, 9], &answers, 5), (vec![9], 0));
+    assert_eq!(interleave(&[1], &[2], &answers, 0), (vec![], 0));
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn what_is_wrong_is_said_and_nothing_is_written() {
         (
             "corpus.jsonl",
             "{\"_id\": \"d1\", \"text\": \"one\"}\n",
-            "corpus.jsonl: has 1 documents, expected some to tell apart",
+            "corpus.jsonl: has 1 documents, expected at least 2",
         ),
         (
             "corpus.jsonl",
@@ -180,6 +180,6 @@ fn what_is_wrong_is_said_and_nothing_is_written() {
     assert!(again.sample().err().unwrap().to_string().contains("set: is already there"));
     let empty = tempfile::tempdir().unwrap();
     let error =
-        Nano { set: empty.path().to_owned(), ..nano(&empty, "x") }.sample().err().unwrap().to_string();
+        NanoBuilder { set: empty.path().to_owned(), ..nano(&empty, "x") }.sample().err().unwrap().to_string();
     assert!(error.contains("expected a BEIR folder"), "{error}");
 }

@@ -351,16 +351,16 @@ fn share_memory(
             Limit::Tokens(memory::default_chunk_tokens().min((free / (2 * tape).max(1)) as usize).max(64))
         }
     };
-    let mine = (tokens / ranks.0 as f64).ceil() as usize;
+    let local_tokens = (tokens / ranks.0 as f64).ceil() as usize;
     let chunk_tokens = match chunk {
-        Limit::Tokens(limit) => limit.min(mine),
+        Limit::Tokens(limit) => limit.min(local_tokens),
         // The longest ones may come together.
-        Limit::Sequences(limit) => (limit * lengths.iter().max().copied().unwrap_or(0)).min(mine),
+        Limit::Sequences(limit) => (limit * lengths.iter().max().copied().unwrap_or(0)).min(local_tokens),
     };
     let most = memory::default_activation_memory(state_bytes);
     let beside = 2 * memory::chunk_bytes(model, chunk_tokens);
     let kept = training.activation_memory.map_or(free.saturating_sub(beside).min(most), |bytes| bytes.0);
-    let activations = memory::step_bytes(model, mine, lengths.len(), chunk_tokens, kept);
+    let activations = memory::step_bytes(model, local_tokens, lengths.len(), chunk_tokens, kept);
     (
         Budget { chunk, activation_memory: kept },
         Cost { elements, trained, lora, tokens, state, activations, available },

@@ -1,30 +1,31 @@
-//! What is kept on disk while negatives are mined: embeddings, and the finished rows of blocks of queries.
+//! Folder of intermediate results, from which an interrupted run resumes: embeddings and finished blocks of
+//! rows.
 //!
 //! ```text
-//! WORK/embeddings-DIGEST/queries-00000.npy …  documents-00000.npy …     of the model, the prompts and the texts
-//! WORK/rows-DIGEST/00000.jsonl 00000.json …                             of these and of what a negative must be
+//! WORK/embeddings-DIGEST/queries-00000.npy …  documents-00000.npy …
+//! WORK/rows-DIGEST-SETTINGS/00000.jsonl 00000.json …
 //! ```
 //!
-//! A file is there whole or not at all, so whoever starts again goes on with what is missing. Another model, other texts or other
-//! settings have folders of other names.
-
+//! Files are written atomically, so those that exist are complete. `DIGEST` is a hash of the model, the
+//! prompts and the texts, `SETTINGS` one of the filters: runs that differ in them use different folders.
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use super::report::Counts;
+use super::stats::MiningStats;
 use crate::comm::World;
 use crate::system::heartbeat;
 use crate::{Error, Result};
 
-pub(super) struct Work {
+/// Folder of the intermediate results of one run.
+pub(super) struct WorkDir {
     folder: PathBuf,
     embeddings: PathBuf,
     rows: PathBuf,
 }
 
-impl Work {
-    /// Makes the folders, on the first rank.
+impl WorkDir {
+    /// Creates the folders; rank 0 does.
     pub(super) fn open(folder: &Path, texts: u64, settings: u64, world: &World) -> Result<Self> {
         let embeddings = folder.join(format!("embeddings-{texts:016x}"));
         let rows = folder.join(format!("rows-{texts:016x}-{settings:016x}"));
@@ -33,48 +34,51 @@ impl Work {
         }
         world.barrier()?;
         if !rows.is_dir() {
-            let message = "is not seen by all ranks\nhint: --work DIR names a folder that all nodes share";
+            let message = "does not exist on all nodes\nhint: give a folder that all nodes share with --work DIR";
             return Err(Error::file(folder, message));
         }
         Ok(Self { folder: folder.to_owned(), embeddings, rows })
     }
 
+    /// Path of a file of embeddings.
     pub(super) fn shard(&self, what: &str, number: usize) -> PathBuf {
         self.embeddings.join(format!("{what}-{number:05}.npy"))
     }
 
+    /// Path of the rows of a block of queries.
     pub(super) fn block(&self, number: usize) -> PathBuf {
         self.rows.join(format!("{number:05}.jsonl"))
     }
 
-    /// Which of these files are there, as the first rank sees it.
+    /// Tells which of these files exist on rank 0.
     pub(super) fn present(&self, files: impl Iterator<Item = PathBuf>, world: &World) -> Result<Vec<bool>> {
-        let mine = files.map(|path| u8::from(path.is_file())).collect();
-        Ok(world.of_first(mine)?.into_iter().map(|present| present != 0).collect())
+        let exists = files.map(|path| u8::from(path.is_file())).collect();
+        Ok(world.of_first(exists)?.into_iter().map(|present| present != 0).collect())
     }
 
-    /// Writes the rows of a block of queries; what they count goes first, so that it is there when they are.
-    pub(super) fn write_block(&self, number: usize, rows: &[u8], counts: &Counts) -> Result<()> {
+    /// Writes the rows of a block of queries. The statistics are written first, so that they exist if the
+    /// rows do.
+    pub(super) fn write_block(&self, number: usize, rows: &[u8], stats: &MiningStats) -> Result<()> {
         let path = self.block(number);
-        let counts = serde_json::to_vec(counts).map_err(|error| Error::Usage(error.to_string()))?;
-        write_whole(&path.with_extension("json"), &counts)?;
+        let stats = serde_json::to_vec(stats).map_err(|error| Error::Usage(error.to_string()))?;
+        write_whole(&path.with_extension("json"), &stats)?;
         write_whole(&path, rows)
     }
 
-    /// Joins the blocks to `output`, and returns what all of them count.
-    pub(super) fn join(&self, blocks: usize, output: &Path) -> Result<Counts> {
+    /// Concatenates the rows of all blocks into `output`. Returns the sum of their statistics.
+    pub(super) fn join(&self, blocks: usize, output: &Path) -> Result<MiningStats> {
         let Some(name) = output.file_name() else {
-            return Err(Error::Usage(format!("--output: {} is no name for a file", output.display())));
+            return Err(Error::Usage(format!("--output {} is not a file name", output.display())));
         };
         let draft = output.with_file_name(format!(".{}.tmp", name.display()));
         let mut file = BufWriter::new(File::create(&draft).map_err(Error::io("create", &draft))?);
-        let mut all = Counts::default();
+        let mut all = MiningStats::default();
         for path in (0..blocks).map(|block| self.block(block)) {
-            let counts = path.with_extension("json");
-            let text = fs::read(&counts).map_err(Error::io("read", &counts))?;
-            let counts: Counts =
-                serde_json::from_slice(&text).map_err(|error| Error::file(&counts, error.to_string()))?;
-            all.add(&counts);
+            let stats = path.with_extension("json");
+            let text = fs::read(&stats).map_err(Error::io("read", &stats))?;
+            let stats: MiningStats =
+                serde_json::from_slice(&text).map_err(|error| Error::file(&stats, error.to_string()))?;
+            all.add(&stats);
             let mut rows = File::open(&path).map_err(Error::io("open", &path))?;
             std::io::copy(&mut rows, &mut file).map_err(Error::io("write", &draft))?;
             heartbeat::beat();
@@ -84,14 +88,14 @@ impl Work {
         Ok(all)
     }
 
-    /// Removes the finished rows, and the embeddings unless they are to be used again.
+    /// Removes the finished blocks, and the embeddings unless `keep_embeddings`.
     pub(super) fn remove(&self, keep_embeddings: bool) -> Result<()> {
         let path = if keep_embeddings { &self.rows } else { &self.folder };
         fs::remove_dir_all(path).map_err(Error::io("remove", path))
     }
 }
 
-/// Whole or not at all.
+/// Writes a file atomically: to a temporary name, which is then renamed.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let draft = path.with_extension("tmp");
     let done = File::create(&draft).and_then(|mut file| {

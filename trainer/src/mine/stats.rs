@@ -1,44 +1,44 @@
-//! What mining found, and what it dropped and why.
+//! Statistics of mining: rows, negatives, scores, and candidates dropped by reason.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::select::Dropped;
 
-/// Counts of some of the queries; those of all are their sums.
+/// Statistics of mining, of one block of queries or of all.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Counts {
-    /// Queries that were searched for.
+pub struct MiningStats {
+    /// Number of queries.
     pub queries: u64,
-    /// Rows that were written: pairs of a query and a positive.
+    /// Number of written rows, one for each pair of a query and a positive.
     pub rows: u64,
-    /// Negatives in them.
+    /// Number of negatives in all rows.
     pub negatives: u64,
-    /// Rows that were written with fewer negatives than asked for.
+    /// Number of rows with fewer negatives than requested.
     pub rows_with_fewer: u64,
-    /// Pairs that were not written, because no negative is left.
+    /// Number of pairs without any negative, which are not written.
     pub pairs_without: u64,
-    /// Documents that were looked at.
+    /// Number of candidates: search results of all queries.
     pub candidates: u64,
-    /// Those of them that were dropped.
+    /// Number of dropped candidates, by reason.
     pub dropped: Dropped,
-    /// Of the positives.
-    pub positive_scores: Scores,
-    /// Of the negatives.
-    pub negative_scores: Scores,
-    /// Positive − negative.
-    pub differences: Scores,
+    /// Scores of positives.
+    pub positive_scores: ScoreStats,
+    /// Scores of negatives.
+    pub negative_scores: ScoreStats,
+    /// Score of the positive minus score of the negative.
+    pub differences: ScoreStats,
 }
 
-/// Scores in a few numbers.
+/// Count, sum, minimum and maximum of scores.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Scores {
+pub struct ScoreStats {
     count: u64,
     sum: f64,
     extremes: Option<(f32, f32)>,
 }
 
-impl Counts {
+impl MiningStats {
     pub(super) fn add(&mut self, other: &Self) {
         self.queries += other.queries;
         self.rows += other.rows;
@@ -52,7 +52,7 @@ impl Counts {
         self.differences.merge(&other.differences);
     }
 
-    /// As one object.
+    /// Returns the statistics as a JSON object.
     pub fn json(&self) -> Value {
         json!({
             "queries": self.queries,
@@ -69,7 +69,7 @@ impl Counts {
     }
 }
 
-impl Scores {
+impl ScoreStats {
     pub(super) fn push(&mut self, score: f32) {
         self.merge(&Self { count: 1, sum: f64::from(score), extremes: Some((score, score)) });
     }
@@ -94,9 +94,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_of_parts_add_up() {
+    fn statistics_of_blocks_add_up() {
         let part = |scores: &[f32]| {
-            let mut counts = Counts { rows: 1, ..Counts::default() };
+            let mut counts = MiningStats { rows: 1, ..MiningStats::default() };
             counts.dropped.range = 2;
             scores.iter().for_each(|&score| counts.negative_scores.push(score));
             counts
