@@ -7,7 +7,7 @@
 #![expect(clippy::print_stdout, reason = "an example prints its results")]
 
 use trainer::Result;
-use trainer::eval::embed::{Opened, Role};
+use trainer::eval::embed::{LoadedModel, Role};
 use trainer::model::Options;
 
 const QUERY: &str = "What is the melting point of iron?";
@@ -24,9 +24,9 @@ fn main() -> Result<()> {
 
 /// Returns the documents with their scores, best first.
 fn ranking(model: &str) -> Result<Vec<(f32, &'static str)>> {
-    let opened = Opened::open(model, &Options::default())?;
+    let loaded = LoadedModel::open(model, &Options::default())?;
     // Prompts and the maximum length are those of the model folder; set fields of the embedder to change them.
-    let embedder = opened.embedder();
+    let embedder = loaded.embedder();
     let query = embedder.encode(&[QUERY], Role::Query)?; // (1, D)
     let documents = embedder.encode(&DOCUMENTS, Role::Document)?; // (N, D)
     // The inner product is the cosine similarity, because the model scales embeddings to length 1.

@@ -15,9 +15,9 @@ use kernels::adamw::AdamW;
 use serde_json::Map;
 use trainer::Result;
 use trainer::comm::World;
-use trainer::config::{Config, Schedule as Shape};
+use trainer::config::{Config, ScheduleKind};
 use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
-use trainer::eval::embed::Opened;
+use trainer::eval::embed::LoadedModel;
 use trainer::export::{self, TrainedRun};
 use trainer::loss::Losses;
 use trainer::model::Options;
@@ -25,7 +25,7 @@ use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
 use trainer::train::gradcache::Budget;
 use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::Schedule;
+use trainer::train::schedule::LrSchedule;
 use trainer::train::step::Stepper;
 
 const PAIRS: [(&str, &str); 4] = [
@@ -55,8 +55,8 @@ fn train(model: &str, output: &Path) -> Result<Vec<f64>> {
     let mut config = Config::default();
     config.model.path = model.to_owned();
     let options = Options { model: config.model.clone(), trained: true, seed: config.seed, ..Options::default() };
-    let mut opened = Opened::open(model, &options)?;
-    let batch = batch(&opened)?;
+    let mut loaded = LoadedModel::open(model, &options)?;
+    let batch = batch(&loaded)?;
     let adamw = AdamW {
         learning_rate: LEARNING_RATE,
         beta1: 0.9,
@@ -64,31 +64,31 @@ fn train(model: &str, output: &Path) -> Result<Vec<f64>> {
         epsilon: 1e-8,
         weight_decay: 0.01,
     };
-    let parameters = opened.model.flat();
+    let parameters = loaded.model.flat();
     let mut stepper = Stepper {
-        model: &opened.model,
+        model: &loaded.model,
         gradients: Gradients::zeros(parameters)?,
         optimizer: Optimizer::new(parameters, adamw, false, Some(1.0))?,
-        losses: Losses::new(&config.loss, opened.model.normalize()),
-        schedule: Schedule { shape: Shape::Linear, peak: LEARNING_RATE, warmup: 2, total: STEPS },
+        losses: Losses::new(&config.loss, loaded.model.normalize()),
+        schedule: LrSchedule { shape: ScheduleKind::Linear, peak: LEARNING_RATE, warmup: 2, total: STEPS },
         // Chunks of 2048 tokens; up to 1 GB of activations are kept for the backward pass.
-        budget: Budget { chunk: Limit::Tokens(2048), tapes: 1 << 30 },
+        budget: Budget { chunk: Limit::Tokens(2048), activation_memory: 1 << 30 },
         seed: config.seed,
         world: World::solo(),
     };
     let losses = (1..=STEPS).map(|step| Ok(stepper.step(&batch, step)?.loss)).collect::<Result<_>>()?;
     let no_scores = Map::new();
     let run = TrainedRun { config: &config, step: STEPS, before: &no_scores, after: &no_scores };
-    export::write_run(&mut opened.model, &run, export::Options::default(), output)?;
+    export::write_run(&mut loaded.model, &run, export::Options::default(), output)?;
     Ok(losses)
 }
 
 /// Tokenises the pairs and lists what the loss compares: query i with all positives, of which i is its own.
-fn batch(opened: &Opened) -> Result<Batch> {
-    let folder = opened.model.folder();
-    let max_length = folder.max_length.unwrap_or(512).min(opened.model.positions());
+fn batch(loaded: &LoadedModel) -> Result<Batch> {
+    let folder = loaded.model.folder();
+    let max_length = folder.max_length.unwrap_or(512).min(loaded.model.positions());
     let tokenise = |texts: [&str; PAIRS.len()], prompt: &str| -> Result<Vec<Sequence>> {
-        opened.tokenizer.encode(&texts, prompt, max_length, folder.include_prompt)
+        loaded.tokenizer.encode(&texts, prompt, max_length, folder.include_prompt)
     };
     let mut sequences = tokenise(PAIRS.map(|(query, _)| query), folder.query_prompt())?;
     sequences.extend(tokenise(PAIRS.map(|(_, positive)| positive), folder.document_prompt())?);
@@ -112,5 +112,5 @@ fn the_loss_falls_and_the_exported_model_opens() {
     let output = folder.path().join("model");
     let losses = train(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/bert"), &output).unwrap();
     assert!(losses[STEPS as usize - 1] < 0.5 * losses[0], "{losses:?}");
-    assert!(Opened::open(output.to_str().unwrap(), &Options::default()).is_ok());
+    assert!(LoadedModel::open(output.to_str().unwrap(), &Options::default()).is_ok());
 }
