@@ -48,7 +48,8 @@ fn write(folder: &Path, merge: bool, target: &Path) -> Vec<Vec<f32>> {
     let none = Map::new();
     let trained = TrainedRun { config: &config, step: 1, before: &none, after: &none };
     let before = embed(&opened);
-    export::write_run(&mut opened.model, &trained, export::Options { merge, replace: false }, target).unwrap();
+    export::write_run(&mut opened.model, &trained, export::Options { merge, replace: false }, target)
+        .unwrap();
     before
 }
 

@@ -4,8 +4,8 @@
 //! bm25 [DOCUMENTS] [QUERIES]     default: 1000000 documents, 50 queries
 //! ```
 //!
-//! Words follow Zipf's law over a vocabulary of 200,000; documents have 20 to 100 words, queries 4 to 12. Prints seconds
-//! and peak memory. Documents are generated one at a time, so the memory is that of the index.
+//! Words follow Zipf's law over a vocabulary of 200,000; documents have 20 to 100 words, queries 4 to 12.
+//! Prints seconds and peak memory. Documents are generated one at a time, so the memory is that of the index.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports")]
 

@@ -11,11 +11,15 @@ use trainer::eval::embed::{LoadedModel, Role};
 use trainer::model::Options;
 
 const QUERY: &str = "What is the melting point of iron?";
-const DOCUMENTS: [&str; 3] =
-    ["Iron melts at 1538 °C.", "The Danube flows into the Black Sea.", "Steel is an alloy of iron and carbon."];
+const DOCUMENTS: [&str; 3] = [
+    "Iron melts at 1538 °C.",
+    "The Danube flows into the Black Sea.",
+    "Steel is an alloy of iron and carbon.",
+];
 
 fn main() -> Result<()> {
-    let model = std::env::args().nth(1).unwrap_or_else(|| "sentence-transformers/all-MiniLM-L6-v2".to_owned());
+    let model =
+        std::env::args().nth(1).unwrap_or_else(|| "sentence-transformers/all-MiniLM-L6-v2".to_owned());
     for (score, document) in ranking(&model)? {
         println!("{score:.4}  {document}");
     }
@@ -25,7 +29,8 @@ fn main() -> Result<()> {
 /// Returns the documents with their scores, best first.
 fn ranking(model: &str) -> Result<Vec<(f32, &'static str)>> {
     let loaded = LoadedModel::open(model, &Options::default())?;
-    // Prompts and the maximum length are those of the model folder; set fields of the embedder to change them.
+    // Prompts and the maximum length are those of the model folder; set fields of the embedder to change
+    // them.
     let embedder = loaded.embedder();
     let query = embedder.encode(&[QUERY], Role::Query)?; // (1, D)
     let documents = embedder.encode(&DOCUMENTS, Role::Document)?; // (N, D)

@@ -4,8 +4,8 @@
 //! cargo run --release --example train_in_memory -- MODEL OUTPUT
 //! ```
 //!
-//! Each step uses all pairs: the positives of the other queries are the negatives of a query (InfoNCE). `trainer train`
-//! does the same with batches from files, evaluation and checkpoints.
+//! Each step uses all pairs: the positives of the other queries are the negatives of a query (InfoNCE).
+//! `trainer train` does the same with batches from files, evaluation and checkpoints.
 
 #![expect(clippy::print_stdout, reason = "an example prints its results")]
 
@@ -54,16 +54,12 @@ fn main() -> Result<()> {
 fn train(model: &str, output: &Path) -> Result<Vec<f64>> {
     let mut config = Config::default();
     config.model.path = model.to_owned();
-    let options = Options { model: config.model.clone(), trained: true, seed: config.seed, ..Options::default() };
+    let options =
+        Options { model: config.model.clone(), trained: true, seed: config.seed, ..Options::default() };
     let mut loaded = LoadedModel::open(model, &options)?;
     let batch = batch(&loaded)?;
-    let adamw = AdamW {
-        learning_rate: LEARNING_RATE,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-    };
+    let adamw =
+        AdamW { learning_rate: LEARNING_RATE, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let parameters = loaded.model.flat();
     let mut stepper = Stepper {
         model: &loaded.model,

@@ -35,8 +35,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     if args.output.exists() {
-        let message =
-            "already exists\nhint: give another --output or delete it";
+        let message = "already exists\nhint: give another --output or delete it";
         return Err(Error::file(&args.output, message));
     }
     let config = args.run.join("config.yaml");
@@ -75,7 +74,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
         before: history.scores_at(0).unwrap_or(&none),
         after: history.scores_at(step).filter(|_| step > 0).unwrap_or(&none),
     };
-    export::write_run(&mut model, &trained, export::Options { merge: args.merge, replace: false }, &args.output)?;
+    export::write_run(
+        &mut model,
+        &trained,
+        export::Options { merge: args.merge, replace: false },
+        &args.output,
+    )?;
     tracing::info!("exported {} to {}", checkpoint.display(), args.output.display());
     Ok(())
 }

@@ -120,7 +120,8 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         opened.model.folder().pooling,
     );
     let scores = args.output_scores;
-    let miner = Miner { filter, scores, output: args.output.clone(), work, keep_embeddings: args.work.is_some() };
+    let miner =
+        Miner { filter, scores, output: args.output.clone(), work, keep_embeddings: args.work.is_some() };
     let stats = miner.run(&inputs, &model, world, |texts, role| embedder.encode(texts, role))?;
     if world.first() {
         if stats.pairs_without > 0 {

@@ -45,8 +45,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     if args.model.is_none() && args.encoding.is_given() {
-        let message =
-            "--model is missing: the flags for embedding texts have no effect without it";
+        let message = "--model is missing: the flags for embedding texts have no effect without it";
         return Err(Error::Usage(message.to_owned()));
     }
     let builder = NanoBuilder {

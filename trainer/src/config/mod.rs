@@ -28,6 +28,17 @@ pub use values::{
 use crate::{Error, Result};
 
 /// A whole configuration file.
+///
+/// ```
+/// use trainer::config::Config;
+///
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("run.yaml");
+/// std::fs::write(&path, "model: {path: org/model}\ndata: {train: [{path: pairs.jsonl}]}\n")?;
+/// let config = Config::load(&path, &["training.batch_size=32".to_owned()])?;
+/// assert_eq!((config.name.as_str(), config.training.batch_size), ("run", 32));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {

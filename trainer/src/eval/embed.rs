@@ -38,6 +38,17 @@ impl Role {
 }
 
 /// A model with its weights and its tokenizer, ready for inference.
+///
+/// ```
+/// use trainer::eval::embed::{LoadedModel, Role};
+/// use trainer::model::Options;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/bert");
+/// let loaded = LoadedModel::open(folder, &Options::default())?;
+/// let embeddings = loaded.embedder().encode(&["iron is a metal", "the river is long"], Role::Document)?;
+/// assert_eq!(embeddings.dims(), [2, loaded.model.width()]);
+/// # Ok::<(), trainer::Error>(())
+/// ```
 pub struct LoadedModel {
     /// The encoder.
     pub model: Model,

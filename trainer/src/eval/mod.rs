@@ -76,6 +76,20 @@ trait Task: fmt::Debug + Send + Sync {
 }
 
 /// A set of texts that models are evaluated on.
+///
+/// ```
+/// use trainer::config::{Config, EvaluationKind, EvaluationSet};
+/// use trainer::eval::EvalSet;
+/// use trainer::eval::embed::LoadedModel;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/bert");
+/// let loaded = LoadedModel::open(folder, &trainer::model::Options::default())?;
+/// # let path = std::path::Path::new(folder).join("rows.jsonl");
+/// let set = EvaluationSet { path, kind: Some(EvaluationKind::Triplet), ..EvaluationSet::default() };
+/// let output = EvalSet::open(&set, &Config::default())?.evaluate(&loaded.embedder())?;
+/// assert!(output.scores.get("rows_cosine_accuracy") > Some(0.0));
+/// # Ok::<(), trainer::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct EvalSet {
     name: String,

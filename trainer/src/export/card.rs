@@ -63,9 +63,7 @@ pub(super) fn text(info: &ModelInfo, adapter: bool) -> Result<String> {
         card.push_str("\n## Training\n");
     }
     if !info.data.is_empty() {
-        card.push_str(
-            "\n| Data set | Rows | Query prompt | Document prompt |\n|---|---:|---|---|\n",
-        );
+        card.push_str("\n| Data set | Rows | Query prompt | Document prompt |\n|---|---:|---|---|\n");
         for set in &info.data {
             let prompt =
                 |prompt: &str| if prompt.is_empty() { "–".to_owned() } else { cell(&code(prompt)) };

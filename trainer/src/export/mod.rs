@@ -119,8 +119,7 @@ pub fn write_adapter(
 /// Calls `write` with a temporary folder, then renames it to `target`.
 fn publish(target: &Path, replace: bool, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if target.exists() && !replace && !crate::system::atomic::is_empty(target) {
-        let message =
-            "already exists\nhint: give another folder or delete it";
+        let message = "already exists\nhint: give another folder or delete it";
         return Err(Error::file(target, message));
     }
     let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {

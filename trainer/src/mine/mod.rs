@@ -24,9 +24,9 @@ use rayon::prelude::*;
 use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64;
 
-pub use self::stats::{MiningStats, ScoreStats};
 pub use self::search::{Embeddings, search};
 pub use self::select::{Dropped, Filter, Sampling};
+pub use self::stats::{MiningStats, ScoreStats};
 pub use self::texts::Inputs;
 use self::texts::Texts;
 use self::work_dir::WorkDir;

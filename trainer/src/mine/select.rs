@@ -155,8 +155,11 @@ impl Filter {
             return remaining;
         }
         if self.sampling == Sampling::Random {
-            let order =
-                Permutation::new(remaining.len() as u64, xxh3_64_with_seed(b"negatives", self.seed), &[query]);
+            let order = Permutation::new(
+                remaining.len() as u64,
+                xxh3_64_with_seed(b"negatives", self.seed),
+                &[query],
+            );
             let mut ranks: Vec<u64> = (0..self.negatives as u64).map(|place| order.at(place)).collect();
             ranks.sort_unstable();
             return ranks.into_iter().map(|place| remaining[place as usize]).collect();

@@ -42,7 +42,13 @@ impl Place {
     }
 
     fn mine(&self, filter: Filter) -> Miner {
-        Miner { filter, scores: false, output: self.path("out.jsonl"), work: self.path("work"), keep_embeddings: false }
+        Miner {
+            filter,
+            scores: false,
+            output: self.path("out.jsonl"),
+            work: self.path("work"),
+            keep_embeddings: false,
+        }
     }
 
     fn encode(&self, texts: &[String]) -> Result<Tensor> {

@@ -115,7 +115,8 @@ impl Inputs {
         let (mut queries, mut documents) = (Collector::new(folder)?, Collector::new(folder)?);
         let mut blank = 0;
         let of_folder = ["", ".gz", ".zst"].map(|packed| pairs.join(format!("corpus.jsonl{packed}")));
-        if let Some(corpus) = corpus.or_else(|| of_folder.iter().map(PathBuf::as_path).find(|path| path.is_file()))
+        if let Some(corpus) =
+            corpus.or_else(|| of_folder.iter().map(PathBuf::as_path).find(|path| path.is_file()))
         {
             corpus_texts(corpus, |text| {
                 if text.trim().is_empty() {
@@ -249,7 +250,10 @@ mod tests {
                 vec![("p.jsonl", one), ("c.jsonl", "{\"text\": \"y\"}\n{\"txt\": \"z\"}")],
                 "c.jsonl:2: has no `text`",
             ),
-            (vec![("p.jsonl", one), ("c.jsonl", "{\"text\": 3}")], "c.jsonl:1: `text` is 3, expected a string"),
+            (
+                vec![("p.jsonl", one), ("c.jsonl", "{\"text\": 3}")],
+                "c.jsonl:1: `text` is 3, expected a string",
+            ),
         ] {
             let corpus = files.get(1).map(|(name, _)| *name);
             let error = read(&files, "p.jsonl", corpus).err().unwrap().to_string();

@@ -34,7 +34,8 @@ impl WorkDir {
         }
         world.barrier()?;
         if !rows.is_dir() {
-            let message = "does not exist on all nodes\nhint: give a folder that all nodes share with --work DIR";
+            let message =
+                "does not exist on all nodes\nhint: give a folder that all nodes share with --work DIR";
             return Err(Error::file(folder, message));
         }
         Ok(Self { folder: folder.to_owned(), embeddings, rows })

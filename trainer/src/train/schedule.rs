@@ -3,6 +3,15 @@
 use crate::config::ScheduleKind as Shape;
 
 /// A learning-rate schedule over a run.
+///
+/// ```
+/// use trainer::config::ScheduleKind;
+/// use trainer::train::schedule::LrSchedule;
+///
+/// let schedule = LrSchedule { shape: ScheduleKind::Linear, peak: 1.0, warmup: 2, total: 10 };
+/// let rates: Vec<f64> = (1..=4).map(|step| schedule.learning_rate(step)).collect();
+/// assert_eq!(rates, [0.0, 0.5, 1.0, 0.875]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LrSchedule {
     /// What follows the warmup.
