@@ -13,14 +13,15 @@ fn golden() -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// A folder with the golden's pairs and corpus, and an encoder that looks texts up.
-struct Place {
+/// A folder with the pairs and the corpus of the golden, and an encoder that looks up their embeddings.
+struct Fixture {
     folder: tempfile::TempDir,
     embeddings: HashMap<String, Vec<f32>>,
-    asked: RefCell<Vec<usize>>,
+    /// Number of texts of each call of the encoder.
+    encoded: RefCell<Vec<usize>>,
 }
 
-impl Place {
+impl Fixture {
     fn new(golden: &Value) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let pairs = golden["pairs"].as_array().unwrap().iter();
@@ -29,7 +30,7 @@ impl Place {
         let corpus: Vec<String> = serde_json::from_value(golden["corpus"].clone()).unwrap();
         fs::write(folder.path().join("corpus.txt"), corpus.join("\n")).unwrap();
         let embeddings = serde_json::from_value(golden["embeddings"].clone()).unwrap();
-        Self { folder, embeddings, asked: RefCell::default() }
+        Self { folder, embeddings, encoded: RefCell::default() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -58,13 +59,13 @@ impl Place {
 
     fn run(&self, mine: &Miner, corpus: bool) -> MiningStats {
         let encode = |texts: &[String], _| {
-            self.asked.borrow_mut().push(texts.len());
+            self.encoded.borrow_mut().push(texts.len());
             self.encode(texts)
         };
         mine.run(&self.inputs(corpus), "lookup", &World::solo(), encode).unwrap()
     }
 
-    /// [query, positive, negatives, scores] of the rows that were written.
+    /// [query, positive, negatives, scores] of the written rows.
     fn rows(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.path("out.jsonl")).unwrap();
         let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -92,7 +93,7 @@ fn filter(settings: &Value) -> Filter {
 #[test]
 fn negatives_are_those_of_sentence_transformers_for_every_parameter() {
     let golden = golden();
-    let world = Place::new(&golden);
+    let world = Fixture::new(&golden);
     let (mut random, mut fewer, mut included) = (0, 0, 0);
     for case in golden["cases"].as_array().unwrap() {
         let filter = filter(&case["settings"]);
@@ -102,7 +103,7 @@ fn negatives_are_those_of_sentence_transformers_for_every_parameter() {
         assert_eq!(rows.len() as u64, counts.rows);
         fewer += counts.rows_with_fewer + counts.pairs_without;
         if filter.include_positives {
-            // There they write only rows that have as many as were asked for.
+            // mine_hard_negatives then writes only rows with the requested number of negatives.
             rows.retain(|row| row[2].as_array().unwrap().len() == filter.negatives);
             included += rows.iter().filter(|row| row[2].as_array().unwrap().contains(&row[1])).count();
         }
@@ -128,29 +129,29 @@ fn negatives_are_those_of_sentence_transformers_for_every_parameter() {
             assert_eq!((&row[0], &row[1]), (&all[0], &all[1]));
             let (drawn, all) = (row[2].as_array().unwrap(), all[2].as_array().unwrap());
             assert_eq!(drawn.len(), filter.negatives.min(all.len()));
-            // In the order of their scores, each once.
+            // By descending score, without duplicates.
             let places: Vec<_> =
                 drawn.iter().map(|text| all.iter().position(|other| other == text)).collect();
             assert!(places.iter().all(Option::is_some) && places.is_sorted_by(|a, b| a < b), "{places:?}");
             random += usize::from(drawn[..] != all[..drawn.len()]);
         }
     }
-    assert!(random > 20, "few of the random choices differ from the best: {random}");
-    assert!(fewer > 50, "no limit leaves too few: {fewer}");
-    assert!(included > 20, "few of the positives are in their rankings: {included}");
-    assert_eq!(fs::read_dir(world.folder.path()).unwrap().count(), 3, "nothing stays but the output");
+    assert!(random > 20, "few random choices differ from the best: {random}");
+    assert!(fewer > 50, "few rows have too few negatives: {fewer}");
+    assert!(included > 20, "few positives are in their rankings: {included}");
+    assert_eq!(fs::read_dir(world.folder.path()).unwrap().count(), 3, "only the output remains");
 }
 
 #[test]
 fn every_candidate_is_counted_once() {
     let golden = golden();
-    let world = Place::new(&golden);
+    let world = Fixture::new(&golden);
     let settings = json!({"num_negatives": 4, "absolute_margin": 0.1, "relative_margin": 0.3, "max_score": 0.5,
                           "min_score": 0.3, "range_min": 2, "range_max": 8});
     let counts = world.run(&world.mine(filter(&settings)), true);
     let json = counts.json();
     let rows = world.rows();
-    // Each query's negatives, once.
+    // Number of negatives of each query, counted once.
     let mut taken: Vec<_> =
         rows.iter().map(|row| (row[0].to_string(), row[2].as_array().unwrap().len())).collect();
     taken.dedup();
@@ -174,18 +175,18 @@ fn every_candidate_is_counted_once() {
 }
 
 #[test]
-fn what_is_finished_is_not_done_again() {
+fn a_resumed_run_skips_what_is_finished() {
     let golden = golden();
-    let world = Place::new(&golden);
+    let world = Fixture::new(&golden);
     let mine = Miner { keep_embeddings: true, ..world.mine(filter(&json!({"range_min": 1}))) };
     let counts = world.run(&mine, true);
-    let (rows, asked) = (world.rows(), world.asked.take());
-    assert_eq!(asked.len(), 2);
-    // Other settings, the same embeddings; another corpus, others.
+    let (rows, encoded) = (world.rows(), world.encoded.take());
+    assert_eq!(encoded.len(), 2);
+    // Other settings use the same embeddings; another corpus does not.
     world.run(&Miner { filter: filter(&json!({"num_negatives": 1})), ..mine.clone() }, true);
-    assert!(world.asked.take().is_empty());
+    assert!(world.encoded.take().is_empty());
     world.run(&mine, false);
-    assert_eq!(world.asked.take().len(), 2);
+    assert_eq!(world.encoded.take().len(), 2);
 
     // A run that ended after its only block, before its rows were joined: another text in the block shows
     // that it is taken.
@@ -205,21 +206,21 @@ fn what_is_finished_is_not_done_again() {
     assert!(same(world.run(&mine, true)));
     assert_eq!(world.rows(), [json!([1, 2, 3, null])]);
     assert!(same(world.run(&mine, true)));
-    assert_eq!(world.rows(), rows, "finished rows are used once");
+    assert_eq!(world.rows(), rows, "finished rows are used only once");
 
-    // A missing part of the embeddings is made again.
+    // A missing shard of embeddings is computed again.
     fs::remove_file(work.shard("documents", 0)).unwrap();
-    world.asked.take();
+    world.encoded.take();
     assert!(same(world.run(&mine, true)));
-    assert_eq!(world.asked.take(), [inputs.documents.len()]);
+    assert_eq!(world.encoded.take(), [inputs.documents.len()]);
     assert_eq!(world.rows(), rows);
 }
 
 #[test]
-fn ranks_share_the_blocks_and_write_the_same() {
+fn several_ranks_write_the_same_rows_as_one() {
     let golden = golden();
-    let one = Place::new(&golden);
-    // Blocks of 256 queries: more texts, each with the embedding of another.
+    let one = Fixture::new(&golden);
+    // More queries than the 256 of a block, with shifted embeddings.
     let mut embeddings = one.embeddings.clone();
     let mut pairs = String::new();
     for copy in 0..30 {
@@ -232,7 +233,7 @@ fn ranks_share_the_blocks_and_write_the_same() {
             pairs.push_str(&format!("{}\n", json!({"query": query, "positive": positive})));
         }
     }
-    let one = Place { embeddings, ..one };
+    let one = Fixture { embeddings, ..one };
     fs::write(one.path("pairs.jsonl"), pairs).unwrap();
     let settings = filter(&json!({"relative_margin": 0.05, "num_negatives": 5}));
     let counts = one.run(&one.mine(settings.clone()), true);
@@ -265,7 +266,7 @@ fn ranks_share_the_blocks_and_write_the_same() {
 #[test]
 fn an_embedding_that_is_not_finite_is_named() {
     let golden = golden();
-    let world = Place::new(&golden);
+    let world = Fixture::new(&golden);
     let encode = |texts: &[String], _| {
         let rows = texts.iter().map(|text| if text == "d7" { f32::NAN } else { 1.0 }).collect();
         Ok(Tensor::from_vec(rows, (texts.len(), 1), &Device::Cpu)?)

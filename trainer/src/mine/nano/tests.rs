@@ -4,7 +4,7 @@ use candle_core::Device;
 
 use super::*;
 
-/// A folder with a BEIR set of these files.
+/// Writes a BEIR folder `set` with these files into a temporary folder.
 fn set(files: &[(&str, String)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for (name, text) in files {
@@ -18,7 +18,7 @@ fn set(files: &[(&str, String)]) -> tempfile::TempDir {
 const WORDS: [&str; 12] =
     ["iron", "tin", "zinc", "gold", "mars", "venus", "river", "sea", "lake", "song", "opera", "choir"];
 
-/// 300 documents of words, 30 queries, of which 24 have one to three answers.
+/// 300 documents of a few words, and 30 queries, of which 24 have one to three relevant documents.
 fn words() -> Vec<(&'static str, String)> {
     let word = |i: usize| WORDS[(i * i + i / 7) % 12];
     let text = |i: usize| (0..4 + i % 5).map(|k| word(i * 3 + k * 5)).collect::<Vec<_>>().join(" ");
@@ -56,7 +56,7 @@ fn lines(folder: &tempfile::TempDir, name: &str) -> Vec<String> {
     fs::read_to_string(folder.path().join(name)).unwrap().lines().map(str::to_owned).collect()
 }
 
-/// The part of a text that stands for its meaning: how often each word comes.
+/// Embeds a text as the counts of its words.
 fn embed(texts: &[String], _: Role) -> Result<Tensor> {
     let count = |text: &String, word: &str| text.split([' ', '?']).filter(|other| *other == word).count();
     let rows: Vec<f32> =
@@ -65,7 +65,7 @@ fn embed(texts: &[String], _: Role) -> Result<Tensor> {
 }
 
 #[test]
-fn a_small_set_has_the_answers_and_what_is_hard_to_tell_from_them() {
+fn a_nano_set_has_the_relevant_documents_and_the_best_ranked_others() {
     let folder = set(&words());
     let whole = nano(&folder, "small");
     let counts = whole.sample().unwrap().write(Some(&mut embed)).unwrap();
@@ -75,14 +75,14 @@ fn a_small_set_has_the_answers_and_what_is_hard_to_tell_from_them() {
     assert!(counts.documents <= counts.positives + 60 && counts.bm25 + counts.dense == 60, "{counts:?}");
     assert!(counts.bm25 >= 30 && counts.dense >= 10, "{counts:?}");
 
-    // Rows are those of the large set, byte for byte and in its order.
+    // Rows are copied byte for byte, in their order.
     for (small, name) in [(&corpus, "set/corpus.jsonl"), (&queries, "set/queries.jsonl")] {
         let large = lines(&folder, name);
         let places: Vec<_> =
             small.iter().map(|row| large.iter().position(|other| other == row).unwrap()).collect();
         assert!(places.is_sorted_by(|a, b| a < b), "{name}");
     }
-    // Every answer of every drawn query, and of no other, with its score.
+    // The qrels are those of the drawn queries.
     let id = |row: &String| serde_json::from_str::<Value>(row).unwrap()["_id"].as_str().unwrap().to_owned();
     let drawn: Vec<String> = queries.iter().map(id).collect();
     let mut expected: Vec<String> = lines(&folder, "set/qrels/test.tsv")
@@ -100,10 +100,10 @@ fn a_small_set_has_the_answers_and_what_is_hard_to_tell_from_them() {
     let blank = |id: &&String| id.ends_with("49") || id.ends_with("99");
     assert!(
         present.iter().filter(blank).all(|id| answers.contains(id.as_str())),
-        "a blank document is no answer to mistake for another"
+        "blank documents are added only if they are relevant"
     );
 
-    // What `evaluate` opens.
+    // `trainer evaluate` opens it.
     let set = crate::config::EvaluationSet {
         path: whole.output.clone(),
         kind: Some(crate::config::EvaluationKind::Retrieval),
@@ -113,7 +113,7 @@ fn a_small_set_has_the_answers_and_what_is_hard_to_tell_from_them() {
 }
 
 #[test]
-fn the_seed_decides_which_queries() {
+fn the_seed_decides_which_queries_are_drawn() {
     let folder = set(&words());
     let drawn = |seed, name: &str| {
         let nano = NanoBuilder { seed, ..nano(&folder, name) };
@@ -124,7 +124,7 @@ fn the_seed_decides_which_queries() {
     let one = drawn(1, "a");
     assert_eq!(one, drawn(1, "b"));
     assert!(one[1] != drawn(2, "c")[1]);
-    // More than there are: all that have answers.
+    // More queries than have a relevant document.
     let all = NanoBuilder { queries: 99, negatives: 0, ..nano(&folder, "all") };
     let counts = all.sample().unwrap().write(None).unwrap();
     assert_eq!((counts.queries, counts.documents, counts.bm25), (24, counts.positives, 0));
@@ -140,7 +140,7 @@ fn rankings_are_interleaved() {
 }
 
 #[test]
-fn what_is_wrong_is_said_and_nothing_is_written() {
+fn errors_name_file_and_line_and_nothing_is_written() {
     let put = |name: &str, text: &str| {
         let mut files: Vec<(&str, String)> = words();
         files.retain(|(other, _)| *other != name);
