@@ -1,4 +1,4 @@
-//! The whole way from rows to metrics, against sentence-transformers on the same tiny model.
+//! Evaluation from rows to metrics, against sentence-transformers on the same tiny model; validation loss.
 
 use std::fs;
 use std::path::Path;
@@ -47,7 +47,8 @@ fn embeddings_come_in_the_order_of_the_texts_whatever_the_chunks() {
     }
 }
 
-/// A run without updates, in batches of 16 of the 40 golden rows, that computes the validation loss on the same rows.
+/// A run without updates, in batches of 16 of the 40 golden rows, that computes the validation loss on the
+/// same rows.
 fn without_updates(folder: &Path, name: &str, changes: impl Fn(&mut Value)) -> Vec<Value> {
     let place = folder.join(name);
     fs::create_dir(&place).unwrap();

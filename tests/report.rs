@@ -1,4 +1,4 @@
-//! The page that a run leaves behind, in a browser; and two models side by side.
+//! The report of a run, in a browser; the comparison of two models.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ fn run(place: &Path, name: &str, rate: f64) -> PathBuf {
     let model = golden("bert");
     let rows = place.join("rows.jsonl");
     let text = fs::read_to_string(model.join("rows.jsonl")).unwrap();
-    // The first query would end the script that holds it, if nothing was done about it.
+    // Without escaping, the first query would end the script element that holds it.
     let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     lines[0]["query"] = json!(format!("{HOSTILE} {}", lines[0]["query"].as_str().unwrap()));
     let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
@@ -22,7 +22,7 @@ fn run(place: &Path, name: &str, rate: f64) -> PathBuf {
     let mut config = tests::config(&model, &rows, &folder.join("out"));
     config["name"] = json!(format!("{name} {HOSTILE}"));
     let set = |name: &str, from: u64| json!({"name": name, "path": rows, "samples": from});
-    // Rows that stand in both sets meet in a batch.
+    // Rows that are in both sets meet in a batch.
     config["data"] =
         json!({"train": [set("one", 30), set("two", 20)], "negatives": 1, "no_duplicates": false});
     config["loss"]["mask_known_positives"] = json!(true);
@@ -42,7 +42,7 @@ fn run(place: &Path, name: &str, rate: f64) -> PathBuf {
 
 const HOSTILE: &str = "</script><script>document.title='taken'</script><b>&amp;";
 
-/// A browser that shows pages without a screen, if there is one.
+/// A browser that can run headless, if one is installed.
 fn browser() -> Option<String> {
     let names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
     let own = std::env::var("LODESTONE_BROWSER").ok();
@@ -52,7 +52,7 @@ fn browser() -> Option<String> {
         .find(|name| Command::new(name).arg("--version").output().is_ok_and(|out| out.status.success()))
 }
 
-/// What a page has become once its scripts have run, and what they said on the console.
+/// The DOM of a page after its scripts have run, and the messages on the console.
 fn opened(browser: &str, page: &Path, profile: &Path, options: &[&str]) -> (String, String) {
     let output = Command::new(browser)
         .args([
@@ -74,7 +74,8 @@ fn opened(browser: &str, page: &Path, profile: &Path, options: &[&str]) -> (Stri
     (String::from_utf8(output.stdout).unwrap(), console.join("\n"))
 }
 
-/// A page in a frame `width` wide, light or dark: how wide what it shows is, and its background and ink.
+/// A page in a frame `width` pixels wide, light or dark: the width of its content, its background and its
+/// text colour.
 fn seen(browser: &str, page: &Path, profile: &Path, width: u32, dark: bool) -> (u32, [String; 2]) {
     let outside = page.with_file_name("frame.html");
     let script = "setTimeout(() => {\
@@ -102,7 +103,7 @@ fn seen(browser: &str, page: &Path, profile: &Path, width: u32, dark: bool) -> (
 }
 
 #[test]
-fn a_run_tells_what_it_did_and_a_browser_shows_it() {
+fn a_browser_shows_the_report_of_a_run() {
     let place = tempfile::tempdir().unwrap();
     let first = run(place.path(), "first", 1e-3);
     let page = first.join("report.html");
@@ -174,7 +175,7 @@ fn a_run_tells_what_it_did_and_a_browser_shows_it() {
     assert!(paint[0] == paint[3] && paint[1] == paint[2], "{paint:?}");
     assert!(paint[0][0] != paint[1][0] && paint[0][1] != paint[1][1], "dark is as light: {paint:?}");
 
-    // Two runs in one page; a line that was cut off and numbers that are none do not matter.
+    // Two runs in one page, of which one has a truncated last line and a loss that is null.
     let second = run(place.path(), "second", 1e-2);
     let lines = fs::read_to_string(second.join("metrics.jsonl")).unwrap();
     let mut lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -235,7 +236,7 @@ fn a_run_that_got_worse_says_so() {
 }
 
 #[test]
-fn what_is_no_run_has_no_report() {
+fn a_folder_without_a_run_has_no_report() {
     let place = tempfile::tempdir().unwrap();
     let report = || program("trainer").arg("report").arg(place.path()).output().unwrap();
     for (text, expected) in [

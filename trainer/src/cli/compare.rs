@@ -100,10 +100,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_told_before_anything_is_measured() {
+    fn a_missing_model_is_an_error_before_anything_is_evaluated() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
         let place = tempfile::tempdir().unwrap();
-        // A model that measuring would refuse: it has no weights.
+        // A model that is refused when it is evaluated, because it has no weights.
         let base = place.path().join("base");
         fs::create_dir(&base).unwrap();
         for name in ["config.json", "tokenizer.json"] {
@@ -124,23 +124,23 @@ mod tests {
         assert!(taken.contains("rows.jsonl: cannot create"), "{taken}");
         assert!(refused(golden, &output).contains("has no model.safetensors"));
         assert!(output.is_dir());
-        // Drawn weights are the base's alone.
+        // Random weights are for the base alone.
         compare(golden, &output, &["--random-weights"]).unwrap();
         let tuned = compare(base.to_str().unwrap(), &output, &["--random-weights"]);
         assert!(tuned.unwrap_err().to_string().contains("has no model.safetensors"));
     }
 
     #[test]
-    fn models_that_read_unlike_parts_of_a_text_are_told_of() {
+    fn models_that_truncate_texts_at_different_lengths_are_warned_about() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
         let base = Folder::open(&golden).unwrap();
         let tuned = Folder { max_length: Some(7), ..Folder::open(&golden).unwrap() };
-        let told = |flags: &[&str], tuned: &Folder| {
+        let warning = |flags: &[&str], tuned: &Folder| {
             let line = ["compare", "--base", "a", "--tuned", "b", "--set", "c"];
             Line::parse_from(line.iter().chain(flags)).args.sets.encoding.lengths_differ(&base, tuned)
         };
-        assert!(told(&[], &tuned).unwrap().contains("the tuned model 7 tokens: --max-length"));
-        assert_eq!(told(&["--max-length", "7"], &tuned), None);
-        assert_eq!(told(&[], &base), None);
+        assert!(warning(&[], &tuned).unwrap().contains("the tuned model 7 tokens: --max-length"));
+        assert_eq!(warning(&["--max-length", "7"], &tuned), None);
+        assert_eq!(warning(&[], &base), None);
     }
 }

@@ -35,7 +35,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         fs::create_dir_all(output).map_err(Error::io("create", output))?;
     }
 
-    let mut of_sets = Vec::new();
+    let mut set_scores = Vec::new();
     for set in &sets {
         let scores = set.evaluate(&embedder)?.scores;
         let primary = set.primary_metric();
@@ -43,13 +43,13 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         if let Some(output) = output {
             set.append_csv(output, &scores)?;
         }
-        of_sets.push(scores);
+        set_scores.push(scores);
     }
-    let means = nano::mean_scores(sets.iter().zip(&of_sets));
+    let means = nano::mean_scores(sets.iter().zip(&set_scores));
     if let Some(output) = output.filter(|_| !means.is_empty()) {
         nano::append_csv(output, &means)?;
     }
-    let all: Scores = of_sets.into_iter().chain([means]).flatten().collect();
+    let all: Scores = set_scores.into_iter().chain([means]).flatten().collect();
     let json = serde_json::to_string_pretty(&all).map_err(|error| Error::Usage(error.to_string()))?;
     if let Some(output) = output {
         let path = output.join("results.json");

@@ -37,7 +37,7 @@ impl Bootstrap {
         mut done: impl FnMut(u64),
     ) -> Vec<Vec<f64>> {
         let count = base.count();
-        let draw = |counts: &mut Vec<u32>, number: usize| {
+        let resample = |counts: &mut Vec<u32>, number: usize| {
             let mut random = ChaCha8Rng::seed_from_u64(self.seed);
             random.set_stream((set as u64) << 32 | number as u64);
             counts.clear();
@@ -51,8 +51,9 @@ impl Bootstrap {
         let mut metrics = vec![Vec::with_capacity(self.resamples); base.names().len()];
         for start in (0..self.resamples).step_by(PORTION) {
             let end = self.resamples.min(start + PORTION);
-            let drawn: Vec<Vec<f64>> = (start..end).into_par_iter().map_init(Vec::new, draw).collect();
-            for differences in drawn {
+            let portion: Vec<Vec<f64>> =
+                (start..end).into_par_iter().map_init(Vec::new, resample).collect();
+            for differences in portion {
                 metrics.iter_mut().zip(differences).for_each(|(metric, difference)| metric.push(difference));
             }
             done((end - start) as u64);
@@ -69,9 +70,9 @@ pub fn confidence_interval(differences: &[f64]) -> (f64, f64) {
     sorted.sort_by(f64::total_cmp);
     let quantile = |fraction: f64| {
         let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
-        let place = fraction * last as f64;
-        let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
-        low + (high - low) * place.fract()
+        let index = fraction * last as f64;
+        let (low, high) = (sorted[index.floor() as usize], sorted[index.ceil() as usize]);
+        low + (high - low) * index.fract()
     };
     let tail = (1.0 - CONFIDENCE) / 2.0;
     (quantile(tail), quantile(1.0 - tail))
@@ -93,7 +94,7 @@ mod tests {
 
     #[test]
     fn queries_are_paired() {
-        // Each query gains 0.1, however different the queries are: there is nothing to be unsure of.
+        // Each query gains 0.1, so that the difference is the same in every resample.
         let base: Vec<f64> = (0..50).map(|i| f64::from(i % 9) / 10.0).collect();
         let tuned: Vec<f64> = base.iter().map(|score| score + 0.1).collect();
         let (low, high) = confidence_interval(&differences(&base, &tuned));
@@ -106,7 +107,7 @@ mod tests {
         let tuned: Vec<f64> = (0..3000).map(|i| f64::from(i % 3) - 1.0).collect();
         let (low, high) = confidence_interval(&differences(&[0.0; 3000], &tuned));
         let expected = 1.959_964 * (2.0 / 3.0 / 3000.0_f64).sqrt();
-        // The quantile of 10,000 draws has a standard error of 2.7 % of a standard deviation here.
+        // The quantile of 10,000 resamples has a standard error of 2.7 % of a standard deviation here.
         assert!(
             (high - expected).abs() < 0.06 * expected && (low + expected).abs() < 0.06 * expected,
             "{low} {high}"
@@ -114,22 +115,22 @@ mod tests {
     }
 
     #[test]
-    fn draws_follow_from_the_seed_and_the_set() {
+    fn resamples_follow_from_the_seed_and_the_set() {
         let (base, tuned) = (means(vec![0.0; 9]), means((0..9).map(f64::from).collect()));
         let of = |bootstrap: Bootstrap, set| bootstrap.differences(set, &base, &tuned, |_| {});
         let few = Bootstrap { resamples: 700, seed: 7 };
         assert_eq!(of(few, 0), of(few, 0));
         assert_ne!(of(few, 0), of(few, 1));
         assert_ne!(of(few, 0), of(Bootstrap { seed: 8, ..few }, 0));
-        // More draws begin with the same ones, and all are told of.
-        let mut told = 0;
-        let more = Bootstrap { resamples: 1100, ..few }.differences(0, &base, &tuned, |done| told += done);
+        // More resamples begin with the same ones, and all are reported.
+        let mut reported = 0;
+        let more = Bootstrap { resamples: 1100, ..few }.differences(0, &base, &tuned, |done| reported += done);
         assert_eq!(more[0][..700], of(few, 0)[0]);
-        assert_eq!((more[0].len(), told), (1100, 1100));
+        assert_eq!((more[0].len(), reported), (1100, 1100));
     }
 
     #[test]
-    fn the_ends_are_quantiles_and_what_is_not_defined_is_left_out() {
+    fn the_ends_are_quantiles_and_undefined_differences_do_not_count() {
         let mut values: Vec<f64> = (0..=1000).rev().map(f64::from).collect();
         values.push(f64::NAN);
         let (low, high) = confidence_interval(&values);

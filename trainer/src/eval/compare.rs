@@ -48,17 +48,17 @@ impl Comparison {
         let mut progress = Progress::new("resamples", (bootstrap.resamples * sets.len()) as u64, 0);
         let mut comparisons = Vec::new();
         // The sum over the Nano sets of the differences in each resample.
-        let mut together: Vec<Vec<f64>> = Vec::new();
+        let mut nano_sums: Vec<Vec<f64>> = Vec::new();
         for (number, ((set, base), tuned)) in sets.iter().zip(base).zip(tuned).enumerate() {
-            let drawn =
+            let differences =
                 bootstrap.differences(number, &base.items, &tuned.items, |done| progress.advance(done));
             if nano::is_nano(set) {
-                match together.is_empty() {
-                    true => together.clone_from(&drawn),
-                    false => together
+                match nano_sums.is_empty() {
+                    true => nano_sums.clone_from(&differences),
+                    false => nano_sums
                         .iter_mut()
                         .flatten()
-                        .zip(drawn.iter().flatten())
+                        .zip(differences.iter().flatten())
                         .for_each(|(sum, difference)| *sum += difference),
                 }
             }
@@ -66,7 +66,7 @@ impl Comparison {
                 title: format!("{}, {} {}", set.name(), base.items.count(), set.item_noun()),
                 name: set.name().to_owned(),
                 count: base.items.count(),
-                lines: lines(&base.scores, &tuned.scores, &drawn),
+                lines: lines(&base.scores, &tuned.scores, &differences),
             });
         }
         let mean =
@@ -74,9 +74,9 @@ impl Comparison {
         let (base, tuned) = (mean(base), mean(tuned));
         if !base.is_empty() {
             let count = sets.iter().filter(|set| nano::is_nano(set)).count();
-            together.iter_mut().flatten().for_each(|sum| *sum /= count as f64);
+            nano_sums.iter_mut().flatten().for_each(|sum| *sum /= count as f64);
             let name = nano::MEAN_PREFIX.to_owned();
-            let lines = lines(&base, &tuned, &together);
+            let lines = lines(&base, &tuned, &nano_sums);
             comparisons.push(SetComparison { title: format!("{name}, {count} sets"), name, count, lines });
         }
         Self { sets: comparisons }
@@ -111,13 +111,13 @@ impl Comparison {
     }
 }
 
-fn lines(base: &Scores, tuned: &Scores, drawn: &[Vec<f64>]) -> Vec<(String, MetricDelta)> {
-    let line = |((name, base), differences): ((&str, f64), &Vec<f64>)| {
+fn lines(base: &Scores, tuned: &Scores, differences: &[Vec<f64>]) -> Vec<(String, MetricDelta)> {
+    let line = |((name, base), of_metric): ((&str, f64), &Vec<f64>)| {
         let tuned = tuned.get(name).unwrap_or(f64::NAN);
-        let (low, high) = eval::confidence_interval(differences);
+        let (low, high) = eval::confidence_interval(of_metric);
         (name.to_owned(), MetricDelta { base, tuned, delta: tuned - base, low, high })
     };
-    base.iter().zip(drawn).map(line).collect()
+    base.iter().zip(differences).map(line).collect()
 }
 
 /// Writes a table for each set.

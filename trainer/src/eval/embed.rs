@@ -169,7 +169,7 @@ impl Embedder<'_> {
             Role::Document => (self.document_prompt, self.max_document_length),
             Role::Text => (self.text_prompt, self.max_document_length),
         };
-        let (unique, places) = unique_texts(texts);
+        let (unique, indices) = unique_texts(texts);
         let include_prompt = self.model.folder().include_prompt;
         // The ranks balance the tokenising by bytes, then whole chunks by tokens. So a text is in the same
         // chunk, and has the same bits, for any number of ranks.
@@ -207,11 +207,11 @@ impl Embedder<'_> {
                 embeddings[index * width..][..width].copy_from_slice(row);
             }
         }
-        if unique.len() < places.len() {
-            let row = |place: &usize| &embeddings[place * width..][..width];
-            embeddings = places.iter().flat_map(row).copied().collect();
+        if unique.len() < indices.len() {
+            let row = |index: &usize| &embeddings[index * width..][..width];
+            embeddings = indices.iter().flat_map(row).copied().collect();
         }
-        Ok(Tensor::from_vec(embeddings, (places.len(), width), &Device::Cpu)?)
+        Ok(Tensor::from_vec(embeddings, (indices.len(), width), &Device::Cpu)?)
     }
 }
 
@@ -219,14 +219,14 @@ impl Embedder<'_> {
 fn unique_texts<T: AsRef<str>>(texts: &[T]) -> (Vec<&str>, Vec<usize>) {
     let mut known = HashMap::with_capacity(texts.len());
     let mut unique = Vec::new();
-    let places = texts.iter().map(T::as_ref).map(|text| {
+    let indices = texts.iter().map(T::as_ref).map(|text| {
         *known.entry(text).or_insert_with(|| {
             unique.push(text);
             unique.len() - 1
         })
     });
-    let places = places.collect();
-    (unique, places)
+    let indices = indices.collect();
+    (unique, indices)
 }
 
 /// Moves a sequence out of a list and leaves an empty one.
@@ -240,9 +240,9 @@ mod tests {
 
     #[test]
     fn equal_texts_are_one() {
-        let (unique, places) = unique_texts(&["b", "a", "b", "", "a"]);
+        let (unique, indices) = unique_texts(&["b", "a", "b", "", "a"]);
         assert_eq!(unique, ["b", "a", ""]);
-        assert_eq!(places, [0, 1, 0, 2, 1]);
+        assert_eq!(indices, [0, 1, 0, 2, 1]);
         assert_eq!(unique_texts::<&str>(&[]), (vec![], vec![]));
     }
 }

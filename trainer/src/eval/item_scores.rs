@@ -43,9 +43,9 @@ impl ItemScores {
     }
 
     /// Pearson's and Spearman's correlation of two columns (items).
-    pub(super) fn correlations(names: [String; 2], expected: Vec<f64>, found: Vec<f64>) -> Self {
-        let count = found.len();
-        let values = Aggregate::Correlation([SortedValues::new(expected), SortedValues::new(found)]);
+    pub(super) fn correlations(names: [String; 2], expected: Vec<f64>, computed: Vec<f64>) -> Self {
+        let count = computed.len();
+        let values = Aggregate::Correlation([SortedValues::new(expected), SortedValues::new(computed)]);
         Self { names: names.into(), count, values }
     }
 

@@ -79,7 +79,7 @@ impl Task for LossRows {
         let losses = Losses::new(&self.loss, embedder.model.normalize());
         let count = self.rows.rows();
         let mut walk = self.rows.walk(&Cursor::default())?;
-        let mut of_rows: Vec<f32> = Vec::with_capacity(count as usize);
+        let mut row_losses: Vec<f32> = Vec::with_capacity(count as usize);
         let mut shown = Vec::new();
         let mut next_shown = examples::spread(count as usize).peekable();
         let mut progress = embedder.progress("rows", count as usize);
@@ -95,17 +95,17 @@ impl Task for LossRows {
             let rows = batch.examples.len();
             let mut partial = builder.draft(batch, embedder.world.part())?;
             let sequences = embedder.world.sequences(partial.take(), partial.share())?;
-            of_rows.extend(row_losses(embedder, &losses, &partial.finish(sequences))?);
+            row_losses.extend(batch_losses(embedder, &losses, &partial.finish(sequences))?);
             heartbeat::beat();
             if let Some(progress) = &mut progress {
                 progress.advance(rows as u64);
             }
         }
         let items =
-            ItemScores::means((KIND.metric_names)(), of_rows.iter().map(|&loss| f64::from(loss)).collect());
+            ItemScores::means((KIND.metric_names)(), row_losses.iter().map(|&loss| f64::from(loss)).collect());
         let items_shown = shown
             .into_iter()
-            .map(|(number, example)| Example { value: f64::from(of_rows[number]), ..example })
+            .map(|(number, example)| Example { value: f64::from(row_losses[number]), ..example })
             .collect();
         let examples = Examples { measure: "loss".to_owned(), lower_is_better: true, items: items_shown };
         Ok(EvalOutput::new(items, examples))
@@ -113,15 +113,15 @@ impl Task for LossRows {
 }
 
 /// The loss of each row of a batch (B), on every rank.
-fn row_losses(embedder: &Embedder, losses: &Losses, batch: &Batch) -> Result<Vec<f32>> {
+fn batch_losses(embedder: &Embedder, losses: &Losses, batch: &Batch) -> Result<Vec<f32>> {
     let world = &embedder.world;
     let share = world.share(&batch.sequences);
     let local: Vec<_> =
         share.of(world.rank()).iter().map(|&sequence| batch.sequences[sequence].clone()).collect();
     let embeddings = embedder.model.embed(&local, embedder.chunk_tokens)?; // (N of this rank, D)
     let embeddings = world.gather(embeddings, &share)?; // (N, D)
-    let (of_rows, _) = losses.evaluate(&embeddings, &batch.tables, world.rows(batch.rows.len()))?;
-    Ok(world.collect(of_rows)?.to_vec1()?)
+    let (local, _) = losses.evaluate(&embeddings, &batch.tables, world.rows(batch.rows.len()))?;
+    Ok(world.collect(local)?.to_vec1()?)
 }
 
 /// A row as an example that has no value yet.

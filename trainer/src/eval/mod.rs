@@ -37,9 +37,9 @@ use crate::{Error, Result, hub};
 
 /// What is known about a kind of evaluation without any set of it.
 pub(crate) struct EvalSpec {
-    /// The plural of what is counted in a set: `queries`.
+    /// What the items of a set are: `queries`.
     items: &'static str,
-    /// The metric that stands for the others, without a set's name.
+    /// The metric to look at first, without a set's name: `cosine_ndcg@10`.
     pub(crate) primary_metric: &'static str,
     /// The names of all metrics without a set's name, in their order.
     metric_names: fn() -> Vec<String>,
@@ -163,7 +163,7 @@ impl EvalSet {
         (EvalSpec::of(self.kind).metric_names)().into_iter().map(|metric| self.metric_name(&metric))
     }
 
-    /// The metric that stands for the others.
+    /// The metric to look at first: `scifact_cosine_ndcg@10`.
     pub fn primary_metric(&self) -> String {
         self.metric_name(EvalSpec::of(self.kind).primary_metric)
     }
@@ -172,7 +172,7 @@ impl EvalSet {
         format!("{}_{metric}", self.name)
     }
 
-    /// The plural of what is counted in it: `queries`.
+    /// What its items are: `queries`.
     pub fn item_noun(&self) -> &'static str {
         EvalSpec::of(self.kind).items
     }
@@ -202,7 +202,7 @@ fn kind_of(path: &Path) -> Result<EvaluationKind> {
             "has labelled rows (a text and a label), for which there is no metric\n\
              hint: `kind: loss` computes the training loss on them",
         )),
-        // Retrieval says what is wrong with columns that are ambiguous.
+        // If the columns are ambiguous, reading them as pairs gives an error that says so.
         Ok(RowKind::Pairs | RowKind::Triplets) | Err(_) => Ok(EvaluationKind::Retrieval),
     }
 }
@@ -215,7 +215,7 @@ fn expect_file(path: &Path, kind: EvaluationKind) -> Result<()> {
     Ok(())
 }
 
-/// Adds a row to a CSV file. `columns` are its headings, each with the metric of the set `name` that stands
+/// Adds a row to a CSV file. `columns` are its headings, each with the metric of the set `name`
 /// below it.
 fn append_csv_row(path: &Path, name: &str, columns: &[(String, String)], scores: &Scores) -> Result<()> {
     let mut text = String::new();

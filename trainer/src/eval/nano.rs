@@ -70,7 +70,7 @@ mod tests {
         EvalSet { name: name.to_owned(), kind, task: Box::new(task) }
     }
 
-    /// The golden collections of retrieval, and what is found in them.
+    /// The golden retrieval sets and their scores.
     fn measured() -> Vec<(EvalSet, Scores)> {
         let golden = golden::read();
         let names: Vec<String> = serde_json::from_value(golden["nano"]["sets"].clone()).unwrap();

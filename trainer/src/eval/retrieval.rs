@@ -160,14 +160,14 @@ impl Task for Retrieval {
 /// The ranks from 1 of the relevant documents among a query's hits.
 fn ranks(list: &[Hit], relevant: &[u32]) -> Vec<usize> {
     let hits = list.iter().enumerate().filter(|(_, hit)| relevant.binary_search(&hit.document).is_ok());
-    hits.map(|(place, _)| place + 1).collect()
+    hits.map(|(index, _)| index + 1).collect()
 }
 
 /// A query's metrics in the order of their names, from the ranks of its relevant hits and its number of
 /// relevant documents.
 fn metrics(ranks: &[usize], relevant: usize) -> Vec<f64> {
     let hits = |k: usize| ranks.iter().filter(|&&rank| rank <= k).count() as f64;
-    let precisions = ranks.iter().enumerate().map(|(place, &rank)| (place + 1) as f64 / rank as f64);
+    let precisions = ranks.iter().enumerate().map(|(index, &rank)| (index + 1) as f64 / rank as f64);
     let mut metrics = Vec::new();
     metrics.extend(ACCURACY_AT.map(|k| hits(k).min(1.0)));
     metrics.extend(PRECISION_RECALL_AT.map(|k| hits(k) / k as f64));
@@ -181,8 +181,8 @@ fn metrics(ranks: &[usize], relevant: usize) -> Vec<f64> {
 
 fn ndcg(ranks: &[usize], relevant: usize) -> f64 {
     let gain = |rank: usize| 1.0 / ((rank + 1) as f64).log2();
-    let found: f64 = ranks.iter().filter(|&&rank| rank <= NDCG_AT).map(|&rank| gain(rank)).sum();
-    (found + 0.0) / (1..=NDCG_AT.min(relevant)).map(gain).sum::<f64>()
+    let dcg: f64 = ranks.iter().filter(|&&rank| rank <= NDCG_AT).map(|&rank| gain(rank)).sum();
+    (dcg + 0.0) / (1..=NDCG_AT.min(relevant)).map(gain).sum::<f64>()
 }
 
 /// The names of the metrics, in the order in which sentence-transformers returns them.

@@ -20,7 +20,7 @@ pub struct EvaluationSamples {
     pub sets: Vec<(String, Examples)>,
 }
 
-/// The file, and what is in it.
+/// OUTPUT/samples.json, to which a run adds its evaluations.
 #[derive(Debug)]
 pub struct SamplesFile {
     path: PathBuf,

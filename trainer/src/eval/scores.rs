@@ -13,7 +13,7 @@ pub fn is_better(metric: &str, value: f64, other: f64) -> bool {
     if lower_is_better(metric) { value < other } else { value > other }
 }
 
-/// Metrics by name, in the order in which they are shown.
+/// Metrics by name, in a fixed order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scores(Vec<(String, f64)>);
 
@@ -23,12 +23,12 @@ impl Scores {
         self.iter().find(|(other, _)| *other == name).map(|(_, score)| score)
     }
 
-    /// Whether there are none.
+    /// Whether there is no metric.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// All of them in order.
+    /// The metrics in their order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, f64)> {
         self.0.iter().map(|(name, score)| (name.as_str(), *score))
     }
@@ -55,7 +55,7 @@ impl IntoIterator for Scores {
     }
 }
 
-/// One JSON object; what is no number becomes null.
+/// Serializes as one JSON object in order. NaN becomes null.
 impl Serialize for Scores {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(self.0.len()))?;
