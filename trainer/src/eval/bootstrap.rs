@@ -51,8 +51,7 @@ impl Bootstrap {
         let mut metrics = vec![Vec::with_capacity(self.resamples); base.names().len()];
         for start in (0..self.resamples).step_by(PORTION) {
             let end = self.resamples.min(start + PORTION);
-            let portion: Vec<Vec<f64>> =
-                (start..end).into_par_iter().map_init(Vec::new, resample).collect();
+            let portion: Vec<Vec<f64>> = (start..end).into_par_iter().map_init(Vec::new, resample).collect();
             for differences in portion {
                 metrics.iter_mut().zip(differences).for_each(|(metric, difference)| metric.push(difference));
             }
@@ -124,7 +123,8 @@ mod tests {
         assert_ne!(of(few, 0), of(Bootstrap { seed: 8, ..few }, 0));
         // More resamples begin with the same ones, and all are reported.
         let mut reported = 0;
-        let more = Bootstrap { resamples: 1100, ..few }.differences(0, &base, &tuned, |done| reported += done);
+        let more =
+            Bootstrap { resamples: 1100, ..few }.differences(0, &base, &tuned, |done| reported += done);
         assert_eq!(more[0][..700], of(few, 0)[0]);
         assert_eq!((more[0].len(), reported), (1100, 1100));
     }

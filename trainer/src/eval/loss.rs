@@ -101,8 +101,10 @@ impl Task for LossRows {
                 progress.advance(rows as u64);
             }
         }
-        let items =
-            ItemScores::means((KIND.metric_names)(), row_losses.iter().map(|&loss| f64::from(loss)).collect());
+        let items = ItemScores::means(
+            (KIND.metric_names)(),
+            row_losses.iter().map(|&loss| f64::from(loss)).collect(),
+        );
         let items_shown = shown
             .into_iter()
             .map(|(number, example)| Example { value: f64::from(row_losses[number]), ..example })
