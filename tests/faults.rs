@@ -1,4 +1,5 @@
-//! Bad input ends in one clear message and exit status 2 before anything is started; what goes wrong later loses nothing.
+//! Bad input gives one clear message and exit status 2 before anything is started. A later failure gives
+//! status 1 and loses nothing.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use tests::{golden, model_folder, program, stderr, tensors, write_config};
 
-/// A folder with a model, rows and a configuration that would train.
+/// A folder with a model, rows and a valid configuration.
 struct Case {
     place: tempfile::TempDir,
     model: tempfile::TempDir,
@@ -44,7 +45,7 @@ impl Case {
         program("trainer").arg("train").arg(config).output().unwrap()
     }
 
-    /// Refused with all of `words` in the message, and no run begun.
+    /// Checks that training is refused with status 2, all of `words` in the message, and no run started.
     #[track_caller]
     fn refused(&self, words: &[&str]) {
         let output = self.train();
@@ -59,7 +60,7 @@ impl Case {
 }
 
 #[test]
-fn keys_and_values_of_the_configuration() {
+fn wrong_keys_and_values_of_the_configuration_are_refused() {
     let case = Case::new().set("training.leraning_rate", json!(1));
     case.refused(&["config.yaml:1", "training.leraning_rate", "learning_rate"]);
     Case::new().set("training.batch_size", json!("many")).refused(&["training.batch_size", "many"]);
@@ -83,10 +84,16 @@ fn keys_and_values_of_the_configuration() {
         "two sets are called `rows`",
         "`name`",
     ]);
-    // Each row's own document alone: the loss would be 0 whatever the model does.
+    // With only its own document as a candidate, the loss of a row would always be 0.
     let pairs = "{\"query\": \"a\", \"positive\": \"b\"}\n".repeat(8);
-    let lonely = Case::new().rows("pairs.jsonl", pairs).set("loss.in_batch_negatives", json!(false));
-    lonely.refused(&["loss.in_batch_negatives", "pairs has no negatives", "always be 0", "trainer mine"]);
+    let without_negatives =
+        Case::new().rows("pairs.jsonl", pairs).set("loss.in_batch_negatives", json!(false));
+    without_negatives.refused(&[
+        "loss.in_batch_negatives",
+        "pairs has no negatives",
+        "always be 0",
+        "trainer mine",
+    ]);
     let none = Case::new().set("loss.in_batch_negatives", json!(false)).set("data.negatives", json!(0));
     none.refused(&["loss.in_batch_negatives", "rows has no negatives"]);
     let output = program("trainer").args(["train", "/no/such/config.yaml"]).output().unwrap();
@@ -115,7 +122,7 @@ fn rows_are_named_by_file_and_line() {
 }
 
 #[test]
-fn model_folders() {
+fn damaged_model_folders_are_refused() {
     let case = Case::new();
     let path = |name: &str| case.model.path().join(name);
     let weights = fs::read(path("model.safetensors")).unwrap();
@@ -157,11 +164,11 @@ fn model_folders() {
     fs::write(path("tokenizer.json"), &tokenizer[..100]).unwrap();
     case.refused(&["tokenizer.json"]);
     fs::write(path("tokenizer.json"), tokenizer).unwrap();
-    assert!(case.train().status.success(), "whole again, it trains");
+    assert!(case.train().status.success(), "the repaired model trains");
 }
 
 #[test]
-fn an_output_folder_that_holds_a_run() {
+fn an_output_folder_that_holds_a_run_is_refused() {
     let case = Case::new();
     assert!(case.train().status.success());
     let before = fs::read(case.place.path().join("out/metrics.jsonl")).unwrap();
@@ -172,26 +179,28 @@ fn an_output_folder_that_holds_a_run() {
 }
 
 #[test]
-fn an_output_folder_that_cannot_be_written() {
+fn an_output_folder_that_cannot_be_written_is_refused() {
     let case = Case::new().set("output", json!("/proc/no/such/place"));
     let output = case.train();
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     let closed = tempfile::tempdir().unwrap();
     fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o555)).unwrap();
-    // Root may write everywhere but there.
+    // Root may write everywhere except to a read-only file system.
     let _disk = fs::write(closed.path().join("probe"), "").is_ok().then(|| Disk::mount(closed.path(), "ro"));
     if fs::write(closed.path().join("probe"), "").is_ok() {
-        println!("skipped: a read-only folder, because root may write everywhere, and mount nothing");
+        println!(
+            "skipped: a read-only folder, because root may write everywhere and cannot mount a file system here"
+        );
         return;
     }
     Case::new().set("output", json!(closed.path().join("out"))).refused(&["cannot create"]);
 }
 
-/// A tmpfs that is gone with the test.
+/// A tmpfs that is unmounted at the end of the test.
 struct Disk<'a>(&'a Path);
 
 impl<'a> Disk<'a> {
-    /// None where nothing can be mounted.
+    /// Mounts it; `None` where this process may not.
     fn mount(place: &'a Path, options: &str) -> Option<Self> {
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "none"]).arg(place).output();
         mounted.is_ok_and(|output| output.status.success()).then_some(Self(place))
@@ -205,7 +214,7 @@ impl Drop for Disk<'_> {
 }
 
 #[test]
-fn a_full_disk_leaves_the_last_checkpoint_whole() {
+fn a_full_disk_leaves_only_complete_checkpoints() {
     let place = tempfile::tempdir().unwrap();
     let Some(disk) = Disk::mount(place.path(), "size=900k") else {
         println!("skipped: a full disk, because no tmpfs can be mounted here (needs root)");
@@ -224,7 +233,7 @@ fn a_full_disk_leaves_the_last_checkpoint_whole() {
     assert!(!names.is_empty());
     for name in names {
         let path = out.join("checkpoints").join(&name);
-        assert!(path.join("DONE").is_file(), "{name} is not whole");
+        assert!(path.join("DONE").is_file(), "{name} is incomplete");
         assert!(tensors(&path.join("parameters.safetensors")).len() > 30);
     }
 }
@@ -237,19 +246,19 @@ fn a_loss_that_is_not_finite_names_its_step_and_rows() {
     assert_eq!(output.status.code(), Some(1), "{message}");
     assert!(message.contains("is not finite") && message.contains("rows.jsonl:"), "{message}");
     let checkpoints = case.place.path().join("out/checkpoints");
-    let whole: Vec<_> = fs::read_dir(checkpoints)
+    let complete: Vec<_> = fs::read_dir(checkpoints)
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.join("DONE").is_file())
         .collect();
-    assert!(!whole.is_empty());
-    for (name, tensor) in whole.iter().flat_map(|path| tensors(&path.join("parameters.safetensors"))) {
+    assert!(!complete.is_empty());
+    for (name, tensor) in complete.iter().flat_map(|path| tensors(&path.join("parameters.safetensors"))) {
         let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(values.iter().all(|value| value.is_finite()), "{name} is not finite in a checkpoint");
     }
 }
 
-/// A model for which the loss of every text with a `;` is not a number.
+/// Changes the model so that the loss of every text with a `;` is not finite.
 fn without_semicolons(case: &Case) {
     let path = |name: &str| case.model.path().join(name);
     let tokenizer: Value = serde_json::from_slice(&fs::read(path("tokenizer.json")).unwrap()).unwrap();
@@ -257,13 +266,13 @@ fn without_semicolons(case: &Case) {
     let mut all = tensors(&path("model.safetensors"));
     let table = all.iter_mut().find(|(name, _)| name.ends_with("word_embeddings.weight")).unwrap().1;
     let mut rows = table.to_vec2::<f32>().unwrap();
-    rows[row].fill(3e38); // finite, but not its sum
+    rows[row].fill(3e38); // finite, but sums of it are not
     *table = Tensor::new(rows, &Device::Cpu).unwrap();
     candle_core::safetensors::save(&all, path("model.safetensors")).unwrap();
 }
 
 #[test]
-fn a_step_that_is_not_finite_is_skipped_if_it_may_be() {
+fn a_step_that_is_not_finite_is_skipped_if_the_configuration_allows_it() {
     let text = |n: usize| if n == 5 { format!("iron {n};") } else { format!("iron {n}") };
     let rows: Vec<String> =
         (0..12).map(|n| json!({"query": text(n), "positive": format!("metal {n}")}).to_string()).collect();

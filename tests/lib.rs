@@ -1,9 +1,9 @@
-//! What the system tests share: goldens, configurations, the programs.
+//! Helpers for the system tests: goldens, configurations and the programs.
 
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a helper that fails is a test that fails; what is skipped says so"
+    reason = "a helper that fails must fail the test; skipped tests print why"
 )]
 
 use std::ffi::OsString;
@@ -29,22 +29,22 @@ pub const FAMILIES: [&str; 11] = [
     "gemma3",
 ];
 
-/// A folder of tests/golden.
+/// The path of a folder in tests/golden.
 pub fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
 }
 
-/// JSON in a golden folder.
+/// Reads a JSON file of a golden folder.
 pub fn golden_json(name: &str, file: &str) -> Value {
     serde_json::from_slice(&std::fs::read(golden(name).join(file)).unwrap()).unwrap()
 }
 
-/// The tensors of a safetensors file.
+/// Reads all tensors of a safetensors file.
 pub fn tensors(path: &Path) -> std::collections::HashMap<String, Tensor> {
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }
 
-/// A copy of a golden model folder; with its adapter beside the weights if `adapted`.
+/// A copy of a golden model folder, with its adapter if `adapted`.
 pub fn model_folder(name: &str, adapted: bool) -> tempfile::TempDir {
     let place = tempfile::tempdir().unwrap();
     copy(&golden(name), place.path());
@@ -54,7 +54,7 @@ pub fn model_folder(name: &str, adapted: bool) -> tempfile::TempDir {
     place
 }
 
-/// Copies a model folder with its modules' folders, but not its adapter's.
+/// Copies a model folder with the folders of its modules, but not that of its adapter.
 pub fn copy(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
         let target = to.join(entry.file_name());
@@ -68,16 +68,16 @@ pub fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Whether a parameter's gradient is zero, so that f32 leaves noise of it: the key's bias adds the same to every score of a
-/// query, unless the key is turned by its position afterwards.
+/// Whether a parameter's gradient is zero apart from rounding. A key bias adds the same to every score of a
+/// query, unless rotary positions follow.
 pub fn is_zero(parameter: &str, family: &str) -> bool {
-    let turned = ["mistral", "llama", "qwen2", "qwen3", "gemma3", "modernbert"].contains(&family);
-    !turned && ["key.bias", "attn.k.bias", "k_lin.bias"].iter().any(|name| parameter.ends_with(name))
+    let rotary = ["mistral", "llama", "qwen2", "qwen3", "gemma3", "modernbert"].contains(&family);
+    !rotary && ["key.bias", "attn.k.bias", "k_lin.bias"].iter().any(|name| parameter.ends_with(name))
 }
 
-/// ‖a − b‖ / ‖b‖; ‖a‖ where b is all zeros.
+/// Relative error ‖a − b‖ / ‖b‖, or ‖a‖ if b is zero.
 pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
-    // On a GPU half precision is a type of its own.
+    // On a GPU the tensors may have half precision.
     let values = |t: &Tensor| {
         t.flatten_all().unwrap().to_dtype(candle_core::DType::F32).unwrap().to_vec1::<f32>().unwrap()
     };
@@ -89,7 +89,8 @@ pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
     if size == 0.0 { difference } else { difference / size }
 }
 
-/// A program of this workspace, built like the tests; an example by `examples/NAME`.
+/// A command for a program of this workspace, built with the features of the tests; `examples/NAME` names
+/// an example.
 pub fn program(name: &str) -> Command {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let folder = BUILT.get_or_init(|| {
@@ -97,7 +98,8 @@ pub fn program(name: &str) -> Command {
         let test = std::env::current_exe().unwrap();
         let folder = test.ancestors().nth(2).unwrap().to_owned();
         let mut build = Command::new(env!("CARGO"));
-        // What cargo tells a test of its package: `ring` would be built anew for it, and half a minute of what needs it.
+        // Variables that cargo sets for a test would rebuild `ring` and its dependents, which takes half a
+        // minute.
         let of_package = |(name, _): &(OsString, _)| {
             ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| name.to_string_lossy().starts_with(prefix))
         };
@@ -124,7 +126,7 @@ pub fn program(name: &str) -> Command {
     command
 }
 
-/// The folder of all-MiniLM-L6-v2 that LODESTONE_MINILM names; without the variable prints that the test is skipped.
+/// The folder of all-MiniLM-L6-v2 that LODESTONE_MINILM names; without it prints that the test is skipped.
 pub fn minilm() -> Option<PathBuf> {
     let folder = std::env::var_os("LODESTONE_MINILM").map(PathBuf::from);
     if folder.is_none() {
@@ -133,12 +135,12 @@ pub fn minilm() -> Option<PathBuf> {
     folder
 }
 
-/// What a program said on standard error.
+/// The standard error of a program.
 pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A configuration for `rows` on a model folder: two threads' worth of work for a second, no dropout, nothing shuffled.
+/// A configuration that trains a model folder on `rows` in about a second, without dropout and shuffling.
 pub fn config(model: &Path, rows: &Path, output: &Path) -> Value {
     json!({
         "output": output,
@@ -157,7 +159,7 @@ pub fn write_config(folder: &Path, config: &Value) -> PathBuf {
     path
 }
 
-/// The lines of OUTPUT/metrics.jsonl.
+/// Reads the lines of OUTPUT/metrics.jsonl.
 pub fn metrics(output: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()

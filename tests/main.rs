@@ -3,42 +3,44 @@
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "what fails is a test that fails; what is skipped says so"
+    reason = "a helper that fails must fail the test; skipped tests print why"
 )]
 
-// Adapters of PEFT go on here.
+// Training continues PEFT adapters.
 mod adapters;
-// The losses of short runs, kept in `expected/`.
+// The losses of short runs, which are kept in `expected/`.
 mod curves;
-// The kernels of a GPU, emulated, through a whole run.
+// A whole run on the emulated GPU.
 mod emulated;
-// Embeddings and metrics, against sentence-transformers on the same model.
+// Embeddings and metrics against sentence-transformers.
 mod evaluate;
-// Written folders open again and embed alike.
+// Exported folders open again and give the same embeddings.
 mod export;
 // Bad input, full disks, losses that are not finite.
 mod faults;
 // Embeddings and norms that are not trained.
 mod frozen;
-// A GPU that is not there.
+// A GPU that does not exist.
 mod gpu;
-// How a batch is cut, ordered and kept changes nothing.
+// Chunks, order and saved activations do not change the result.
 mod gradcache;
 // Rows of every kind, each with its loss.
 mod kinds;
-// The same under mpirun.
+// Training under mpirun.
 mod mpi;
-// The same numbers as transformers, PEFT and sentence-transformers.
+// Numbers against transformers, PEFT and sentence-transformers.
 mod parity;
-// Rows divided, negatives mined, small sets made.
+// `split`, `mine` and `nano`.
 mod prepare;
-// The page of a run, in a browser; models compared.
-mod report;
-// all-MiniLM-L6-v2 and questions that people asked.
+// all-MiniLM-L6-v2 and questions of real users.
 mod real;
-// A run that was stopped goes on as if it had not been.
+// The HTML report in a browser, and `compare`.
+mod report;
+// A resumed run equals an uninterrupted one.
 mod resume;
-// Evaluation while a run trains, and its end.
+// The modules of the trainer use only those above them.
+mod rooms;
+// Evaluation during training, and early stopping.
 mod stopping;
-// Ranks change how long a run takes, never what it computes.
+// The number of ranks does not change the result.
 mod world;

@@ -1,4 +1,4 @@
-//! The same run under mpirun: the same losses as on one rank.
+//! A run under mpirun has the losses of a run on one rank.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::process::Command;
 use serde_json::json;
 use tests::{golden, metrics, program, stderr, write_config};
 
-/// mpirun with so many ranks, or why there is none.
+/// The command `mpirun -np RANKS trainer`, or why it cannot run here.
 fn mpirun(ranks: u32) -> Result<Command, &'static str> {
     if !cfg!(feature = "mpi") {
         return Err("this build has no MPI (cargo test --features mpi)");
@@ -21,7 +21,7 @@ fn mpirun(ranks: u32) -> Result<Command, &'static str> {
     Ok(command)
 }
 
-/// Fifty steps with dropout, hard negatives and masks.
+/// A configuration of fifty steps with dropout, hard negatives and masks.
 fn config(place: &Path) -> std::path::PathBuf {
     std::fs::create_dir(place).unwrap();
     let mut config = tests::config(&golden("bert"), &golden("bert").join("rows.jsonl"), &place.join("out"));
@@ -59,7 +59,7 @@ fn ranks_of_mpirun_have_the_losses_of_one() {
 }
 
 #[test]
-fn what_fails_before_the_start_is_status_2_under_mpirun_too() {
+fn a_wrong_configuration_is_status_2_under_mpirun_too() {
     let mut command = match mpirun(2) {
         Ok(command) => command,
         Err(why) => return println!("skipped: ranks of mpirun, because {why}"),
@@ -69,7 +69,7 @@ fn what_fails_before_the_start_is_status_2_under_mpirun_too() {
 }
 
 #[test]
-fn a_build_without_mpi_does_not_train_as_many_runs_as_there_are_ranks() {
+fn a_build_without_mpi_refuses_to_run_under_mpirun() {
     if cfg!(feature = "mpi") {
         return println!("skipped: a build without MPI, because this one has it");
     }

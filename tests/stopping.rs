@@ -1,5 +1,5 @@
-//! Evaluation while a run trains: before the first step, in between, after the last; the best is kept, and nothing better to come
-//! ends the run.
+//! Evaluation before, during and after training: the best checkpoint is kept, and early stopping ends the
+//! run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use trainer::model::Options;
 
 const METRIC: &str = "rows_cosine_accuracy@10";
 
-/// A run that learns its forty rows by heart: a metric that has reached its end gets no better.
+/// A run that memorises its forty rows, so that the metric stops improving.
 fn run(place: &Path, ranks: u32) -> PathBuf {
     let rows = golden("bert").join("rows.jsonl");
     let folder = place.join(format!("{ranks}"));
@@ -34,14 +34,14 @@ fn run(place: &Path, ranks: u32) -> PathBuf {
     folder.join("out")
 }
 
-/// Steps with the deciding metric.
+/// The steps of all evaluations with the selection metric.
 fn evaluations(output: &Path) -> Vec<(u64, f64)> {
     let lines = metrics(output).into_iter();
     lines.filter_map(|line| Some((line["step"].as_u64()?, line["eval"][METRIC].as_f64()?))).collect()
 }
 
 #[test]
-fn a_run_without_a_better_evaluation_ends_with_its_best() {
+fn early_stopping_ends_with_the_best_evaluation() {
     let place = tempfile::tempdir().unwrap();
     let output = run(place.path(), 1);
     let found = evaluations(&output);
@@ -50,11 +50,11 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
     let most = found.iter().map(|(_, value)| *value).fold(0.0, f64::max);
     let (best, value) = *found.iter().find(|(_, value)| *value == most).unwrap();
     assert!(best > 0 && value > found[0].1, "{found:?}");
-    // Three evaluations later, and long before the epochs are over.
+    // It stops three evaluations later, long before the last epoch.
     assert_eq!(*steps.last().unwrap(), best + 15);
     assert!(best + 15 < 400, "{found:?}");
 
-    // The best is kept although one checkpoint is, and the model is that one.
+    // The best checkpoint is kept although `keep` is 1, and the model is that one.
     let kept = fs::read(output.join("best/parameters.safetensors")).unwrap();
     let named = output.join(format!("checkpoints/step-{best:06}/parameters.safetensors"));
     assert_eq!(kept, fs::read(named).unwrap());
@@ -70,7 +70,7 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
     let scores = EvalSet::open(&set, &Config::default()).unwrap().evaluate(&embedder).unwrap().scores;
     assert_eq!(scores.get(METRIC), Some(value));
 
-    // Its card tells of that step, and of the model before.
+    // The model card has the scores of that step and of the base model.
     let card = fs::read_to_string(model.join("README.md")).unwrap();
     let at = |step: u64| -> Value {
         let mut lines = metrics(&output).into_iter();
@@ -85,7 +85,7 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
         "{row} is not in {card}"
     );
 
-    // There is nothing to go on with.
+    // A resumed run trains no further step.
     let lines = metrics(&output);
     let again = program("trainer")
         .args(["train", "--resume"])
@@ -95,7 +95,7 @@ fn a_run_without_a_better_evaluation_ends_with_its_best() {
     assert!(again.status.success(), "{}", stderr(&again));
     assert_eq!(metrics(&output), lines);
 
-    // Two ranks share the evaluations, and decide alike.
+    // Two ranks that divide the evaluations decide the same.
     let shared = evaluations(&run(place.path(), 2));
     assert_eq!(shared, found);
 }

@@ -1,4 +1,4 @@
-//! Ranks change how long a run takes, never what it computes.
+//! The number of ranks does not change the result of training.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -22,7 +22,7 @@ use trainer::train::optimizer::Optimizer;
 use trainer::train::schedule::LrSchedule;
 use trainer::train::step::Stepper;
 
-/// How a run is set up.
+/// Settings of a run.
 #[derive(Clone, Debug)]
 struct Setup {
     name: &'static str,
@@ -32,21 +32,22 @@ struct Setup {
     steps: u64,
 }
 
-/// What a run left: the losses of each row and the gradient norm of every step, the first gradient, the last parameters.
-struct Left {
+/// Results of a run: the loss of each row and the gradient norm of every step, the first gradient, the last
+/// parameters.
+struct Trained {
     losses: Vec<Vec<f32>>,
     norms: Vec<f64>,
     gradient: Tensor,
     parameters: Tensor,
 }
 
-/// Rows whose texts meet again as queries, positives and negatives of other rows, with negatives of any number, some of them
-/// excluded, in lengths from 1 to 60.
+/// A batch with InfoNCE. Its rows share texts as queries, positives and negatives; they have different
+/// numbers of negatives, some of them excluded, and texts of 1 to 60 tokens.
 fn batch(rows: usize, seed: u64) -> Batch {
     batch_of(rows, seed, &[LossKind::InfoNce])
 }
 
-/// The same of rows with several losses.
+/// The same with several losses, one of them for each row.
 fn batch_of(rows: usize, seed: u64, losses: &[LossKind]) -> Batch {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let texts = rows + random.random_range(2..=2 * rows);
@@ -76,7 +77,7 @@ fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) 
     let mut candidates: Vec<u32> = (0..count).map(|_| text()).collect();
     let mut own: Vec<Vec<u32>> = (0..count as u32).map(|row| vec![row]).collect();
     for own in own.iter_mut().filter(|_| loss != LossKind::CoSent) {
-        // Only InfoNCE learns from a row without negatives.
+        // Only InfoNCE can learn from a row without negatives.
         let least = u32::from(loss != LossKind::InfoNce);
         for _ in 0..least + text() % 4 {
             own.push(candidates.len() as u32);
@@ -95,14 +96,14 @@ fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) 
         lists
     };
     let own = lists(own);
-    // Few different scores, so that some are equal.
+    // Only five different scores, so that some are equal.
     let scores = own.columns.iter().map(|_| (text() % 5) as f32 / 4.0).collect();
     let positives = (0..count as u32).collect();
     Table { loss, rows, queries, candidates, positives, excluded: lists(excluded), own, scores }
 }
 
-/// One rank's part of a run, whose batches follow from their numbers.
-fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Left {
+/// Trains one rank; `batch` gives the batch of each step.
+fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Trained {
     let folder = model_folder(setup.name, false);
     let section = config::Model { dropout: Some(0.1), ..config::Model::default() };
     let lora = config::Lora { dropout: Some(0.1), ..config::Lora::default() };
@@ -130,28 +131,28 @@ fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Left {
         norms.push(outcome.grad_norm);
         gradient.get_or_insert(stepper.gradients.flat().copy().unwrap());
     }
-    Left { losses, norms, gradient: gradient.unwrap(), parameters: model.flat().values().copy().unwrap() }
+    Trained { losses, norms, gradient: gradient.unwrap(), parameters: model.flat().values().copy().unwrap() }
 }
 
-/// The same on so many ranks, which must all have the same bits; what the first of them left.
-fn on(ranks: usize, setup: &Setup, batch: impl Fn(u64) -> Batch + Sync) -> Left {
+/// Trains on several ranks, checks that all have the same bits, and returns the results of rank 0.
+fn on(ranks: usize, setup: &Setup, batch: impl Fn(u64) -> Batch + Sync) -> Trained {
     let batch = &batch;
-    let mut left: Vec<Left> = thread::scope(|scope| {
+    let mut trained: Vec<Trained> = thread::scope(|scope| {
         let ranks: Vec<_> = World::threads(ranks)
             .into_iter()
             .map(|world| scope.spawn(move || train(setup, world, batch)))
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     });
-    let bits = |left: &Left| (left.losses.clone(), left.parameters.to_vec1::<f32>().unwrap());
-    assert!(left.windows(2).all(|two| bits(&two[0]) == bits(&two[1])), "{ranks} ranks have drifted apart");
-    left.swap_remove(0)
+    let bits = |trained: &Trained| (trained.losses.clone(), trained.parameters.to_vec1::<f32>().unwrap());
+    assert!(trained.windows(2).all(|two| bits(&two[0]) == bits(&two[1])), "{ranks} ranks have drifted apart");
+    trained.swap_remove(0)
 }
 
-/// Sums in another order: f32, over some thousand terms.
+/// Relative tolerance for f32 sums of some thousand terms in another order.
 const CLOSE: f64 = 1e-5;
 
-fn compare(some: &Left, one: &Left, what: &str) {
+fn compare(some: &Trained, one: &Trained, what: &str) {
     for (step, (a, b)) in some.losses.iter().zip(&one.losses).enumerate() {
         assert_eq!(a.len(), b.len());
         for (row, (a, b)) in a.iter().zip(b).enumerate() {
@@ -187,7 +188,7 @@ fn fifty_steps_have_the_losses_of_one_rank() {
         for ranks in [2, 3, 4] {
             let some = on(ranks, &setup, batches);
             compare(&some, &one, &format!("{name} on {ranks} ranks"));
-            // AdamW makes whole steps of a gradient that is nothing but noise, as that of the keys' bias is.
+            // AdamW makes full steps for gradients that are only noise, such as those of the key biases.
             let close = if adapted { CLOSE } else { 1e-3 };
             let error = relative_error(&some.parameters, &one.parameters);
             assert!(error < close, "{name} on {ranks} ranks: parameters differ by {error:e}");
@@ -196,7 +197,7 @@ fn fifty_steps_have_the_losses_of_one_rank() {
 }
 
 #[test]
-fn random_batches_on_random_ranks_give_the_step_of_one() {
+fn random_batches_on_several_ranks_give_the_step_of_one_rank() {
     let mut random = ChaCha8Rng::seed_from_u64(11);
     for case in 0..40 {
         let rows = random.random_range(1..=12);
@@ -231,7 +232,7 @@ fn every_loss_has_the_step_of_one_rank() {
     for case in 0..24 {
         let alone =
             [LossKind::InfoNce, LossKind::Triplet, LossKind::CoSent, LossKind::MarginMse, LossKind::Kl];
-        // Each alone, then all in one batch.
+        // First each loss alone, then all in one batch.
         let kinds = alone.get(case..=case).unwrap_or(&alone);
         let rows = random.random_range(5..=16);
         let ranks = random.random_range(2..=5);
@@ -246,7 +247,7 @@ fn every_loss_has_the_step_of_one_rank() {
             Setup { name: "bert", adapted: case % 4 == 0, losses, chunk: Limit::Tokens(100), steps: 1 };
         let batches = |_| batch_of(rows, 2000 + case as u64, kinds);
         let one = on(1, &setup, batches);
-        assert!(one.norms[0] > 0.0, "case {case} trains nothing");
+        assert!(one.norms[0] > 0.0, "case {case} has no gradient");
         compare(
             &on(ranks, &setup, batches),
             &one,
@@ -256,7 +257,7 @@ fn every_loss_has_the_step_of_one_rank() {
 }
 
 #[test]
-fn more_ranks_than_sequences_are_no_trouble() {
+fn more_ranks_than_sequences_give_the_same_step() {
     let setup =
         Setup { name: "bert", adapted: false, losses: info_nce(), chunk: Limit::Tokens(64), steps: 2 };
     let tiny = |_| {
@@ -276,12 +277,12 @@ fn more_ranks_than_sequences_are_no_trouble() {
     };
     let one = train(&setup, World::solo(), tiny);
     let some = on(5, &setup, tiny);
-    // A row without negatives: its loss is zero, and its gradient.
+    // A row without negatives has a loss and a gradient of zero.
     assert_eq!((&some.losses, &some.norms), (&one.losses, &one.norms));
 }
 
 #[test]
-fn one_rank_among_threads_is_one_alone() {
+fn one_rank_with_a_transport_is_like_one_without() {
     let setup = Setup { name: "bert", adapted: true, losses: info_nce(), chunk: Limit::Tokens(64), steps: 3 };
     let (alone, among) =
         (train(&setup, World::solo(), |step| batch(5, step)), on(1, &setup, |step| batch(5, step)));
@@ -289,7 +290,8 @@ fn one_rank_among_threads_is_one_alone() {
     assert_eq!(alone.parameters.to_vec1::<f32>().unwrap(), among.parameters.to_vec1::<f32>().unwrap());
 }
 
-/// Processes that something else than `launch` has started, by the environment it gives them; all must be done.
+/// Trains with two processes in the environment of a starter other than `launch`, and waits for their
+/// success.
 fn processes(environment: impl Fn(usize) -> Vec<(&'static str, String)>, config: &Path) {
     let start = |rank: usize| {
         let mut command = program("trainer");
@@ -340,7 +342,7 @@ fn ranks_find_each_other_in_the_environments_of_torchrun_and_srun() {
             ("SLURM_LOCALID", rank.to_string()),
             ("SLURM_NODEID", "0".to_owned()),
             ("SLURM_STEP_NUM_TASKS", "2".to_owned()),
-            // Of SLURM's plugin for MPI, which no program has to use.
+            // Variables of SLURM's plugin pmi2, which are set for all programs.
             ("PMI_RANK", rank.to_string()),
             ("PMI_SIZE", "2".to_owned()),
             ("SLURM_STEP_TASKS_PER_NODE", "2".to_owned()),

@@ -1,11 +1,14 @@
-//! The command line, and the trainer's command line that it stands for.
+//! The command line of `launch`, and the trainer's command line that follows from it.
 
 use std::ffi::OsString;
 
 use clap::Parser;
 use trainer::comm::LONGEST_TIMEOUT;
 
-/// Starts a training run, or another of the trainer's commands, on one or many ranks, and brings them home.
+/// Runs a training, or another command of `trainer`, on one or several ranks
+///
+/// `launch` starts one process per rank on this node, restarts a failed run and forwards signals; it is the
+/// usual way to train. Use `trainer train` where torchrun, mpirun or srun starts the processes.
 #[derive(Debug, Parser)]
 #[command(
     name = "launch",
@@ -13,95 +16,96 @@ use trainer::comm::LONGEST_TIMEOUT;
     override_usage = "launch [OPTIONS] CONFIG [KEY=VALUE …]\n       launch [OPTIONS] -- COMMAND ARGS …",
     after_help = "Examples:
   launch configs/quickstart.yaml                               train
-  launch configs/quickstart.yaml training.learning_rate=5e-4   with another value
-  launch --resume configs/quickstart.yaml                      go on from the newest checkpoint
-  launch --cpus 2 --restarts 3 configs/quickstart.yaml         on two ranks, started anew when one fails
+  launch configs/quickstart.yaml training.learning_rate=5e-4   override a value of the configuration
+  launch --resume configs/quickstart.yaml                      continue from the newest checkpoint
+  launch --cpus 2 --restarts 3 configs/quickstart.yaml         train on 2 CPU ranks; restart up to 3 times on failure
   launch -- evaluate --model runs/quickstart/model --set data/quickstart/test
-  LODESTONE_TOKEN=… launch --gpus 8 --nodes 2 --node 0 --rendezvous n1:29400 configs/minilm.yaml    on each of two nodes
+  LODESTONE_TOKEN=… launch --gpus 8 --nodes 2 --node 0 --rendezvous n1:29400 configs/minilm.yaml    on each of 2 nodes
 
-Exit status: that of the run. 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong; \
-128+S after a checkpoint, because signal S (TERM, INT or USR1) asked for a stop."
+Exit status: 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong and nothing was started; \
+128+S signal S (TERM, INT or USR1) requested a stop, and a checkpoint was written."
 )]
 pub(crate) struct Arguments {
-    /// Ranks on the processor of this node, which share its cores. Default, where no GPU is to be seen: 1
+    /// Number of CPU ranks on this node, which share its cores. Default: 1 if no GPU is visible
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     cpus: Option<u32>,
-    /// Ranks on GPUs of this node, one each. Default: all that are to be seen
+    /// Number of ranks with a GPU each on this node. Default: all visible GPUs, or 1 CPU rank
     #[arg(long, value_name = "N", conflicts_with = "cpus", value_parser = clap::value_parser!(u32).range(1..))]
     gpus: Option<u32>,
-    /// Go on from the newest checkpoint, or start anew where there is none
+    /// Continue from the newest checkpoint; start from the beginning if there is none
     #[arg(long)]
     resume: bool,
-    /// How often a run that fails is started again, from its newest checkpoint
+    /// How many times to restart a failed run, from its newest checkpoint
     #[arg(long, value_name = "K", default_value_t = 0)]
     restarts: u32,
-    /// How long a rank may show no sign of work before the run is ended
+    /// End the run when a rank makes no progress for this long
     #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=LONGEST_TIMEOUT))]
     timeout: u64,
-    /// Nodes that train together, as many ranks on each; LODESTONE_TOKEN is their secret. Default: 1, or srun's
+    /// Number of nodes, each with the same number of ranks and the same secret in LODESTONE_TOKEN. Default:
+    /// that of srun, or 1
     #[arg(long, value_name = "N", requires_all = ["node", "rendezvous"], value_parser = clap::value_parser!(u32).range(1..))]
     nodes: Option<u32>,
-    /// The number of this node, from 0
+    /// Number of this node, from 0
     #[arg(long, value_name = "I", requires = "nodes")]
     node: Option<u32>,
-    /// Where node 0 can be reached by all
+    /// Address of node 0 that all nodes can reach
     #[arg(long, value_name = "HOST:PORT", requires = "nodes")]
     rendezvous: Option<String>,
-    /// Show errors only
+    /// Print errors only
     #[arg(long)]
     quiet: bool,
-    /// The configuration of a training run
+    /// Configuration file of a training run
     #[arg(required_unless_present = "command")]
     config: Option<OsString>,
-    /// Values that override the configuration's
+    /// Values that override the configuration, such as training.learning_rate=5e-4
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<OsString>,
-    /// A command of the trainer with its arguments
+    /// A command of `trainer` with its arguments
     #[arg(last = true, value_name = "COMMAND", conflicts_with = "config")]
     command: Vec<OsString>,
 }
 
-/// What ranks run on.
+/// The devices for the ranks of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hardware {
-    /// So many ranks.
+    /// This number of CPU ranks.
     Cpus(u32),
-    /// So many, or all that are to be seen.
+    /// This number of GPUs, or all visible ones.
     Gpus(Option<u32>),
-    /// GPUs where there are any, else one rank.
+    /// All visible GPUs, or one CPU rank.
     Any,
-    /// One rank, for a command that does not share its work.
+    /// One rank, for a command that does not divide its work among ranks.
     One,
 }
 
-/// The nodes by which a run was asked to be shared.
+/// The nodes of a run, from the command line or SLURM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Nodes {
-    /// How many.
+    /// Number of nodes.
     pub(crate) count: u32,
-    /// Which one this is.
+    /// Number of this node, from 0.
     pub(crate) node: u32,
-    /// Where node 0 waits.
+    /// Address of node 0, `HOST:PORT`.
     pub(crate) rendezvous: String,
 }
 
-/// What is to be done.
+/// What `launch` is to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Job {
-    /// What each rank's trainer is told.
+    /// Arguments of `trainer` for every rank.
     pub(crate) command: Vec<OsString>,
     pub(crate) hardware: Hardware,
     pub(crate) nodes: Option<Nodes>,
     pub(crate) restarts: u32,
-    /// Seconds.
+    /// Seconds without progress after which a rank counts as hanging.
     pub(crate) timeout: u64,
 }
 
-/// Commands that share their work among ranks.
+/// Commands that divide their work among ranks.
 const SHARED: [&str; 5] = ["train", "encode", "evaluate", "compare", "mine"];
 
 impl Arguments {
-    /// What is asked for. An error is for the person at the terminal: nothing was started.
+    /// Checks the command line. The error is a message for the user.
     pub(crate) fn job(self) -> Result<Job, String> {
         let mut command = self.command;
         if let Some(config) = self.config {
@@ -116,18 +120,18 @@ impl Arguments {
             || self.cpus.or(self.gpus).is_some_and(|ranks| ranks > 1);
         if let Some(name) = name.filter(|_| several && !shared) {
             return Err(format!(
-                "`{name}` does not share its work among ranks\nhint: {} do",
+                "`{name}` runs on one rank only\nhint: {} can use several",
                 SHARED.join(", ")
             ));
         }
         if self.resume {
             if !train {
-                return Err("--resume: only training goes on from a checkpoint".into());
+                return Err("--resume: only training can be resumed".into());
             }
             command.push("--resume".into());
         }
         if self.restarts > 0 && !train {
-            return Err("--restarts: only training goes on from a checkpoint".into());
+            return Err("--restarts: only training can be restarted".into());
         }
         if self.quiet {
             command.push("--quiet".into());
@@ -145,7 +149,10 @@ impl Arguments {
         if let Some(Nodes { count, node, .. }) = &nodes
             && node >= count
         {
-            return Err(format!("--node {node}: of {count} nodes the last one is {}", count - 1));
+            return Err(format!(
+                "--node {node}: expected 0 to {}, the number of the last of {count} nodes",
+                count - 1
+            ));
         }
         Ok(Job { command, hardware, nodes, restarts: self.restarts, timeout: self.timeout })
     }
@@ -164,26 +171,28 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_is_trained() {
+    fn a_configuration_means_train() {
         assert_eq!(command("launch a.yaml").unwrap(), "train a.yaml");
         assert_eq!(command("launch --cpus 2 a.yaml x.y=1 z=2").unwrap(), "train a.yaml x.y=1 z=2");
     }
 
     #[test]
-    fn resume_and_quiet_are_handed_on_wherever_they_stand() {
+    fn resume_and_quiet_are_passed_on_wherever_they_stand() {
         for line in ["launch --resume --quiet a.yaml k=v", "launch a.yaml --resume k=v --quiet"] {
             assert_eq!(command(line).unwrap(), "train a.yaml k=v --resume --quiet");
         }
     }
 
     #[test]
-    fn a_command_after_two_dashes_is_taken_as_it_is() {
+    fn a_command_after_two_dashes_is_passed_on_unchanged() {
         assert_eq!(command("launch -- encode --model m --input -").unwrap(), "encode --model m --input -");
         assert_eq!(command("launch --resume -- train a.yaml").unwrap(), "train a.yaml --resume");
         assert!(command("launch --resume -- encode").unwrap_err().starts_with("--resume"));
         assert!(command("launch --restarts 1 -- encode").unwrap_err().starts_with("--restarts"));
         assert!(
-            command("launch --cpus 2 -- export --run r").unwrap_err().contains("`export` does not share")
+            command("launch --cpus 2 -- export --run r")
+                .unwrap_err()
+                .contains("`export` runs on one rank only")
         );
         assert!(command("launch --cpus 2 -- encode --model m").is_ok());
     }

@@ -1,20 +1,21 @@
-//! Ranks of a run over its nodes, and where they meet.
+//! The ranks of this node among all nodes: their devices, environment and rendezvous.
 
 use std::net::{TcpListener, ToSocketAddrs};
 
-use trainer::comm::rendezvous::{self, Token};
-use trainer::comm::{self, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN};
+use trainer::comm::{
+    self, Token, VARIABLE_NCCL, VARIABLE_RENDEZVOUS, VARIABLE_TIMEOUT, VARIABLE_TOKEN, rendezvous,
+};
 use trainer::system::device;
 
 use crate::args::{Hardware, Job, Nodes};
 use crate::gpu::Machine;
 
-/// The ranks of this node among all.
+/// The ranks of this node and what they must know of the others.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     nodes: u32,
     node: u32,
-    /// One for each rank of this node: the GPU it gets, if any.
+    /// The GPU of each rank of this node, if any.
     devices: Vec<Option<String>>,
     hardware: Hardware,
     host: String,
@@ -24,8 +25,8 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Looks at the machine and at SLURM, and opens the rendezvous if it is to be here. The status is 2 where the user can mend
-    /// it.
+    /// Finds the devices and nodes, and starts the rendezvous server on node 0. An error is a message and an
+    /// exit status.
     pub(crate) fn new(job: &Job) -> Result<Self, (String, u8)> {
         let wrong = |message: String| (message, 2);
         let devices = devices(job.hardware, &Machine::new()).map_err(wrong)?;
@@ -38,19 +39,20 @@ impl Cluster {
             _ => (1, 0, None),
         };
         let size = nodes as usize * devices.len();
-        let cannot = |error: std::io::Error| (format!("cannot host the rendezvous of the ranks: {error}"), 1);
+        let cannot =
+            |error: std::io::Error| (format!("cannot start the rendezvous of the ranks: {error}"), 1);
         let secret = match (std::env::var(VARIABLE_TOKEN), &meeting) {
             (Ok(secret), _) if !secret.is_empty() => secret,
-            // Nobody but this launcher's ranks has to know it.
+            // Only the ranks of this launcher need to know it.
             (_, None) => Token::draw().map_err(cannot)?,
-            // Nobody from elsewhere can come.
+            // Other hosts cannot connect.
             (_, Some(meeting)) if comm::is_loopback(address(meeting).map_err(wrong)?.0.as_str()) => {
                 String::new()
             }
             (_, Some(_)) => {
                 return Err(wrong(format!(
-                    "{VARIABLE_TOKEN} is not set: on several nodes, ranks must know each other by a secret\n\
-                     hint: set it to the same on all nodes, from `openssl rand -hex 16` say"
+                    "{VARIABLE_TOKEN} is not set, but ranks on several nodes need a secret to recognise each other\n\
+                     hint: set it to the same value on all nodes, for example the output of `openssl rand -hex 16`"
                 )));
             }
         };
@@ -75,17 +77,17 @@ impl Cluster {
         Ok(Self { nodes, node, devices, hardware: job.hardware, host, port, secret, timeout: job.timeout })
     }
 
-    /// Ranks of this node.
+    /// Number of ranks on this node.
     pub(crate) fn ranks(&self) -> usize {
         self.devices.len()
     }
 
-    /// The number among all ranks of this node's `local`.
+    /// The global rank of a local one.
     pub(crate) fn rank(&self, local: usize) -> usize {
         self.node as usize * self.devices.len() + local
     }
 
-    /// The environment of torchrun, and ours.
+    /// The environment variables of a rank: those of torchrun, and lodestone's own.
     pub(crate) fn environment(&self, local: usize) -> Vec<(&'static str, String)> {
         let ranks = self.devices.len();
         let mut variables = vec![
@@ -105,7 +107,7 @@ impl Cluster {
                 variables.push((VARIABLE_NCCL, "1".to_owned()));
                 variables.push((device::VARIABLE, "cuda".to_owned()));
             }
-            // Nobody asked for a GPU or against it: what is to be seen is the rank's to use.
+            // No device was requested, so the rank chooses one.
             (None, Hardware::Any | Hardware::One) => {}
             (None, _) => variables.push((device::VARIABLE, "cpu".to_owned())),
         }
@@ -124,16 +126,18 @@ fn devices(hardware: Hardware, machine: &Machine) -> Result<Vec<Option<String>>,
     })
 }
 
-/// What srun says, where it has started one launcher on each of several nodes.
+/// The nodes from srun's environment, if it started one launcher on each of several nodes.
 fn slurm() -> Result<Option<Nodes>, String> {
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
     let (Some(count), Some(node)) = (number("SLURM_STEP_NUM_NODES"), number("SLURM_NODEID")) else {
         return Ok(None);
     };
     if number("SLURM_STEP_NUM_TASKS").is_some_and(|tasks| tasks > count) {
-        return Err("srun has started several launchers on a node\nhint: `srun --ntasks-per-node=1`; \
-                    a launcher starts the ranks of its node"
-            .to_owned());
+        return Err(
+            "srun started several launchers on a node\nhint: use `srun --ntasks-per-node=1`; the launcher \
+                    starts all ranks of its node"
+                .to_owned(),
+        );
     }
     if count == 1 {
         return Ok(None);
@@ -142,6 +146,7 @@ fn slurm() -> Result<Option<Nodes>, String> {
     Ok(Some(Nodes { count, node, rendezvous: format!("{host}:{port}") }))
 }
 
+/// Splits and resolves `HOST:PORT`.
 fn address(meeting: &str) -> Result<(String, u16), String> {
     let split = meeting.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
     let (host, port): (String, u16) =
@@ -153,7 +158,7 @@ fn address(meeting: &str) -> Result<(String, u16), String> {
     }
 }
 
-/// A port that nobody listens on just now; torchrun's where the system gives none.
+/// A free port; torchrun's default if the system gives none.
 fn free_port() -> u16 {
     TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr()).map_or(29500, |address| address.port())
 }
@@ -187,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn one_rank_has_an_environment_too() {
+    fn a_single_rank_has_the_same_environment() {
         let cluster = Cluster::new(&job(Hardware::Any, None)).unwrap();
         assert_eq!(
             (get(&cluster, 0, "RANK"), get(&cluster, 0, "WORLD_SIZE")),
@@ -207,7 +212,10 @@ mod tests {
         let (port, free) = (free_port(), |address: &str, port| TcpListener::bind((address, port)).is_ok());
         let first = Nodes { node: 0, ..nodes(&format!("localhost:{port}")).unwrap() };
         Cluster::new(&job(Hardware::Cpus(1), Some(first))).unwrap();
-        assert!(free("127.0.0.2", port) && !free("127.0.0.1", port), "it listens to this host only");
+        assert!(
+            free("127.0.0.2", port) && !free("127.0.0.1", port),
+            "it accepts connections from this host only"
+        );
         assert!(address("127.0.0.1").unwrap_err().contains("expected HOST:PORT"));
         assert!(address("no.such.host.invalid:7").unwrap_err().contains("no.such.host.invalid"));
         assert_eq!(address("127.0.0.1:7").unwrap(), ("127.0.0.1".to_owned(), 7));

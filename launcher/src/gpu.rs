@@ -1,38 +1,39 @@
-//! Which GPUs are to be seen, by what the driver shows of itself: nothing is started to find out.
+//! Finds the visible GPUs from the files of the driver, without starting CUDA.
 
 use std::fs;
 use std::path::Path;
 
-/// The oldest driver for each CUDA (NVIDIA, CUDA compatibility guide).
+/// The oldest driver for each major version of CUDA (NVIDIA, CUDA Compatibility guide).
 const DRIVERS: [(u32, (u32, u32)); 2] = [(12, (525, 60)), (13, (580, 65))];
 
-/// Where the driver shows itself, and what `CUDA_VISIBLE_DEVICES` leaves of it.
+/// Where the driver's files are, and which GPUs `CUDA_VISIBLE_DEVICES` leaves.
 pub(crate) struct Machine<'a> {
     pub(crate) proc: &'a Path,
     pub(crate) dev: &'a Path,
     pub(crate) visible: Option<String>,
-    /// The CUDA of this build, if it can use GPUs at all.
+    /// Major version of CUDA of this build; `None` if it cannot use GPUs.
     pub(crate) cuda: Option<u32>,
 }
 
 impl Machine<'_> {
-    /// This machine.
+    /// This machine and this process's environment.
     pub(crate) fn new() -> Self {
         Self {
             proc: Path::new("/proc/driver/nvidia"),
             dev: Path::new("/dev"),
             visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
-            cuda: trainer::system::device::cuda().map(|(major, _)| major),
+            cuda: trainer::system::device::cuda_version().map(|(major, _)| major),
         }
     }
 
-    /// The GPUs for `wanted` ranks, or for as many as there are; each as `CUDA_VISIBLE_DEVICES` names it.
+    /// The GPUs for `wanted` ranks, or all; each in the notation of `CUDA_VISIBLE_DEVICES`. The error is a
+    /// message for the user.
     pub(crate) fn devices(&self, wanted: Option<u32>) -> Result<Vec<String>, String> {
         let flag = wanted.map_or_else(|| "--gpus".to_owned(), |wanted| format!("--gpus {wanted}"));
         let Some(cuda) = self.cuda else {
             return Err(format!(
                 "{flag}: this build has no GPU support\n\
-                 hint: build with `--features cuda`, or leave it out to train on the processor"
+                 hint: build with `--features cuda`, or omit the flag to train on the CPU"
             ));
         };
         let least = DRIVERS.iter().find(|(major, _)| *major == cuda).map_or((0, 0), |(_, driver)| *driver);
@@ -42,7 +43,7 @@ impl Machine<'_> {
             let ((found, minor), (needed, least)) = (driver, least);
             return Err(format!(
                 "{flag}: the NVIDIA driver is {found}.{minor}, CUDA {cuda} needs {needed}.{least} or newer\n\
-                 hint: update the driver of this machine"
+                 hint: update the driver"
             ));
         }
         let devices = self.list();
@@ -53,27 +54,26 @@ impl Machine<'_> {
                 None => String::new(),
             };
             let hint = match devices.len() {
-                0 => "hint: is the driver loaded? `nvidia-smi` shows it; --cpus N trains on the processor"
-                    .to_owned(),
-                found => format!("hint: --gpus {found}, or fewer"),
+                0 => "hint: does `nvidia-smi` show the driver? --cpus N trains on the CPU".to_owned(),
+                found => format!("hint: use --gpus {found} or fewer"),
             };
-            return Err(format!("{flag}: there are {} GPUs to be seen here{hidden}\n{hint}", devices.len()));
+            return Err(format!("{flag}: {} GPUs are visible{hidden}\n{hint}", devices.len()));
         }
         Ok(devices.into_iter().take(wanted.map_or(usize::MAX, |wanted| wanted as usize)).collect())
     }
 
-    /// All GPUs that ranks may use.
+    /// All visible GPUs.
     pub(crate) fn list(&self) -> Vec<String> {
         let count = match fs::read_dir(self.proc.join("gpus")) {
             Ok(gpus) => gpus.count(),
-            // In a container that hides the former: nvidia0, nvidia1, …
+            // A container may hide /proc/driver; then the devices are nvidia0, nvidia1, …
             Err(_) => fs::read_dir(self.dev).map_or(0, |files| {
                 let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
                 names.filter_map(|name| name.strip_prefix("nvidia")?.parse::<u32>().ok()).count()
             }),
         };
         match &self.visible {
-            // As CUDA reads it: up to the first that does not exist.
+            // As in CUDA, the list ends at the first device that does not exist.
             Some(visible) => visible
                 .split(',')
                 .map(str::trim)
@@ -87,7 +87,8 @@ impl Machine<'_> {
         }
     }
 
-    /// `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  …` → (535, 104).
+    /// Major and minor version of the driver: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  …`
+    /// → (535, 104).
     fn driver(&self) -> Option<(u32, u32)> {
         let text = fs::read_to_string(self.proc.join("version")).ok()?;
         text.lines().next()?.split_whitespace().find_map(|word| {
@@ -129,19 +130,16 @@ mod tests {
     }
 
     #[test]
-    fn fewer_gpus_than_wanted_are_said() {
+    fn fewer_gpus_than_wanted_are_an_error() {
         let folder = machine(2, "580.95.05");
         let message = devices(folder.path(), None, Some(4)).unwrap_err();
         assert!(
-            message.contains("--gpus 4: there are 2 GPUs") && message.contains("--gpus 2, or fewer"),
+            message.contains("--gpus 4: 2 GPUs are visible") && message.contains("--gpus 2 or fewer"),
             "{message}"
         );
         let message = devices(folder.path(), Some("1,9,0"), Some(2)).unwrap_err();
-        assert!(
-            message.contains("there are 1 GPUs to be seen here (CUDA_VISIBLE_DEVICES=1,9,0)"),
-            "{message}"
-        );
-        // A container shows files in /dev, if anything.
+        assert!(message.contains("1 GPUs are visible (CUDA_VISIBLE_DEVICES=1,9,0)"), "{message}");
+        // A container may show only files in /dev.
         let hidden = tempfile::tempdir().unwrap();
         for name in ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"] {
             fs::create_dir_all(hidden.path().join("dev").join(name)).unwrap();
@@ -149,14 +147,11 @@ mod tests {
         assert_eq!(devices(hidden.path(), None, None).unwrap(), ["0", "1"]);
         let none = tempfile::tempdir().unwrap();
         let message = devices(none.path(), None, Some(1)).unwrap_err();
-        assert!(
-            message.contains("there are 0 GPUs") && message.contains("is the driver loaded"),
-            "{message}"
-        );
+        assert!(message.contains("0 GPUs are visible") && message.contains("nvidia-smi"), "{message}");
     }
 
     #[test]
-    fn a_driver_that_is_too_old_is_said() {
+    fn a_driver_that_is_too_old_is_an_error() {
         let folder = machine(4, "535.104.05");
         let message = devices(folder.path(), None, Some(4)).unwrap_err();
         assert!(message.contains("driver is 535.104, CUDA 13 needs 580.65"), "{message}");
@@ -165,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_build_without_gpus_is_said() {
+    fn a_build_without_gpu_support_is_an_error() {
         let folder = machine(4, "580.95.05");
         let machine = Machine { proc: folder.path(), dev: folder.path(), visible: None, cuda: None };
         assert!(machine.devices(Some(4)).unwrap_err().contains("--gpus 4: this build has no GPU support"));

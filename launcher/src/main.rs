@@ -1,17 +1,17 @@
-//! `launch`: starts the ranks of a run and brings them home. Processes, not tensors.
+//! `launch`: starts the ranks of a run as processes, watches them and restarts them.
 //!
-//! A rank is this very binary, started again with a hidden first argument: there is no second program to find, and
-//! the ranks cannot be of another build than their launcher.
+//! A rank is the same binary, started with a hidden first argument. So there is no second program to find,
+//! and ranks and launcher are always of the same build.
 
 /// The command line.
 mod args;
-/// The ranks of a run over its nodes, and where they meet.
+/// The ranks of this node among all nodes.
 mod cluster;
-/// Which GPUs are to be seen.
+/// The visible GPUs.
 mod gpu;
-/// What a rank does before it becomes the trainer.
+/// The process of a rank.
 mod rank;
-/// Children, signals, exit statuses.
+/// Processes, signals and exit statuses.
 mod spawn;
 
 use std::env;
@@ -27,7 +27,7 @@ use crate::spawn::Launcher;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    trainer::comm::open_files();
+    trainer::comm::raise_open_files_limit();
     let mut arguments = env::args_os().skip(1);
     if arguments.next().is_some_and(|first| first == rank::ARGUMENT) {
         return rank::run(arguments);
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the job's ranks, again where they fail and may be, and returns the status to leave with.
+/// Runs the ranks of a job, restarts them after a failure, and returns the exit status.
 fn run(job: Job) -> Result<u8, (String, u8)> {
     let cannot = |error: std::io::Error| (format!("cannot start a rank: {error}"), 1);
     let cluster = Cluster::new(&job)?;
@@ -51,14 +51,15 @@ fn run(job: Job) -> Result<u8, (String, u8)> {
     for left in (0..=job.restarts).rev() {
         let start = |local| spawn::command(&cluster, local, &command, job.timeout);
         let commands = (0..cluster.ranks()).map(start).collect();
-        let ended = launcher.run(commands, cluster.rank(0)).map_err(cannot)?;
-        if let Some(message) = &ended.message {
+        let outcome = launcher.run(commands, cluster.rank(0)).map_err(cannot)?;
+        if let Some(message) = &outcome.message {
             say(&format!("error: {message}"));
         }
-        if !ended.failed || left == 0 || launcher.stopped() {
-            return Ok(ended.status);
+        if !outcome.failed || left == 0 || launcher.stopped() {
+            return Ok(outcome.status);
         }
-        say(&format!("the run goes on from its newest checkpoint; it may fail {} more times", left - 1));
+        let plural = if left == 2 { "" } else { "s" };
+        say(&format!("restarting from the newest checkpoint ({} restart{plural} left)", left - 1));
         if !command.iter().any(|argument| argument == "--resume") {
             command.push("--resume".into());
         }
@@ -66,7 +67,7 @@ fn run(job: Job) -> Result<u8, (String, u8)> {
     Ok(1)
 }
 
-#[expect(clippy::print_stderr, reason = "the launcher's own word, where the ranks left none")]
+#[expect(clippy::print_stderr, reason = "messages of the launcher itself")]
 fn say(message: &str) {
     eprintln!("{message}");
 }

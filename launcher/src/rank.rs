@@ -1,4 +1,4 @@
-//! A rank: the trainer, tied to its launcher's life.
+//! A rank: runs the trainer, and ends it when the launcher is gone.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -8,34 +8,34 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use trainer::system::heartbeat;
 
-/// The first argument that makes this binary a rank; the launcher's process id and patience follow, then the trainer's
-/// arguments.
+/// The first argument that makes this binary a rank. The launcher's process id and the timeout in seconds
+/// follow, then the trainer's arguments.
 pub(crate) const ARGUMENT: &str = "__rank";
 
-/// Becomes the trainer.
+/// Runs the trainer with the remaining arguments.
 pub(crate) fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    // A launcher that is killed outright can hand nothing on: then the kernel asks the rank to write its checkpoint
-    // and stop. The launcher may be gone already, before the kernel was asked.
-    let asked = set_parent_process_death_signal(Some(Signal::TERM));
+    // When the launcher is killed, the kernel sends TERM, so that the rank writes a checkpoint and stops. The
+    // launcher may have ended before that is set up, so its process id is checked as well.
+    let armed = set_parent_process_death_signal(Some(Signal::TERM));
     let mut number = || arguments.next().and_then(|argument| argument.to_str()?.parse::<u64>().ok());
-    let (launcher, patience) = (number(), number());
-    let (Ok(()), Some(patience)) = (asked, patience) else { return ended() };
-    if parent() != launcher || thread::Builder::new().spawn(move || guard(launcher, patience)).is_err() {
+    let (launcher, timeout) = (number(), number());
+    let (Ok(()), Some(timeout)) = (armed, timeout) else { return ended() };
+    if parent() != launcher || thread::Builder::new().spawn(move || guard(launcher, timeout)).is_err() {
         return ended();
     }
     trainer::cli::main(std::iter::once("trainer".into()).chain(arguments))
 }
 
-/// Ends a rank that hangs where no launcher is left to do it.
-#[expect(clippy::exit, reason = "the thread that could return hangs")]
-fn guard(launcher: Option<u64>, patience: u64) {
-    let mut last = (heartbeat::beats(), Instant::now());
+/// Ends a rank that hangs after its launcher has ended.
+#[expect(clippy::exit, reason = "the main thread hangs, so it cannot return")]
+fn guard(launcher: Option<u64>, timeout: u64) {
+    let mut last = (heartbeat::work_count(), Instant::now());
     loop {
         thread::sleep(Duration::from_secs(1));
-        let beats = heartbeat::beats();
-        if parent() == launcher || beats != last.0 {
-            last = (beats, Instant::now());
-        } else if last.1.elapsed() > Duration::from_secs(patience) {
+        let work = heartbeat::work_count();
+        if parent() == launcher || work != last.0 {
+            last = (work, Instant::now());
+        } else if last.1.elapsed() > Duration::from_secs(timeout) {
             std::process::exit(128 + Signal::TERM.as_raw());
         }
     }

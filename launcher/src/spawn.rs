@@ -1,4 +1,5 @@
-//! The ranks of this node, from their start to the exit status to leave with. Signals that the launcher gets are theirs.
+//! Starts the ranks of this node, forwards signals to them, watches their heartbeats and decides the exit
+//! status of `launch`.
 
 use std::collections::VecDeque;
 use std::env;
@@ -16,77 +17,87 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use signal_hook::consts::{SIGCONT, SIGINT, SIGTERM, SIGTSTP, SIGUSR1};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::{emulate_default_handler, signal_name};
-use trainer::system::heartbeat::{self, Pulse};
+use trainer::system::heartbeat::{self, Heartbeat};
 
 use crate::cluster::Cluster;
 use crate::rank;
 
-/// Signals that are handed on: those that ask for a stop, and those by which a shell suspends and continues a job.
-const HANDED_ON: [i32; 5] = [SIGTERM, SIGINT, SIGUSR1, SIGTSTP, SIGCONT];
-/// Between two looks at the ranks.
-const LOOK: Duration = Duration::from_millis(10);
-/// How long ranks may take to end once one has failed: the first may have a checkpoint to write to its end.
+/// Signals that are forwarded: those that request a stop, and those by which a shell suspends and continues a
+/// job.
+const FORWARDED: [i32; 5] = [SIGTERM, SIGINT, SIGUSR1, SIGTSTP, SIGCONT];
+/// Time between two checks of the ranks.
+const POLL: Duration = Duration::from_millis(10);
+/// How long the other ranks may take to end after one has failed: rank 0 may be writing a checkpoint.
 const GRACE: Duration = Duration::from_secs(30);
-/// Lines that are kept of a rank's standard error.
-const LINES: usize = 20;
+/// Number of lines of a rank's standard error that are kept.
+const TAIL_LINES: usize = 20;
 
-/// One rank.
+/// The process of one rank.
 struct Rank {
     child: Child,
-    /// None: its terminal is the launcher's.
-    words: Option<JoinHandle<VecDeque<String>>>,
+    /// Collects the last lines of its standard error; `None` if the rank writes to the launcher's terminal.
+    stderr: Option<JoinHandle<VecDeque<String>>>,
     ended: Option<(ExitStatus, Instant)>,
-    pulse: (Pulse, [Instant; 2]), // when ticks and beats have last changed
+    last: Heartbeat,
+    /// When the ticks and the work count last changed.
+    ticked: Instant,
+    worked: Instant,
 }
 
-/// How the ranks of this node have ended.
+/// The result of all ranks of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Ended {
-    /// To leave with.
+pub(crate) struct Outcome {
+    /// Exit status for `launch`.
     pub(crate) status: u8,
-    /// What to say about it: nothing where a rank has said it.
+    /// An error message, unless a rank has already printed it.
     pub(crate) message: Option<String>,
-    /// Whether they failed, rather than being done, stopped, or refusing to start.
+    /// Whether the run failed and may be restarted. It did not if it is done, was stopped, or its input is
+    /// wrong.
     pub(crate) failed: bool,
 }
 
-/// The command of a rank of this node.
-pub(crate) fn command(cluster: &Cluster, local: usize, arguments: &[OsString], patience: u64) -> Command {
-    // A build may have removed this binary while it runs; the kernel still has it.
+/// The command that starts a rank of this node.
+pub(crate) fn command(cluster: &Cluster, local: usize, arguments: &[OsString], timeout: u64) -> Command {
+    // A build may have replaced this binary while it runs; the kernel still has the old one.
     let own = env::current_exe().ok().filter(|path| path.exists()).unwrap_or("/proc/self/exe".into());
     let mut command = Command::new(own);
     let parent = std::process::id().to_string();
-    command.arg0("launch").args([rank::ARGUMENT, &parent, &patience.min(120).to_string()]).args(arguments);
+    command.arg0("launch").args([rank::ARGUMENT, &parent, &timeout.min(120).to_string()]).args(arguments);
     command.envs(cluster.environment(local));
     command
 }
 
-/// The launcher's handling of signals, from before the first rank starts.
+/// Runs the ranks of this node and forwards signals to them.
 pub(crate) struct Launcher {
     signals: Signals,
-    patience: Duration,
+    timeout: Duration,
     stopped: bool,
 }
 
 impl Launcher {
-    pub(crate) fn new(patience: u64) -> io::Result<Self> {
-        let signals = Signals::new(HANDED_ON)?;
-        Ok(Self { signals, patience: Duration::from_secs(patience), stopped: false })
+    /// Starts to listen to signals. `timeout`: seconds without progress after which a rank counts as hanging.
+    pub(crate) fn new(timeout: u64) -> io::Result<Self> {
+        let signals = Signals::new(FORWARDED)?;
+        Ok(Self { signals, timeout: Duration::from_secs(timeout), stopped: false })
     }
 
-    /// Whether somebody asked for a stop: then nothing is started again.
+    /// Whether a signal has requested a stop. Then the ranks are not restarted.
     pub(crate) fn stopped(&self) -> bool {
         self.stopped
     }
 
-    /// Runs commands, the rank `first` and those after it, to their end.
+    /// Starts one rank for each command, numbered from `first`, and waits until all have ended.
     ///
-    /// A rank is a process group of its own, so that Ctrl-C reaches it once, from here. Everything happens on the calling
-    /// thread: the kernel ties a rank's life to the thread that started it.
-    pub(crate) fn run(&mut self, commands: Vec<Command>, first: usize) -> io::Result<Ended> {
-        let pulses = File::from(memfd_create("pulse", MemfdFlags::CLOEXEC)?);
-        pulses.set_len(heartbeat::SLOT * commands.len() as u64)?;
-        let path = format!("/proc/{}/fd/{}", std::process::id(), pulses.as_raw_fd());
+    /// Each rank is a process group, so that Ctrl-C reaches it only through the launcher. The calling thread
+    /// does all the work, because the kernel sends the parent-death signal when the thread that started a
+    /// rank ends.
+    ///
+    /// # Errors
+    /// A rank cannot be started, or its heartbeat cannot be read.
+    pub(crate) fn run(&mut self, commands: Vec<Command>, first: usize) -> io::Result<Outcome> {
+        let heartbeats = File::from(memfd_create("heartbeat", MemfdFlags::CLOEXEC)?);
+        heartbeats.set_len(heartbeat::SLOT * commands.len() as u64)?;
+        let path = format!("/proc/{}/fd/{}", std::process::id(), heartbeats.as_raw_fd());
         let mut ranks = Vec::with_capacity(commands.len());
         for (local, mut command) in commands.into_iter().enumerate() {
             command.env(heartbeat::VARIABLE, format!("{path}:{local}"));
@@ -101,33 +112,34 @@ impl Launcher {
         }
         let mut hung = None;
         let mut failed: Option<Instant> = None;
-        let mut looked = Instant::now();
+        let mut polled = Instant::now();
         loop {
-            if looked.elapsed() > 100 * LOOK {
-                // This process was stopped for a while, and saw nobody work.
-                ranks.iter_mut().for_each(|rank| rank.pulse.1 = [Instant::now(); 2]);
+            if polled.elapsed() > 100 * POLL {
+                // This process was suspended and read no heartbeats meanwhile, so the timeouts start anew.
+                ranks.iter_mut().for_each(Rank::restart_timeouts);
             }
-            looked = Instant::now();
+            polled = Instant::now();
             for signal in self.signals.pending() {
                 self.stopped |= [SIGTERM, SIGINT, SIGUSR1].contains(&signal);
-                ranks.iter_mut().for_each(|rank| rank.hand_on(signal));
+                ranks.iter_mut().for_each(|rank| rank.forward(signal));
                 if signal == SIGTSTP {
-                    // The ranks first, then the launcher itself. It fails only where signals do not exist.
+                    // The ranks are suspended; now the launcher suspends itself. That fails only for invalid
+                    // signals.
                     let _never = emulate_default_handler(signal);
                 }
             }
             for (slot, rank) in (0..).zip(&mut ranks) {
-                rank.look(Pulse::read(&pulses, slot)?)?;
+                rank.update(Heartbeat::read(&heartbeats, slot)?)?;
             }
             if ranks.iter().all(|rank| rank.ended.is_some()) {
                 return Ok(conclude(ranks, first, hung));
             }
             if failed.is_none() {
                 if hung.is_none() {
-                    hung = hanging(&ranks, self.patience);
+                    hung = find_hung(&ranks, self.timeout);
                 }
-                if let Some((local, _)) = hung {
-                    ranks[local].kill(Signal::KILL);
+                if let Some(hung) = hung {
+                    ranks[hung.local].kill(Signal::KILL);
                 }
                 if hung.is_some() || ranks.iter().any(Rank::has_failed) {
                     failed = Some(Instant::now());
@@ -135,11 +147,11 @@ impl Launcher {
                 }
             } else if failed.is_some_and(|failed| failed.elapsed() > GRACE) {
                 ranks.iter_mut().for_each(|rank| rank.kill(Signal::KILL));
-            } else if let Some((local, _)) = hanging(&ranks, self.patience) {
-                // It does not come to hear the TERM either.
-                ranks[local].kill(Signal::KILL);
+            } else if let Some(hung) = find_hung(&ranks, self.timeout) {
+                // A rank that hangs does not react to TERM either.
+                ranks[hung.local].kill(Signal::KILL);
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL);
         }
     }
 }
@@ -149,52 +161,55 @@ fn start(command: &mut Command, quiet: bool) -> io::Result<Rank> {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     }
     let mut child = command.process_group(0).spawn()?;
-    let words = child.stderr.take().map(|stderr| thread::spawn(move || last_words(stderr)));
+    let stderr = child.stderr.take().map(|stderr| thread::spawn(move || last_lines(stderr)));
     let now = Instant::now();
-    Ok(Rank { child, words, ended: None, pulse: (Pulse::default(), [now, now]) })
+    Ok(Rank { child, stderr, ended: None, last: Heartbeat::default(), ticked: now, worked: now })
 }
 
-/// The last lines of what a rank says, read so that it never waits for a reader.
-fn last_words(stderr: impl Read) -> VecDeque<String> {
-    let mut words = VecDeque::new();
+/// Reads the standard error of a rank to its end and returns the last lines.
+fn last_lines(stderr: impl Read) -> VecDeque<String> {
+    let mut lines = VecDeque::new();
     for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
-        words.push_back(String::from_utf8_lossy(&line).into_owned());
-        if words.len() > LINES {
-            words.pop_front();
+        lines.push_back(String::from_utf8_lossy(&line).into_owned());
+        if lines.len() > TAIL_LINES {
+            lines.pop_front();
         }
     }
-    words
+    lines
 }
 
 impl Rank {
-    /// Whether it lives and works.
-    fn look(&mut self, pulse: Pulse) -> io::Result<()> {
+    /// Checks whether the rank has ended, and records its heartbeat.
+    fn update(&mut self, heartbeat: Heartbeat) -> io::Result<()> {
         if self.ended.is_none() {
             self.ended = self.child.try_wait()?.map(|status| (status, Instant::now()));
         }
-        let (last, [ticked, beaten]) = &mut self.pulse;
-        if pulse.ticks != last.ticks {
-            *ticked = Instant::now();
+        if heartbeat.ticks != self.last.ticks {
+            self.ticked = Instant::now();
         }
-        // Who waits for another rank has nothing to do.
-        if pulse.beats != last.beats || pulse.waiting {
-            *beaten = Instant::now();
+        // A rank that waits for another one has no work to do.
+        if heartbeat.work != self.last.work || heartbeat.waiting {
+            self.worked = Instant::now();
         }
-        *last = pulse;
+        self.last = heartbeat;
         Ok(())
+    }
+
+    fn restart_timeouts(&mut self) {
+        (self.ticked, self.worked) = (Instant::now(), Instant::now());
     }
 
     fn has_failed(&self) -> bool {
         self.ended.is_some_and(|(status, _)| !status.success())
     }
 
-    fn hand_on(&mut self, signal: i32) {
+    fn forward(&mut self, signal: i32) {
         if let Some(named) = Signal::from_named_raw(signal) {
             self.kill(named);
         }
     }
 
-    /// The whole group; it fails only for one that has just ended.
+    /// Sends a signal to the rank's process group. It fails only for a group that has just ended.
     fn kill(&mut self, signal: Signal) {
         if self.ended.is_none()
             && let Some(group) = Pid::from_raw(self.child.id() as i32)
@@ -204,68 +219,100 @@ impl Rank {
     }
 }
 
-/// The rank of this node that hangs, and how it shows.
-fn hanging(ranks: &[Rank], patience: Duration) -> Option<(usize, &'static str)> {
-    let living = || ranks.iter().enumerate().filter(|(_, rank)| rank.ended.is_none());
-    let silent = |which: usize| living().find(|(_, rank)| rank.pulse.1[which].elapsed() > patience);
-    let stopped = silent(0).map(|(local, _)| (local, "its process does not run"));
-    stopped.or_else(|| silent(1).map(|(local, _)| (local, "its work does not go on")))
+/// A rank of this node that hangs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Hung {
+    local: usize,
+    timeout: Duration,
+    how: &'static str,
 }
 
-/// What their ends mean together.
-fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<(usize, &str)>) -> Ended {
-    let mut ranks: Vec<(usize, ExitStatus, Instant, Vec<String>)> = (first..)
+impl Hung {
+    fn message(self, rank: usize) -> String {
+        let Self { how, timeout, .. } = self;
+        format!(
+            "rank {rank} hangs: {how} for {} s\nhint: OUTPUT/logs/rank-{rank}.log shows what it did last; if it was only slow, \
+             give a longer --timeout SECONDS",
+            timeout.as_secs()
+        )
+    }
+}
+
+/// Finds a rank whose process is stopped or that makes no progress.
+fn find_hung(ranks: &[Rank], timeout: Duration) -> Option<Hung> {
+    let find = |how, since: fn(&Rank) -> Instant| {
+        let hangs = |rank: &Rank| rank.ended.is_none() && since(rank).elapsed() > timeout;
+        ranks.iter().position(hangs).map(|local| Hung { local, timeout, how })
+    };
+    find("its process did not run", |rank| rank.ticked)
+        .or_else(|| find("it made no progress", |rank| rank.worked))
+}
+
+/// A rank that has ended.
+struct Ended {
+    rank: usize,
+    status: ExitStatus,
+    at: Instant,
+    /// The last lines of its standard error that are not blank.
+    lines: Vec<String>,
+}
+
+/// Decides the outcome from the exit statuses of all ranks, which are numbered from `first`.
+fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<Hung>) -> Outcome {
+    let mut ranks: Vec<Ended> = (first..)
         .zip(ranks)
-        .filter_map(|(rank, Rank { ended, words, .. })| {
+        .filter_map(|(rank, Rank { ended, stderr, .. })| {
             let (status, at) = ended?;
-            let words = words.and_then(|words| words.join().ok()).unwrap_or_default();
-            Some((rank, status, at, words.into_iter().filter(|line| !line.trim().is_empty()).collect()))
+            let lines = stderr.and_then(|stderr| stderr.join().ok()).unwrap_or_default();
+            let lines = lines.into_iter().filter(|line| !line.trim().is_empty()).collect();
+            Some(Ended { rank, status, at, lines })
         })
         .collect();
-    if let Some((local, how)) = hung {
-        let rank = first + local;
-        let words = ranks.into_iter().find(|(other, ..)| *other == rank).map(|(.., words)| words);
-        let message = format!("rank {rank} hangs: {how}{}", last(&words.unwrap_or_default()));
-        return Ended { status: 1, message: Some(message), failed: true };
+    if let Some(hung) = hung {
+        let rank = first + hung.local;
+        let lines = ranks.into_iter().find(|other| other.rank == rank).map(|other| other.lines);
+        let message = hung.message(rank) + &last_lines_of(&lines.unwrap_or_default());
+        return Outcome { status: 1, message: Some(message), failed: true };
     }
-    // Whose fault it was: a rank that was killed; else one that has something to say, others only lost it; else the first.
-    // Signals are sent by this launcher only after a first one has failed.
-    ranks.retain(|(_, status, ..)| !status.success());
-    ranks.sort_by_key(|(rank, status, at, words)| {
+    // The culprit is a rank that was killed by someone else, since this launcher kills only after a failure;
+    // otherwise the first that printed an error, since the others may only have lost it; otherwise the first
+    // that ended.
+    ranks.retain(|rank| !rank.status.success());
+    ranks.sort_by_key(|Ended { rank, status, at, lines }| {
         let killed = status.signal().is_some_and(|signal| signal != SIGTERM);
-        (!killed, words.is_empty() && *rank > 0, *at)
+        (!killed, lines.is_empty() && *rank > 0, *at)
     });
-    let Some((rank, status, _, words)) = ranks.first() else {
-        return Ended { status: 0, message: None, failed: false };
+    let Some(Ended { rank, status, lines, .. }) = ranks.first() else {
+        return Outcome { status: 0, message: None, failed: false };
     };
     if let Some(signal) = status.signal() {
-        let message = format!("{}{}", killed(*rank, signal), last(words));
-        // 128 + S says that a stop was asked for; a rank that was killed is a run that failed.
-        let asked = [SIGTERM, SIGINT, SIGUSR1].contains(&signal);
-        let status = if asked { 128 + signal as u8 } else { 1 };
-        return Ended { status, message: Some(message), failed: true };
+        let message = killed(*rank, signal) + &last_lines_of(lines);
+        // 128 + S means that a stop was requested; a rank that was killed otherwise is a run that failed.
+        let requested = [SIGTERM, SIGINT, SIGUSR1].contains(&signal);
+        let status = if requested { 128 + signal as u8 } else { 1 };
+        return Outcome { status, message: Some(message), failed: true };
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
     let failed = code != 2 && code < 128;
-    // What all ranks say, the first one says on its node's terminal.
-    let message = (!words.is_empty() && (failed || code == 2 && first > 0))
-        .then(|| format!("rank {rank} ended first, saying:\n  {}", words.join("\n  ")));
-    Ended { status: code, message, failed }
+    // If an input is wrong, all ranks say so, and rank 0 has printed it on the terminal of its node.
+    let message = (!lines.is_empty() && (failed || code == 2 && first > 0))
+        .then(|| format!("rank {rank} failed first; its last lines:\n  {}", lines.join("\n  ")));
+    Outcome { status: code, message, failed }
 }
 
-/// What a rank that could not say why it ended has said before.
-fn last(words: &[String]) -> String {
-    if words.is_empty() {
+/// The end of a message about a rank that could not report its error itself.
+fn last_lines_of(lines: &[String]) -> String {
+    if lines.is_empty() {
         return String::new();
     }
-    format!("\nits last lines:\n  {}", words.join("\n  "))
+    format!("\nits last lines:\n  {}", lines.join("\n  "))
 }
 
 fn killed(rank: usize, signal: i32) -> String {
     let name = signal_name(signal).unwrap_or("an unknown signal");
     let hint = match Signal::from_named_raw(signal) == Some(Signal::KILL) {
         true => {
-            "\nhint: often the system does that when memory runs out; a smaller training.chunk_tokens needs less"
+            "\nhint: the operating system often does this when memory runs out; a smaller training.chunk_tokens needs less"
         }
         false => "",
     };
@@ -278,7 +325,7 @@ mod tests {
 
     use super::*;
 
-    /// The variable that makes `as_a_launcher` one.
+    /// Environment variable with the scripts that `as_a_launcher` runs.
     const SCRIPTS: &str = "LAUNCH_TEST_SCRIPTS";
 
     fn shell(script: &str) -> Command {
@@ -287,12 +334,12 @@ mod tests {
         command
     }
 
-    fn run(scripts: &[&str]) -> Ended {
+    fn run(scripts: &[&str]) -> Outcome {
         let mut launcher = Launcher::new(60).unwrap();
         launcher.run(scripts.iter().map(|script| shell(script)).collect(), 0).unwrap()
     }
 
-    /// Not a test: signals belong to a whole process, so the tests below start this binary again to have one.
+    /// Not a test. Signals concern a whole process, so the tests below start this binary again as a launcher.
     #[test]
     #[expect(clippy::exit, reason = "the status is what the tests look at")]
     fn as_a_launcher() {
@@ -302,7 +349,8 @@ mod tests {
         }
     }
 
-    /// A launcher of the script, whose child has said `ready`, gets the signal; its status and the child's next line.
+    /// Sends `signal` to a launcher once its script has printed `ready`. Returns its exit status and the
+    /// script's next line.
     fn signalled(script: &str, signal: Signal) -> (Option<i32>, String) {
         let mut launcher = Command::new(env::current_exe().unwrap())
             .args(["--exact", "spawn::tests::as_a_launcher", "--nocapture"])
@@ -323,81 +371,82 @@ mod tests {
         for (script, status, failed) in
             [("exit 0", 0, false), ("exit 1", 1, true), ("exit 2", 2, false), ("exit 143", 143, false)]
         {
-            let ended = run(&[script]);
-            assert_eq!((ended.status, ended.failed), (status, failed), "{script}");
+            let outcome = run(&[script]);
+            assert_eq!((outcome.status, outcome.failed), (status, failed), "{script}");
         }
-        assert_eq!(run(&["exit 0", "exit 0", "exit 0"]), Ended { status: 0, message: None, failed: false });
+        assert_eq!(run(&["exit 0", "exit 0", "exit 0"]), Outcome { status: 0, message: None, failed: false });
     }
 
     #[test]
-    fn a_rank_that_is_killed_is_named_whoever_ends_with_it() {
-        let ended = run(&["sleep 2; exit 1", "kill -KILL $$", "echo lost rank 1 >&2; exit 1"]);
-        assert_eq!((ended.status, ended.failed), (1, true));
-        let message = ended.message.unwrap();
+    fn a_rank_that_is_killed_is_named_although_others_fail_too() {
+        let outcome = run(&["sleep 2; exit 1", "kill -KILL $$", "echo lost rank 1 >&2; exit 1"]);
+        assert_eq!((outcome.status, outcome.failed), (1, true));
+        let message = outcome.message.unwrap();
         assert!(message.starts_with("rank 1 was killed by signal 9"), "{message}");
-        assert!(!message.contains("its last lines"), "it has said nothing: {message}");
+        assert!(!message.contains("its last lines"), "it has printed nothing: {message}");
     }
 
     #[test]
     fn the_last_lines_of_a_rank_that_dies_by_a_signal_are_shown() {
-        let ended =
+        let outcome =
             run(&["sleep 600", "echo 'memory allocation of 7 bytes failed' >&2; echo >&2; kill -ABRT $$"]);
-        assert_eq!((ended.status, ended.failed), (1, true));
+        assert_eq!((outcome.status, outcome.failed), (1, true));
         assert_eq!(
-            ended.message.unwrap(),
+            outcome.message.unwrap(),
             "rank 1 was killed by signal 6 (SIGABRT)\nits last lines:\n  memory allocation of 7 bytes failed"
         );
     }
 
     #[test]
-    fn the_first_failure_ends_all_and_its_last_words_are_shown() {
+    fn the_first_failure_ends_all_ranks_and_its_last_lines_are_shown() {
         let start = Instant::now();
-        let ended = run(&["sleep 600", "sleep 600", "seq 100 >&2; echo 'error: no memory' >&2; exit 7"]);
-        assert_eq!((ended.status, ended.failed), (7, true));
-        let message = ended.message.unwrap();
-        assert!(message.starts_with("rank 2 ended first, saying:\n  82\n"), "{message}");
+        let outcome = run(&["sleep 600", "sleep 600", "seq 100 >&2; echo 'error: no memory' >&2; exit 7"]);
+        assert_eq!((outcome.status, outcome.failed), (7, true));
+        let message = outcome.message.unwrap();
+        assert!(message.starts_with("rank 2 failed first; its last lines:\n  82\n"), "{message}");
         assert!(message.ends_with("100\n  error: no memory"), "{message}");
-        assert!(start.elapsed() < GRACE, "ranks that hear TERM need no KILL");
+        assert!(start.elapsed() < GRACE, "ranks that react to TERM need no KILL");
     }
 
     #[test]
-    fn a_rank_that_does_not_run_or_work_is_named() {
-        let mut launcher = Launcher { patience: Duration::from_millis(300), ..Launcher::new(60).unwrap() };
-        // A shell gives no sign of life at all.
-        let ended = launcher.run(vec![shell("echo reading rows >&2; exec sleep 600")], 4).unwrap();
-        assert_eq!((ended.status, ended.failed), (1, true));
-        assert_eq!(
-            ended.message.unwrap(),
-            "rank 4 hangs: its process does not run\nits last lines:\n  reading rows"
-        );
+    fn a_rank_without_heartbeats_is_named() {
+        let mut launcher = Launcher { timeout: Duration::from_millis(300), ..Launcher::new(60).unwrap() };
+        // A shell writes no heartbeats at all.
+        let outcome = launcher.run(vec![shell("echo reading rows >&2; exec sleep 600")], 4).unwrap();
+        assert_eq!((outcome.status, outcome.failed), (1, true));
+        let message = outcome.message.unwrap();
+        assert!(message.starts_with("rank 4 hangs: its process did not run for 0 s\nhint: "), "{message}");
+        assert!(message.ends_with("\nits last lines:\n  reading rows"), "{message}");
     }
 
     #[test]
     fn a_rank_that_works_or_waits_does_not_hang() {
         let start = Instant::now();
         let later = start + Duration::from_secs(600);
-        let rank = |changed| Rank {
+        let rank = |ticked, worked| Rank {
             child: shell("exit 0").spawn().unwrap(),
-            words: None,
+            stderr: None,
             ended: None,
-            pulse: (Pulse { ticks: 1, beats: 1, waiting: false }, changed),
+            last: Heartbeat { ticks: 1, work: 1, waiting: false },
+            ticked,
+            worked,
         };
-        let mut ranks = [rank([later, later]), rank([later, start]), rank([later, start])];
+        let mut ranks = [rank(later, later), rank(later, start), rank(later, start)];
         thread::sleep(Duration::from_millis(20));
-        let patience = Duration::from_millis(10);
-        assert_eq!(hanging(&ranks, patience), Some((1, "its work does not go on")));
-        assert_eq!(hanging(&ranks[..1], patience), None);
-        for (rank, pulse) in ranks.iter_mut().zip([
-            Pulse { ticks: 1, beats: 1, waiting: false },
-            Pulse { ticks: 1, beats: 1, waiting: true },
-            Pulse { ticks: 1, beats: 2, waiting: false },
+        let timeout = Duration::from_millis(10);
+        assert_eq!(find_hung(&ranks, timeout), Some(Hung { local: 1, timeout, how: "it made no progress" }));
+        assert_eq!(find_hung(&ranks[..1], timeout), None);
+        for (rank, heartbeat) in ranks.iter_mut().zip([
+            Heartbeat { ticks: 1, work: 1, waiting: false },
+            Heartbeat { ticks: 1, work: 1, waiting: true },
+            Heartbeat { ticks: 1, work: 2, waiting: false },
         ]) {
-            rank.look(pulse).unwrap();
+            rank.update(heartbeat).unwrap();
             rank.ended = None;
         }
         assert!(
-            ranks.iter().all(|rank| rank.pulse.1[1] > start),
-            "who works or waits is looked at from now on"
+            ranks.iter().all(|rank| rank.worked > start),
+            "the timeout of a rank that works or waits starts anew"
         );
         ranks.into_iter().for_each(|mut rank| drop(rank.child.wait()));
     }
@@ -409,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn signals_are_handed_on_once() {
+    fn signals_are_forwarded_once() {
         for (signal, name) in [(Signal::TERM, "TERM"), (Signal::INT, "INT"), (Signal::USR1, "USR1")] {
             // A second signal would end the script with status 9.
             let script = format!(

@@ -1,12 +1,13 @@
-//! Runs that are killed at random, in a loop: a rank, the launcher, both, while ranks meet, while a checkpoint is written. Every run
-//! must end with the bits of an uninterrupted one, no process may stay, no half checkpoint may be taken for whole.
+//! Kills runs at random times: a rank, the launcher or both, during the rendezvous or while a checkpoint is
+//! written. Every run must end with the bits of an uninterrupted one, no process may be left behind, and no
+//! incomplete checkpoint may be used.
 //!
-//! LODESTONE_KILLS says how many; a few are enough to see that nothing is broken.
+//! LODESTONE_KILLS is the number of kills. The default is small.
 
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "what fails is a test that fails; it says what it did"
+    reason = "a failure fails the test, which prints what it did"
 )]
 
 mod common;
@@ -26,16 +27,16 @@ use rustix::process::{Pid, Signal, kill_process};
 const SECRET: &str = "of the runs that are killed";
 const RANKS: &str = "3";
 
-/// The processes of these runs: all that know their secret.
+/// The processes of these runs, recognised by their secret.
 fn living() -> Vec<u32> {
     let variable = format!("LODESTONE_TOKEN={SECRET}");
-    let mine = |id: &u32| {
+    let belongs = |id: &u32| {
         let environment = fs::read(format!("/proc/{id}/environ")).unwrap_or_default();
         environment.split(|&byte| byte == 0).any(|other| other == variable.as_bytes())
     };
     let ids =
         fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    ids.filter(mine).collect()
+    ids.filter(belongs).collect()
 }
 
 fn start(folder: &Path) -> Child {
@@ -46,7 +47,7 @@ fn start(folder: &Path) -> Child {
 
 fn result(folder: &Path) -> (Vec<String>, Vec<u8>) {
     let lines = fs::read_to_string(folder.join("run/metrics.jsonl")).unwrap();
-    // Everything but the clock.
+    // Without the times.
     let lines = lines.lines().map(|line| line.split(",\"seconds\"").next().unwrap().to_owned()).collect();
     (lines, fs::read(folder.join("run/model/model.safetensors")).unwrap())
 }
@@ -56,7 +57,7 @@ fn writes_a_checkpoint(folder: &Path) -> bool {
     entries.flatten().any(|entry| entry.file_name().to_string_lossy().ends_with(".tmp"))
 }
 
-/// Kills outright what may have ended by itself just now.
+/// Kills a process, which may have ended by itself just now.
 fn kill(id: u32) -> bool {
     Pid::from_raw(id as i32).is_some_and(|id| kill_process(id, Signal::KILL).is_ok())
 }
@@ -82,11 +83,11 @@ fn every_run_ends_with_the_bits_of_an_uninterrupted_one() {
             let mut run = start(folder.path());
             let (what, victims) =
                 if killed < kills { attack(folder.path(), &mut run, &mut random) } else { ("", vec![]) };
-            // A launcher that is gone cannot hand on a second kill: all victims count for one attack.
+            // Both victims count as one attack, because the second may already have ended with the first.
             let hit = victims.into_iter().filter(|&victim| kill(victim)).count() > 0;
             let output = run.wait_with_output().unwrap();
             wait_until("the end of all processes of the run", || living().is_empty());
-            // Who has ended but was not waited for can be killed, too: that is no attack.
+            // A zombie can be killed, too, but that is no attack.
             if output.status.success() {
                 break;
             }
@@ -102,7 +103,7 @@ fn every_run_ends_with_the_bits_of_an_uninterrupted_one() {
     println!("{killed} kills in {done} runs, each with the bits of an uninterrupted one: {counts:?}");
 }
 
-/// Waits for a moment to kill somebody in; whom.
+/// Waits for a random moment and chooses the victims of an attack.
 fn attack(folder: &Path, run: &mut Child, random: &mut ChaCha8Rng) -> (&'static str, Vec<u32>) {
     let launcher = run.id();
     let any = |random: &mut ChaCha8Rng| {
@@ -124,7 +125,7 @@ fn attack(folder: &Path, run: &mut Child, random: &mut ChaCha8Rng) -> (&'static 
         }
         3 => {
             sleep(Duration::from_millis(random.random_range(0..60)));
-            ("while ranks meet", vec![any(random)])
+            ("during the rendezvous", vec![any(random)])
         }
         _ => {
             while !writes_a_checkpoint(folder) && run.try_wait().unwrap().is_none() {

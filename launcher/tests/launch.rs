@@ -1,4 +1,4 @@
-//! `launch` as its users meet it: a run of the tiny golden model on one rank, stopped in several ways.
+//! `launch` with one rank: a run of the tiny golden model that ends or is stopped in several ways.
 
 mod common;
 

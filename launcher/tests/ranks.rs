@@ -1,6 +1,7 @@
-//! `launch` with several ranks as its users meet it: the same run, whoever is killed, stopped or cut off meanwhile.
+//! `launch` with several ranks: the result is the same although ranks are killed, stopped or disconnected
+//! meanwhile.
 
-#![expect(clippy::unwrap_used, reason = "what fails here is a test that fails")]
+#![expect(clippy::unwrap_used, reason = "a helper that fails must fail the test")]
 
 mod common;
 
@@ -26,7 +27,7 @@ fn losses(folder: &Path) -> Vec<f64> {
 fn same_losses(some: &[f64], one: &[f64]) {
     assert_eq!(some.len(), one.len());
     for (a, b) in some.iter().zip(one) {
-        // Sums in another order.
+        // The sums run in another order.
         assert!((a - b).abs() < 1e-5 * b.abs().max(0.1), "{a} and {b}");
     }
 }
@@ -35,7 +36,7 @@ fn done(output: &Output) {
     assert!(output.status.success(), "{}", said(output));
 }
 
-/// Ends as `status`, leaves no process, and has said `word`.
+/// Checks that a run ends with `status`, leaves no process, and has printed `word`.
 fn ends(run: Child, ranks: &[u32], status: i32, word: &str) {
     let output = run.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(status), "{}", said(&output));
@@ -60,7 +61,7 @@ fn several_ranks_train_what_one_trains() {
 }
 
 #[test]
-fn encoding_and_evaluation_are_shared_with_the_same_bits() {
+fn encoding_and_evaluation_on_several_ranks_give_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
     let texts = folder.path().join("texts.txt");
@@ -97,7 +98,7 @@ fn a_signal_writes_one_checkpoint_and_is_the_status() {
 }
 
 #[test]
-fn one_rank_that_is_asked_to_stop_stops_all() {
+fn a_signal_to_one_rank_stops_all() {
     let folder = tempfile::tempdir().unwrap();
     let run = started(folder.path(), &["--cpus", "3"]);
     let processes = ranks(run.id());
@@ -147,19 +148,19 @@ fn ranks_that_hang_before_their_first_piece_of_work_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let config = configuration(folder.path(), 1);
     let rows = folder.path().join("rows.jsonl");
-    // A file that nobody writes to: to open it is to wait.
+    // Opening a FIFO without a writer blocks.
     assert!(Command::new("mkfifo").arg(&rows).status().unwrap().success());
     let text = fs::read_to_string(&config).unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert/rows.jsonl");
     fs::write(&config, text.replace(golden.to_str().unwrap(), rows.to_str().unwrap())).unwrap();
     let start = Instant::now();
     let run = launch(&["--cpus", "2", "--timeout", "3"]).arg(config).spawn().unwrap();
-    ends(run, &[], 1, "hangs: its work does not go on");
-    assert!(start.elapsed() < Duration::from_secs(30), "who hangs does not hear TERM");
+    ends(run, &[], 1, "hangs: it made no progress");
+    assert!(start.elapsed() < Duration::from_secs(30), "a rank that hangs does not react to TERM");
 }
 
 #[test]
-fn a_run_that_fails_goes_on_from_its_newest_checkpoint() {
+fn a_failed_run_restarts_from_its_newest_checkpoint() {
     let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let config = configuration(whole.path(), 60);
     done(&launch(&["--cpus", "2", "--quiet"]).arg(config).output().unwrap());
@@ -178,24 +179,29 @@ fn a_run_that_fails_goes_on_from_its_newest_checkpoint() {
     }
     let output = run.wait_with_output().unwrap();
     done(&output);
-    assert_eq!(said(&output).matches("goes on from its newest checkpoint").count(), 2, "{}", said(&output));
+    assert_eq!(
+        said(&output).matches("restarting from the newest checkpoint").count(),
+        2,
+        "{}",
+        said(&output)
+    );
     assert_eq!(losses(killed.path()), losses(whole.path()));
     let model = |folder: &Path| fs::read(folder.join("run/model/model.safetensors")).unwrap();
     assert!(model(killed.path()) == model(whole.path()), "the same bits");
 }
 
 #[test]
-fn what_is_wrong_on_all_ranks_is_status_2_and_not_tried_again() {
+fn a_wrong_input_is_status_2_and_not_a_reason_to_restart() {
     let output = launch(&["--cpus", "3", "--restarts", "5", "/nonexistent/tiny.yaml"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
-    assert!(!said(&output).contains("goes on"), "{}", said(&output));
+    assert!(!said(&output).contains("restarting"), "{}", said(&output));
 }
 
 #[test]
-fn gpus_that_cannot_be_used_are_said_before_anything_starts() {
+fn gpus_that_cannot_be_used_are_an_error_before_anything_starts() {
     let folder = tempfile::tempdir().unwrap();
     let config = configuration(folder.path(), 1);
-    // Without GPUs, or without a build that can use them.
+    // There are no GPUs, or this build cannot use them.
     let output = launch(&["--gpus", "400"]).arg(config).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(said(&output).starts_with("error: --gpus 400: "), "{}", said(&output));
@@ -203,7 +209,7 @@ fn gpus_that_cannot_be_used_are_said_before_anything_starts() {
     assert!(!folder.path().join("run").exists());
 }
 
-/// A launcher of one of two nodes, which meet at `port`.
+/// Starts the launcher of one of two nodes, whose rendezvous is at `port`.
 fn node(folder: &Path, node: &str, port: u16, secret: &str) -> Child {
     let meeting = format!("127.0.0.1:{port}");
     let config = folder.join("tiny.yaml");
@@ -229,7 +235,7 @@ fn two_nodes_train_what_one_rank_trains() {
 }
 
 #[test]
-fn a_node_without_the_runs_secret_is_turned_away() {
+fn a_node_with_another_secret_is_rejected() {
     let folder = tempfile::tempdir().unwrap();
     configuration(folder.path(), 1);
     let port = free_port();
@@ -237,12 +243,12 @@ fn a_node_without_the_runs_secret_is_turned_away() {
     let output = node(folder.path(), "1", port, "guessed").wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(said(&output).contains("LODESTONE_TOKEN differs"), "{}", said(&output));
-    assert!(first.try_wait().unwrap().is_none(), "the others still wait");
+    assert!(first.try_wait().unwrap().is_none(), "the other node still waits");
     kill(first.id(), Signal::TERM);
     first.wait().unwrap();
 }
 
-/// With adapters and dropout everywhere, so that a rank more or less would show.
+/// A configuration with adapters and dropout, whose result would show a dependence on the number of ranks.
 fn adapted(folder: &Path) {
     let config = configuration(folder, 12);
     let text =
@@ -285,7 +291,7 @@ fn nodes_with_other_weights_under_the_adapters_do_not_train_together() {
 }
 
 #[test]
-fn another_number_of_ranks_goes_on_with_the_same_run() {
+fn a_run_can_be_resumed_with_another_number_of_ranks() {
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     adapted(whole.path());
     done(&launch(&["--quiet"]).arg(whole.path().join("tiny.yaml")).output().unwrap());

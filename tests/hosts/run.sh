@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# A run over three hosts, which are network namespaces with a bridge between them. One is cut off in the middle of the training: all
-# must notice within the timeout and say which host is gone, and go on once the cable is back, to the losses of one rank.
+# Trains on three hosts, which are network namespaces connected by a bridge. One host is disconnected during
+# the training: the others must notice it within the timeout and name it. When it is connected again, the run
+# must resume and end with the losses of one rank.
 #
 #   tests/hosts/run.sh [FOLDER OF THE PROGRAMS [launch|mpi]]      default: target/debug launch; as root
 #
-# `launch`: a launcher on each host starts its rank again by itself. `mpi`: mpirun starts them from the first host, twice.
+# `launch`: the launcher of each host restarts its rank by itself. `mpi`: mpirun starts the ranks from the
+# first host, twice.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 programs=$(cd "${1:-target/debug}" && pwd)
 way=${2:-launch}
-# In continuous integration nothing is skipped that can be had.
+# In continuous integration a missing tool is an error.
 skip() {
     echo "skipped: several hosts, because $1"
     [ "${CI:-}" != true ] || exit 1
@@ -36,7 +38,7 @@ finish() {
     status=$?
     [ ${#launchers[@]} = 0 ] || kill -9 "${launchers[@]}" 2>/dev/null || true
     for host in $hosts; do
-        # What mpirun could not reach any more would live on.
+        # Processes that mpirun can no longer reach would stay.
         ip netns pids $id-$host 2>/dev/null | xargs -r kill -9 2>/dev/null || true
         ip netns del $id-$host 2>/dev/null || true
     done
@@ -82,14 +84,14 @@ timeout=4
 LODESTONE_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export LODESTONE_TOKEN LODESTONE_TIMEOUT=$timeout RAYON_NUM_THREADS=1
 
-# Runs a command on a host, under its name.
+# Runs a command on a host, with its host name.
 cat >"$place/on" <<SH
 #!/bin/sh
 host=\$1
 shift
 exec ip netns exec $id-\$host unshare --uts sh -c 'hostname host-\$0 && exec "\$@"' \$host "\$@"
 SH
-# What mpirun takes for ssh: an address, and the words of a command line.
+# Stands for ssh in mpirun: its arguments are an address and the words of a command line.
 cat >"$place/agent" <<SH
 #!/bin/sh
 host=\$((\${1##*.} - 1))
@@ -120,43 +122,43 @@ reach() {
         [ "$(steps)" -ge "$1" ] 2>/dev/null && return
         sleep 0.05
     done
-    fail "no step $1; there are $(steps)"
+    fail "step $1 was not reached; there are $(steps) steps"
 }
 reach 100
 ip link set $id-2 down
-echo "host 10.253.77.3 is cut off after step $(steps)"
+echo "disconnected host 10.253.77.3 after step $(steps)"
 cut=$(date +%s%N)
 case $way in
-launch) named="rank 2: on 10.253.77.3 shows no sign of work for $timeout s" ;;
-mpi) named="rank 2: on host-2 has said nothing for $timeout s" ;;
+launch) named="rank 2: on 10.253.77.3 has made no progress for $timeout s" ;;
+mpi) named="rank 2: on host-2 has sent nothing for $timeout s" ;;
 esac
 for _ in $(seq 200); do
     grep -q "$named" "$place/host-0.log" && break
     sleep 0.1
 done
-grep -q "$named" "$place/host-0.log" || fail "host 0 does not name the host that is gone"
+grep -q "$named" "$place/host-0.log" || fail "host 0 does not name the lost host"
 noticed=$((($(date +%s%N) - cut) / 1000000))
-echo "noticed and named $noticed ms later, with a timeout of $timeout s"
-[ $noticed -lt $(((timeout + 6) * 1000)) ] || fail "that is too late"
+echo "host 0 named the lost host after $noticed ms, with a timeout of $timeout s"
+[ $noticed -lt $(((timeout + 6) * 1000)) ] || fail "that took too long"
 case $way in
 launch)
     for host in 1 2; do
-        grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || sleep $((timeout + 2))
-        grep -q "no sign of work\|goes on from its newest" "$place/host-$host.log" || fail "host $host did not notice"
+        grep -q "no progress\|restarting from the newest checkpoint" "$place/host-$host.log" || sleep $((timeout + 2))
+        grep -q "no progress\|restarting from the newest checkpoint" "$place/host-$host.log" || fail "host $host did not notice"
     done
     ip link set $id-2 up
     ;;
 mpi)
-    # mpirun cannot end what it cannot reach; once it can, it must.
+    # mpirun cannot end processes on a host that it cannot reach, so it must end once the host is back.
     ip link set $id-2 up
     for _ in $(seq 300); do
         kill -0 "${launchers[0]}" 2>/dev/null || break
         sleep 0.1
     done
-    ! kill -0 "${launchers[0]}" 2>/dev/null || fail "mpirun does not end"
-    wait "${launchers[0]}" && fail "mpirun calls it a success"
+    ! kill -0 "${launchers[0]}" 2>/dev/null || fail "mpirun did not end"
+    wait "${launchers[0]}" && fail "mpirun reported success"
     launchers=()
-    echo "mpirun has ended; it starts them again after step $(steps)"
+    echo "mpirun ended; starting it again after step $(steps)"
     start_mpi
     ;;
 esac

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# scripts/slurm/nodes.sbatch on a real SLURM: a cluster of two nodes on this host, in a folder of its own. A run on both nodes is
-# preempted, queued again, warned by USR1, queued again, and must end with the losses of an uninterrupted run. Another is cancelled,
-# and must stay away.
+# Tests scripts/slurm/nodes.sbatch on a real SLURM: a cluster of two nodes on this host. A run on both nodes
+# is preempted and requeued, then signalled by USR1 and requeued, and must end with the losses of an
+# uninterrupted run. Another run is cancelled and must not be requeued.
 #
 #   tests/slurm/run.sh [FOLDER OF THE PROGRAMS]      default: target/debug; as root, on Debian
 #
-# Needs slurmctld, slurmd, munged (Debian: slurm-wlm, munge). Names the nodes in /etc/hosts while it runs.
+# It needs slurmctld, slurmd and munged (Debian: slurm-wlm, munge), and adds the nodes to /etc/hosts while it
+# runs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 programs=$(cd "${1:-target/debug}" && pwd)
-# In continuous integration nothing is skipped.
+# In continuous integration a missing tool is an error.
 skip() {
     echo "skipped: SLURM, because $1"
     [ "${CI:-}" != true ] || exit 1
@@ -94,7 +95,7 @@ for _ in $(seq 300); do
     [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null | head -1)" = 2 ] && break
     sleep 0.1
 done
-sinfo 2>/dev/null | grep -q idle || fail "the nodes did not come up"
+sinfo 2>/dev/null | grep -q idle || fail "the nodes did not become idle"
 
 golden=$PWD/tests/golden/bert
 configuration() {
@@ -119,12 +120,13 @@ reach() {
         [ "$(steps)" -ge "$1" ] 2>/dev/null && return
         sleep 0.05
     done
-    fail "no step $1; there are $(steps)"
+    fail "step $1 was not reached; there are $(steps) steps"
 }
 state() { squeue --noheader --jobs "$job" --states all --format %T 2>/dev/null; }
 restarts() { scontrol show job "$job" | grep -o 'Restarts=[0-9]*' | cut -d= -f2; }
 started_again() {
-    # SLURM has a job that was queued again wait for two minutes; its daemons need a few seconds to forget the last start.
+    # SLURM delays a requeued job by two minutes, and its daemons need a few seconds to clean up the last
+    # start.
     sleep 3
     for _ in $(seq 300); do
         [ "$(restarts)" = "$1" ] && [ "$(state)" = RUNNING ] && return
@@ -132,7 +134,7 @@ started_again() {
         [ "$(state)" != PENDING ] || scontrol update jobid="$job" starttime=now >/dev/null 2>&1 || true
         sleep 0.3
     done
-    fail "the job was not started again: $(state), $(restarts) restarts"
+    fail "the job was not restarted: $(state), $(restarts) restarts"
 }
 
 submit() {
@@ -146,18 +148,18 @@ sbatch --parsable --partition high --nodes 2 --output /dev/null --wrap "sleep 1"
 started_again 1
 before=$(steps)
 reach $((before + 50))
-echo "preempted and started again after step $before"
+echo "preempted and restarted after step $before"
 scancel --signal USR1 --batch "$job"
 started_again 2
-echo "warned by USR1 and started again after step $(steps)"
+echo "signalled by USR1 and restarted after step $(steps)"
 for _ in $(seq 1200); do
     [ "$(state)" = RUNNING ] || break
     sleep 0.1
 done
 [ "$(state)" = COMPLETED ] || fail "the job ended as $(state)"
-# Each start went on with what the one before had saved.
+# Each restart resumed from a checkpoint.
 resumed=$(grep -c 'resumed after step' "$place/parts/logs/rank-0.log" || true)
-[ "$resumed" = "$(restarts)" ] || fail "of $(restarts) starts that followed the first, $resumed went on from a checkpoint"
+[ "$resumed" = "$(restarts)" ] || fail "of $(restarts) restarts, $resumed resumed from a checkpoint"
 python3 - "$place" <<'PYTHON'
 import json, sys
 
@@ -179,8 +181,8 @@ scancel "$job"
 for _ in $(seq 600); do
     case $(state) in RUNNING | COMPLETING) sleep 0.1 ;; *) break ;; esac
 done
-# As long as a requeue would need.
+# A requeue would take less than this.
 sleep 5
-[ "$(state)" = CANCELLED ] && [ "$(restarts)" = 0 ] || fail "a job that was cancelled is $(state), with $(restarts) restarts"
-ls "$place"/cancelled/checkpoints/*/DONE >/dev/null 2>&1 || fail "a job that was cancelled has saved nothing"
-echo "cancelled after step $(steps), with a checkpoint, and it stays away"
+[ "$(state)" = CANCELLED ] && [ "$(restarts)" = 0 ] || fail "the cancelled job is $(state), with $(restarts) restarts"
+ls "$place"/cancelled/checkpoints/*/DONE >/dev/null 2>&1 || fail "the cancelled job has no checkpoint"
+echo "cancelled after step $(steps) with a checkpoint, and not requeued"

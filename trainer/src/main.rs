@@ -6,6 +6,6 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    trainer::comm::open_files();
+    trainer::comm::raise_open_files_limit();
     trainer::cli::main(std::env::args_os())
 }

@@ -119,7 +119,7 @@ fn peaks(layers: usize, rows: usize, more: serde_json::Value) -> (f64, f64) {
         seed: 1,
         world: World::solo(),
     };
-    let mut draft = plan.batches(&State::default(), World::solo().part()).unwrap().next().unwrap().unwrap();
+    let mut draft = plan.batches(&State::default(), World::solo().shard()).unwrap().next().unwrap().unwrap();
     let sequences = draft.take();
     let batch = draft.finish(sequences);
     assert_eq!(batch.tokens(), 128 * rows, "texts of 64 tokens");

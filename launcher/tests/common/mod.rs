@@ -1,9 +1,10 @@
-//! What the tests of `launch` share: a run of the tiny golden model, started, watched and stopped.
+//! Helpers for the tests of `launch`: start, watch and stop a run of the tiny golden model.
 
-#![allow(dead_code, reason = "each test binary uses some of it")]
-#![expect(clippy::unwrap_used, reason = "what fails here is a test that fails")]
+#![allow(dead_code, reason = "each test binary uses only a part")]
+#![expect(clippy::unwrap_used, reason = "a helper that fails must fail the test")]
 
-// With the feature `cuda`, candle's calls of NVIDIA's libraries are answered by the kernels, which come with the trainer.
+// With the feature `cuda`, the trainer's kernels resolve candle's calls to NVIDIA's libraries, so it must be
+// linked.
 use trainer as _;
 
 use std::fs;
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A configuration in a folder of its own; `epochs` decides whether the run ends by itself.
+/// Writes a configuration that trains for `epochs` epochs into `folder`.
 pub(crate) fn configuration(folder: &Path, epochs: u32) -> PathBuf {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
     let path = folder.join("tiny.yaml");
@@ -40,7 +41,7 @@ pub(crate) fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A run that would go on for long, and has done its first steps.
+/// Starts a run that does not end by itself, and waits for its first step.
 pub(crate) fn started(folder: &Path, options: &[&str]) -> Child {
     let config = configuration(folder, 1_000_000);
     let mut child = launch(options).args(["--quiet", config.to_str().unwrap()]).spawn().unwrap();
@@ -48,7 +49,7 @@ pub(crate) fn started(folder: &Path, options: &[&str]) -> Child {
     child
 }
 
-/// Waits until a run has done a step.
+/// Waits until a run has finished a step.
 pub(crate) fn wait_for_step(folder: &Path, step: u64, child: &mut Child) {
     let metrics = folder.join("run/metrics.jsonl");
     wait_until("a step", || {
@@ -57,7 +58,7 @@ pub(crate) fn wait_for_step(folder: &Path, step: u64, child: &mut Child) {
     });
 }
 
-/// Patience, not a measurement: far beyond what any machine needs.
+/// Waits up to two minutes, far longer than any machine needs.
 pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     for _ in 0..6000 {
         if done() {
@@ -65,7 +66,7 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         }
         sleep(Duration::from_millis(20));
     }
-    panic!("{what} did not come");
+    panic!("timed out waiting for {what}");
 }
 
 pub(crate) fn checkpoints(folder: &Path) -> usize {
@@ -77,7 +78,7 @@ pub(crate) fn kill(id: u32, signal: Signal) {
     kill_process(Pid::from_raw(id as i32).unwrap(), signal).unwrap();
 }
 
-/// The processes of a launcher's ranks, in their order.
+/// The process ids of a launcher's ranks, in the order of the ranks.
 pub(crate) fn ranks(launcher: u32) -> Vec<u32> {
     let children =
         fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap_or_default();
@@ -90,9 +91,9 @@ pub(crate) fn ranks(launcher: u32) -> Vec<u32> {
     ranks
 }
 
-/// Whether a process runs no more.
+/// Whether a process has ended.
 pub(crate) fn dead(id: u32) -> bool {
-    // Who adopts it may not ask for its status: then it stays in the table as Z, and is dead all the same.
+    // An adopted process whose parent does not wait for it stays as a zombie (state Z).
     let stat = fs::read_to_string(format!("/proc/{id}/stat"));
     stat.is_err() || stat.is_ok_and(|s| s.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z')))
 }

@@ -46,15 +46,15 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let encoding = &args.sets.encoding;
     let of_tuned = encoding.of_trained();
     let (tuned, base) = (of_tuned.find(&args.tuned)?, encoding.find(&args.base)?);
-    if world.first() {
+    if world.is_rank_zero() {
         if let Some(warning) = encoding.lengths_differ(&base, &tuned) {
             tracing::warn!("{warning}");
         }
-        fs::create_dir_all(&args.output).map_err(Error::io("create", &args.output))?;
+        fs::create_dir_all(&args.output).map_err(Error::write("create", &args.output))?;
     }
     let base = measure(encoding, &args.base, "base", &sets, world)?;
     let tuned = measure(&of_tuned, &args.tuned, "tuned", &sets, world)?;
-    if !world.first() {
+    if !world.is_rank_zero() {
         return Ok(());
     }
     let bootstrap = Bootstrap { resamples: args.resamples, seed: args.seed };

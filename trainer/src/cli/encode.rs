@@ -76,7 +76,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         (None, role) => role.unwrap_or(Role::Text),
     };
 
-    let mut npy = match world.first() {
+    let mut npy = match world.is_rank_zero() {
         true => Some(Writer::create(&args.output, count, opened.model.width())?),
         false => None,
     };

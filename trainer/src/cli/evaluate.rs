@@ -30,9 +30,9 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let sets = args.sets.open()?;
     let opened = args.sets.encoding.model(&args.model)?;
     let embedder = args.sets.encoding.embedder(&opened, world)?;
-    let output = args.output.as_ref().filter(|_| world.first());
+    let output = args.output.as_ref().filter(|_| world.is_rank_zero());
     if let Some(output) = output {
-        fs::create_dir_all(output).map_err(Error::io("create", output))?;
+        fs::create_dir_all(output).map_err(Error::write("create", output))?;
     }
 
     let mut set_scores = Vec::new();
@@ -50,12 +50,13 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
         nano::append_csv(output, &means)?;
     }
     let all: Scores = set_scores.into_iter().chain([means]).flatten().collect();
-    let json = serde_json::to_string_pretty(&all).map_err(|error| Error::Usage(error.to_string()))?;
+    let json = serde_json::to_string_pretty(&all)
+        .map_err(|error| Error::Bug(format!("scores cannot be written as JSON: {error}")))?;
     if let Some(output) = output {
         let path = output.join("results.json");
-        fs::write(&path, format!("{json}\n")).map_err(Error::io("write", path))?;
+        fs::write(&path, format!("{json}\n")).map_err(Error::write("write", path))?;
     }
-    if world.first() {
+    if world.is_rank_zero() {
         print(json);
     }
     Ok(())

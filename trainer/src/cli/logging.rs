@@ -40,9 +40,10 @@ pub(super) fn start(quiet: bool, rank: usize) {
 /// Keeps messages in OUTPUT/logs/rank-K.log from here on.
 pub(super) fn keep(output: &Path, rank: usize) -> Result<()> {
     let folder = output.join("logs");
-    fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    fs::create_dir_all(&folder).map_err(Error::write("create", &folder))?;
     let path = folder.join(format!("rank-{rank}.log"));
-    let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
+    let file =
+        OpenOptions::new().create(true).append(true).open(&path).map_err(Error::write("open", &path))?;
     let _ = LOG.set(file);
     Ok(())
 }

@@ -103,14 +103,14 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let folder =
         args.output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let work = args.work.clone().unwrap_or_else(|| folder.join(format!(".{}.work", name.display())));
-    fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    fs::create_dir_all(folder).map_err(Error::write("create", folder))?;
     let inputs = Inputs::read(&args.pairs, args.corpus.as_deref(), folder)?;
     filter.check(&inputs)?;
 
     let opened = args.encoding.model(&args.model)?;
     let embedder = args.encoding.embedder(&opened, world)?;
     // Rank 0's: on other nodes the modification times may differ.
-    let fingerprint = world.of_first(fingerprint(&opened.model.folder().path)?.into_bytes())?;
+    let fingerprint = world.broadcast_bytes(fingerprint(&opened.model.folder().path)?.into_bytes())?;
     let model = format!(
         "{} {:?} {} {} {:?}",
         String::from_utf8_lossy(&fingerprint),
@@ -123,7 +123,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let miner =
         Miner { filter, scores, output: args.output.clone(), work, keep_embeddings: args.work.is_some() };
     let stats = miner.run(&inputs, &model, world, |texts, role| embedder.encode(texts, role))?;
-    if world.first() {
+    if world.is_rank_zero() {
         if stats.pairs_without > 0 {
             tracing::warn!(
                 "{} of {} pairs have no negative and are not written\n\

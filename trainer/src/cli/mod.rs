@@ -24,11 +24,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::Error;
-use crate::comm::{self, World};
+use crate::comm::{RankEnv, World};
 use crate::system::heartbeat;
 use crate::system::progress;
 use crate::train::memory;
+use crate::{Error, Result};
 
 /// Trains text-embedding models, and uses them.
 #[derive(Debug, Parser)]
@@ -68,45 +68,6 @@ enum Command {
     Report(report::Args),
 }
 
-/// Why a command ended early, and what it returns to the shell.
-pub(crate) struct Failure {
-    error: Error,
-    status: u8,
-}
-
-impl Failure {
-    /// Nothing was started: whatever it is, the user can mend it and lose nothing.
-    pub(crate) fn before(error: Error) -> Self {
-        match error {
-            Error::Rank { .. } => Self::during(error),
-            _ => Self { error, status: 2 },
-        }
-    }
-
-    /// Work had begun.
-    pub(crate) fn during(error: Error) -> Self {
-        let status = match error {
-            Error::Stopped { signal, .. } => 128 + u8::try_from(signal).unwrap_or(0),
-            Error::Rank { status, .. } => status,
-            _ => 1,
-        };
-        Self { error, status }
-    }
-}
-
-/// What is wrong with an input is the user's to mend; what goes wrong with an output is the run's failure.
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        match error {
-            Error::Usage(_) | Error::Config { .. } | Error::Row { .. } | Error::File { .. } => {
-                Self::before(error)
-            }
-            Error::Io { action: "open" | "read" | "unpack", .. } => Self::before(error),
-            _ => Self::during(error),
-        }
-    }
-}
-
 /// Runs the command in `args`, the program's name first, and returns its exit status.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     memory::keep_pages();
@@ -118,8 +79,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    let place = comm::place().ok().flatten();
-    let rank = place.as_ref().map_or(0, |place| place.rank);
+    let env = RankEnv::from_env().ok().flatten();
+    let rank = env.as_ref().map_or(0, |env| env.rank);
     // One voice is enough: the others say what went wrong, and keep the rest in their logs.
     logging::start(cli.quiet, rank);
     if cli.quiet || rank > 0 {
@@ -128,13 +89,14 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let (done, world) = match start(&cli.command) {
         // On a thread of the pool: an op called from outside of it would put this thread to sleep and wake it up again.
         Ok(world) => (rayon::scope(|_| run(cli.command, &world)), world),
-        Err(failure) => (Err(failure), World::solo()),
+        Err(error) => (Err(error), World::solo()),
     };
-    let Err(Failure { error, status }) = done else { return ExitCode::SUCCESS };
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    let status = error.exit_status();
     match error {
         // Under MPI the first that notices ends all, before others may say it.
         Error::Rank { rank: other, .. }
-            if rank > 0 && rank != other && place.is_some_and(|place| place.master.is_some()) =>
+            if rank > 0 && rank != other && env.is_some_and(|env| env.master.is_some()) =>
         {
             tracing::warn!("{error}");
         }
@@ -144,48 +106,45 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
     if !matches!(error, Error::Stopped { .. }) {
         // After the last word: with MPI nothing comes after this.
-        world.abandon(&error, status);
+        world.abort(&error, status);
     }
     ExitCode::from(status)
 }
 
 /// Joins the other ranks, where the command shares its work with them.
-fn start(command: &Command) -> Result<World, Failure> {
-    let place = comm::place().map_err(Failure::before)?;
+fn start(command: &Command) -> Result<World> {
+    let env = RankEnv::from_env()?;
     if let Ok(Some((path, slot))) = env::var(heartbeat::VARIABLE).map(|variable| {
         variable.rsplit_once(':').and_then(|(path, slot)| Some((path.to_owned(), slot.parse().ok()?)))
     }) {
-        let told = heartbeat::tell(Path::new(&path), slot);
-        told.map_err(|error| Failure::during(Error::io("write signs of life to", path)(error)))?;
+        heartbeat::publish(Path::new(&path), slot)
+            .map_err(Error::system("write heartbeats for the launcher"))?;
     }
-    let Some(place) = place else { return Ok(World::solo()) };
+    let Some(env) = env else { return Ok(World::solo()) };
     use Command::{Compare, Encode, Evaluate, Mine, Train};
     if !matches!(command, Train(_) | Encode(_) | Evaluate(_) | Compare(_) | Mine(_)) {
-        let message = format!("this command does not share its work, and {} ranks were started", place.size);
-        return Err(Failure::before(Error::Usage(format!("{message}\nhint: start it alone"))));
+        let message = format!("this command does not share its work, and {} ranks were started", env.size);
+        return Err(Error::Usage(format!("{message}\nhint: start it alone")));
     }
-    if let Some(threads) = place.threads.filter(|_| env::var_os("RAYON_NUM_THREADS").is_none()) {
+    if let Some(threads) = env.threads.filter(|_| env::var_os("RAYON_NUM_THREADS").is_none()) {
         // It fails where threads run already, and then they stay as many as they are.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
-    World::connect().map_err(|error| match error {
-        Error::Usage(_) => Failure::before(error),
-        _ => Failure::during(error),
-    })
+    World::connect()
 }
 
-fn run(command: Command, world: &World) -> Result<(), Failure> {
+fn run(command: Command, world: &World) -> Result<()> {
     match command {
         Command::Train(args) => train::run(&args, world),
         Command::Plan(args) => plan::run(&args),
-        Command::Encode(args) => encode::run(&args, world).map_err(Failure::from),
-        Command::Evaluate(args) => evaluate::run(&args, world).map_err(Failure::from),
-        Command::Compare(args) => compare::run(&args, world).map_err(Failure::from),
-        Command::Split(args) => split::run(&args).map_err(Failure::from),
-        Command::Mine(args) => mine::run(&args, world).map_err(Failure::from),
-        Command::Nano(args) => nano::run(&args).map_err(Failure::from),
-        Command::Export(args) => export::run(&args).map_err(Failure::from),
-        Command::Report(args) => report::run(&args).map_err(Failure::from),
+        Command::Encode(args) => encode::run(&args, world),
+        Command::Evaluate(args) => evaluate::run(&args, world),
+        Command::Compare(args) => compare::run(&args, world),
+        Command::Split(args) => split::run(&args),
+        Command::Mine(args) => mine::run(&args, world),
+        Command::Nano(args) => nano::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Report(args) => report::run(&args),
     }
 }
 

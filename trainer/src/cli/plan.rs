@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::encode::at_least_one;
-use super::{Failure, print};
+use super::print;
 use crate::config::Config;
 use crate::train::plan::{self, CostEstimate, Plan};
 use crate::train::scaling::{Rates, ScalingTable, Workload};
@@ -29,8 +29,8 @@ pub(super) struct Args {
     link_rate: Option<f64>,
 }
 
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
+pub(super) fn run(args: &Args) -> crate::Result<()> {
+    let config = Config::load(&args.config, &args.overrides)?;
     if let Err(missing) = plan::check_inputs(&config) {
         // What the run costs decides whether the data is fetched at all.
         match CostEstimate::new(&config) {
@@ -43,9 +43,9 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             }
             Err(error) => tracing::warn!("{error}"),
         }
-        return Err(Failure::before(missing));
+        return Err(missing);
     }
-    let plan = Plan::resolve(config).map_err(Failure::before)?;
+    let plan = Plan::resolve(config)?;
     print(plan.to_string().trim_end());
     if !args.ranks.is_empty() {
         print(args.table(&plan.workload));

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::{Failure, logging, print};
+use super::{logging, print};
 use crate::comm::World;
 use crate::config::Config;
 use crate::train::Run;
 use crate::train::plan::Plan;
+use crate::{Error, Result};
 
 /// Train a model
 #[derive(Debug, clap::Args)]
@@ -29,17 +30,17 @@ pub(super) struct Args {
     resume: bool,
 }
 
-pub(super) fn run(args: &Args, world: &World) -> Result<(), Failure> {
-    let config = Config::load(&args.config, &args.overrides).map_err(Failure::before)?;
-    let plan = Plan::resolve(config).map_err(Failure::before)?;
+pub(super) fn run(args: &Args, world: &World) -> Result<()> {
+    let config = Config::load(&args.config, &args.overrides)?;
+    let plan = Plan::resolve(config)?;
     let output = plan.config.output.clone();
     let metric = plan.config.evaluation.metric.clone();
     let text = plan.to_string();
-    let run = Run::prepare(plan, args.resume, world.clone()).map_err(Failure::before)?;
-    logging::keep(&output, world.rank()).map_err(Failure::before)?;
+    let run = Run::prepare(plan, args.resume, world.clone())?;
+    logging::keep(&output, world.rank())?;
     tracing::info!("{}", text.trim_end());
-    let summary = run.train().map_err(Failure::during)?;
-    if !world.first() {
+    let summary = run.train().map_err(Error::during_run)?;
+    if !world.is_rank_zero() {
         return Ok(());
     }
     for (name, after) in summary.after.iter().filter(|(name, _)| name.ends_with(&metric)) {

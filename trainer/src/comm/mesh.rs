@@ -1,120 +1,123 @@
-//! Every rank has a line to every other one: channels between threads, or sockets between processes.
+//! The transport in which every rank has a link to every other one: a channel between threads, or a socket
+//! between processes.
 //!
-//! A rank sends all its messages of a collective before it waits for one, so that whoever hangs is missed by everybody, and
-//! everybody can name it. Sending never waits for the other side to listen: what arrives is taken in by a thread of its own.
+//! A rank sends all its messages of a collective before it waits for one, so that all ranks miss the rank
+//! that hangs, and all can name it. Sending does not wait for the receiver to call the collective: a thread
+//! of the receiver takes in what arrives.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Failed, Transport};
+use super::{Failure, Transport};
 use crate::{Error, Result};
 
-/// How a message leaves.
-pub(super) trait Line: std::fmt::Debug + Send {
-    /// Hands over a message; false if nobody takes it. As long as that is so `go_on` is asked, with whether a part of it has gone.
-    fn send(&mut self, message: &Message, go_on: GoOn) -> bool;
+/// The sending end of a connection to another rank.
+pub(super) trait Link: std::fmt::Debug + Send {
+    /// Sends a message. While the receiver accepts nothing, it calls `keep_waiting` with whether a part of
+    /// the message is sent. Returns false if it gave up or the connection is closed.
+    fn send(&mut self, message: &Message, keep_waiting: KeepWaiting) -> bool;
 }
 
-/// Whether to wait any longer.
-pub(super) type GoOn<'a> = &'a mut dyn FnMut(bool) -> bool;
+/// Decides whether to wait any longer.
+pub(super) type KeepWaiting<'a> = &'a mut dyn FnMut(bool) -> bool;
 
-/// What goes over a line.
+/// A message to another rank.
 #[derive(Clone, Debug)]
 pub(super) enum Message<'a> {
-    /// Of a collective.
+    /// Data of a collective.
     Data(&'a [u8]),
-    /// The last one.
-    Failed(&'a Failed),
-    /// So many pieces of work are done.
-    Beats(u64),
+    /// The last message: why this rank ends.
+    Failure(&'a Failure),
+    /// The number of units of work that this rank has done.
+    Heartbeat(u64),
 }
 
-/// What has arrived. After the last message there is nothing more.
+/// A message from another rank. `Failure` is the last one.
 #[derive(Debug)]
-pub(super) enum Arrived {
+pub(super) enum Received {
     Data(Vec<u8>),
-    Failed(Failed),
+    Failure(Failure),
 }
 
-/// When another rank has last shown that it is at work.
+/// Records when another rank last made progress, and whether it has ended.
 #[derive(Debug)]
-pub(super) struct Life {
-    beats: AtomicU64,
+pub(super) struct PeerLiveness {
+    work_count: AtomicU64,
     since: Mutex<Instant>,
-    failed: Mutex<Option<Failed>>,
+    failure: Mutex<Option<Failure>>,
     ended: AtomicBool,
 }
 
-impl Life {
+impl PeerLiveness {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            beats: AtomicU64::new(u64::MAX),
+            work_count: AtomicU64::new(u64::MAX),
             since: Mutex::new(Instant::now()),
-            failed: Mutex::new(None),
+            failure: Mutex::new(None),
             ended: AtomicBool::new(false),
         })
     }
 
-    /// Nothing more will come of it.
+    /// The connection is closed.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Relaxed);
     }
 
-    /// Its last word, which is to be heard before it is its turn.
-    pub(super) fn has_failed(&self, failed: &Failed) {
-        *lock(&self.failed) = Some(failed.clone());
+    /// The rank has failed. Callers that wait for another rank learn it here at once.
+    pub(super) fn set_failed(&self, failure: &Failure) {
+        *lock(&self.failure) = Some(failure.clone());
     }
 
-    /// Its work goes on.
+    /// The rank makes progress.
     pub(super) fn touch(&self) {
         *lock(&self.since) = Instant::now();
     }
 
-    /// It has done so many pieces of work.
-    pub(super) fn has_done(&self, beats: u64) {
-        if self.beats.swap(beats, Ordering::Relaxed) != beats {
+    /// The rank reports the number of units of work that it has done.
+    pub(super) fn set_work_count(&self, work_count: u64) {
+        if self.work_count.swap(work_count, Ordering::Relaxed) != work_count {
             self.touch();
         }
     }
 
-    /// How long it has shown nothing, but not longer than since `start`.
-    fn silent(&self, start: Instant) -> Duration {
+    /// Time without progress, counted from `start` at the earliest.
+    fn idle(&self, start: Instant) -> Duration {
         (*lock(&self.since)).max(start).elapsed()
     }
 }
 
-/// Another rank.
+/// The connection to another rank.
 #[derive(Debug)]
 pub(super) struct Peer {
-    /// Where it is, for messages; empty for a thread.
+    /// Address of its host, for error messages; empty for a thread.
     pub(super) host: String,
-    pub(super) line: Arc<Mutex<dyn Line>>,
-    pub(super) inbox: Mutex<Receiver<Arrived>>,
-    /// None: a thread of this process, which ends or goes on.
-    pub(super) life: Option<Arc<Life>>,
+    pub(super) link: Arc<Mutex<dyn Link>>,
+    pub(super) inbox: Mutex<Receiver<Received>>,
+    /// `None` for a thread of this process, which cannot hang unnoticed.
+    pub(super) liveness: Option<Arc<PeerLiveness>>,
 }
 
-/// All ranks.
+/// The connections of one rank to all others.
 #[derive(Debug)]
 pub(super) struct Mesh {
     pub(super) rank: usize,
-    /// None: this rank.
+    /// One for each rank; `None` for this one.
     pub(super) peers: Vec<Option<Peer>>,
-    /// How long another rank may show no sign of work while this one waits for it.
-    pub(super) patience: Duration,
+    /// Time without progress after which a rank that this one waits for counts as hanging.
+    pub(super) timeout: Duration,
 }
 
-/// Between two looks at the others' signs of life.
-pub(super) const LOOK: Duration = Duration::from_millis(200);
-/// How long a rank that takes nothing may hold up the last word to those after it.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// Time between two checks of the other ranks' liveness.
+pub(super) const POLL: Duration = Duration::from_millis(200);
+/// How long the failure message to one rank may delay those to the next.
+const FAILURE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Transport for Mesh {
-    fn exchange(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+    fn all_to_all(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         let size = self.peers.len();
-        // Everybody begins with the next rank, so that nobody is overrun.
+        // Each rank begins with the next one, so that the messages spread evenly.
         for to in (1..size).map(|distance| (self.rank + distance) % size) {
             if let Some(peer) = &self.peers[to] {
                 self.send(to, peer, messages[to])?;
@@ -127,85 +130,85 @@ impl Transport for Mesh {
         self.peers.iter().enumerate().map(receive).collect()
     }
 
-    fn gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.exchange(&vec![message; self.peers.len()])
+    fn all_gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.all_to_all(&vec![message; self.peers.len()])
     }
 
-    fn abandon(&self, failed: &Failed) {
+    fn abort(&self, failure: &Failure) {
         for peer in self.peers.iter().flatten() {
             let start = Instant::now();
-            lock(&peer.line).send(&Message::Failed(failed), &mut |_| start.elapsed() < LAST_WORD);
+            lock(&peer.link).send(&Message::Failure(failure), &mut |_| start.elapsed() < FAILURE_TIMEOUT);
         }
     }
 
-    /// A rank that has ended or hangs.
     #[cfg(feature = "cuda")]
-    fn lost(&self, start: Instant) -> Option<Error> {
+    fn lost_peer(&self, start: Instant) -> Option<Error> {
         let mut peers = self.peers.iter().enumerate().filter_map(|(rank, peer)| Some((rank, peer.as_ref()?)));
         peers.find_map(|(rank, peer)| {
-            let ended = peer.life.as_ref().is_some_and(|life| life.ended.load(Ordering::Relaxed));
-            if ended { Some(self.ended(rank, peer)) } else { self.silent(rank, peer, start) }
+            let ended = peer.liveness.as_ref().is_some_and(|liveness| liveness.ended.load(Ordering::Relaxed));
+            if ended { Some(self.ended(rank, peer)) } else { self.hanging(rank, peer, start) }
         })
     }
 }
 
 impl Mesh {
-    /// The ranks' ends of a mesh between threads.
+    /// A mesh of threads: what each of `size` ranks holds of it.
     pub(super) fn threads(size: usize) -> Vec<Self> {
-        let mut ends: Vec<Vec<Option<Receiver<Arrived>>>> = (0..size).map(|_| Vec::new()).collect();
-        let mut lines: Vec<Vec<Option<Sender<Arrived>>>> = (0..size).map(|_| Vec::new()).collect();
+        let mut ends: Vec<Vec<Option<Receiver<Received>>>> = (0..size).map(|_| Vec::new()).collect();
+        let mut links: Vec<Vec<Option<Sender<Received>>>> = (0..size).map(|_| Vec::new()).collect();
         for from in 0..size {
             for to in 0..size {
                 let (sender, receiver) = channel();
-                lines[from].push((from != to).then_some(sender));
+                links[from].push((from != to).then_some(sender));
                 ends[to].push((from != to).then_some(receiver));
             }
         }
-        let peer = |(line, end): (Option<Sender<Arrived>>, Option<Receiver<Arrived>>)| {
-            let line: Arc<Mutex<dyn Line>> = Arc::new(Mutex::new(line?));
-            Some(Peer { host: String::new(), line, inbox: Mutex::new(end?), life: None })
+        let peer = |(link, end): (Option<Sender<Received>>, Option<Receiver<Received>>)| {
+            let link: Arc<Mutex<dyn Link>> = Arc::new(Mutex::new(link?));
+            Some(Peer { host: String::new(), link, inbox: Mutex::new(end?), liveness: None })
         };
-        let mesh = |(rank, (lines, ends)): (usize, (Vec<_>, Vec<_>))| Self {
+        let mesh = |(rank, (links, ends)): (usize, (Vec<_>, Vec<_>))| Self {
             rank,
-            peers: lines.into_iter().zip(ends).map(peer).collect(),
-            patience: Duration::MAX,
+            peers: links.into_iter().zip(ends).map(peer).collect(),
+            timeout: Duration::MAX,
         };
-        lines.into_iter().zip(ends).enumerate().map(mesh).collect()
+        links.into_iter().zip(ends).enumerate().map(mesh).collect()
     }
 
     fn send(&self, to: usize, peer: &Peer, message: &[u8]) -> Result<()> {
-        let (mut start, mut looked, mut lost) = (Instant::now(), Instant::now(), None);
-        let sent = lock(&peer.line).send(&Message::Data(message), &mut |_| {
-            // This process was stopped for a while itself, and heard nobody.
-            if looked.elapsed() > 5 * LOOK {
+        let (mut start, mut polled, mut lost) = (Instant::now(), Instant::now(), None);
+        let sent = lock(&peer.link).send(&Message::Data(message), &mut |_| {
+            // This process itself was suspended and received nothing meanwhile, so the timeout starts anew.
+            if polled.elapsed() > 5 * POLL {
                 start = Instant::now();
             }
-            looked = Instant::now();
-            lost = self.failed().or_else(|| self.silent(to, peer, start));
+            polled = Instant::now();
+            lost = self.failure().or_else(|| self.hanging(to, peer, start));
             lost.is_none()
         });
         if sent { Ok(()) } else { Err(lost.unwrap_or_else(|| self.ended(to, peer))) }
     }
 
-    /// The last word of any rank.
-    fn failed(&self) -> Option<Error> {
-        let mut lives = self.peers.iter().flatten().filter_map(|peer| peer.life.as_ref());
-        lives.find_map(|life| lock(&life.failed).clone()).map(Error::from)
+    /// The error of the first rank that has reported a failure.
+    fn failure(&self) -> Option<Error> {
+        let mut peers = self.peers.iter().flatten().filter_map(|peer| peer.liveness.as_ref());
+        peers.find_map(|liveness| lock(&liveness.failure).clone()).map(Error::from)
     }
 
     fn receive(&self, from: usize, peer: &Peer) -> Result<Vec<u8>> {
         let mut start = Instant::now();
         let inbox = lock(&peer.inbox);
         loop {
-            let looked = Instant::now();
-            match inbox.recv_timeout(LOOK) {
-                Ok(Arrived::Data(bytes)) => return Ok(bytes),
-                Ok(Arrived::Failed(failed)) => return Err(failed.into()),
-                Err(RecvTimeoutError::Disconnected) => return Err(self.gone(from, peer)),
-                // This process was stopped for a while itself, and heard nobody.
-                Err(RecvTimeoutError::Timeout) if looked.elapsed() > 5 * LOOK => start = Instant::now(),
+            let polled = Instant::now();
+            match inbox.recv_timeout(POLL) {
+                Ok(Received::Data(bytes)) => return Ok(bytes),
+                Ok(Received::Failure(failure)) => return Err(failure.into()),
+                Err(RecvTimeoutError::Disconnected) => return Err(self.disconnected(from, peer)),
+                // This process itself was suspended and received nothing meanwhile, so the timeout starts
+                // anew.
+                Err(RecvTimeoutError::Timeout) if polled.elapsed() > 5 * POLL => start = Instant::now(),
                 Err(RecvTimeoutError::Timeout) => {
-                    if let Some(error) = self.silent(from, peer, start) {
+                    if let Some(error) = self.hanging(from, peer, start) {
                         return Err(error);
                     }
                 }
@@ -213,28 +216,33 @@ impl Mesh {
         }
     }
 
-    /// Whether a rank has shown no sign of work for too long since `start`.
-    fn silent(&self, rank: usize, peer: &Peer, start: Instant) -> Option<Error> {
-        peer.life.as_ref().filter(|life| life.silent(start) > self.patience)?;
-        let (host, waited) = (at(&peer.host), self.patience.as_secs());
+    /// The error for a rank that has made no progress for longer than the timeout, counted from `start` at
+    /// the earliest.
+    fn hanging(&self, rank: usize, peer: &Peer, start: Instant) -> Option<Error> {
+        peer.liveness.as_ref().filter(|liveness| liveness.idle(start) > self.timeout)?;
+        let (host, waited) = (at(&peer.host), self.timeout.as_secs());
         let message =
-            format!("{host}shows no sign of work for {waited} s: it hangs, or its host cannot be reached");
+            format!("{host}has made no progress for {waited} s: it hangs, or its host cannot be reached");
         Some(Error::Rank { rank, status: 1, message })
     }
 
-    /// Why a rank takes no messages any more: its last word, if it left one.
+    /// The error for a rank that accepts no messages any more: the failure that it reported, if any.
     fn ended(&self, rank: usize, peer: &Peer) -> Error {
         let inbox = lock(&peer.inbox);
-        while let Ok(arrived) = inbox.recv_timeout(LOOK) {
-            if let Arrived::Failed(failed) = arrived {
-                return failed.into();
+        while let Ok(received) = inbox.recv_timeout(POLL) {
+            if let Received::Failure(failure) = received {
+                return failure.into();
             }
         }
-        self.gone(rank, peer)
+        self.disconnected(rank, peer)
     }
 
-    fn gone(&self, rank: usize, peer: &Peer) -> Error {
-        Error::Rank { rank, status: 1, message: format!("{}has ended without a word", at(&peer.host)) }
+    fn disconnected(&self, rank: usize, peer: &Peer) -> Error {
+        Error::Rank {
+            rank,
+            status: 1,
+            message: format!("{}has ended without reporting an error", at(&peer.host)),
+        }
     }
 }
 
@@ -242,19 +250,19 @@ fn at(host: &str) -> String {
     if host.is_empty() { String::new() } else { format!("on {host} ") }
 }
 
-/// A channel to another thread.
-impl Line for Sender<Arrived> {
-    fn send(&mut self, message: &Message, _: GoOn) -> bool {
-        let arrived = match *message {
-            Message::Data(bytes) => Arrived::Data(bytes.to_vec()),
-            Message::Failed(failed) => Arrived::Failed(failed.clone()),
-            Message::Beats(_) => return true,
+/// A link to another thread.
+impl Link for Sender<Received> {
+    fn send(&mut self, message: &Message, _: KeepWaiting) -> bool {
+        let received = match *message {
+            Message::Data(bytes) => Received::Data(bytes.to_vec()),
+            Message::Failure(failure) => Received::Failure(failure.clone()),
+            Message::Heartbeat(_) => return true,
         };
-        Self::send(self, arrived).is_ok()
+        Self::send(self, received).is_ok()
     }
 }
 
-/// A panic elsewhere leaves nothing half done in these.
+/// Locks a mutex. It ignores poisoning, because a panic leaves these values consistent.
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,7 +1,7 @@
-//! Ranks that mpirun has started, over the system's MPI.
+//! Ranks that mpirun started, over the system's MPI.
 //!
-//! MPI waits forever for a rank that hangs, and cannot say for which. So each collective begins with a word from everyone to
-//! everyone, the length of what follows, and who does not say it in time is named.
+//! MPI waits forever for a rank that hangs, and does not say which one. So each collective begins by sending
+//! the length of the message to every rank; a rank whose length does not arrive in time is named.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,18 +12,18 @@ use ::mpi::request::StaticScope;
 use ::mpi::topology::SimpleCommunicator;
 use ::mpi::traits::{Communicator, Destination, Source};
 
-use super::{Failed, Place, Transport};
+use super::{Failure, RankEnv, Transport};
 use crate::{Error, Result};
 
-/// How long a rank that ends leaves to its own words and to those of the first.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a rank that fails waits before it aborts all ranks, so that error messages reach the terminal.
+const ABORT_DELAY: Duration = Duration::from_secs(1);
 
-/// MPI, from its start to its end.
+/// The MPI library, from its initialization to its finalization.
 pub(super) struct Mpi {
     _universe: Universe,
     rank: usize,
     hosts: Vec<String>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl std::fmt::Debug for Mpi {
@@ -32,34 +32,36 @@ impl std::fmt::Debug for Mpi {
     }
 }
 
-/// So long a rank waits without giving its core away: messages between ranks that are at the same place take less.
+/// How long a rank polls before it yields its core. Messages between ranks that call the same collective
+/// usually take less.
 const EAGER: Duration = Duration::from_micros(200);
 
 impl Mpi {
-    pub(super) fn start(place: &Place) -> Result<Self> {
-        let failed = |message: String| Error::Rank { rank: place.rank, status: 1, message };
+    pub(super) fn start(env: &RankEnv) -> Result<Self> {
+        let failed = |message: String| Error::Rank { rank: env.rank, status: 1, message };
         let (universe, _) = initialize_with_threading(Threading::Serialized)
-            .ok_or_else(|| failed("MPI is started already".to_owned()))?;
+            .ok_or_else(|| failed("MPI is already initialized".to_owned()))?;
         let world = universe.world();
         let (rank, size) = (world.rank() as usize, world.size() as usize);
-        if (rank, size) != (place.rank, place.size) {
+        if (rank, size) != (env.rank, env.size) {
             return Err(failed(format!(
                 "MPI calls it rank {rank} of {size}, its environment {} of {}",
-                place.rank, place.size
+                env.rank, env.size
             )));
         }
         let host = processor_name().unwrap_or_default();
         let mut mpi =
-            Self { _universe: universe, rank, hosts: vec![String::new(); size], patience: place.timeout };
+            Self { _universe: universe, rank, hosts: vec![String::new(); size], timeout: env.timeout };
         mpi.hosts = mpi
-            .gather(host.as_bytes())?
+            .all_gather(host.as_bytes())?
             .into_iter()
             .map(|name| String::from_utf8_lossy(&name).into_owned())
             .collect();
         Ok(mpi)
     }
 
-    /// Tells each rank how much it gets; how much this one gets of each.
+    /// Sends each rank the length of the message to it; returns the length of each rank's message to this
+    /// one.
     fn announce(&self, lengths: &[usize]) -> Result<Vec<usize>> {
         let world = SimpleCommunicator::world();
         for (to, &length) in lengths.iter().enumerate().filter(|(to, _)| *to != self.rank) {
@@ -81,9 +83,10 @@ impl Mpi {
         Ok(announced)
     }
 
-    /// Sends `messages[of(k)]` to each rank k and receives `expected` bytes of each, all at once. No collective: there a host that is
-    /// cut off in the midst of one would be waited for without end, and none could be named.
-    fn trade(
+    /// Sends `messages[of(k)]` to each rank k and receives `expected` bytes from each, all at the same time.
+    /// It uses no MPI collective, because that would wait forever for a host that is cut off in the middle,
+    /// and could not name it.
+    fn transfer(
         &self,
         messages: Vec<Box<[u8]>>,
         of: impl Fn(usize) -> usize,
@@ -92,23 +95,23 @@ impl Mpi {
         let world = SimpleCommunicator::world();
         let lengths = messages.iter().map(|message| message.len()).chain(expected.iter().copied());
         if let Some(length) = lengths.max().filter(|&length| i32::try_from(length).is_err()) {
-            return Err(Error::Usage(format!(
-                "a message of {length} bytes is more than MPI takes at once\nhint: `launch` has no such limit"
+            return Err(Error::Failed(format!(
+                "a message of {length} bytes is too long for MPI\nhint: `launch` has no such limit"
             )));
         }
-        // MPI may look at buffers for as long as a request lives: after an error they stay for ever.
+        // MPI may access the buffers as long as a request exists. So after an error they are leaked.
         let messages: Vec<*mut [u8]> = messages.into_iter().map(Box::into_raw).collect();
-        // SAFETY: freed below, when all is sent.
+        // SAFETY: the message is freed below, after all requests are complete.
         let outgoing = |rank: usize| -> &'static [u8] { unsafe { &*messages[of(rank)] } };
         let others = |length: &(usize, usize)| length.0 != self.rank && length.1 > 0;
-        let mut places: Vec<Option<*mut [u8]>> = vec![None; expected.len()];
+        let mut buffers: Vec<Option<*mut [u8]>> = vec![None; expected.len()];
         let mut requests = Vec::new();
         for (from, length) in expected.iter().copied().enumerate().filter(others) {
-            let place = Box::into_raw(vec![0; length].into_boxed_slice());
-            places[from] = Some(place);
-            // SAFETY: looked at again, and freed, when all is received.
-            let place: &'static mut [u8] = unsafe { &mut *place };
-            let request = world.process_at_rank(from as i32).immediate_receive_into(StaticScope, place);
+            let buffer = Box::into_raw(vec![0; length].into_boxed_slice());
+            buffers[from] = Some(buffer);
+            // SAFETY: nothing else accesses the buffer until all requests are complete; it is freed below.
+            let buffer: &'static mut [u8] = unsafe { &mut *buffer };
+            let request = world.process_at_rank(from as i32).immediate_receive_into(StaticScope, buffer);
             requests.push((from, request));
         }
         let lengths = (0..expected.len()).map(|to| outgoing(to).len());
@@ -127,21 +130,21 @@ impl Mpi {
             }
         }
         let local = outgoing(self.rank).to_vec();
-        // SAFETY: leaked above, and all is sent and received.
-        let free = |place: *mut [u8]| unsafe { Box::from_raw(place) };
+        // SAFETY: the pointers come from `Box::into_raw` above, and all requests are complete.
+        let free = |buffer: *mut [u8]| unsafe { Box::from_raw(buffer) };
         messages.into_iter().for_each(|message| drop(free(message)));
         let mut received: Vec<Vec<u8>> =
-            places.into_iter().map(|place| place.map(free).map(Vec::from).unwrap_or_default()).collect();
+            buffers.into_iter().map(|buffer| buffer.map(free).map(Vec::from).unwrap_or_default()).collect();
         received[self.rank] = local;
         Ok(received)
     }
 
-    /// A moment's wait for `rank`, if that has not been too long since `start`.
+    /// Waits a moment for `rank`; an error if the timeout since `start` is over.
     fn wait(&self, start: Instant, rank: usize) -> Result<()> {
-        if start.elapsed() > self.patience {
-            let (host, waited) = (&self.hosts[rank], self.patience.as_secs());
+        if start.elapsed() > self.timeout {
+            let (host, waited) = (&self.hosts[rank], self.timeout.as_secs());
             let message =
-                format!("on {host} has said nothing for {waited} s: it hangs, or its host cannot be reached");
+                format!("on {host} has sent nothing for {waited} s: it hangs, or its host cannot be reached");
             return Err(Error::Rank { rank, status: 1, message });
         }
         if start.elapsed() > EAGER {
@@ -152,30 +155,30 @@ impl Mpi {
 }
 
 impl Transport for Mpi {
-    fn exchange(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+    fn all_to_all(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         let lengths: Vec<usize> = messages.iter().map(|message| message.len()).collect();
         let expected = self.announce(&lengths)?;
-        self.trade(messages.iter().map(|message| Box::from(*message)).collect(), |rank| rank, &expected)
+        self.transfer(messages.iter().map(|message| Box::from(*message)).collect(), |rank| rank, &expected)
     }
 
-    fn gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
+    fn all_gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
         let expected = self.announce(&vec![message.len(); self.hosts.len()])?;
-        self.trade(vec![Box::from(message)], |_| 0, &expected)
+        self.transfer(vec![Box::from(message)], |_| 0, &expected)
     }
 
-    fn abandon(&self, failed: &Failed) {
-        // mpirun ends the others at once. What it has not forwarded by then is lost, and the first rank, whose voice it is, may be
-        // about to say the same.
-        thread::sleep(LAST_WORDS);
-        SimpleCommunicator::world().abort(i32::from(failed.status));
+    fn abort(&self, failure: &Failure) {
+        // mpirun ends the other ranks at once and discards output that it has not forwarded by then. Rank 0,
+        // whose output the user sees, may be about to report the same error.
+        thread::sleep(ABORT_DELAY);
+        SimpleCommunicator::world().abort(i32::from(failure.status));
     }
 
-    /// MPI does not say which rank is missing; mpirun ends all when one has ended.
+    /// MPI does not say which rank is missing; when a rank ends, mpirun ends all others.
     #[cfg(feature = "cuda")]
-    fn lost(&self, start: Instant) -> Option<Error> {
-        let waited = self.patience.as_secs();
+    fn lost_peer(&self, start: Instant) -> Option<Error> {
+        let waited = self.timeout.as_secs();
         let message =
-            format!("has waited {waited} s for the others: one hangs, or its host cannot be reached");
-        (start.elapsed() > self.patience).then_some(Error::Rank { rank: self.rank, status: 1, message })
+            format!("has waited {waited} s for the other ranks: one hangs, or its host cannot be reached");
+        (start.elapsed() > self.timeout).then_some(Error::Rank { rank: self.rank, status: 1, message })
     }
 }

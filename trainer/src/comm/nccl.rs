@@ -1,9 +1,10 @@
-//! Ranks with a GPU each: what is long goes over NCCL, between the GPUs; what is short over the sockets or the MPI that the ranks
-//! have anyway.
+//! Ranks with a GPU each: long messages go over NCCL between the GPUs, short ones over the sockets or the MPI
+//! of the ranks.
 //!
-//! Lengths come first, the short way, with messages that are short; so a rank that ends or hangs before a collective is named
-//! there. While NCCL works, its errors and the others' ends are looked for, and the communicator is aborted then: else it would
-//! wait forever.
+//! A collective begins by exchanging the lengths, together with short messages, over the control transport.
+//! So a rank that ends or hangs before a collective is named there. While NCCL works, its own errors and the
+//! failures of other ranks are polled, and the communicator is aborted on one; otherwise it would wait
+//! forever.
 
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::os::raw::c_void;
@@ -15,16 +16,16 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut
 use cudarc::nccl::{result, sys};
 
 use super::mesh::lock;
-use super::{Failed, Place, Transport};
+use super::{Failure, RankEnv, Transport};
 use crate::system::device;
 use crate::{Error, Result};
 
-/// Bytes that sockets carry faster than a GPU is woken.
+/// Longest message in bytes that goes over the control transport, which has the lower latency.
 const SHORT: usize = 16 << 10;
-/// Between two looks at a collective under way.
-const LOOK: Duration = Duration::from_micros(50);
+/// Time between two checks of a collective in progress.
+const POLL: Duration = Duration::from_micros(50);
 
-/// The short way, and the GPU's side.
+/// The control transport, and the NCCL communicator of the same ranks.
 pub(super) struct Nccl {
     control: Box<dyn Transport>,
     rank: usize,
@@ -39,40 +40,40 @@ impl std::fmt::Debug for Nccl {
     }
 }
 
-/// NCCL's communicator; gone after an abort.
+/// NCCL's communicator. Dropping it aborts it.
 struct Group(sys::ncclComm_t);
 
-// SAFETY: NCCL takes a communicator from any thread, one at a time; the mutex around it sees to that.
+// SAFETY: NCCL accepts a communicator from any thread, one at a time, which the mutex around it ensures.
 unsafe impl Send for Group {}
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // SAFETY: it was made by ncclCommInitRank, and is dropped once.
+        // SAFETY: ncclCommInitRank made it, and it is dropped once.
         let _ended = unsafe { result::comm_abort(self.0) };
     }
 }
 
 impl Drop for Nccl {
-    /// A run that is done: what was sent last may still be on its way, and an abort would lose it.
+    /// Destroys the communicator instead of aborting it, because the last message may still be in flight.
     fn drop(&mut self) {
         if !thread::panicking()
             && let Some(group) = lock(&self.group).take().map(ManuallyDrop::new)
         {
-            // SAFETY: it was made by ncclCommInitRank, and is not dropped besides.
+            // SAFETY: ncclCommInitRank made it, and `ManuallyDrop` keeps it from being aborted.
             let _ended = unsafe { result::comm_destroy(group.0) };
         }
     }
 }
 
 impl Nccl {
-    /// Makes the communicator of the ranks that `control` connects.
-    pub(super) fn start(control: Box<dyn Transport>, place: &Place) -> Result<Self> {
+    /// Creates the communicator of the ranks that `control` connects.
+    pub(super) fn start(control: Box<dyn Transport>, env: &RankEnv) -> Result<Self> {
         let unusable = |error: candle_core::Error| {
-            Error::Usage(format!("ranks with GPUs talk over NCCL: {}", device::plain(&error)))
+            Error::Usage(format!("NCCL cannot be used: {}", device::without_backtrace(&error)))
         };
         kernels::open_nccl().map_err(unusable)?;
         let ordinal = device::ordinal().map_err(unusable)?;
-        let (rank, size) = (place.rank, place.size);
+        let (rank, size) = (env.rank, env.size);
         let refused = move |error: DriverError| failed(rank, &error.to_string());
         let context = CudaContext::new(ordinal).map_err(refused)?;
         let stream = context.new_stream().map_err(refused)?;
@@ -85,16 +86,17 @@ impl Nccl {
                 .to_vec(),
             _ => Vec::new(),
         };
-        let first = control.gather(&id)?.swap_remove(0);
+        let first = control.all_gather(&id)?.swap_remove(0);
         let Ok(internal) = <[u8; 128]>::try_from(first.as_slice()) else {
-            return Err(failed(0, "sent no id of NCCL"));
+            return Err(failed(0, "sent no NCCL id"));
         };
         let id = sys::ncclUniqueId { internal: internal.map(|byte| byte as std::os::raw::c_char) };
-        // Waits for all ranks, and takes no heed of one that does not come: so on a thread that this one may leave behind.
-        let making = thread::spawn(move || -> Result<Group> {
+        // ncclCommInitRank waits for all ranks and does not notice one that fails. So it runs on a thread
+        // that can be left behind.
+        let init = thread::spawn(move || -> Result<Group> {
             context.bind_to_thread().map_err(refused)?;
             let mut group = MaybeUninit::uninit();
-            // SAFETY: the pointer is to a place for the communicator, which is read only after success.
+            // SAFETY: the pointer is valid for writes, and the communicator is read only after success.
             unsafe {
                 result::comm_init_rank(group.as_mut_ptr(), size as i32, id, rank as i32)
                     .map_err(|error| nccl(rank, &error))?;
@@ -102,18 +104,19 @@ impl Nccl {
             }
         });
         let start = Instant::now();
-        while !making.is_finished() {
-            if let Some(error) = control.lost(start) {
+        while !init.is_finished() {
+            if let Some(error) = control.lost_peer(start) {
                 return Err(error);
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL);
         }
-        let group = making.join().map_err(|_| failed(rank, "NCCL's start panicked"))??;
+        let group = init.join().map_err(|_| failed(rank, "NCCL's initialization panicked"))??;
         Ok(Self { control, rank, size, stream, group: Mutex::new(Some(group)) })
     }
 
-    /// Sends long messages to their ranks and receives those of `lengths`, GPU to GPU.
-    fn carry(&self, messages: &[&[u8]], lengths: &[usize]) -> Result<Vec<Option<Vec<u8>>>> {
+    /// Sends the long messages to their ranks and receives those of the other ranks, whose lengths are
+    /// `lengths`, from GPU to GPU.
+    fn send_receive(&self, messages: &[&[u8]], lengths: &[usize]) -> Result<Vec<Option<Vec<u8>>>> {
         let rank = self.rank;
         let refused = |error: DriverError| failed(rank, &error.to_string());
         let long = |other: usize, length: usize| other != rank && length > SHORT;
@@ -144,7 +147,7 @@ impl Nccl {
             for (to, message) in outgoing.iter().enumerate() {
                 let Some(message) = message else { continue };
                 let (source, _written) = message.device_ptr(&self.stream);
-                // SAFETY: the slice is that long, and lives until the stream has been waited for.
+                // SAFETY: the slice has that length and lives until the stream is synchronized.
                 unsafe {
                     result::send(source as *const c_void, message.len(), BYTES, to as i32, group, stream)?
                 };
@@ -153,14 +156,14 @@ impl Nccl {
                 let Some(message) = message else { continue };
                 let length = message.len();
                 let (target, _read) = message.device_ptr_mut(&self.stream);
-                // SAFETY: as above, and nobody else writes to it.
+                // SAFETY: as above, and nothing else writes to it.
                 unsafe { result::recv(target as *mut c_void, length, BYTES, from as i32, group, stream)? };
             }
             result::group_end().map(drop)
         };
         let done = queue().map_err(|error| nccl(rank, &error)).and_then(|()| self.wait(group));
         if let Err(error) = done {
-            // The buffers are freed after this: nothing writes to them any more.
+            // Abort the communicator before the buffers are freed, so that nothing writes to them any more.
             *guard = None;
             return Err(error);
         }
@@ -169,7 +172,7 @@ impl Nccl {
         incoming.into_iter().map(download).collect::<std::result::Result<_, _>>().map_err(refused)
     }
 
-    /// Until the GPU has done what was queued, or somebody is lost.
+    /// Waits until the GPU has finished what was queued, or a rank is lost.
     fn wait(&self, group: sys::ncclComm_t) -> Result<()> {
         let rank = self.rank;
         let refused = |error: DriverError| failed(rank, &error.to_string());
@@ -177,7 +180,7 @@ impl Nccl {
         let start = Instant::now();
         while !event.try_is_complete().map_err(refused)? {
             let mut state = MaybeUninit::uninit();
-            // SAFETY: the communicator is not aborted yet, and the place is for its state.
+            // SAFETY: the communicator is not aborted yet, and the pointer is valid for writes.
             let state = unsafe {
                 let asked = sys::ncclCommGetAsyncError(group, state.as_mut_ptr());
                 if asked == sys::ncclResult_t::ncclSuccess { state.assume_init() } else { asked }
@@ -185,10 +188,10 @@ impl Nccl {
             if state != sys::ncclResult_t::ncclSuccess && state != sys::ncclResult_t::ncclInProgress {
                 return Err(nccl(rank, &result::NcclError(state)));
             }
-            if let Some(error) = self.control.lost(start) {
+            if let Some(error) = self.control.lost_peer(start) {
                 return Err(error);
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL);
         }
         Ok(())
     }
@@ -201,25 +204,25 @@ fn failed(rank: usize, message: &str) -> Error {
 }
 
 fn nccl(rank: usize, error: &result::NcclError) -> Error {
-    failed(rank, &format!("NCCL says {:?}\nhint: NCCL_DEBUG=INFO tells more", error.0))
+    failed(rank, &format!("NCCL failed with {:?}\nhint: set NCCL_DEBUG=INFO for details", error.0))
 }
 
 impl Transport for Nccl {
-    fn exchange(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
-        // A length, and the message if it is short.
+    fn all_to_all(&self, messages: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+        // The length, followed by the message if it is short.
         let note = |message: &&[u8]| {
             let short: &[u8] = if message.len() > SHORT { &[] } else { message };
             [&(message.len() as u64).to_le_bytes(), short].concat()
         };
         let notes: Vec<Vec<u8>> = messages.iter().map(note).collect();
         let notes: Vec<&[u8]> = notes.iter().map(Vec::as_slice).collect();
-        let notes = self.control.exchange(&notes)?;
+        let notes = self.control.all_to_all(&notes)?;
         let open = |(from, note): (usize, &Vec<u8>)| match note.split_first_chunk::<8>() {
             Some((length, _)) => Ok(u64::from_le_bytes(*length) as usize),
-            None => Err(failed(from, "does not speak of NCCL\nhint: all ranks must be of the same build")),
+            None => Err(failed(from, "does not use NCCL\nhint: all ranks must run the same build")),
         };
         let lengths: Vec<usize> = notes.iter().enumerate().map(open).collect::<Result<_>>()?;
-        let long = self.carry(messages, &lengths)?;
+        let long = self.send_receive(messages, &lengths)?;
         let own = self.rank;
         let whole = |(from, (note, long)): (usize, (Vec<u8>, Option<Vec<u8>>))| match long {
             Some(message) => message,
@@ -229,16 +232,16 @@ impl Transport for Nccl {
         Ok(notes.into_iter().zip(long).enumerate().map(whole).collect())
     }
 
-    fn gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.exchange(&vec![message; self.size])
+    fn all_gather(&self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.all_to_all(&vec![message; self.size])
     }
 
-    fn abandon(&self, failed: &Failed) {
-        self.control.abandon(failed);
+    fn abort(&self, failure: &Failure) {
+        self.control.abort(failure);
         drop(lock(&self.group).take());
     }
 
-    fn lost(&self, start: Instant) -> Option<Error> {
-        self.control.lost(start)
+    fn lost_peer(&self, start: Instant) -> Option<Error> {
+        self.control.lost_peer(start)
     }
 }

@@ -1,8 +1,9 @@
-//! Where ranks find each other: each tells the host of the rendezvous where it listens, and once all have come, all learn it.
+//! The rendezvous, at which ranks exchange their addresses: each tells where it listens, and once all have
+//! come, each learns where all others listen. Torch calls this a TCP store.
 //!
-//! Host and ranks prove to each other that they hold the run's token, by HMAC-SHA256 over what the other side has drawn at random;
-//! the token itself is never sent. Whoever does not hold it is turned away and disturbs nobody. The rank of the higher number
-//! connects to the one of the lower, with the same proof.
+//! Server and ranks prove to each other that they hold the run's token ([`Token`]). A process that does not
+//! is rejected and disturbs nobody. Then each rank connects to all ranks of a lower number, with the same
+//! proof.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -10,102 +11,39 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ring::hmac;
-use ring::rand::{SecureRandom, SystemRandom};
-
-use super::environment::Place;
+use super::environment::RankEnv;
 use super::mesh::lock;
+use super::token::{HANDSHAKE_TIMEOUT, Role, Token};
 
-/// What only the ranks of a run know.
-#[derive(Clone)]
-pub struct Token(hmac::Key);
+/// Time between two attempts to accept a connection.
+const POLL: Duration = Duration::from_millis(10);
+/// Time between two messages to ranks that wait for others.
+const STATUS_INTERVAL: Duration = Duration::from_secs(2);
 
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Token")
-    }
-}
-
-impl Token {
-    /// From the run's secret.
-    pub fn new(secret: &str) -> Self {
-        Self(hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()))
-    }
-
-    /// A secret that nobody can guess, in hexadecimal.
-    pub fn draw() -> io::Result<String> {
-        let drawn: [u8; 16] = random()?;
-        Ok(drawn.iter().map(|byte| format!("{byte:02x}")).collect())
-    }
-
-    /// Shows the other side that this one holds the token, and looks whether it does too.
-    fn prove(&self, socket: &mut TcpStream, local: Side) -> io::Result<()> {
-        socket.set_read_timeout(Some(POLITE))?;
-        socket.set_write_timeout(Some(POLITE))?;
-        let drawn: [u8; 32] = random()?;
-        socket.write_all(&drawn)?;
-        let mut theirs = [0; 32];
-        socket.read_exact(&mut theirs)?;
-        let proof = hmac::sign(&self.0, &[&[local as u8][..], &theirs, &drawn].concat());
-        socket.write_all(proof.as_ref())?;
-        let mut proof = [0; 32];
-        socket.read_exact(&mut proof)?;
-        hmac::verify(&self.0, &[&[local.other() as u8][..], &drawn, &theirs].concat(), &proof)
-            .map_err(|_| io::Error::new(io::ErrorKind::PermissionDenied, "does not hold the run's token"))
-    }
-}
-
-fn random<const N: usize>() -> io::Result<[u8; N]> {
-    let mut drawn = [0; N];
-    SystemRandom::new()
-        .fill(&mut drawn)
-        .map_err(|_| io::Error::other("the system gives no random numbers"))?;
-    Ok(drawn)
-}
-
-/// Who connects and who is connected to prove different things, so that a proof cannot be sent back.
-#[derive(Clone, Copy)]
-enum Side {
-    Guest = 1,
-    Host = 2,
-}
-
-impl Side {
-    fn other(self) -> Self {
-        match self {
-            Self::Guest => Self::Host,
-            Self::Host => Self::Guest,
-        }
-    }
-}
-
-/// How long the other side of a handshake may take.
-const POLITE: Duration = Duration::from_secs(10);
-/// Between two looks at who has come.
-const LOOK: Duration = Duration::from_millis(10);
-/// Between two words to those who wait.
-const WORD: Duration = Duration::from_secs(2);
-
+/// Kinds of messages to a rank. The text that follows names the ranks that are missing, ...
 const WAIT: u8 = 0;
+/// ... is the address of each rank, ...
 const READY: u8 = 1;
+/// ... or says why the rank is rejected.
 const REFUSED: u8 = 2;
 
-/// Who has come: the rank's socket, and where it listens.
-type Came = Vec<Option<(TcpStream, SocketAddr)>>;
+/// For each rank that has come its connection and the address where it listens.
+type Joined = Vec<Option<(TcpStream, SocketAddr)>>;
 
-/// Hosts the rendezvous of `size` ranks in the background, as often as they come: all may fail and start anew. Returns where.
+/// Starts a rendezvous server for `size` ranks in the background and returns its address. It serves the ranks
+/// again each time that they restart.
 ///
 /// # Errors
-/// The address is taken, or is none of this host's.
+/// The address is in use, or does not belong to this host.
 pub fn host(address: impl ToSocketAddrs, size: usize, token: Token) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind(address)?;
     let address = listener.local_addr()?;
-    let came: Arc<Mutex<Came>> = Arc::new(Mutex::new((0..size).map(|_| None).collect()));
-    let waiting = Arc::clone(&came);
+    let joined: Arc<Mutex<Joined>> = Arc::new(Mutex::new((0..size).map(|_| None).collect()));
+    let waiting = Arc::clone(&joined);
     thread::Builder::new().name("rendezvous".to_owned()).spawn(move || {
         loop {
-            settle(&mut lock(&waiting));
-            thread::sleep(WORD);
+            notify_ranks(&mut lock(&waiting));
+            thread::sleep(STATUS_INTERVAL);
         }
     })?;
     thread::Builder::new().name("rendezvous".to_owned()).spawn(move || {
@@ -113,80 +51,82 @@ pub fn host(address: impl ToSocketAddrs, size: usize, token: Token) -> io::Resul
             let socket = match socket {
                 Ok(socket) => socket,
                 Err(error) => {
-                    tracing::warn!("the rendezvous cannot let anybody in: {error}");
-                    // It may have too many files open, and does not come to have less by asking again at once.
-                    thread::sleep(WORD);
+                    tracing::warn!("the rendezvous cannot accept a connection: {error}");
+                    // Too many open files, perhaps: trying again at once would not help.
+                    thread::sleep(STATUS_INTERVAL);
                     continue;
                 }
             };
-            let (came, token) = (Arc::clone(&came), token.clone());
-            // Each in a thread of its own: a stranger who says nothing must not hold up the others.
-            let welcome = move || {
+            let (joined, token) = (Arc::clone(&joined), token.clone());
+            // A thread for each connection, so that a silent stranger does not delay the ranks.
+            let admit = move || {
                 let from = socket.peer_addr();
-                if let Err(error) = welcome(socket, size, &token, &came) {
-                    tracing::warn!("the rendezvous turned {from:?} away: {error}");
+                if let Err(error) = admit(socket, size, &token, &joined) {
+                    tracing::warn!("the rendezvous rejected {from:?}: {error}");
                 }
             };
-            let _ = thread::Builder::new().name("rendezvous".to_owned()).spawn(welcome);
+            let _ = thread::Builder::new().name("rendezvous".to_owned()).spawn(admit);
         }
     })?;
     Ok(address)
 }
 
-fn welcome(mut socket: TcpStream, size: usize, token: &Token, came: &Mutex<Came>) -> io::Result<()> {
-    token.prove(&mut socket, Side::Host)?;
+/// Authenticates a connection and registers its rank.
+fn admit(mut socket: TcpStream, size: usize, token: &Token, joined: &Mutex<Joined>) -> io::Result<()> {
+    token.prove(&mut socket, Role::Server)?;
     let [rank, ranks, port] = numbers(&mut socket)?;
     if ranks as usize != size || rank as usize >= size {
-        let message = format!("this is rank {rank} of {ranks}, but {size} are expected");
-        return say(&mut socket, REFUSED, message.as_bytes());
+        let message = format!("this is rank {rank} of {ranks}, but {size} ranks are expected");
+        return send_message(&mut socket, REFUSED, message.as_bytes());
     }
     let address = SocketAddr::new(socket.peer_addr()?.ip(), port as u16);
-    let mut came = lock(came);
-    // Who comes twice has started anew.
-    came[rank as usize] = Some((socket, address));
-    settle(&mut came);
+    let mut joined = lock(joined);
+    // A rank that comes twice was restarted.
+    joined[rank as usize] = Some((socket, address));
+    notify_ranks(&mut joined);
     Ok(())
 }
 
-/// Tells all where all are, or those who wait for whom.
-fn settle(came: &mut Came) {
-    // Who has gone away meanwhile is missing again.
-    for place in came.iter_mut() {
-        if place.as_ref().is_some_and(|(socket, _)| gone(socket)) {
-            *place = None;
+/// Sends the addresses to all ranks if all have come; otherwise tells those that wait which ranks are
+/// missing.
+fn notify_ranks(joined: &mut Joined) {
+    // A rank that has disconnected meanwhile is missing again.
+    for slot in joined.iter_mut() {
+        if slot.as_ref().is_some_and(|(socket, _)| is_closed(socket)) {
+            *slot = None;
         }
     }
     let missing: Vec<String> =
-        (0..came.len()).filter(|&rank| came[rank].is_none()).map(|rank| rank.to_string()).collect();
-    let (kind, word) = match missing.is_empty() {
+        (0..joined.len()).filter(|&rank| joined[rank].is_none()).map(|rank| rank.to_string()).collect();
+    let (kind, text) = match missing.is_empty() {
         true => {
             let addresses: Vec<String> =
-                came.iter().flatten().map(|(_, address)| address.to_string()).collect();
+                joined.iter().flatten().map(|(_, address)| address.to_string()).collect();
             (READY, addresses.join(" "))
         }
         false => (WAIT, missing.join(", ")),
     };
-    for place in came.iter_mut() {
-        if let Some((socket, _)) = place
-            && say(socket, kind, word.as_bytes()).is_err()
+    for slot in joined.iter_mut() {
+        if let Some((socket, _)) = slot
+            && send_message(socket, kind, text.as_bytes()).is_err()
         {
-            *place = None;
+            *slot = None;
         }
     }
     if kind == READY {
-        came.iter_mut().for_each(|place| *place = None);
+        joined.iter_mut().for_each(|slot| *slot = None);
     }
 }
 
-/// Whether the other side has closed. It says nothing while it waits.
-fn gone(socket: &TcpStream) -> bool {
+/// Whether a rank has closed its connection. It sends nothing while it waits.
+fn is_closed(socket: &TcpStream) -> bool {
     let closed = socket.set_nonblocking(true).and_then(|()| socket.peek(&mut [0]));
     let closed = !matches!(closed, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
     closed || socket.set_nonblocking(false).is_err()
 }
 
-fn say(socket: &mut TcpStream, kind: u8, word: &[u8]) -> io::Result<()> {
-    socket.write_all(&[&[kind][..], &(word.len() as u32).to_le_bytes(), word].concat())
+fn send_message(socket: &mut TcpStream, kind: u8, text: &[u8]) -> io::Result<()> {
+    socket.write_all(&[&[kind][..], &(text.len() as u32).to_le_bytes(), text].concat())
 }
 
 fn numbers<const N: usize>(socket: &mut TcpStream) -> io::Result<[u32; N]> {
@@ -195,100 +135,103 @@ fn numbers<const N: usize>(socket: &mut TcpStream) -> io::Result<[u32; N]> {
     Ok(std::array::from_fn(|i| u32::from_le_bytes(std::array::from_fn(|k| bytes[4 * i + k]))))
 }
 
-/// Sockets to all other ranks, from the rendezvous at one of `addresses`. The error is for a person.
+/// Joins the rendezvous at one of `addresses` and connects to all other ranks. Returns a socket for each
+/// rank; `None` for this one. The error is a message for the user.
 pub(super) fn join(
     addresses: &[SocketAddr],
-    place: &Place,
+    env: &RankEnv,
     token: &Token,
     deadline: Instant,
 ) -> Result<Vec<Option<TcpStream>>, String> {
-    let mut host = reach(addresses, deadline)?;
-    token.prove(&mut host, Side::Guest).map_err(|error| match error.kind() {
+    let mut host = connect(addresses, deadline)?;
+    token.prove(&mut host, Role::Client).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-            format!("not of this run: LODESTONE_TOKEN differs here and there ({error})")
+            format!("LODESTONE_TOKEN differs between the hosts ({error})")
         }
         _ => error.to_string(),
     })?;
     let text = |error: io::Error| error.to_string();
     let here = host.local_addr().map_err(text)?.ip();
     let there = host.peer_addr().map_err(text)?.ip();
-    let listener = TcpListener::bind((interface(here, place.one_host), 0)).map_err(text)?;
+    let listener = TcpListener::bind((interface(here, env.one_host), 0)).map_err(text)?;
     let port = listener.local_addr().map_err(text)?.port();
-    let about = [place.rank as u32, place.size as u32, u32::from(port)];
+    let about = [env.rank as u32, env.size as u32, u32::from(port)];
     host.write_all(&about.map(u32::to_le_bytes).concat()).map_err(text)?;
 
     let mut missing = String::new();
     let table = loop {
-        let (kind, word) = hear(&mut host, deadline).map_err(|error| match error.kind() {
+        let (kind, message) = read_message(&mut host, deadline).map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut if missing.is_empty() => "no answer".to_owned(),
             io::ErrorKind::TimedOut => {
-                format!("rank {missing} did not come within {} s", place.timeout.as_secs())
+                format!("rank {missing} did not come within {} s", env.timeout.as_secs())
             }
-            _ => format!("its host has gone away ({error})"),
+            _ => format!("the connection was lost ({error})"),
         })?;
         match kind {
-            READY => break word,
-            WAIT => missing = word,
-            _ => return Err(word),
+            READY => break message,
+            WAIT => missing = message,
+            _ => return Err(message),
         }
     };
-    // All are there: who does not connect now has ended meanwhile.
-    let deadline = deadline.min(Instant::now() + 6 * POLITE);
-    let mut sockets: Vec<Option<TcpStream>> = (0..place.size).map(|_| None).collect();
-    for (rank, address) in table.split(' ').enumerate().take(place.rank) {
+    // All ranks have come, so one that does not connect soon has ended meanwhile.
+    let deadline = deadline.min(Instant::now() + 6 * HANDSHAKE_TIMEOUT);
+    let mut sockets: Vec<Option<TcpStream>> = (0..env.size).map(|_| None).collect();
+    for (rank, address) in table.split(' ').enumerate().take(env.rank) {
         let mut address: SocketAddr = address.parse().map_err(|_| format!("`{address}` is no address"))?;
         if address.ip().is_loopback() {
-            // It is on the rendezvous' own host, wherever that is from here.
+            // This rank runs on the host of the rendezvous and connected to it there.
             address.set_ip(there);
         }
-        let mut socket = reach(&[address], deadline).map_err(|error| format!("rank {rank}: {error}"))?;
+        let mut socket = connect(&[address], deadline).map_err(|error| format!("rank {rank}: {error}"))?;
         token
-            .prove(&mut socket, Side::Guest)
+            .prove(&mut socket, Role::Client)
             .map_err(|error| format!("rank {rank} at {address}: {error}"))?;
-        socket.write_all(&(place.rank as u32).to_le_bytes()).map_err(text)?;
+        socket.write_all(&(env.rank as u32).to_le_bytes()).map_err(text)?;
         sockets[rank] = Some(socket);
     }
     listener.set_nonblocking(true).map_err(text)?;
-    while let Some(missing) = (place.rank + 1..place.size).find(|&rank| sockets[rank].is_none()) {
+    while let Some(missing) = (env.rank + 1..env.size).find(|&rank| sockets[rank].is_none()) {
         match listener.accept() {
             Ok((mut socket, _)) => {
                 let proven =
-                    socket.set_nonblocking(false).and_then(|()| token.prove(&mut socket, Side::Host));
+                    socket.set_nonblocking(false).and_then(|()| token.prove(&mut socket, Role::Server));
                 let rank = proven.and_then(|()| numbers(&mut socket));
-                // Whoever else comes is no rank of this run.
+                // Other connections are not from ranks of this run.
                 if let Ok([rank]) = rank
-                    && (place.rank + 1..place.size).contains(&(rank as usize))
+                    && (env.rank + 1..env.size).contains(&(rank as usize))
                 {
                     sockets[rank as usize] = Some(socket);
                 }
             }
             Err(error) if Instant::now() > deadline => {
                 return Err(match error.kind() {
-                    io::ErrorKind::WouldBlock => format!("rank {missing} came, but did not connect"),
-                    _ => format!("rank {missing} came, but cannot be let in: {error}"),
+                    io::ErrorKind::WouldBlock => {
+                        format!("rank {missing} joined the rendezvous but did not connect")
+                    }
+                    _ => format!("rank {missing} joined the rendezvous but cannot connect: {error}"),
                 });
             }
-            Err(_) => thread::sleep(LOOK),
+            Err(_) => thread::sleep(POLL),
         }
     }
     Ok(sockets)
 }
 
-/// Where the other ranks reach one that reaches the rendezvous from `here`.
+/// The address to listen on for a rank whose connection to the rendezvous has the local address `here`.
 fn interface(here: IpAddr, one_host: bool) -> IpAddr {
     match (here.is_loopback(), one_host) {
         (false, _) | (true, true) => here,
-        // The others come from elsewhere.
+        // The other ranks are on other hosts.
         (true, false) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
     }
 }
 
-/// Connects, as soon as somebody listens.
-fn reach(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream, String> {
-    let mut error = "it has no address".to_owned();
+/// Connects to the first of `addresses` that accepts, trying again until `deadline`.
+fn connect(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream, String> {
+    let mut error = "the host name has no address".to_owned();
     loop {
         for address in addresses {
-            match TcpStream::connect_timeout(address, POLITE) {
+            match TcpStream::connect_timeout(address, HANDSHAKE_TIMEOUT) {
                 Ok(socket) => return Ok(socket),
                 Err(refused) => error = format!("cannot reach {address}: {refused}"),
             }
@@ -296,18 +239,18 @@ fn reach(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream, Strin
         if Instant::now() > deadline || addresses.is_empty() {
             return Err(error);
         }
-        thread::sleep(5 * LOOK);
+        thread::sleep(5 * POLL);
     }
 }
 
-/// The host's next word.
-fn hear(host: &mut TcpStream, deadline: Instant) -> io::Result<(u8, String)> {
+/// Reads the next message of the rendezvous: its kind and text.
+fn read_message(host: &mut TcpStream, deadline: Instant) -> io::Result<(u8, String)> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
-    // Without a sign for some of its words, the host is gone: a cut cable closes no socket.
-    host.set_read_timeout(Some(left.min(10 * WORD)))?;
+    // A cut cable closes no socket: after several missing messages the host counts as lost.
+    host.set_read_timeout(Some(left.min(10 * STATUS_INTERVAL)))?;
     let timed_out = |error: io::Error| match error.kind() {
         io::ErrorKind::WouldBlock => io::Error::from(io::ErrorKind::TimedOut),
         _ => error,
@@ -315,9 +258,9 @@ fn hear(host: &mut TcpStream, deadline: Instant) -> io::Result<(u8, String)> {
     let mut header = [0; 5];
     host.read_exact(&mut header).map_err(timed_out)?;
     let [kind, length @ ..] = header;
-    let mut word = vec![0; u32::from_le_bytes(length) as usize];
-    host.read_exact(&mut word).map_err(timed_out)?;
-    Ok((kind, String::from_utf8_lossy(&word).into_owned()))
+    let mut text = vec![0; u32::from_le_bytes(length) as usize];
+    host.read_exact(&mut text).map_err(timed_out)?;
+    Ok((kind, String::from_utf8_lossy(&text).into_owned()))
 }
 
 #[cfg(test)]

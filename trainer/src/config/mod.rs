@@ -95,7 +95,7 @@ impl Config {
     /// The file cannot be read or is not YAML; a key is unknown; a value has the wrong type or does not make sense; a
     /// feature is asked for that is not there.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = std::fs::read_to_string(path).map_err(Error::read("read", path))?;
         let mut tree = origin::parse(path, &text)?;
         let mut origins = Origins::new(path, text);
         renamed::rename(&mut tree, &mut origins)?;
@@ -122,7 +122,7 @@ impl Config {
     /// A path is not UTF-8.
     pub fn to_yaml(&self) -> Result<String> {
         serde_yaml::to_string(self)
-            .map_err(|e| Error::Usage(format!("the configuration cannot be written as YAML: {e}")))
+            .map_err(|e| Error::Bug(format!("the configuration cannot be written as YAML: {e}")))
     }
 
     /// An error about the value of `field` (dotted, `data.train.0.path`) that knows where it was written.

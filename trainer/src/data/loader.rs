@@ -47,7 +47,7 @@ impl Loader {
             .num_threads((threads / 2).clamp(1, 8))
             .thread_name(|i| format!("tokenise-{i}"))
             .build()
-            .map_err(|e| Error::Usage(format!("cannot start threads to read the data: {e}")))?;
+            .map_err(|e| Error::Failed(format!("cannot start threads to read the data: {e}")))?;
         let (sender, receiver) = sync_channel(AHEAD);
         let thread = std::thread::Builder::new()
             .name("loader".to_owned())
@@ -59,7 +59,7 @@ impl Loader {
                     let _ = sender.send(Err(error));
                 }
             })
-            .map_err(|e| Error::Usage(format!("cannot start a thread to read the data: {e}")))?;
+            .map_err(|e| Error::Failed(format!("cannot start a thread to read the data: {e}")))?;
         Ok(Self { batches: Some(receiver), left: batches, thread: Some(thread) })
     }
 }
@@ -95,7 +95,7 @@ impl Iterator for Loader {
         }
         let received = self.batches.as_ref()?.recv().unwrap_or_else(|_| {
             // The thread is gone without a word: it panicked, and has said so on standard error.
-            Err(Error::Usage("reading the data ended too early, please report this".to_owned()))
+            Err(Error::Bug("the thread that reads the data panicked".to_owned()))
         });
         self.left = if received.is_ok() { self.left - 1 } else { 0 };
         Some(received)

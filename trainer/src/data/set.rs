@@ -88,7 +88,7 @@ impl Set {
         let asked = set.loss.unwrap_or(config.loss.kind);
         let resolved = DataSet { path, loss: Some(asked), ..set.clone() };
         let source = Source::open(&resolved).map_err(|error| match error {
-            Error::Io { path, action: "open", source } if path == set.path => {
+            Error::Read { path, action: "open", source } if path == set.path => {
                 config.error(&field("path"), format!("cannot open {}: {source}", path.display()))
             }
             other => other,

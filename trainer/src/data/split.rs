@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 
 use crate::data::reader;
 use crate::data::row::text_columns;
-use crate::system::atomic::{Draft, Lines};
+use crate::system::atomic::{LineWriter, StagedDir};
 use crate::{Error, Result};
 
 /// How a file is divided.
@@ -65,7 +65,7 @@ impl Split {
     /// that a part would be empty.
     pub fn run(&self, input: &Path, output: &Path) -> Result<Counts> {
         let names = self.names()?;
-        Draft::free(output)?;
+        StagedDir::check_free(output)?;
         let ending = ending(input)?;
         let groups = Groups::read(input, &self.columns)?;
         let parts = deal(&groups.sizes, &self.fractions, groups.of_row.len(), self.seed);
@@ -81,7 +81,7 @@ impl Split {
         };
         self.check(input, &counts)?;
 
-        let draft = Draft::new(output)?;
+        let draft = StagedDir::new(output)?;
         let files = names.iter().map(|name| draft.file(&format!("{name}.{ending}")));
         let mut files = files.collect::<Result<Vec<_>>>()?;
         let changed = || Error::file(input, "has changed meanwhile");
@@ -97,8 +97,8 @@ impl Split {
         if row != groups.of_row.len() {
             return Err(changed());
         }
-        files.into_iter().try_for_each(Lines::finish)?;
-        draft.finish()?;
+        files.into_iter().try_for_each(LineWriter::finish)?;
+        draft.commit()?;
         Ok(counts)
     }
 
@@ -470,7 +470,7 @@ mod tests {
         assert!(
             fs::read_dir(folder.path())
                 .unwrap()
-                .all(|entry| { !entry.unwrap().file_name().to_string_lossy().starts_with(".draft") })
+                .all(|entry| { !entry.unwrap().file_name().to_string_lossy().starts_with(".staged") })
         );
     }
 }

@@ -67,7 +67,7 @@ impl Tokenizer {
         if !path.is_file() {
             return Err(missing(folder));
         }
-        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let text = std::fs::read(&path).map_err(Error::read("read", &path))?;
         Self::new(path, &text, &settings(&folder.join("tokenizer_config.json"))?, lower_case)
     }
 
@@ -247,7 +247,7 @@ pub fn appending(folder: &Path) -> Result<Option<String>> {
     let tokenizer = tokenizers::Tokenizer::from_file(&path).map_err(wrong)?;
     let Some(id) = end(&tokenizer, &settings).map_err(wrong)? else { return Ok(None) };
     let token = tokenizer.id_to_token(id).unwrap_or_default();
-    let source = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let source = std::fs::read_to_string(&path).map_err(Error::read("read", &path))?;
     // All but this field stays as it is, to the byte: a vocabulary's scores must not be rounded.
     let malformed = |e: serde_json::Error| Error::file(&path, format!("this is not JSON: {e}"));
     let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&source).map_err(malformed)?;
@@ -334,7 +334,7 @@ fn settings(path: &Path) -> Result<Value> {
     if !path.is_file() {
         return Ok(Value::Null);
     }
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let text = std::fs::read_to_string(path).map_err(Error::read("read", path))?;
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("this is not JSON: {e}")))
 }
 

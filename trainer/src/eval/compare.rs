@@ -100,9 +100,9 @@ impl Comparison {
             "sets": sets,
             "metrics": metrics,
         });
-        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        fs::create_dir_all(folder).map_err(Error::write("create", folder))?;
         let path = folder.join("compare.json");
-        fs::write(&path, format!("{all:#}\n")).map_err(Error::io("write", path))
+        fs::write(&path, format!("{all:#}\n")).map_err(Error::write("write", path))
     }
 
     /// The metrics of all sets by name.

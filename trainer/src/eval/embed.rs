@@ -151,7 +151,7 @@ impl Embedder<'_> {
 
     /// A progress bar for `count` texts or rows, if they are many; on the first rank alone.
     pub fn progress(&self, what: &'static str, count: usize) -> Option<Progress> {
-        (count >= PROGRESS_FROM && self.world.first()).then(|| Progress::new(what, count as u64, 0))
+        (count >= PROGRESS_FROM && self.world.is_rank_zero()).then(|| Progress::new(what, count as u64, 0))
     }
 
     /// As [`encode`](Self::encode), for a part of the texts that `progress` counts.
@@ -177,7 +177,7 @@ impl Embedder<'_> {
         let share = Share::deal(&lengths, self.world.size());
         let local: Vec<&str> = share.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
         let local = self.tokenizer.encode(&local, prompt, max_length, include_prompt)?;
-        let mut sequences = self.world.sequences(local, &share)?;
+        let mut sequences = self.world.all_gather_sequences(local, &share)?;
 
         let all: Vec<usize> = (0..sequences.len()).collect();
         let chunks = chunk::cut(&sequences, &all, Limit::Tokens(self.chunk_tokens));
@@ -188,7 +188,7 @@ impl Embedder<'_> {
         for chunk in share.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {
             let taken: Vec<_> = chunk.iter().map(|&index| take_sequence(&mut sequences[index])).collect();
             local.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
-            heartbeat::beat();
+            heartbeat::record_work();
             if let Some(progress) = progress {
                 // The other ranks have done about as much.
                 let chunk = (chunk.len() * self.world.size()) as u64;
@@ -201,7 +201,7 @@ impl Embedder<'_> {
 
         let width = self.model.width();
         let mut embeddings = vec![0f32; unique.len() * width];
-        for (rows, chunks_of) in self.world.all(&local)?.iter().zip(share.ranks()) {
+        for (rows, chunks_of) in self.world.all_gather(&local)?.iter().zip(share.ranks()) {
             let texts = chunks_of.iter().flat_map(|&chunk| &chunks[chunk]);
             for (row, &index) in rows.chunks_exact(width).zip(texts) {
                 embeddings[index * width..][..width].copy_from_slice(row);

@@ -93,10 +93,10 @@ impl Task for LossRows {
                 batch.examples.extend(row);
             }
             let rows = batch.examples.len();
-            let mut partial = builder.draft(batch, embedder.world.part())?;
-            let sequences = embedder.world.sequences(partial.take(), partial.share())?;
+            let mut partial = builder.draft(batch, embedder.world.shard())?;
+            let sequences = embedder.world.all_gather_sequences(partial.take(), partial.share())?;
             row_losses.extend(batch_losses(embedder, &losses, &partial.finish(sequences))?);
-            heartbeat::beat();
+            heartbeat::record_work();
             if let Some(progress) = &mut progress {
                 progress.advance(rows as u64);
             }
@@ -117,13 +117,13 @@ impl Task for LossRows {
 /// The loss of each row of a batch (B), on every rank.
 fn batch_losses(embedder: &Embedder, losses: &Losses, batch: &Batch) -> Result<Vec<f32>> {
     let world = &embedder.world;
-    let share = world.share(&batch.sequences);
+    let share = world.partition(&batch.sequences);
     let local: Vec<_> =
         share.of(world.rank()).iter().map(|&sequence| batch.sequences[sequence].clone()).collect();
     let embeddings = embedder.model.embed(&local, embedder.chunk_tokens)?; // (N of this rank, D)
-    let embeddings = world.gather(embeddings, &share)?; // (N, D)
-    let (local, _) = losses.evaluate(&embeddings, &batch.tables, world.rows(batch.rows.len()))?;
-    Ok(world.collect(local)?.to_vec1()?)
+    let embeddings = world.all_gather_rows(embeddings, &share)?; // (N, D)
+    let (local, _) = losses.evaluate(&embeddings, &batch.tables, world.local_rows(batch.rows.len()))?;
+    Ok(world.all_gather_tensor(local)?.to_vec1()?)
 }
 
 /// A row as an example that has no value yet.

@@ -234,7 +234,7 @@ fn append_csv_row(path: &Path, name: &str, columns: &[(String, String)], scores:
         .append(true)
         .open(path)
         .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(Error::io("write", path))
+        .map_err(Error::write("write", path))
 }
 
 /// The name of a file or folder without its endings: `data/qa/pairs.en.jsonl.gz` → `pairs.en`.

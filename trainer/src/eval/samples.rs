@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::eval::Examples;
+use crate::system::atomic;
 use crate::{Error, Result};
 
 /// The examples of an evaluation.
@@ -52,9 +53,7 @@ impl SamplesFile {
         self.evaluations.push(new);
         let wrong = |error: serde_json::Error| Error::file(&self.path, error.to_string());
         let text = serde_json::to_string(&self.evaluations).map_err(wrong)?;
-        let draft = self.path.with_extension("json.tmp");
-        fs::write(&draft, text).map_err(Error::io("write", &draft))?;
-        fs::rename(&draft, &self.path).map_err(Error::io("rename", draft))
+        atomic::write(&self.path, text)
     }
 }
 
@@ -72,7 +71,7 @@ pub fn read(output: &Path) -> Result<Vec<EvaluationSamples>> {
             )
         }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(Error::io("read", path)(error)),
+        Err(error) => Err(Error::read("read", path)(error)),
     }
 }
 

@@ -31,7 +31,7 @@ pub(super) fn text(info: &ModelInfo, adapter: bool) -> Result<String> {
     // The hub accepts only an id here, not a path.
     let on_hub = !Path::new(base).exists();
     let front_matter = serde_yaml::to_string(&front_matter(info, on_hub, adapter))
-        .map_err(|error| Error::Usage(format!("the model card of {name}: {error}")))?;
+        .map_err(|error| Error::Bug(format!("the model card of {name}: {error}")))?;
     let base = if on_hub { format!("[{base}](https://huggingface.co/{base})") } else { code(base) };
     let pooling = match info.pooling {
         Pooling::Mean => "the mean of the tokens",

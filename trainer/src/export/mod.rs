@@ -9,8 +9,6 @@ mod run;
 mod sentence_transformers;
 mod weights;
 
-use std::fs::{self, File};
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::Tensor;
@@ -20,6 +18,7 @@ pub use self::run::{Options, TrainedRun, write_run};
 use crate::config::Pooling;
 use crate::model::Folder;
 use crate::model::adapter::Settings;
+use crate::system::atomic::{self, write_flushed};
 use crate::{Error, Result};
 
 /// What an exported folder says about its model, beside weights and tokenizer.
@@ -83,7 +82,7 @@ pub fn write_model(
     publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, info)?;
         sentence_transformers::write_config(draft, source)?;
-        write_text(&draft.join("README.md"), &card::text(info, false)?)?;
+        write_flushed(&draft.join("README.md"), card::text(info, false)?)?;
         let tensors = sentence_transformers::write_dense(draft, source, tensors)?;
         weights::write(draft, &tensors, weights::MAX_SHARD_BYTES)
     })
@@ -110,7 +109,7 @@ pub fn write_adapter(
     };
     publish(target, replace, |draft| {
         sentence_transformers::write(draft, source, info)?;
-        write_text(&draft.join("README.md"), &card::text(info, true)?)?;
+        write_flushed(&draft.join("README.md"), card::text(info, true)?)?;
         sentence_transformers::write_dense(draft, source, dense)?;
         peft::write(draft, &base, lora, adapters)
     })
@@ -118,56 +117,22 @@ pub fn write_adapter(
 
 /// Calls `write` with a temporary folder, then renames it to `target`.
 fn publish(target: &Path, replace: bool, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    if target.exists() && !replace && !crate::system::atomic::is_empty(target) {
+    if target.exists() && !replace && !atomic::is_empty(target) {
         let message = "already exists\nhint: give another folder or delete it";
         return Err(Error::file(target, message));
     }
-    let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
-        return Err(Error::file(target, "is not a folder name"));
-    };
-    let parent = if parent == Path::new("") { Path::new(".") } else { parent };
-    let sibling = |ending: &str| parent.join(format!(".{}.{ending}", name.display()));
-    let (draft, old) = (sibling("tmp"), sibling("old"));
-    // A killed process may have left them.
-    remove(&draft)?;
-    remove(&old)?;
-    fs::create_dir_all(&draft).map_err(Error::io("create", &draft))?;
-    let written = write(&draft).and_then(|()| {
-        if target.exists() {
-            fs::rename(target, &old).map_err(Error::io("rename", target))?;
-        }
-        fs::rename(&draft, target).map_err(Error::io("rename", &draft))
-    });
-    if written.is_err() {
-        // Frees a full disk.
-        let _ = fs::remove_dir_all(&draft);
-    }
-    written?;
-    remove(&old)?;
-    File::open(parent).and_then(|parent| parent.sync_all()).map_err(Error::io("sync", parent))
-}
-
-fn remove(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", folder)(error)),
-        _ => Ok(()),
-    }
+    atomic::write_dir(target, write)
 }
 
 /// Writes JSON with an indent of two, as transformers does.
 fn write_json(path: &Path, value: &Value) -> Result<()> {
-    write_text(path, &format!("{value:#}\n"))
-}
-
-fn write_text(path: &Path, text: &str) -> Result<()> {
-    File::create(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
-        .map_err(Error::io("write", path))
+    write_flushed(path, format!("{value:#}\n"))
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::fs;
 
     use candle_core::Device;
     use serde_json::json;
@@ -300,12 +265,12 @@ mod tests {
         let (_keep, source) = source();
         let place = tempfile::tempdir().unwrap();
         let target = place.path().join("model");
-        write_text(&target, "a file").unwrap();
+        write_flushed(&target, "a file").unwrap();
         let error = write_model(&target, false, &source, &info(), vec![]).unwrap_err().to_string();
         assert!(error.contains("already exists"), "{error}");
         fs::remove_file(&target).unwrap();
         let failed = publish(&target, false, |draft| {
-            write_text(&draft.join("a"), "b")?;
+            write_flushed(&draft.join("a"), "b")?;
             Err(Error::file(draft, "no space left"))
         });
         assert!(failed.is_err());
@@ -315,7 +280,7 @@ mod tests {
         fs::write(place.path().join(".model.tmp/old"), "").unwrap();
         publish(&target, false, |_| Ok(())).unwrap();
         assert_eq!(names(&target), BTreeSet::new());
-        publish(&target, true, |draft| write_text(&draft.join("new"), "")).unwrap();
+        publish(&target, true, |draft| write_flushed(&draft.join("new"), "")).unwrap();
         assert_eq!(names(&target), ["new".to_owned()].into());
         assert_eq!(names(place.path()), ["model".to_owned()].into());
     }

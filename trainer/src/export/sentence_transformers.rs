@@ -7,10 +7,11 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 
-use super::{ModelInfo, write_json, write_text};
+use super::{ModelInfo, write_json};
 use crate::config::Pooling;
 use crate::data::tokenize;
 use crate::model::Folder;
+use crate::system::atomic::write_flushed;
 use crate::system::safetensors;
 use crate::{Error, Result};
 
@@ -28,7 +29,7 @@ pub(super) fn write(folder: &Path, source: &Folder, info: &ModelInfo) -> Result<
     write_json(&folder.join("modules.json"), &Value::from(modules))?;
 
     let pooling = folder.join("1_Pooling");
-    std::fs::create_dir(&pooling).map_err(Error::io("create", &pooling))?;
+    std::fs::create_dir(&pooling).map_err(Error::write("create", &pooling))?;
     write_json(
         &pooling.join("config.json"),
         &pooling_config(info.pooling, info.hidden_width, source.include_prompt),
@@ -50,19 +51,19 @@ pub(super) fn write(folder: &Path, source: &Folder, info: &ModelInfo) -> Result<
     for name in tokenize::FILES {
         let from = source.path.join(name);
         if from.exists() {
-            std::fs::copy(&from, folder.join(name)).map_err(Error::io("copy", from))?;
+            std::fs::copy(&from, folder.join(name)).map_err(Error::write("copy", from))?;
         }
     }
     if !source.path.join("tokenizer.json").exists() {
-        write_text(&folder.join("tokenizer.json"), &tokenize::of_bytes())?;
+        write_flushed(&folder.join("tokenizer.json"), tokenize::of_bytes())?;
     }
     if let Some(text) = tokenize::appending(&source.path)? {
-        write_text(&folder.join("tokenizer.json"), &text)?;
+        write_flushed(&folder.join("tokenizer.json"), text)?;
     }
     let name = "tokenizer_config.json";
     let from = source.path.join(name);
     if from.exists() {
-        let text = std::fs::read(&from).map_err(Error::io("read", &from))?;
+        let text = std::fs::read(&from).map_err(Error::read("read", &from))?;
         let mut config: Map<String, Value> = serde_json::from_slice(&text)
             .map_err(|error| Error::file(&from, format!("malformed: {error}")))?;
         config.insert("model_max_length".into(), info.max_length.into());
@@ -81,7 +82,7 @@ pub(super) fn write_dense(
     let mut rest = tensors;
     for dense in &source.dense {
         let place = folder.join(&dense.name);
-        std::fs::create_dir(&place).map_err(Error::io("create", &place))?;
+        std::fs::create_dir(&place).map_err(Error::write("create", &place))?;
         let config = json!({
             "in_features": dense.inputs,
             "out_features": dense.outputs,

@@ -291,8 +291,8 @@ impl Hub {
         create_dir_all(&snapshot.path)?;
         let lock = self.home(repository).join(".lock");
         let _lock = File::create(&lock)
-            .and_then(|file| heartbeat::waiting(|| file.lock()).map(|()| file))
-            .map_err(Error::io("lock", lock))?;
+            .and_then(|file| heartbeat::while_waiting(|| file.lock()).map(|()| file))
+            .map_err(Error::write("lock", lock))?;
         names.iter().try_for_each(|name| self.file(repository, snapshot, name.as_ref()))
     }
 
@@ -302,7 +302,7 @@ impl Hub {
         if let Some(parent) = place.parent() {
             create_dir_all(parent)?;
         }
-        std::fs::write(&place, &snapshot.commit).map_err(Error::io("write", place))
+        std::fs::write(&place, &snapshot.commit).map_err(Error::write("write", place))
     }
 
     fn home(&self, repository: &Repository) -> PathBuf {
@@ -332,7 +332,7 @@ fn agent(stall: Duration) -> ureq::Agent {
 }
 
 fn create_dir_all(path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path).map_err(Error::io("create", path))
+    std::fs::create_dir_all(path).map_err(Error::write("create", path))
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use super::{Hub, Repository, Snapshot, create_dir_all, encoded};
-use crate::system::heartbeat;
 use crate::system::progress::Progress;
+use crate::system::{atomic, heartbeat};
 use crate::{Error, Result};
 
 /// Attempts at one file.
@@ -34,11 +34,11 @@ impl Hub {
                 Err(Transfer::Network(error)) => {
                     tracing::warn!("{name}: {error}; trying again");
                     std::thread::sleep(self.pause * attempt);
-                    heartbeat::beat();
+                    heartbeat::record_work();
                 }
             }
         }
-        std::fs::rename(&partial, &target).map_err(Error::io("rename", &partial))?;
+        atomic::rename(&partial, &target)?;
         // Whether there is one or not, nobody asks for it again.
         let _ = std::fs::remove_file(etag_of(&partial));
         Ok(())
@@ -50,13 +50,13 @@ impl Hub {
             .create(true)
             .append(true)
             .open(partial)
-            .map_err(|error| Transfer::Final(Error::io("open", partial)(error)))?;
+            .map_err(|error| Transfer::Final(Error::write("open", partial)(error)))?;
         let have = file.metadata().map_or(0, |metadata| metadata.len());
         // Which file the beginning is of. A server that has another one by now sends it whole.
         let etag = std::fs::read_to_string(etag_of(partial)).unwrap_or_default();
         let resumed = (have > 0 && !etag.is_empty()).then_some((have, etag.as_str()));
         let restart = |file: &File| {
-            file.set_len(0).map_err(|error| Transfer::Final(Error::io("truncate", partial)(error)))
+            file.set_len(0).map_err(|error| Transfer::Final(Error::write("truncate", partial)(error)))
         };
         let mut response = match self.get(url, resumed) {
             Ok(response) => response,
@@ -77,7 +77,7 @@ impl Hub {
         }
         if let Some(etag) = response.headers().get("etag").and_then(|etag| etag.to_str().ok()) {
             std::fs::write(etag_of(partial), etag)
-                .map_err(|error| Transfer::Final(Error::io("write", partial)(error)))?;
+                .map_err(|error| Transfer::Final(Error::write("write", partial)(error)))?;
         }
         let mut done = if partly { have } else { 0 };
         let total = response.body().content_length().map(|length| done + length);
@@ -95,12 +95,12 @@ impl Hub {
         loop {
             let count =
                 reader.read(&mut buffer).map_err(|error| Transfer::Network(ureq::Error::Io(error)))?;
-            heartbeat::beat();
+            heartbeat::record_work();
             if count == 0 {
                 break;
             }
             file.write_all(&buffer[..count])
-                .map_err(|error| Transfer::Final(Error::io("write", partial)(error)))?;
+                .map_err(|error| Transfer::Final(Error::write("write", partial)(error)))?;
             let before = megabytes(done);
             done += count as u64;
             if let Some(progress) = &mut progress {
@@ -111,7 +111,7 @@ impl Hub {
             let cut = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the answer was cut short");
             return Err(Transfer::Network(ureq::Error::Io(cut)));
         }
-        file.sync_all().map_err(|error| Transfer::Final(Error::io("write", partial)(error)))
+        file.sync_all().map_err(|error| Transfer::Final(Error::write("write", partial)(error)))
     }
 
     /// GET, all of it or, of the file with this etag, what follows so many bytes.

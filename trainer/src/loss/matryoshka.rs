@@ -38,8 +38,7 @@ impl Matryoshka {
             let de = (normalize::backward(&de, &e, &lengths)? * weight)?;
             d = (d + de.pad_with_zeros(1, 0, width - dim)?)?;
         }
-        let losses =
-            losses.ok_or_else(|| Error::Usage("loss.matryoshka: no dims, expected some".to_owned()))?;
+        let losses = losses.ok_or_else(|| Error::Bug("loss.matryoshka has no dims".to_owned()))?;
         Ok((losses, d))
     }
 }

@@ -79,7 +79,7 @@ impl Miner {
         let digests = (xxh3_64(model.as_bytes()), inputs.queries.digest(), inputs.documents.digest());
         let texts = xxh3_64(format!("{digests:x?}").as_bytes());
         let settings = xxh3_64(self.settings(inputs).as_bytes());
-        world.same("model, rows or settings", texts ^ settings)?;
+        world.assert_same("model, rows or settings", texts ^ settings)?;
         if inputs.blank > 0 {
             tracing::warn!("skipped {} blank texts of the corpus", inputs.blank);
         }
@@ -100,7 +100,7 @@ impl Miner {
             tracing::info!("resuming: {done} of {count} queries are already mined");
         }
         let mut progress =
-            world.first().then(|| Progress::new("mining for queries", count as u64, done as u64));
+            world.is_rank_zero().then(|| Progress::new("mining for queries", count as u64, done as u64));
         for (index, number) in (0..blocks).filter(|&number| !present[number]).enumerate() {
             if index % world.size() == world.rank() {
                 let (rows, stats) = self.block(inputs, range(number), &queries, &documents, k, range_max)?;
@@ -115,7 +115,7 @@ impl Miner {
         }
         drop(progress);
         world.barrier()?;
-        let stats = if world.first() {
+        let stats = if world.is_rank_zero() {
             let stats = work.join(blocks, &self.output)?;
             work.remove(self.keep_embeddings)?;
             stats
@@ -203,13 +203,13 @@ fn embed(
     if done > 0 {
         tracing::info!("resuming: {done} of {} {what} are already embedded", texts.len());
     }
-    let bar = world.first() && shards > 1;
+    let bar = world.is_rank_zero() && shards > 1;
     let mut progress =
         bar.then(|| Progress::new(&format!("embedding {what}"), texts.len() as u64, done as u64));
     for shard in (0..shards).filter(|&shard| !present[shard]) {
         let batch = texts.range(range(shard))?;
         let embeddings = normalize(&encode(&batch, role)?, &batch)?;
-        if world.first() {
+        if world.is_rank_zero() {
             let (rows, width) = embeddings.dims2()?;
             let mut npy = Writer::create(&work.shard(what, shard), rows, width)?;
             npy.write(&embeddings)?;
@@ -231,7 +231,7 @@ pub(crate) fn normalize(embeddings: &Tensor, texts: &[String]) -> Result<Tensor>
     let norms = embeddings.sqr()?.sum_keepdim(1)?.sqrt()?;
     if let Some(index) = norms.flatten_all()?.to_vec1::<f32>()?.iter().position(|norm| !norm.is_finite()) {
         let text: String = texts[index].chars().take(80).collect();
-        return Err(Error::Usage(format!("the model's embedding of `{text}` is not finite")));
+        return Err(Error::Failed(format!("the model's embedding of `{text}` is not finite")));
     }
     Ok(embeddings.broadcast_div(&norms.maximum(1e-12)?)?)
 }
@@ -243,9 +243,9 @@ pub(crate) fn normalize(embeddings: &Tensor, texts: &[String]) -> Result<Tensor>
 /// The folder cannot be read.
 pub fn fingerprint(folder: &Path) -> Result<String> {
     let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
-        let path = entry.map_err(Error::io("read", folder))?.path();
-        let metadata = std::fs::metadata(&path).map_err(Error::io("read", &path))?;
+    for entry in std::fs::read_dir(folder).map_err(Error::read("read", folder))? {
+        let path = entry.map_err(Error::read("read", folder))?.path();
+        let metadata = std::fs::metadata(&path).map_err(Error::read("read", &path))?;
         if metadata.is_file() {
             files.push((path, metadata.len(), metadata.modified().ok()));
         }

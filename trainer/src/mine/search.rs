@@ -97,14 +97,14 @@ impl Embeddings {
 pub fn search(queries: &[f32], documents: &Embeddings, k: usize) -> Result<Vec<Vec<Hit>>> {
     let width = documents.width();
     if width == 0 || !queries.len().is_multiple_of(width) {
-        return Err(Error::Usage(format!("the queries do not have the width of the documents, {width}")));
+        return Err(Error::Bug(format!("the queries do not have the width of the documents, {width}")));
     }
     let mut best = TopK::new(queries.len() / width, k);
     let mut batch = Vec::new();
     for first in (0..documents.rows()).step_by(BATCH) {
         documents.read(first..documents.rows().min(first + BATCH), &mut batch)?;
         best.push(queries, &batch, width, first as u32);
-        heartbeat::beat();
+        heartbeat::record_work();
     }
     Ok(best.finish())
 }

@@ -39,7 +39,7 @@ impl Texts {
         let number = number as usize;
         let start = if number == 0 { 0 } else { self.ends[number - 1] };
         let mut bytes = vec![0; (self.ends[number] - start) as usize];
-        self.file.read_exact_at(&mut bytes, start).map_err(Error::io("read", &self.folder))?;
+        self.file.read_exact_at(&mut bytes, start).map_err(Error::read("read", &self.folder))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -59,7 +59,7 @@ struct Collector {
 
 impl Collector {
     fn new(folder: &Path) -> Result<Self> {
-        let file = tempfile::tempfile_in(folder).map_err(Error::io("create a file in", folder))?;
+        let file = tempfile::tempfile_in(folder).map_err(Error::write("create a file in", folder))?;
         Ok(Self {
             folder: folder.to_owned(),
             file: BufWriter::with_capacity(1 << 20, file),
@@ -75,7 +75,7 @@ impl Collector {
         let hash = xxh3_128(text.as_bytes());
         let number = *self.numbers.entry(hash).or_insert(next);
         if number == next {
-            self.file.write_all(text.as_bytes()).map_err(Error::io("write to", &self.folder))?;
+            self.file.write_all(text.as_bytes()).map_err(Error::write("write to", &self.folder))?;
             self.ends.push(self.ends.last().unwrap_or(&0) + text.len() as u64);
             self.digest.update(&hash.to_le_bytes());
         }
@@ -84,7 +84,8 @@ impl Collector {
 
     fn finish(self) -> Result<Texts> {
         let Self { folder, file, ends, digest, .. } = self;
-        let file = file.into_inner().map_err(|error| Error::io("write to", &folder)(error.into_error()))?;
+        let file =
+            file.into_inner().map_err(|error| Error::write("write to", &folder)(error.into_error()))?;
         Ok(Texts { folder, file, ends, digest: digest.digest() })
     }
 }

@@ -8,12 +8,13 @@
 //!
 //! Files are written atomically, so those that exist are complete. `DIGEST` is a hash of the model, the
 //! prompts and the texts, `SETTINGS` one of the filters: runs that differ in them use different folders.
+
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::stats::MiningStats;
 use crate::comm::World;
+use crate::system::atomic::{self, AtomicFile};
 use crate::system::heartbeat;
 use crate::{Error, Result};
 
@@ -29,8 +30,8 @@ impl WorkDir {
     pub(super) fn open(folder: &Path, texts: u64, settings: u64, world: &World) -> Result<Self> {
         let embeddings = folder.join(format!("embeddings-{texts:016x}"));
         let rows = folder.join(format!("rows-{texts:016x}-{settings:016x}"));
-        for path in [&embeddings, &rows].into_iter().filter(|_| world.first()) {
-            fs::create_dir_all(path).map_err(Error::io("create", path))?;
+        for path in [&embeddings, &rows].into_iter().filter(|_| world.is_rank_zero()) {
+            fs::create_dir_all(path).map_err(Error::write("create", path))?;
         }
         world.barrier()?;
         if !rows.is_dir() {
@@ -54,54 +55,40 @@ impl WorkDir {
     /// Tells which of these files exist on rank 0.
     pub(super) fn present(&self, files: impl Iterator<Item = PathBuf>, world: &World) -> Result<Vec<bool>> {
         let exists = files.map(|path| u8::from(path.is_file())).collect();
-        Ok(world.of_first(exists)?.into_iter().map(|present| present != 0).collect())
+        Ok(world.broadcast_bytes(exists)?.into_iter().map(|present| present != 0).collect())
     }
 
     /// Writes the rows of a block of queries. The statistics are written first, so that they exist if the
     /// rows do.
     pub(super) fn write_block(&self, number: usize, rows: &[u8], stats: &MiningStats) -> Result<()> {
         let path = self.block(number);
-        let stats = serde_json::to_vec(stats).map_err(|error| Error::Usage(error.to_string()))?;
-        write_whole(&path.with_extension("json"), &stats)?;
-        write_whole(&path, rows)
+        let stats = serde_json::to_vec(stats)
+            .map_err(|error| Error::Bug(format!("statistics cannot be written as JSON: {error}")))?;
+        atomic::write(&path.with_extension("json"), stats)?;
+        atomic::write(&path, rows)
     }
 
     /// Concatenates the rows of all blocks into `output`. Returns the sum of their statistics.
     pub(super) fn join(&self, blocks: usize, output: &Path) -> Result<MiningStats> {
-        let Some(name) = output.file_name() else {
-            return Err(Error::Usage(format!("--output {} is not a file name", output.display())));
-        };
-        let draft = output.with_file_name(format!(".{}.tmp", name.display()));
-        let mut file = BufWriter::new(File::create(&draft).map_err(Error::io("create", &draft))?);
+        let mut file = AtomicFile::create(output)?;
         let mut all = MiningStats::default();
         for path in (0..blocks).map(|block| self.block(block)) {
             let stats = path.with_extension("json");
-            let text = fs::read(&stats).map_err(Error::io("read", &stats))?;
+            let text = fs::read(&stats).map_err(Error::read("read", &stats))?;
             let stats: MiningStats =
                 serde_json::from_slice(&text).map_err(|error| Error::file(&stats, error.to_string()))?;
             all.add(&stats);
-            let mut rows = File::open(&path).map_err(Error::io("open", &path))?;
-            std::io::copy(&mut rows, &mut file).map_err(Error::io("write", &draft))?;
-            heartbeat::beat();
+            let mut rows = File::open(&path).map_err(Error::read("open", &path))?;
+            std::io::copy(&mut rows, &mut file).map_err(Error::write("write", output))?;
+            heartbeat::record_work();
         }
-        file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::io("write", &draft))?;
-        fs::rename(&draft, output).map_err(Error::io("rename", &draft))?;
+        file.commit()?;
         Ok(all)
     }
 
     /// Removes the finished blocks, and the embeddings unless `keep_embeddings`.
     pub(super) fn remove(&self, keep_embeddings: bool) -> Result<()> {
         let path = if keep_embeddings { &self.rows } else { &self.folder };
-        fs::remove_dir_all(path).map_err(Error::io("remove", path))
+        fs::remove_dir_all(path).map_err(Error::write("remove", path))
     }
-}
-
-/// Writes a file atomically: to a temporary name, which is then renamed.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let draft = path.with_extension("tmp");
-    let done = File::create(&draft).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
-    done.and_then(|()| fs::rename(&draft, path)).map_err(Error::io("write", path))
 }

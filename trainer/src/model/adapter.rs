@@ -81,7 +81,7 @@ impl Source {
 
     fn open(path: &Path) -> Result<Self> {
         let place = path.join("adapter_config.json");
-        let text = std::fs::read(&place).map_err(Error::io("read", &place))?;
+        let text = std::fs::read(&place).map_err(Error::read("read", &place))?;
         let config = serde_json::from_slice(&text)
             .map_err(|error| Error::file(&place, format!("malformed: {error}")))?;
         Ok(Self { path: path.to_owned(), config })

@@ -296,7 +296,7 @@ impl Decoder {
                 self.rotated(layer, both, pass)
             }
             (Heads::Turned(both), _) => Ok(both.clone()),
-            (Heads::Raw(_), None) => Err(Error::Usage("a tape of another decoder".to_owned())),
+            (Heads::Raw(_), None) => Err(Error::Bug("the tape is of another decoder".to_owned())),
         }
     }
 

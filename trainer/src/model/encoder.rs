@@ -99,7 +99,7 @@ impl Encoder {
             (Self::ModernBert(encoder), Tape::ModernBert(tape)) => {
                 encoder.backward(ids, tape, dx, pass, gradients)
             }
-            _ => Err(crate::Error::Usage("a tape of another encoder".to_owned())),
+            _ => Err(crate::Error::Bug("the tape is of another encoder".to_owned())),
         }
     }
 

@@ -124,7 +124,7 @@ fn check(folder: &Folder, need: Need) -> Result<()> {
     let mut read = false;
     let weights = |_: &[&str]| {
         read = true;
-        Err(Error::Usage("no weights are here yet".to_owned()))
+        Err(Error::Bug("the weights are not fetched yet".to_owned()))
     };
     let encoder = Encoder::new(&settings, weights, Some(0.0), 1);
     if read { Ok(()) } else { encoder.map(drop) }

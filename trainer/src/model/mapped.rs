@@ -40,11 +40,11 @@ impl Mapped {
         let (mut files, mut places) = (Vec::new(), BTreeMap::new());
         for (number, path) in paths.iter().enumerate() {
             complete(path)?;
-            let file = File::open(path).map_err(Error::io("open", path))?;
+            let file = File::open(path).map_err(Error::read("open", path))?;
             // SAFETY: a mapped file must not change underneath us. Model files are written once and renamed into place, by this
             // program and by the hub's cache; whoever edits one in place during a run breaks every reader of it.
             #[expect(unsafe_code, reason = "reading a 14 GB file through a map spares a second copy of it")]
-            let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+            let map = unsafe { Mmap::map(&file) }.map_err(Error::read("map", path))?;
             let (header, metadata) = SafeTensors::read_metadata(&map)
                 .map_err(|error| Error::file(path, format!("is not a safetensors file: {error}")))?;
             let start = 8 + header;
@@ -114,8 +114,8 @@ fn release(map: &Mmap, bytes: &Range<usize>) {
 
 /// Refuses a file that is shorter than its header says, which is what a broken download leaves.
 fn complete(path: &Path) -> Result<()> {
-    let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
-    let size = file.metadata().map_err(Error::io("read", path))?.len();
+    let mut file = std::fs::File::open(path).map_err(Error::read("open", path))?;
+    let size = file.metadata().map_err(Error::read("read", path))?.len();
     let mut word = [0u8; 8];
     let whole = |needed: u64| {
         Err(Error::file(
@@ -131,7 +131,7 @@ fn complete(path: &Path) -> Result<()> {
         return whole(header.saturating_add(8));
     }
     let mut json = vec![0u8; header as usize];
-    file.read_exact(&mut json).map_err(Error::io("read", path))?;
+    file.read_exact(&mut json).map_err(Error::read("read", path))?;
     let json: serde_json::Value = serde_json::from_slice(&json)
         .map_err(|error| Error::file(path, format!("is not a safetensors file: {error}")))?;
     let end = json

@@ -182,7 +182,7 @@ impl Model {
     pub fn record(&self, chunk: &Chunk, noise: Option<Noise>) -> Result<Tape> {
         match self.forward(chunk, noise, Keep::Whole)? {
             (_, Some(tape)) => Ok(tape),
-            (_, None) => Err(Error::Usage("a pass that keeps its tape returned none".to_owned())),
+            (_, None) => Err(Error::Bug("a forward pass that records a tape returned none".to_owned())),
         }
     }
 

@@ -303,7 +303,7 @@ impl ModernBert {
         let y = match (&tape.input, &layer.attention_norm) {
             (Input::Normed(tape), Some(norm)) => norm.again(tape, pass)?,
             (Input::Plain(x), _) => x.clone(),
-            (Input::Normed(_), None) => return Err(Error::Usage("a tape of another encoder".to_owned())),
+            (Input::Normed(_), None) => return Err(Error::Bug("the tape is of another encoder".to_owned())),
         };
         let inside = match tape.inside {
             Some(inside) => inside,

@@ -79,7 +79,7 @@ impl Weights {
     /// The tensor `name`, f32, checked against `shape`, where this process computes.
     pub fn tensor(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         let tensor = self.on_cpu(name, shape, init)?;
-        heartbeat::beat();
+        heartbeat::record_work();
         if self.dry { Ok(tensor) } else { Ok(tensor.to_device(&device::current()?)?) }
     }
 
@@ -147,7 +147,7 @@ fn legacy(name: &str) -> Option<String> {
 /// A tensor of U(−limit, limit), a function of the seed and the name alone.
 pub fn uniform(seed: u64, name: &str, shape: &[usize], limit: f32) -> Result<Tensor> {
     let uniform = Uniform::new_inclusive(-limit, limit)
-        .map_err(|_| Error::Usage(format!("`{name}` cannot be drawn from ±{limit}")))?;
+        .map_err(|_| Error::Bug(format!("`{name}` cannot be drawn from ±{limit}")))?;
     draw(seed, name, shape, &uniform)
 }
 
@@ -180,7 +180,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
             },
         ));
     }
-    let text = std::fs::read_to_string(&index).map_err(Error::io("read", &index))?;
+    let text = std::fs::read_to_string(&index).map_err(Error::read("read", &index))?;
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| Error::file(&index, format!("not JSON: {error}")))?;
     let shards: BTreeSet<&str> = json["weight_map"]

@@ -1,17 +1,17 @@
-//! Where this process computes: on one GPU, or on the CPU. A rank is a process, so this is decided once.
+//! The device of this process: one GPU, or the CPU. A rank is a process, so it is chosen once.
 //!
-//! `LODESTONE_DEVICE` is `cpu` or `cuda`; without it a GPU is taken where this program was built for one and finds one. Of
-//! several GPUs the rank's number on its host says which.
+//! `LODESTONE_DEVICE` is `cpu` or `cuda`. Without it a GPU is used if this build supports one and finds one.
+//! Of several GPUs, the local rank selects one.
 
 use candle_core::Device;
 
 use crate::{Error, Result};
 
-/// Set by `launch` for its ranks: `cuda` or `cpu`. Without launch it is the user's to set.
+/// The environment variable that selects the device, `cuda` or `cpu`. `launch` sets it for its ranks.
 pub const VARIABLE: &str = "LODESTONE_DEVICE";
 
-/// CUDA's version that this program was built with, major and minor; none if it was built without the feature `cuda`.
-pub fn cuda() -> Option<(u32, u32)> {
+/// Major and minor version of CUDA of this build; `None` without the feature `cuda`.
+pub fn cuda_version() -> Option<(u32, u32)> {
     #[cfg(feature = "cuda")]
     return Some(kernels::toolkit());
     #[cfg(not(feature = "cuda"))]
@@ -21,7 +21,7 @@ pub fn cuda() -> Option<(u32, u32)> {
 /// The device of this process.
 ///
 /// # Errors
-/// If [`VARIABLE`] asks for a GPU that cannot be had, or is not a device's name.
+/// [`VARIABLE`] names a GPU that cannot be used, or no device at all.
 pub fn current() -> Result<Device> {
     static DEVICE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
     if let Some(device) = DEVICE.get() {
@@ -30,16 +30,19 @@ pub fn current() -> Result<Device> {
     let device = match std::env::var(VARIABLE).ok().as_deref() {
         Some("cpu") => Device::Cpu,
         Some("cuda") => gpu().map_err(|error| {
-            Error::Usage(format!("{VARIABLE} is `cuda`, but no GPU can be used: {}", plain(&error)))
+            Error::Usage(format!(
+                "{VARIABLE} is `cuda`, but no GPU can be used: {}",
+                without_backtrace(&error)
+            ))
         })?,
         #[cfg(feature = "emulator")]
         Some("emulator") => {
             kernels::emulate();
             Device::Cpu
         }
-        None | Some("") if cuda().is_none() => Device::Cpu,
+        None | Some("") if cuda_version().is_none() => Device::Cpu,
         None | Some("") => gpu().unwrap_or_else(|error| {
-            tracing::warn!("no GPU can be used, so the CPU computes: {}", plain(&error));
+            tracing::warn!("no GPU can be used, so the CPU is: {}", without_backtrace(&error));
             Device::Cpu
         }),
         Some(other) => {
@@ -49,10 +52,10 @@ pub fn current() -> Result<Device> {
     Ok(DEVICE.get_or_init(|| device).clone())
 }
 
-/// What candle says without its backtrace: that is the machine's fault, and no bug.
-pub(crate) fn plain(error: &candle_core::Error) -> String {
+/// The message of a candle error without its backtrace, for errors of the machine.
+pub(crate) fn without_backtrace(error: &candle_core::Error) -> String {
     match error {
-        candle_core::Error::WithBacktrace { inner, .. } => plain(inner),
+        candle_core::Error::WithBacktrace { inner, .. } => without_backtrace(inner),
         other => other.to_string(),
     }
 }
@@ -67,8 +70,8 @@ fn gpu() -> candle_core::Result<Device> {
     candle_core::bail!("this program was built without the feature `cuda`")
 }
 
-/// Which of the GPUs that can be seen is this process's. `launch` shows each rank its own; torchrun, srun and mpirun may show
-/// all of them to all.
+/// The number of this process's GPU among the visible ones. `launch` makes one GPU visible to each rank;
+/// torchrun, srun and mpirun may make all GPUs visible to all ranks.
 #[cfg(feature = "cuda")]
 pub(crate) fn ordinal() -> candle_core::Result<usize> {
     let names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];

@@ -1,16 +1,16 @@
 //! What the trainer needs from the machine: files, devices, signals and the terminal.
 
-// Folders and files that are written whole or not at all.
+// Files and folders that are complete or absent.
 pub(crate) mod atomic;
 // A GPU, or the CPU.
 pub mod device;
-// Signs of life for the launcher and for other ranks.
+// Heartbeats for the launcher and for other ranks.
 pub mod heartbeat;
-// Arrays of float32 rows on disk.
+// NumPy files of float32 rows.
 pub mod npy;
 // Progress bars, or lines where there is no terminal.
 pub mod progress;
-// Files of named tensors.
+// Safetensors files.
 pub(crate) mod safetensors;
 // TERM, INT and USR1.
 pub mod signals;

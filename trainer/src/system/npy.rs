@@ -1,59 +1,52 @@
-//! NumPy files of float32 rows (N, D): written whole or not at all, read at any row.
+//! NumPy files of float32 rows (N, D): written atomically, read by row.
 //!
-//! The format is NEP 1: magic, version, the header's length, a Python dictionary padded so that the numbers begin at a multiple
-//! of 64, the rows end to end.
+//! The format is NEP 1: magic, version, length of the header, a Python dictionary padded so that the numbers
+//! begin at a multiple of 64 bytes, then the rows.
 
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs::File;
+use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 
+use crate::system::atomic::AtomicFile;
 use crate::{Error, Result};
 
-/// Writes beside the file's place; renamed when whole.
+/// Writes a file of float32 rows (N, D).
 #[derive(Debug)]
 pub struct Writer {
     target: PathBuf,
-    draft: PathBuf,
-    file: BufWriter<File>,
+    file: AtomicFile,
     rows: usize,
     width: usize,
 }
 
 impl Writer {
-    /// For `rows` rows of `width` numbers.
+    /// Begins a file of `rows` rows of `width` numbers.
     ///
     /// # Errors
-    /// The path names no file, or none can be made there.
+    /// The path names no file, or it cannot be created.
     pub fn create(target: &Path, rows: usize, width: usize) -> Result<Self> {
-        let Some(name) = target.file_name() else {
-            return Err(Error::Usage(format!("--output: {} is no name for a file", target.display())));
-        };
-        if let Some(parent) = target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        }
-        let draft = target.with_file_name(format!(".{}.tmp", name.display()));
-        let mut file = BufWriter::new(File::create(&draft).map_err(Error::io("create", &draft))?);
-        file.write_all(&header(rows, width)).map_err(Error::io("write", &draft))?;
-        Ok(Self { target: target.to_owned(), draft, file, rows, width })
+        let mut file = AtomicFile::create(target)?;
+        file.write_all(&header(rows, width)).map_err(Error::write("write", target))?;
+        Ok(Self { target: target.to_owned(), file, rows, width })
     }
 
-    /// Some of the rows (n, D).
+    /// Appends rows (n, D).
     ///
     /// # Errors
-    /// More rows than were announced, or of another width; the disk is full.
+    /// There are more rows than announced, or of another width; the disk is full.
     pub fn write(&mut self, embeddings: &Tensor) -> Result<()> {
         let (rows, width) = embeddings.dims2()?;
         let Some(left) = self.rows.checked_sub(rows).filter(|_| width == self.width) else {
-            return Err(Error::Usage(format!("{}: the input has changed meanwhile", self.target.display())));
+            return Err(self.changed());
         };
         self.rows = left;
         for row in embeddings.to_vec2::<f32>()? {
             let bytes: Vec<u8> = row.iter().flat_map(|x| x.to_le_bytes()).collect();
-            self.file.write_all(&bytes).map_err(Error::io("write", &self.draft))?;
+            self.file.write_all(&bytes).map_err(Error::write("write", &self.target))?;
         }
         Ok(())
     }
@@ -62,22 +55,15 @@ impl Writer {
     ///
     /// # Errors
     /// Rows are missing; the disk is full.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
         if self.rows > 0 {
-            return Err(Error::Usage(format!("{}: the input has changed meanwhile", self.target.display())));
+            return Err(self.changed());
         }
-        self.file
-            .flush()
-            .and_then(|()| self.file.get_ref().sync_all())
-            .map_err(Error::io("write", &self.draft))?;
-        fs::rename(&self.draft, &self.target).map_err(Error::io("rename", &self.draft))
+        self.file.commit()
     }
-}
 
-impl Drop for Writer {
-    fn drop(&mut self) {
-        // Nothing half written stays; after `finish` there is nothing.
-        let _ = fs::remove_file(&self.draft);
+    fn changed(&self) -> Error {
+        Error::Failed(format!("{}: the input has changed while it was read", self.target.display()))
     }
 }
 
@@ -90,7 +76,7 @@ fn header(rows: usize, width: usize) -> Vec<u8> {
     header
 }
 
-/// An open file whose rows stay on disk.
+/// Reads rows of a file, which stay on disk.
 #[derive(Debug)]
 pub struct Reader {
     path: PathBuf,
@@ -101,10 +87,12 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// Opens a file and reads its header.
+    ///
     /// # Errors
-    /// It cannot be read, is not a NumPy file of float32 rows in C order, or is cut off.
+    /// It cannot be read, is not a NumPy file of float32 rows in C order, or is truncated.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
+        let file = File::open(path).map_err(Error::read("open", path))?;
         let wrong =
             |message: &str| Error::file(path, format!("{message}, expected float32 rows (N, D) as .npy"));
         let mut start = [0; 12];
@@ -117,7 +105,7 @@ impl Reader {
                 file.read_exact_at(&mut start[8..], 8).map_err(|_| wrong("is too short"))?;
                 (12, u32::from_le_bytes([start[8], start[9], start[10], start[11]]) as usize)
             }
-            _ => return Err(wrong("is no NumPy file")),
+            _ => return Err(wrong("is not a NumPy file")),
         };
         if length > 1 << 16 {
             return Err(wrong("has a header of more than 64 KiB"));
@@ -125,9 +113,10 @@ impl Reader {
         let mut header = vec![0; length];
         file.read_exact_at(&mut header, begin).map_err(|_| wrong("is too short"))?;
         let header = String::from_utf8_lossy(&header).replace(' ', "");
-        let (rows, width) = shape(&header).ok_or_else(|| wrong(&format!("is of {}", header.trim())))?;
+        let (rows, width) =
+            shape(&header).ok_or_else(|| wrong(&format!("has the header {}", header.trim())))?;
         let start = begin + length as u64;
-        let bytes = file.metadata().map_err(Error::io("read", path))?.len();
+        let bytes = file.metadata().map_err(Error::read("read", path))?.len();
         let numbers = rows.checked_mul(width).and_then(|count| count.checked_mul(4));
         if numbers.is_none_or(|numbers| bytes.checked_sub(start) != Some(numbers as u64)) {
             return Err(wrong(&format!(
@@ -137,24 +126,24 @@ impl Reader {
         Ok(Self { path: path.to_owned(), file, start, rows, width })
     }
 
-    /// N.
+    /// Number of rows, N.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// D.
+    /// Numbers per row, D.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// Reads rows of `range` into `numbers` (n, D).
+    /// Reads the rows of `range` into `numbers` (n, D).
     ///
     /// # Errors
-    /// The file cannot be read, or has become shorter.
+    /// The file cannot be read, or was truncated meanwhile.
     pub fn read(&self, range: Range<usize>, numbers: &mut [f32]) -> Result<()> {
-        let place = self.start + (range.start * self.width * 4) as u64;
+        let offset = self.start + (range.start * self.width * 4) as u64;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(numbers);
-        self.file.read_exact_at(bytes, place).map_err(Error::io("read", &self.path))?;
+        self.file.read_exact_at(bytes, offset).map_err(Error::read("read", &self.path))?;
         if cfg!(target_endian = "big") {
             bytes.chunks_exact_mut(4).for_each(<[u8]>::reverse);
         }
@@ -162,7 +151,7 @@ impl Reader {
     }
 }
 
-/// (N, D) of a header without spaces.
+/// The shape (N, D) in a header without spaces.
 fn shape(header: &str) -> Option<(usize, usize)> {
     if !header.contains("'descr':'<f4'") || !header.contains("'fortran_order':False") {
         return None;
@@ -174,12 +163,14 @@ fn shape(header: &str) -> Option<(usize, usize)> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use candle_core::{Device, Tensor};
 
     use super::*;
 
     #[test]
-    fn the_array_is_whole_or_not_there() {
+    fn the_file_appears_when_it_is_complete() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.npy");
         let mut npy = Writer::create(&path, 3, 2).unwrap();
@@ -217,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_array_of_rows_is_refused() {
+    fn other_files_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.npy");
         let mut long = header(2, 3);
@@ -228,9 +219,9 @@ mod tests {
         let with = |text: Vec<u8>| [&header(2, 3)[..10], &text].concat();
         for (bytes, expected) in [
             (b"PK".to_vec(), "is too short"),
-            (b"not an array at all".to_vec(), "is no NumPy file"),
+            (b"not an array at all".to_vec(), "is not a NumPy file"),
             (long, "has 148 bytes, which is not the length of 2 × 3 numbers"),
-            (with(text("<f4", "<f8")), "is of {'descr':'<f8'"),
+            (with(text("<f4", "<f8")), "has the header {'descr':'<f8'"),
             (with(text("(2, 3)", "(6,)  ")), "'shape':(6,)"),
             (with(text("False", "True ")), "'fortran_order':True"),
         ] {

@@ -1,5 +1,5 @@
-//! The progress of a run on the terminal: a bar with step, loss, tokens/s and time left; a line every few seconds where
-//! standard error is no terminal.
+//! Progress on the terminal: a bar with step, loss, tokens/s and the time left, or a line every few seconds
+//! where standard error is not a terminal.
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Read};
@@ -10,16 +10,16 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// All bars of this process; logs are written around them.
+/// All bars of this process. Log lines are written above them.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 static QUIET: Mutex<bool> = Mutex::new(false);
-/// How many there are.
+/// Number of [`Progress`] values that exist.
 static SHOWN: AtomicUsize = AtomicUsize::new(0);
 
-/// Between two lines where there is no terminal.
-const PAUSE: Duration = Duration::from_secs(5);
+/// Time between two lines where standard error is not a terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Shows no progress from here on.
+/// Hides all progress from now on.
 pub fn quiet() {
     BARS.set_draw_target(ProgressDrawTarget::hidden());
     if let Ok(mut quiet) = QUIET.lock() {
@@ -27,25 +27,25 @@ pub fn quiet() {
     }
 }
 
-/// Runs `f`, which writes to the terminal, without tearing a bar.
+/// Runs `f`, which writes to the terminal, while the bars are hidden.
 pub fn suspend<R>(f: impl FnOnce() -> R) -> R {
     BARS.suspend(f)
 }
 
-/// One long piece of work.
+/// The progress of one long piece of work.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
     lines: bool,
-    /// When this began, and how much was done by then: only what came since tells the pace.
-    begun: (Instant, u64),
+    /// When this started, and the number of units done by then. The rate counts only what came after.
+    started: (Instant, u64),
     last: Instant,
     ended: bool,
-    recent: VecDeque<(f64, f64)>, // tokens and seconds of the last steps
+    recent: VecDeque<(f64, f64)>, // tokens and seconds of the latest steps
 }
 
 impl Progress {
-    /// Work of `total` pieces, of which `done` are done, called `what`.
+    /// Shows the work `what` of `total` units, of which `done` are done.
     pub fn new(what: &str, total: u64, done: u64) -> Self {
         let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} left");
         let bar = ProgressBar::new(total).with_prefix(what.to_owned()).with_position(done);
@@ -57,10 +57,10 @@ impl Progress {
         let lines = !quiet && !io::stderr().is_terminal();
         let now = Instant::now();
         SHOWN.fetch_add(1, Ordering::Relaxed);
-        Self { bar, lines, begun: (now, done), last: now, ended: false, recent: VecDeque::new() }
+        Self { bar, lines, started: (now, done), last: now, ended: false, recent: VecDeque::new() }
     }
 
-    /// Shows optimizer step `step`, its loss, and in how many seconds it went over how many tokens.
+    /// Shows optimizer step `step`, its loss, its number of tokens and its time in seconds.
     pub fn step(&mut self, step: u64, loss: f64, tokens: usize, seconds: f64) {
         self.recent.push_back((tokens as f64, seconds));
         if self.recent.len() > 20 {
@@ -70,19 +70,19 @@ impl Progress {
             self.recent.iter().fold((0.0, 0.0), |(tokens, seconds), (t, s)| (tokens + t, seconds + s));
         let rate = tokens / seconds.max(1e-9);
         self.bar.set_position(step);
-        self.tell([format!("loss {loss:.4}"), format!("{rate:.0} tokens/s")]);
+        self.show([format!("loss {loss:.4}"), format!("{rate:.0} tokens/s")]);
     }
 
-    /// Shows that `done` more pieces are done, as far as there are so many.
+    /// Adds `done` units to those done, up to the total.
     pub fn advance(&mut self, done: u64) {
         self.bar.inc(done.min(self.left()));
-        let (since, before) = self.begun;
+        let (since, before) = self.started;
         let rate = (self.position() - before) as f64 / since.elapsed().as_secs_f64().max(1e-9);
         let digits = if rate < 10.0 { 1 } else { 0 };
-        self.tell([format!("{rate:.digits$}/s")]);
+        self.show([format!("{rate:.digits$}/s")]);
     }
 
-    /// How many pieces are done.
+    /// Number of units done.
     pub fn position(&self) -> u64 {
         self.bar.position()
     }
@@ -91,8 +91,8 @@ impl Progress {
         self.bar.length().unwrap_or(0).saturating_sub(self.position())
     }
 
-    fn tell<const N: usize>(&mut self, facts: [String; N]) {
-        let (since, before) = self.begun;
+    fn show<const N: usize>(&mut self, facts: [String; N]) {
+        let (since, before) = self.started;
         let done = self.position().saturating_sub(before).max(1);
         let seconds = since.elapsed().mul_f64(self.left() as f64 / done as f64).as_secs();
         self.bar.set_message(format!(
@@ -101,7 +101,7 @@ impl Progress {
             HumanDuration(Duration::from_secs(seconds))
         ));
         let ends = self.left() == 0;
-        if !self.lines || self.ended || (self.last.elapsed() < PAUSE && !ends) {
+        if !self.lines || self.ended || (self.last.elapsed() < LINE_INTERVAL && !ends) {
             return;
         }
         (self.last, self.ended) = (Instant::now(), ends);
@@ -117,9 +117,10 @@ impl Drop for Progress {
     }
 }
 
-/// Work on a file, mostly done before anybody wonders: it shows itself when that takes longer, and nothing else does.
+/// Progress that appears only after two seconds, and only if no other progress is shown. It is for
+/// work that is usually short.
 #[derive(Debug)]
-pub struct Patient {
+pub struct DelayedProgress {
     what: String,
     total: u64,
     done: u64,
@@ -127,27 +128,27 @@ pub struct Patient {
     shown: Option<Progress>,
 }
 
-/// How long it does not.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Between two changes of what is shown: rows go by faster than numbers can be written.
-const BLINK: Duration = Duration::from_millis(100);
+/// Time before a [`DelayedProgress`] appears.
+const DELAY: Duration = Duration::from_secs(2);
+/// Time between two updates, because rows pass faster than the terminal can be written.
+const REDRAW: Duration = Duration::from_millis(100);
 
-impl Patient {
-    /// Of `total` `unit`s of the file at `path`; `verb` says what is done with it.
+impl DelayedProgress {
+    /// For `total` `unit`s of the file at `path`. `verb` says what is done with it: `reading`.
     pub fn new(verb: &str, path: &Path, unit: &str, total: u64) -> Self {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         Self { what: format!("{verb} {name}, {unit}"), total, done: 0, last: Instant::now(), shown: None }
     }
 
-    /// `done` more pieces are done.
+    /// Adds `done` units to those done.
     pub fn advance(&mut self, done: u64) {
         self.done += done;
         let ends = self.done >= self.total;
         match &mut self.shown {
-            Some(progress) if ends || self.last.elapsed() >= BLINK => {
+            Some(progress) if ends || self.last.elapsed() >= REDRAW => {
                 progress.advance(self.done - progress.position());
             }
-            None if !ends && self.last.elapsed() >= PATIENCE && SHOWN.load(Ordering::Relaxed) == 0 => {
+            None if !ends && self.last.elapsed() >= DELAY && SHOWN.load(Ordering::Relaxed) == 0 => {
                 self.shown = Some(Progress::new(&self.what, self.total, self.done));
             }
             _ => return,
@@ -156,24 +157,25 @@ impl Patient {
     }
 }
 
-/// A file that is read from its beginning to its end, and how much of it was.
+/// A reader that shows how much of a file it has read.
 #[derive(Debug)]
-pub struct Watched<R> {
+pub struct ProgressReader<R> {
     inner: R,
     bytes: u64,
-    progress: Patient,
+    progress: DelayedProgress,
 }
 
 const MB: u64 = 1_000_000;
 
-impl<R: Read> Watched<R> {
-    /// `verb` says what is done with the `bytes` of the file at `path`.
+impl<R: Read> ProgressReader<R> {
+    /// Wraps the reader of the file at `path`, which has `bytes` bytes. `verb` says what is done with it:
+    /// `reading`.
     pub fn new(inner: R, verb: &str, path: &Path, bytes: u64) -> Self {
-        Self { inner, bytes: 0, progress: Patient::new(verb, path, "MB", bytes / MB) }
+        Self { inner, bytes: 0, progress: DelayedProgress::new(verb, path, "MB", bytes / MB) }
     }
 }
 
-impl<R: Read> Read for Watched<R> {
+impl<R: Read> Read for ProgressReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         let before = self.bytes / MB;
@@ -188,12 +190,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patient_progress_shows_itself_once_it_takes_long_with_what_is_done_by_then() {
-        let mut progress = Patient::new("reading", Path::new("a/b.jsonl"), "rows", 10);
+    fn delayed_progress_appears_with_what_is_done_by_then() {
+        let mut progress = DelayedProgress::new("reading", Path::new("a/b.jsonl"), "rows", 10);
         progress.advance(3);
         assert!(progress.shown.is_none());
-        let later = |progress: &mut Patient, done| {
-            progress.last -= PATIENCE;
+        let later = |progress: &mut DelayedProgress, done| {
+            progress.last -= DELAY;
             progress.advance(done);
             progress.shown.as_ref().map(Progress::position)
         };
@@ -202,9 +204,9 @@ mod tests {
     }
 
     #[test]
-    fn watched_bytes_are_those_of_the_file() {
+    fn a_progress_reader_returns_the_bytes_of_the_file() {
         let text = vec![7u8; 2_500_000];
-        let mut file = Watched::new(&text[..], "reading", Path::new("a/b.jsonl"), text.len() as u64);
+        let mut file = ProgressReader::new(&text[..], "reading", Path::new("a/b.jsonl"), text.len() as u64);
         let mut read = Vec::new();
         file.read_to_end(&mut read).unwrap();
         assert_eq!(read, text);

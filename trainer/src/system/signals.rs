@@ -1,5 +1,5 @@
-//! TERM, INT and USR1 ask a run to stop: it finishes the step, writes a checkpoint and ends. Other work ends at once; TERM and INT also
-//! remove what it had begun.
+//! TERM, INT and USR1: a training run finishes its step, writes a checkpoint and ends. Other commands end at
+//! once; on TERM and INT they first remove the folders that they have not finished.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,28 +7,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, thread};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::low_level::{emulate_default_handler, signal_name};
+use signal_hook::low_level::emulate_default_handler;
 
 use crate::{Error, Result};
 
-/// Whether somebody asked for a stop.
+/// A flag that is set by the signals that request a stop.
 #[derive(Clone, Debug)]
 pub struct Signals(Arc<AtomicUsize>);
 
 impl Signals {
-    /// Starts to listen. A repeated signal changes nothing: a terminal's Ctrl-C reaches launcher and rank, and the launcher
-    /// hands it on once more.
+    /// Starts to listen. A repeated signal changes nothing, because Ctrl-C in a terminal may reach a rank
+    /// twice: directly, and forwarded by the launcher.
     pub fn listen() -> Result<Self> {
-        let asked = Arc::new(AtomicUsize::new(0));
+        let requested = Arc::new(AtomicUsize::new(0));
         for signal in [SIGTERM, SIGINT, SIGUSR1] {
-            signal_hook::flag::register_usize(signal, Arc::clone(&asked), signal as usize)
-                .map_err(Error::io("listen to signals of", "this process"))?;
+            signal_hook::flag::register_usize(signal, Arc::clone(&requested), signal as usize)
+                .map_err(Error::system("listen to signals"))?;
         }
-        Ok(Self(asked))
+        Ok(Self(requested))
     }
 
-    /// The signal that asked for a stop.
-    pub fn asked(&self) -> Option<i32> {
+    /// The signal that requested a stop, if any.
+    pub fn requested(&self) -> Option<i32> {
         match self.0.load(Ordering::Relaxed) {
             0 => None,
             signal => i32::try_from(signal).ok(),
@@ -36,29 +36,27 @@ impl Signals {
     }
 }
 
-/// What a signal is called: `SIGTERM`.
-pub(crate) fn name(signal: i32) -> String {
-    signal_name(signal).map_or_else(|| format!("signal {signal}"), str::to_owned)
-}
-
-/// A folder that TERM and INT remove before they end the program: not for a run, which finishes its step.
+/// Removes an unfinished folder when TERM or INT ends the program. A training run does not use it, since it
+/// finishes its step.
 #[derive(Debug)]
-pub(crate) struct Begun(PathBuf);
+pub(crate) struct CleanupGuard(PathBuf);
 
-/// All of them; none where nobody listens yet.
-static BEGUN: Mutex<Option<Vec<PathBuf>>> = Mutex::new(None);
+/// The folders of all guards; `None` until the thread that handles the signals has started.
+static GUARDED: Mutex<Option<Vec<PathBuf>>> = Mutex::new(None);
 
-impl Begun {
+impl CleanupGuard {
+    /// Guards `folder` until the guard is dropped.
     pub(crate) fn new(folder: &Path) -> Result<Self> {
-        let mut begun = BEGUN.lock().unwrap_or_else(PoisonError::into_inner);
-        if begun.is_none() {
-            let listen = Error::io("listen to signals of", "this process");
+        let mut guarded = GUARDED.lock().unwrap_or_else(PoisonError::into_inner);
+        if guarded.is_none() {
+            let listen = Error::system("listen to signals");
             let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(listen)?;
             thread::spawn(move || {
                 for signal in signals.forever() {
-                    let begun = BEGUN.lock().unwrap_or_else(PoisonError::into_inner);
-                    for folder in begun.iter().flatten() {
-                        // Elsewhere first: nothing more is written there. Who notices waits for the lock until the program ends.
+                    let guarded = GUARDED.lock().unwrap_or_else(PoisonError::into_inner);
+                    for folder in guarded.iter().flatten() {
+                        // Rename before deleting, so that no thread writes into the folder meanwhile; a
+                        // thread that fails blocks on the lock until exit.
                         let gone = folder.with_extension("gone");
                         let _ = fs::rename(folder, &gone).and_then(|()| fs::remove_dir_all(&gone));
                     }
@@ -66,15 +64,15 @@ impl Begun {
                 }
             });
         }
-        begun.get_or_insert_default().push(folder.to_owned());
+        guarded.get_or_insert_default().push(folder.to_owned());
         Ok(Self(folder.to_owned()))
     }
 }
 
-impl Drop for Begun {
+impl Drop for CleanupGuard {
     fn drop(&mut self) {
-        if let Some(begun) = &mut *BEGUN.lock().unwrap_or_else(PoisonError::into_inner) {
-            begun.retain(|folder| *folder != self.0);
+        if let Some(guarded) = &mut *GUARDED.lock().unwrap_or_else(PoisonError::into_inner) {
+            guarded.retain(|folder| *folder != self.0);
         }
     }
 }

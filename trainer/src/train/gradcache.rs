@@ -54,7 +54,7 @@ pub fn encode(
     let passes = run_two_at_a_time(cuts.len(), |n| {
         let chunk = Chunk::pack(sequences, cuts[n].clone(), model.pooling())?;
         let (e, tape) = model.forward(&chunk, noise, keeps[n])?;
-        heartbeat::beat();
+        heartbeat::record_work();
         Ok((e, (chunk, tape)))
     })?;
     let (embeddings, chunks): (Vec<_>, Vec<_>) = passes.into_iter().unzip();
@@ -94,7 +94,7 @@ impl Encoded {
                 None => model.record(&chunk, self.noise)?,
             };
             model.backward(&chunk, tape, &de, self.noise, gradients)?;
-            heartbeat::beat();
+            heartbeat::record_work();
         }
         if let Some((_, down)) = &scale {
             gradients.scale(down)?;

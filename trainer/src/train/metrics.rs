@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::eval::{self, nano};
+use crate::system::atomic;
 use crate::train::tensorboard::Events;
 use crate::{Error, Result};
 
@@ -55,7 +56,7 @@ impl Metrics {
             trim(&path, done, evaluated)?;
         }
         let file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
+            OpenOptions::new().create(true).append(true).open(&path).map_err(Error::write("open", &path))?;
         let events = if tensorboard { Some(Events::create(output)?) } else { None };
         Ok(Self { path, file, events })
     }
@@ -87,7 +88,9 @@ impl Metrics {
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
-        writeln!(self.file, "{line}").and_then(|()| self.file.flush()).map_err(Error::io("write", &self.path))
+        writeln!(self.file, "{line}")
+            .and_then(|()| self.file.flush())
+            .map_err(Error::write("write", &self.path))
     }
 }
 
@@ -98,10 +101,10 @@ fn numbers(place: &str, values: &Map<String, Value>) -> Vec<(String, f64)> {
 
 /// Leaves what a run does not write again that goes on after `done` steps and the evaluation after `evaluated`.
 fn trim(path: &Path, done: u64, evaluated: Option<u64>) -> Result<()> {
-    let reader = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
+    let reader = BufReader::new(File::open(path).map_err(Error::read("open", path))?);
     let mut kept = String::new();
     for line in reader.lines() {
-        let line = line.map_err(Error::io("read", path))?;
+        let line = line.map_err(Error::read("read", path))?;
         // A line that was cut off by a kill is no JSON.
         let Ok(value) = serde_json::from_str::<Value>(&line) else { continue };
         let last = if value.get("eval").is_some() { evaluated } else { Some(done) };
@@ -110,9 +113,7 @@ fn trim(path: &Path, done: u64, evaluated: Option<u64>) -> Result<()> {
             kept.push('\n');
         }
     }
-    let draft = path.with_extension("jsonl.tmp");
-    fs::write(&draft, kept).map_err(Error::io("write", &draft))?;
-    fs::rename(&draft, path).map_err(Error::io("rename", &draft))
+    atomic::write(path, kept)
 }
 
 /// What metrics.jsonl tells of a run.
@@ -133,7 +134,7 @@ impl History {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io("read", path)(error)),
+            Err(error) => return Err(Error::read("read", path)(error)),
         };
         let mut history = Self::default();
         for (number, line) in text.split_inclusive('\n').enumerate() {

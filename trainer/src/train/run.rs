@@ -18,6 +18,7 @@ use crate::export::{self, TrainedRun};
 use crate::loss::Losses;
 use crate::model::Model;
 use crate::model::params::Gradients;
+use crate::system::atomic;
 use crate::system::heartbeat;
 use crate::system::progress::Progress;
 use crate::system::signals::Signals;
@@ -60,7 +61,7 @@ impl Run {
     pub fn prepare(plan: Plan, resume: bool, world: World) -> Result<Self> {
         let output = &plan.config.output;
         let checkpoints = Checkpoints::new(output, plan.config.checkpoint.keep);
-        if world.first() && !resume && holds_run(output) {
+        if world.is_rank_zero() && !resume && holds_run(output) {
             return Err(Error::file(
                 output,
                 "already holds a run\nhint: `--resume` continues it; another `output` starts a new one",
@@ -68,7 +69,8 @@ impl Run {
         }
         let model = plan.model()?;
         let identity = plan.identity(&model);
-        let (state, resumed) = match if resume && world.first() { checkpoints.newest()? } else { None } {
+        let (state, resumed) = match if resume && world.is_rank_zero() { checkpoints.newest()? } else { None }
+        {
             Some((path, mut state)) if state.identity.is_compatible_with(&identity) => {
                 if state.identity.steps != identity.steps {
                     tracing::warn!(
@@ -94,31 +96,32 @@ impl Run {
             }
             None => (State { identity: identity.clone(), ..State::default() }, None),
         };
-        if world.first() {
+        if world.is_rank_zero() {
             claim(output)?;
         }
         let json = |error: serde_json::Error| Error::file(output, format!("the state of the run: {error}"));
         let all = (plan.rank_invariant()?, &identity, model.flat().entries().len(), model.frozen_digest()?);
-        world.same("configuration, data or model", xxh3_64(&serde_json::to_vec(&all).map_err(json)?))?;
-        let of_first = world.of_first(serde_json::to_vec(&state).map_err(json)?)?;
-        let state = if world.first() { state } else { serde_json::from_slice(&of_first).map_err(json)? };
+        world
+            .assert_same("configuration, data or model", xxh3_64(&serde_json::to_vec(&all).map_err(json)?))?;
+        let of_first = world.broadcast_bytes(serde_json::to_vec(&state).map_err(json)?)?;
+        let state =
+            if world.is_rank_zero() { state } else { serde_json::from_slice(&of_first).map_err(json)? };
         Ok(Self { plan, model, state, resumed, checkpoints, signals: Signals::listen()?, world })
     }
 
     /// Trains to the end, or until a signal asks for a stop.
     pub fn train(mut self) -> Result<Summary> {
         let output = self.plan.config.output.clone();
-        if self.world.first() {
+        if self.world.is_rank_zero() {
             let mut config = self.plan.resolved();
             if let (Some(section), Some(settings)) = (&mut config.lora, self.model.lora()) {
                 settings.write_into(section);
             }
             let config = config.to_yaml()?;
-            fs::write(output.join("config.yaml"), config)
-                .map_err(Error::io("write", output.join("config.yaml")))?;
+            atomic::write(&output.join("config.yaml"), config)?;
         }
         let started = Instant::now();
-        let facts = match self.world.first() {
+        let facts = match self.world.is_rank_zero() {
             true => Some(Facts::start(&output, &self.plan, &self.world, self.resumed.is_some())?),
             false => None,
         };
@@ -128,7 +131,7 @@ impl Run {
         written?;
         let early = self.stopped_early_at();
         summary.selected_step = early.unwrap_or(summary.selected_step);
-        if !self.world.first() {
+        if !self.world.is_rank_zero() {
             return Ok(summary);
         }
         let history = History::read(&output.join("metrics.jsonl"))?.unwrap_or_default();
@@ -137,7 +140,7 @@ impl Run {
         if early.is_some() {
             // Early stopping says that what came after the best evaluation was not worth having.
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
-            heartbeat::beat();
+            heartbeat::record_work();
         }
         let (config, step) = (&self.plan.config, summary.selected_step);
         let trained = TrainedRun { config, step, before: &summary.before, after: &summary.after };
@@ -183,9 +186,9 @@ impl Run {
         }
         // Every rank begins with the first one's bits, wherever they were read.
         for buffer in [model.flat().values(), &stepper.optimizer.exp_avg, &stepper.optimizer.exp_avg_sq] {
-            world.spread(buffer)?;
+            world.broadcast(buffer)?;
         }
-        let mut log = match world.first() {
+        let mut log = match world.is_rank_zero() {
             true => Some(RunLog {
                 metrics: Metrics::open(output, state.step, state.evaluated, config.logging.tensorboard)?,
                 samples: SamplesFile::open(output, state.step)?,
@@ -197,20 +200,20 @@ impl Run {
         if evaluation_due(plan, state.step) && state.evaluated != Some(state.step) {
             // A stop does not wait for the evaluation that its step asks for.
             let best = evaluate(plan, model, world, state, &mut log)?;
-            if best && world.first() {
+            if best && world.is_rank_zero() {
                 checkpoints.mark_best(state.step)?;
             }
         }
 
         let mut progress = Progress::new("step", plan.steps, state.step);
-        for draft in plan.batches(state, world.part())? {
+        for draft in plan.batches(state, world.shard())? {
             if let Some(stale) = stale(plan, state) {
                 let step = state.step;
                 tracing::info!("no better evaluation in the last {stale}: stopped early after step {step}");
                 break;
             }
             let mut draft = draft?;
-            let sequences = world.sequences(draft.take(), draft.share())?;
+            let sequences = world.all_gather_sequences(draft.take(), draft.share())?;
             let batch = draft.finish(sequences);
             let step = state.step + 1;
             let started = Instant::now();
@@ -233,7 +236,7 @@ impl Run {
             }
 
             writer.check()?;
-            let stop = world.agree(signals.asked())?;
+            let stop = world.any_signal(signals.requested())?;
             let due = checkpoint_due(plan, &batch, step);
             let mut best = false;
             if stop.is_none() && evaluation_due(plan, step) {
@@ -277,9 +280,9 @@ fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, e
         }
     }
     let digest = checkpoint::digest(&buffers)?;
-    stepper.world.same("parameters or moments", digest)?;
+    stepper.world.assert_same("parameters or moments", digest)?;
     state.digest = Some(checkpoint::format_digest(digest));
-    if stepper.world.first() {
+    if stepper.world.is_rank_zero() {
         writer.save(Snapshot::take(state, flat, optimizer, ends)?, best)?;
     }
     tracing::debug!("a checkpoint held up the training for {:.3} s", started.elapsed().as_secs_f64());
@@ -361,7 +364,7 @@ fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
     }
     let means = nano::mean_scores(plan.sets.iter().map(|(set, _)| set).zip(&of_sets));
     let (names, values): (Vec<String>, Vec<f64>) = of_sets.into_iter().chain([means]).flatten().unzip();
-    let values = world.all(&values)?.swap_remove(0);
+    let values = world.all_gather(&values)?.swap_remove(0);
     let scores = names.into_iter().zip(values.into_iter().map(Value::from)).collect();
     Ok(Found { scores, examples })
 }
@@ -436,11 +439,12 @@ fn holds_run(output: &Path) -> bool {
     ["config.yaml", "metrics.jsonl", "checkpoints", "model"].iter().any(|name| output.join(name).exists())
 }
 
-/// Makes sure that the output folder can be written, before hours are spent.
+/// Creates the output folder and checks that files can be written there, before any work is done.
 fn claim(output: &Path) -> Result<()> {
     let folder = output.join("checkpoints");
-    fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    let refused =
+        |action: &str, error: std::io::Error| Error::file(&folder, format!("cannot {action}: {error}"));
+    fs::create_dir_all(&folder).map_err(|error| refused("create", error))?;
     let probe = folder.join(".probe");
-    fs::write(&probe, b"x").map_err(Error::io("write", &probe))?;
-    fs::remove_file(&probe).map_err(Error::io("remove", &probe))
+    fs::write(&probe, b"x").and_then(|()| fs::remove_file(&probe)).map_err(|error| refused("write to", error))
 }

@@ -55,15 +55,15 @@ impl Stepper<'_> {
         let noise = Some(Noise { seed: *seed, step: step as u32 });
         let rows = batch.rows.len();
 
-        let share = world.share(&batch.sequences);
+        let share = world.partition(&batch.sequences);
         let local = share.of(world.rank());
         let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, local, *budget, noise)?;
-        let embeddings = world.gather(embeddings, &share)?; // (N, D)
-        let (losses, d) = losses.evaluate(&embeddings, &batch.tables, world.rows(rows))?; // (B of this rank), (N, D)
-        let losses = world.collect(losses)?; // (B)
+        let embeddings = world.all_gather_rows(embeddings, &share)?; // (N, D)
+        let (losses, d) = losses.evaluate(&embeddings, &batch.tables, world.local_rows(rows))?; // (B of this rank), (N, D)
+        let losses = world.all_gather_tensor(losses)?; // (B)
         gradients.clear()?;
-        encoded.backward(model, &world.scatter(d, &share)?, gradients)?;
-        world.sum(gradients)?;
+        encoded.backward(model, &world.reduce_scatter_rows(d, &share)?, gradients)?;
+        world.all_reduce(gradients)?;
 
         let learning_rate = schedule.learning_rate(step);
         let norm = optimizer.step(model.flat(), gradients, &losses, step, learning_rate)?; // (1)

@@ -22,9 +22,9 @@ impl Events {
     /// Opens a new file in OUTPUT/tensorboard.
     pub fn create(output: &Path) -> Result<Self> {
         let folder = output.join("tensorboard");
-        fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+        fs::create_dir_all(&folder).map_err(Error::write("create", &folder))?;
         let path = folder.join(format!("events.out.tfevents.{:.6}.{}", now(), std::process::id()));
-        let file = File::create(&path).map_err(Error::io("create", &path))?;
+        let file = File::create(&path).map_err(Error::write("create", &path))?;
         let mut events = Self { path, file };
         events.write(&event(None, 3, b"brain.Event:2"))?;
         Ok(events)
@@ -54,7 +54,7 @@ impl Events {
         record.extend(masked(&length));
         record.extend(event);
         record.extend(masked(event));
-        self.file.write_all(&record).map_err(Error::io("write", &self.path))
+        self.file.write_all(&record).map_err(Error::write("write", &self.path))
     }
 }
 

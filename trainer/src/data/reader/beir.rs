@@ -91,7 +91,7 @@ impl Beir {
             for document in documents {
                 beir.corpus.text(*document)?;
             }
-            heartbeat::beat();
+            heartbeat::record_work();
         }
         Ok(beir)
     }

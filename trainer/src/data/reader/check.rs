@@ -75,7 +75,7 @@ impl Check {
         found.kind = parser.kind();
         waiting.clear();
         bytes.clear();
-        heartbeat::beat();
+        heartbeat::record_work();
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::parquet;
 use crate::system::heartbeat;
-use crate::system::progress::Watched;
+use crate::system::progress::ProgressReader;
 use crate::{Error, Result};
 
 /// How a file's text is cut into rows.
@@ -60,19 +60,19 @@ impl DataFile {
     /// # Errors
     /// The file cannot be read, or what it was packed into is damaged.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let mut file = File::open(path).map_err(Error::io("open", path))?;
-        let metadata = file.metadata().map_err(Error::io("read", path))?;
+        let mut file = File::open(path).map_err(Error::read("open", path))?;
+        let metadata = file.metadata().map_err(Error::read("read", path))?;
         if !metadata.is_file() {
             return Err(Error::file(path, "is not a file"));
         }
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("gz" | "GZ") => {
-                let packed = Watched::new(file, "unpacking", path, metadata.len());
+                let packed = ProgressReader::new(file, "unpacking", path, metadata.len());
                 file = unpack(path, flate2::read::MultiGzDecoder::new(BufReader::new(packed)))?;
             }
             Some("zst" | "ZST") => {
-                let packed = Watched::new(file, "unpacking", path, metadata.len());
-                let packed = zstd::Decoder::new(packed).map_err(Error::io("unpack", path))?;
+                let packed = ProgressReader::new(file, "unpacking", path, metadata.len());
+                let packed = zstd::Decoder::new(packed).map_err(Error::read("unpack", path))?;
                 file = unpack(path, packed)?;
             }
             _ => {}
@@ -80,7 +80,7 @@ impl DataFile {
         if ending(path).as_deref() == Some("parquet") {
             file = parquet::unpack(path, file)?;
         }
-        let len = file.metadata().map_err(Error::io("read", path))?.len();
+        let len = file.metadata().map_err(Error::read("read", path))?.len();
         Ok(Self { path: path.to_owned(), file, len })
     }
 
@@ -92,13 +92,13 @@ impl DataFile {
     /// The text from its beginning.
     pub(super) fn stream(&self) -> impl std::io::BufRead + '_ {
         let text = At { file: &self.file, offset: 0 };
-        BufReader::with_capacity(BUFFER, Watched::new(text, "reading", &self.path, self.len))
+        BufReader::with_capacity(BUFFER, ProgressReader::new(text, "reading", &self.path, self.len))
     }
 
     /// Some of the text.
     pub(super) fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; range.end.saturating_sub(range.start) as usize];
-        self.file.read_exact_at(&mut bytes, range.start).map_err(Error::io("read", &self.path))?;
+        self.file.read_exact_at(&mut bytes, range.start).map_err(Error::read("read", &self.path))?;
         Ok(bytes)
     }
 
@@ -116,7 +116,7 @@ impl DataFile {
         let mut buffer = vec![0; BUFFER];
         let mut line = 1;
         loop {
-            match before.read(&mut buffer).map_err(Error::io("read", &self.path))? {
+            match before.read(&mut buffer).map_err(Error::read("read", &self.path))? {
                 0 => return Ok(line),
                 count => line += buffer[..count].iter().filter(|byte| **byte == b'\n').count() as u64,
             }
@@ -125,12 +125,12 @@ impl DataFile {
 }
 
 fn unpack(path: &Path, mut packed: impl Read) -> Result<File> {
-    let mut plain = tempfile::tempfile().map_err(Error::io("unpack", path))?;
+    let mut plain = tempfile::tempfile().map_err(Error::read("unpack", path))?;
     while std::io::copy(&mut (&mut packed).take(BUFFER as u64), &mut plain)
-        .map_err(Error::io("unpack", path))?
+        .map_err(Error::read("unpack", path))?
         > 0
     {
-        heartbeat::beat();
+        heartbeat::record_work();
     }
     Ok(plain)
 }
@@ -144,7 +144,7 @@ struct At<'a> {
 impl Read for At<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let count = self.file.read_at(buffer, self.offset)?;
-        heartbeat::beat();
+        heartbeat::record_work();
         self.offset += count as u64;
         Ok(count)
     }

@@ -16,7 +16,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use crate::system::heartbeat;
-use crate::system::progress::Patient;
+use crate::system::progress::DelayedProgress;
 use crate::{Error, Result};
 
 /// Writes the rows of a file into a temporary one, a line each; values that are neither text, number, truth nor a list of these
@@ -30,10 +30,10 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
     let schema = reader.metadata().file_metadata().schema();
     let fields: Vec<Arc<Type>> = schema.get_fields().iter().filter(|field| simple(field)).cloned().collect();
     let projection = Type::group_type_builder(schema.name()).with_fields(fields).build().map_err(wrong)?;
-    let plain = tempfile::tempfile().map_err(Error::io("unpack", path))?;
+    let plain = tempfile::tempfile().map_err(Error::read("unpack", path))?;
     let mut lines = BufWriter::with_capacity(1 << 20, plain);
     let rows = u64::try_from(reader.metadata().file_metadata().num_rows()).unwrap_or_default();
-    let mut progress = Patient::new("unpacking", path, "rows", rows);
+    let mut progress = DelayedProgress::new("unpacking", path, "rows", rows);
     for (number, row) in reader.get_row_iter(Some(projection)).map_err(wrong)?.enumerate() {
         let row = row.map_err(|error| Error::Row {
             path: path.to_owned(),
@@ -43,11 +43,11 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
         serde_json::to_writer(&mut lines, &object(row))
             .map_err(std::io::Error::from)
             .and_then(|()| lines.write_all(b"\n"))
-            .map_err(Error::io("unpack", path))?;
+            .map_err(Error::read("unpack", path))?;
         progress.advance(1);
-        heartbeat::beat();
+        heartbeat::record_work();
     }
-    lines.into_inner().map_err(|error| Error::io("unpack", path)(error.into_error()))
+    lines.into_inner().map_err(|error| Error::read("unpack", path)(error.into_error()))
 }
 
 /// Whether a column has values or lists of them; pictures and other structures would only take space.

@@ -84,7 +84,7 @@ fn wrong(path: &Path, record: &Record<'_>, message: String) -> Error {
 
 fn explain(path: &Path, done: std::result::Result<(), Stop<Error>>) -> Result<()> {
     done.map_err(|stop| match stop {
-        Stop::Io(source) => Error::Io { path: path.to_owned(), action: "read", source },
+        Stop::Io(source) => Error::Read { path: path.to_owned(), action: "read", source },
         Stop::Record(line, message) => Error::Row { path: path.to_owned(), line, message },
         Stop::Caller(error) => error,
     })

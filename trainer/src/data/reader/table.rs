@@ -201,7 +201,7 @@ pub(super) type Wrong = (u64, String);
 
 pub(super) fn explain(path: &Path, stop: Stop<Wrong>) -> Error {
     match stop {
-        Stop::Io(source) => Error::Io { path: path.to_owned(), action: "read", source },
+        Stop::Io(source) => Error::Read { path: path.to_owned(), action: "read", source },
         Stop::Record(line, message) | Stop::Caller((line, message)) => {
             Error::Row { path: path.to_owned(), line, message }
         }

@@ -22,7 +22,7 @@ use crate::data::reader;
 use crate::eval::embed::Role;
 use crate::eval::open;
 use crate::mine::normalize;
-use crate::system::atomic::Draft;
+use crate::system::atomic::StagedDir;
 use crate::system::progress::Progress;
 use crate::{Error, Result};
 
@@ -80,7 +80,7 @@ impl NanoStats {
 /// The drawn queries of a Nano set, and a BM25 index of the whole corpus for them.
 pub struct Sample<'a> {
     options: &'a NanoBuilder,
-    draft: Draft,
+    draft: StagedDir,
     queries_file: PathBuf,
     corpus_file: PathBuf,
     queries: Vec<Query>,
@@ -119,7 +119,7 @@ impl NanoBuilder {
     /// The output exists; the set is no BEIR folder, has a malformed row, qrels that name missing queries or
     /// documents, no relevant document, or fewer than two documents.
     pub fn sample(&self) -> Result<Sample<'_>> {
-        Draft::free(&self.output)?;
+        StagedDir::check_free(&self.output)?;
         let qrels = open::qrels(&self.set, self.split.as_deref())?;
         let queries_file = open::find(&self.set, "queries.jsonl")?;
         let corpus_file = open::find(&self.set, "corpus.jsonl")?;
@@ -130,7 +130,7 @@ impl NanoBuilder {
             Ok(())
         })?;
         let queries = self.draw(&qrels, &queries_file, &judgements)?;
-        let draft = Draft::new(&self.output)?;
+        let draft = StagedDir::new(&self.output)?;
         let corpus = Corpus::read(&corpus_file, &queries, &judgements)?;
         for Judgement { line, document, .. } in &judgements {
             if !corpus.numbers.contains_key(document) {
@@ -272,7 +272,7 @@ impl Sample<'_> {
             }
         }
         file.finish()?;
-        draft.finish()
+        draft.commit()
     }
 
     fn max_negatives(&self) -> usize {

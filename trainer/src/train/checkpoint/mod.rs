@@ -10,8 +10,7 @@
 
 mod writer;
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use self::writer::{Snapshot, Writer, digest};
 use crate::data::batch::Cursor;
 use crate::model::params::Flat;
+use crate::system::atomic;
 use crate::system::heartbeat;
 use crate::system::safetensors;
 use crate::train::memory::format_bytes;
@@ -114,33 +114,20 @@ impl Checkpoints {
     pub fn save(&self, snapshot: &Snapshot) -> Result<PathBuf> {
         let step = snapshot.state.step;
         let path = self.folder.join(name(step));
-        let draft = self.folder.join(format!(".{}.tmp", name(step)));
         if is_complete(&path) {
             return Ok(path);
         }
         self.remove_unfinished()?;
-        clear(&path)?;
+        atomic::remove_dir(&path)?;
         self.check_free_space(snapshot.bytes())?;
-        fs::create_dir_all(&draft).map_err(Error::io("create", &draft))?;
-        let written = write(&draft, snapshot)
-            .and_then(|()| fs::rename(&draft, &path).map_err(Error::io("rename", &draft)))
-            .and_then(|()| sync(&self.folder));
-        if let Err(error) = written {
-            // A full disk must not stay full of what it could not hold.
-            let _ = fs::remove_dir_all(&draft);
-            return Err(error);
-        }
+        atomic::write_dir(&path, |folder| write(folder, snapshot))?;
         self.prune()?;
         Ok(path)
     }
 
     /// Makes `best` point to the checkpoint of `step`.
     pub fn mark_best(&self, step: u64) -> Result<()> {
-        let draft = self.best.with_extension("tmp");
-        let _ = fs::remove_file(&draft);
-        let target = Path::new("checkpoints").join(name(step));
-        std::os::unix::fs::symlink(&target, &draft).map_err(Error::io("link", &draft))?;
-        fs::rename(&draft, &self.best).map_err(Error::io("rename", &draft))
+        atomic::symlink(&Path::new("checkpoints").join(name(step)), &self.best)
     }
 
     /// The newest whole checkpoint, and its state. Broken ones are passed over with a warning.
@@ -187,7 +174,7 @@ impl Checkpoints {
         // Names, shapes and blocks of the file system.
         let bytes = bytes + bytes / 64 + (64 << 10);
         let disk = rustix::fs::statvfs(&self.folder)
-            .map_err(|error| Error::io("look at the disk of", &self.folder)(error.into()))?;
+            .map_err(|error| Error::write("find the free space of", &self.folder)(error.into()))?;
         let free = disk.f_bavail * disk.f_frsize;
         if free >= bytes {
             return Ok(());
@@ -202,12 +189,10 @@ impl Checkpoints {
 
     /// Removes what a run that was killed had begun to write.
     fn remove_unfinished(&self) -> Result<()> {
-        let entries = fs::read_dir(&self.folder).map_err(Error::io("read", &self.folder))?;
+        let entries = fs::read_dir(&self.folder).map_err(Error::read("read", &self.folder))?;
         for entry in entries.flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with(".step-") && name.ends_with(".tmp") {
-                clear(&entry.path())?;
+            if atomic::is_temporary(&entry.file_name()) {
+                atomic::remove_all(&entry.path())?;
             }
         }
         Ok(())
@@ -223,13 +208,7 @@ impl Checkpoints {
             .collect();
         let spare = whole.len().saturating_sub(self.keep);
         for path in whole[..spare].iter().filter(|path| path.canonicalize().ok() != best) {
-            // Under another name first: what is half removed must not be taken for whole.
-            let old = path.file_name().unwrap_or_default().to_string_lossy();
-            let draft = self.folder.join(format!(".{old}.tmp"));
-            clear(&draft)?;
-            fs::rename(path, &draft).map_err(Error::io("remove", path))?;
-            sync(&self.folder)?;
-            clear(&draft)?;
+            atomic::remove_dir(path)?;
         }
         Ok(())
     }
@@ -239,7 +218,7 @@ impl Checkpoints {
         let entries = match fs::read_dir(&self.folder) {
             Ok(entries) => entries,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Error::io("read", &self.folder)(error)),
+            Err(error) => return Err(Error::read("read", &self.folder)(error)),
         };
         let mut steps: Vec<u64> = entries
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
@@ -261,7 +240,7 @@ pub fn restore(path: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -
         (&optimizer.exp_avg_sq, &moments, "exp_avg_sq."),
     ] {
         flat.read(buffer, file, prefix)?;
-        heartbeat::beat();
+        heartbeat::record_work();
     }
     let found = format_digest(digest(&[flat.values(), &optimizer.exp_avg, &optimizer.exp_avg_sq])?);
     match &state.digest {
@@ -291,35 +270,16 @@ fn write(folder: &Path, snapshot: &Snapshot) -> Result<()> {
     let moments = named(first, "exp_avg.").chain(named(second, "exp_avg_sq."));
     safetensors::write(&folder.join("optimizer.safetensors"), &moments.collect::<Result<Vec<_>>>()?)?;
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::file(folder, error.to_string()))?;
-    put(&folder.join("state.json"), &json)?;
-    sync(folder)?;
-    put(&folder.join("DONE"), b"")?;
-    sync(folder)
-}
-
-fn put(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(Error::io("write", path))
-}
-
-fn sync(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|file| file.sync_all()).map_err(Error::io("sync", folder))
-}
-
-fn clear(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", folder)(error)),
-        _ => Ok(()),
-    }
+    atomic::write_flushed(&folder.join("state.json"), json)?;
+    atomic::sync_dir(folder)?;
+    // DONE is written last: without it the checkpoint counts as incomplete.
+    atomic::write_flushed(&folder.join("DONE"), "")?;
+    atomic::sync_dir(folder)
 }
 
 fn read_state(folder: &Path) -> Result<State> {
     let path = folder.join("state.json");
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let text = fs::read_to_string(&path).map_err(Error::read("read", &path))?;
     serde_json::from_str(&text)
         .map_err(|error| Error::file(&path, format!("is not the state of a run: {error}")))
 }

@@ -85,7 +85,7 @@ impl Writer {
             if best { checkpoints.mark_best(snapshot.state.step) } else { Ok(()) }
         };
         let thread = thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
-        self.thread = Some(thread.map_err(Error::io("start a thread for", "the checkpoint"))?);
+        self.thread = Some(thread.map_err(Error::system("start a thread for the checkpoint"))?);
         Ok(())
     }
 
@@ -97,9 +97,7 @@ impl Writer {
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(()),
             Some(Ok(written)) => written,
-            Some(Err(_)) => {
-                Err(Error::Usage("writing a checkpoint ended in a panic, please report this".into()))
-            }
+            Some(Err(_)) => Err(Error::Bug("the thread that writes checkpoints panicked".to_owned())),
         }
     }
 

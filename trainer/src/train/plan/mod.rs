@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::comm::RankEnv;
 use crate::config::{self, Config};
 use crate::data::batch::Cursor;
 use crate::data::builder::{self, Builder, Part};
@@ -26,7 +27,7 @@ use crate::train::memory::{self, format_bytes};
 use crate::train::metrics;
 use crate::train::scaling::Workload;
 use crate::train::schedule::LrSchedule;
-use crate::{Error, Result, comm};
+use crate::{Error, Result};
 pub use estimate::{CostEstimate, check_inputs};
 
 /// A run, ready to be started or only to be looked at.
@@ -177,7 +178,7 @@ impl Plan {
         }
         let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
         let workload = Workload { lengths: of_batch, width: model.width(), trained: model.flat().len() };
-        let ranks = comm::place()?.map_or((1, 1), |place| (place.size, place.local_size));
+        let ranks = RankEnv::from_env()?.map_or((1, 1), |env| (env.size, env.local_size));
         let (budget, cost) = share_memory(&config.training, &model, tokens, &workload.lengths, ranks);
         let embed_tokens = memory::default_chunk_tokens().max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
@@ -246,7 +247,7 @@ impl Plan {
         let path = self.folder.path.join("tokenizer.json");
         // Without one a token is a byte.
         let tokenizer =
-            if path.exists() { fs::read(&path).map_err(Error::io("read", path))? } else { Vec::new() };
+            if path.exists() { fs::read(&path).map_err(Error::read("read", path))? } else { Vec::new() };
         Ok((config, xxh3_64(&tokenizer)))
     }
 

@@ -99,8 +99,8 @@ impl Facts {
         let text =
             serde_json::to_string_pretty(self).map_err(|error| Error::file(&path, error.to_string()))?;
         let draft = path.with_extension("json.tmp");
-        fs::write(&draft, text + "\n").map_err(Error::io("write", &draft))?;
-        fs::rename(&draft, &path).map_err(Error::io("rename", draft))
+        fs::write(&draft, text + "\n").map_err(Error::write("write", &draft))?;
+        fs::rename(&draft, &path).map_err(Error::write("rename", draft))
     }
 }
 

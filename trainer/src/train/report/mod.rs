@@ -6,11 +6,11 @@ mod moved;
 mod run_data;
 mod series;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::system::atomic;
 use crate::{Error, Result};
 
 /// Writes the report of one or more runs to `output` and returns its path. By default the report of one run
@@ -28,9 +28,7 @@ pub fn write(runs: &[PathBuf], output: Option<&Path>) -> Result<PathBuf> {
     let described = runs.iter().map(|run| run_data::describe(run)).collect::<Result<Vec<_>>>()?;
     let differences = differences::between(&described);
     let html = page(&json!({ "runs": with_unique_names(described), "differences": differences }));
-    let draft = path.with_extension("html.tmp");
-    fs::write(&draft, html).map_err(Error::io("write", &draft))?;
-    fs::rename(&draft, &path).map_err(Error::io("rename", draft))?;
+    atomic::write(&path, html)?;
     Ok(path)
 }
 
