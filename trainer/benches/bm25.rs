@@ -1,4 +1,4 @@
-//! BM25 over synthetic documents, as `trainer nano` ranks them.
+//! Measures BM25 over synthetic documents, as `trainer nano` uses it.
 //!
 //! ```text
 //! bm25 [DOCUMENTS] [QUERIES]     default: 1000000 documents, 50 queries
@@ -42,7 +42,7 @@ impl Texts {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // `cargo bench` adds a flag of its own.
+    // `cargo bench` adds `--bench`.
     let arguments: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let number = |place: usize, default: u32| arguments.get(place).map_or(Ok(default), |word| word.parse());
     let (documents, queries) = (number(0, 1_000_000)?, number(1, 50)?);

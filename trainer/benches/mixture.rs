@@ -1,9 +1,9 @@
-//! Opening and shuffling a large mixture: time, and memory at most.
+//! Measures time and peak memory of opening and shuffling a large mixture.
 //!
 //!     cargo bench --bench mixture -- --rows 50000000 --folder /some/disk
 //!
-//! writes a file of short rows there, unless it has one of that size, opens it as training data and reads batches from it in
-//! shuffled order.
+//! writes a file of short rows to the folder, unless it exists, opens it as training data and reads batches
+//! in shuffled order.
 
 use std::error::Error;
 use std::fs::File;
@@ -20,16 +20,16 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 #[derive(Parser)]
 struct Args {
-    /// Rows of the file.
+    /// Number of rows of the file
     #[arg(long, default_value_t = 100_000)]
     rows: u64,
-    /// Where it is written. Default: a temporary folder.
+    /// Folder of the file. Default: a temporary folder
     #[arg(long)]
     folder: Option<PathBuf>,
-    /// Batches of 64 rows that are read.
+    /// Number of batches of 64 rows to read
     #[arg(long, default_value_t = 500)]
     batches: u64,
-    /// What `cargo bench` says.
+    /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -82,7 +82,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Pairs of some sixty bytes.
+/// Writes pairs of about 60 bytes.
 fn write(path: &Path, rows: u64) -> Result<()> {
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
     for row in 0..rows {
@@ -92,7 +92,7 @@ fn write(path: &Path, rows: u64) -> Result<()> {
     Ok(file.flush()?)
 }
 
-/// The most memory that this process had.
+/// Returns the peak memory of this process.
 fn peak() -> Result<String> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -1,11 +1,11 @@
-//! The exact search of `trainer mine`, alone: for each query the k best documents, all of them on disk. `scripts/search_faiss.py` does the
-//! same with FAISS on the same files, which it also makes.
+//! Measures the exact search of `trainer mine`: the k best documents of each query, with all embeddings on
+//! disk. `scripts/search_faiss.py` writes the files and searches them with FAISS.
 //!
 //! ```text
-//! search QUERIES.npy DOCUMENTS.npy [k] [FOUND.bin]     default: k 60; FOUND.bin gets the documents' numbers, u32, row by row
+//! search QUERIES.npy DOCUMENTS.npy [k] [FOUND.bin]     k: 60; FOUND.bin: the documents' numbers, u32
 //! ```
 //!
-//! Prints seconds, GFLOP/s and the peak of memory.
+//! Prints seconds, GFLOP/s and peak memory.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports")]
 
@@ -16,11 +16,11 @@ use std::time::Instant;
 
 use trainer::mine::{Embeddings, search};
 
-/// Queries of a block, as in `mine`.
+/// Queries per block, as in `trainer mine`.
 const BLOCK: usize = 8192;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // `cargo bench` adds a flag of its own.
+    // `cargo bench` adds `--bench`.
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let [queries, documents, rest @ ..] = words.as_slice() else {
         println!("search QUERIES.npy DOCUMENTS.npy [k] [FOUND.bin]");

@@ -1,12 +1,13 @@
-//! One optimizer step of the zeta recipe's shape on a GPU: Mistral-7B with LoRA of rank 8 and its dropout on all linear
-//! layers, 1024 queries and 6144 documents of the recipe's lengths, random weights. Through the trainer's own `step.rs`.
+//! Measures one optimizer step in the shape of the zeta recipe on a GPU: Mistral-7B with random weights, LoRA
+//! of rank 8 with dropout on all linear layers, 1024 queries and 6144 documents with the lengths of the
+//! recipe. Uses `train/step.rs`.
 //!
 //! ```text
 //! zeta [layers] [rows] [chunk tokens] [dtype]     default: 32 1024 16384 bf16
 //! ```
 //!
-//! A smaller step goes before it. Prints seconds, tokens a second, useful FLOP a second (6 for each parameter of a matrix
-//! and each real token) and the peak of memory, beside what the plan predicts: more than a tenth from it is an error.
+//! A smaller step runs first. Prints seconds, tokens per second, useful FLOP/s (6 per matrix parameter and
+//! token), and peak memory, which must be within 10 % of what the plan predicts.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark reports")]
 
@@ -30,7 +31,7 @@ use trainer::train::step::Stepper;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Documents of a row: a positive and five negatives.
+/// Documents per row: a positive and five negatives.
 const DOCUMENTS: usize = 6;
 
 fn main() -> ExitCode {
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
 }
 
 fn measure() -> Result<()> {
-    // `cargo bench` adds a flag of its own.
+    // `cargo bench` adds `--bench`.
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let number = |at: usize, default: usize| words.get(at).map_or(Ok(default), |word| word.parse::<usize>());
     let (layers, rows, chunk) = (number(0, 32)?, number(1, 1024)?, number(2, 16_384)?);
@@ -52,7 +53,7 @@ fn measure() -> Result<()> {
         None | Some("bf16") => Dtype::Bf16,
         Some("f16") => Dtype::F16,
         Some("f32") => Dtype::F32,
-        Some(other) => return Err(format!("`{other}` is no dtype, expected f32, bf16 or f16").into()),
+        Some(other) => return Err(format!("dtype `{other}`, expected f32, bf16 or f16").into()),
     };
     let device = trainer::system::device::current()?;
     if !device.is_cuda() {
@@ -96,7 +97,7 @@ fn measure() -> Result<()> {
     let budget = Budget { chunk: Limit::Tokens(chunk), activation_memory: 0 };
     let activations =
         memory::step_bytes(&model, batch.tokens(), batch.sequences.len(), chunk, budget.activation_memory);
-    // Gradients and moments come to the weights.
+    // Gradients and moments are added to the weights.
     let predicted = weights + 12 * model.flat().len() as u64 + activations;
     let rule = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let mut stepper = Stepper {
@@ -117,7 +118,7 @@ fn measure() -> Result<()> {
         seed: 42,
         world: World::solo(),
     };
-    // What a run does once: kernels are loaded, tables made, memory is taken from the driver.
+    // Work that a run does once: loading kernels, building tables, allocating memory.
     stepper.step(&self::batch(rows.div_ceil(32))?, 1)?;
     device.synchronize()?;
     kernels::forget_peak(&device)?;
@@ -142,14 +143,12 @@ fn measure() -> Result<()> {
     println!("epoch      {:.1} h for one million rows at this rate", seconds * 1e6 / rows as f64 / 3600.0);
     let ratio = peak as f64 / predicted as f64;
     if !(0.9..1.1).contains(&ratio) {
-        return Err(
-            format!("the peak of memory is {ratio:.2} of what is predicted, expected 0.9 to 1.1").into()
-        );
+        return Err(format!("peak memory is {ratio:.2} of the prediction, expected 0.9 to 1.1").into());
     }
     Ok(())
 }
 
-/// The first so many rows of a batch of the recipe: random tokens of the lengths that its texts have.
+/// Returns the first rows of a batch of the recipe: random tokens with the lengths of its texts.
 fn batch(rows: usize) -> Result<Batch> {
     let lengths: serde_json::Value =
         serde_json::from_str(include_str!("../../kernels/benches/lengths.json"))?;

@@ -1,27 +1,28 @@
-//! What the set knows, and the words in which it says so.
+//! Reads facts and the sentences that ask for them and state them.
 //!
-//! A kind of thing (countries, rivers, books …) is two files. `facts/KIND.tsv` is a table: a line for each thing, a
-//! column for each property, `NAME.en` and `NAME.de` where the languages differ (an empty German cell: the same as in
-//! English). `wording/KIND.txt` has a section for each relation, with lines
+//! Each kind of thing (countries, rivers, books …) has two files. `facts/KIND.tsv` is a table with a row for
+//! each thing and a column for each property, or `NAME.en` and `NAME.de` if the languages differ (an empty
+//! German cell means the same as in English). `wording/KIND.txt` has a section for each relation, with lines
+//! of the form
 //!
 //! ```text
-//! ask|tell en|de [test]: SENTENCE with {column}, or {first|second}: the first that the thing has
+//! ask|tell en|de [test]: SENTENCE with {column}, or {first|second} for the first property that the thing has
 //! ```
 //!
-//! `ask` makes a question, `tell` the passage that answers it; `test` keeps a wording out of training. A thing takes
-//! part in a relation if every wording of it can be filled in.
+//! `ask` is a question, `tell` a passage that answers it; a wording with `test` is not used in training. A
+//! thing has a relation if all its wordings can be filled in.
 
 use std::collections::BTreeMap;
 
-/// The languages of the set.
+/// Languages of the data set.
 pub(crate) const LANGUAGES: [&str; 2] = ["en", "de"];
 
-/// The name of a kind, its table, its wordings.
+/// Name of a kind, its table and its wordings.
 pub(crate) type Source = (&'static str, &'static str, &'static str);
 
 macro_rules! kinds {
     ($($name:literal)*) => {
-        /// Every kind of thing.
+        /// All kinds of things.
         pub(crate) const KINDS: &[Source] = &[$(
             ($name, include_str!(concat!("facts/", $name, ".tsv")), include_str!(concat!("wording/", $name, ".txt"))),
         )*];
@@ -32,7 +33,7 @@ kinds! {
     "mountain" "music" "painting" "planet" "river" "state" "unit"
 }
 
-/// One fact in every wording, for one language.
+/// All wordings of a fact in one language.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Wordings {
     /// Questions for training.
@@ -57,16 +58,16 @@ impl Wordings {
     }
 }
 
-/// A relation of a thing: what may be asked and answered.
+/// A fact: a relation of a thing, in all wordings.
 #[derive(Clone, Debug)]
 pub(crate) struct Fact {
     /// `KIND-LINE-RELATION`, unique.
     pub(crate) id: String,
-    /// In the order of [`LANGUAGES`].
+    /// Wordings by language, in the order of [`LANGUAGES`].
     pub(crate) wordings: [Wordings; 2],
 }
 
-/// Every fact of every kind, in the order of the files. The message of an error names the file.
+/// Returns all facts of all kinds, in the order of the files. Errors name the file.
 pub(crate) fn all(kinds: &[Source]) -> Result<Vec<Fact>, String> {
     let mut facts = Vec::new();
     for (kind, table, wording) in kinds {
@@ -122,7 +123,7 @@ fn relations(wording: &str) -> Result<Vec<(&str, [Wordings; 2])>, String> {
     Ok(relations)
 }
 
-/// The templates with the thing's properties; nothing if it lacks one.
+/// Fills templates with the properties of a thing; `None` if it lacks one.
 fn fill(templates: &[Wordings; 2], thing: &Thing) -> Option<[Wordings; 2]> {
     let mut filled = templates.clone();
     for (wordings, language) in filled.iter_mut().zip(LANGUAGES) {

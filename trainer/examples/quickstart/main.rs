@@ -1,18 +1,19 @@
-//! The quickstart's data: an English and German question-answer set, made from tables of public facts.
+//! Writes the data of the quickstart: questions and answers in English and German, made from tables of public
+//! facts.
 //!
 //! ```text
 //! OUTPUT/train.jsonl                                       query, positive
-//! OUTPUT/test/{queries.jsonl, corpus.jsonl, qrels/test.tsv}  in BEIR's layout
-//! OUTPUT/model/                                            a small BERT's shape and tokenizer, no weights
+//! OUTPUT/test/{queries.jsonl, corpus.jsonl, qrels/test.tsv}  a BEIR folder
+//! OUTPUT/model/                                            configuration and tokenizer of a small BERT, no weights
 //! ```
 
 /// Tables of facts and their wordings.
 mod facts;
-/// The folder of the model.
+/// Writes the model folder.
 mod model;
-/// What is trained on and what is tested.
+/// Divides the facts into training and test data.
 mod split;
-/// The tokenizer's vocabulary.
+/// Builds the vocabulary of the tokenizer.
 mod wordpiece;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ use serde_json::{Value, json};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Writes the quickstart's training rows, retrieval test and model folder.
+/// Write training rows, retrieval test and model folder of the quickstart
 #[derive(Parser)]
 #[command(
     after_help = "Example:\n  cargo run --release -p trainer --example quickstart -- --output data/quickstart"
@@ -32,7 +33,7 @@ struct Arguments {
     /// The folder to write.
     #[arg(long, value_name = "DIR", default_value = "data/quickstart")]
     output: PathBuf,
-    /// Another seed divides and words the facts another way.
+    /// Seed of the division into training and test, and of the wordings
     #[arg(long, default_value_t = 42)]
     seed: u64,
 }
@@ -69,7 +70,7 @@ fn main() -> Result {
     Ok(io::Write::write_all(&mut io::stderr(), line.as_bytes())?)
 }
 
-/// One item a line; folders are made.
+/// Writes one item per line, and creates folders.
 fn text_file<T: ToString>(path: &Path, lines: impl Iterator<Item = T>) -> Result {
     let text: String = lines.map(|line| line.to_string() + "\n").collect();
     write(path, &text)

@@ -1,4 +1,5 @@
-//! A model folder without weights: the shape of a small BERT, and a tokenizer made from the training texts.
+//! Writes a model folder without weights: the configuration of a small BERT, and a tokenizer built from
+//! training texts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,17 +17,17 @@ use tokenizers::{
 use crate::wordpiece::{SPECIAL, train};
 use crate::{Result, json_file};
 
-/// Entries of the vocabulary, at most.
+/// Maximum size of the vocabulary.
 const VOCABULARY: usize = 4096;
-/// D, the width of an embedding.
+/// Hidden size.
 const WIDTH: usize = 128;
-/// L
+/// Number of layers.
 const LAYERS: usize = 3;
-/// H
+/// Number of attention heads.
 const HEADS: usize = 4;
-/// F
+/// Intermediate size.
 const FEED_FORWARD: usize = 512;
-/// P, the most tokens of a text.
+/// Number of positions, the maximum number of tokens of a text.
 const POSITIONS: usize = 64;
 
 /// Writes `config.json`, the tokenizer and the modules of a sentence-transformers folder.
@@ -78,12 +79,12 @@ fn config(vocabulary: usize) -> Value {
     })
 }
 
-/// Lower case, without accents: `São` and `sao` are one word.
+/// Lower-cases text and removes accents, so that `São` and `sao` are equal.
 fn normalizer() -> BertNormalizer {
     BertNormalizer::new(true, true, Some(true), true)
 }
 
-/// The words of the texts as the tokenizer will split them, counted.
+/// Counts the words of texts, split as the tokenizer splits them.
 fn words<'a>(texts: impl Iterator<Item = &'a str>) -> Result<BTreeMap<String, usize>> {
     let mut words = BTreeMap::new();
     for text in texts {
@@ -101,7 +102,7 @@ fn words<'a>(texts: impl Iterator<Item = &'a str>) -> Result<BTreeMap<String, us
 fn tokenizer(vocabulary: &[String]) -> Result<Tokenizer> {
     let id = |token: &str| vocabulary.iter().position(|v| v == token).unwrap_or_default() as u32;
     let (cls, sep) = ((SPECIAL[2].to_owned(), id(SPECIAL[2])), (SPECIAL[3].to_owned(), id(SPECIAL[3])));
-    // Through JSON: the builder wants a hash map of a crate that is not ours.
+    // Through JSON, because the builder takes a hash map of another crate.
     let entries: Map<String, Value> =
         vocabulary.iter().zip(0..).map(|(v, id)| (v.clone(), json!(id))).collect();
     let model: WordPiece = serde_json::from_str(

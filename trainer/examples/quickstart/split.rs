@@ -1,33 +1,33 @@
-//! From facts to a training file and a retrieval test that share no sentence.
+//! Divides facts into training rows and a retrieval test that have no sentence in common.
 //!
-//! Training sees the training wordings only, the test asks and answers in its own. A share of the facts stays out of
-//! training altogether: for them the model must join what it knows of the thing with what it knows of the relation.
-//! The collection holds a passage for every fact in each language, and both answer its questions, so half of a
-//! query's score is for crossing the language.
+//! Training and test use different wordings. Some facts are not in the training rows at all: for these the
+//! model must combine what it learned about the thing and about the relation. The corpus has a passage for
+//! each fact in each language, and both are relevant to its questions, so half of a query's score is
+//! cross-lingual.
 
 use std::collections::BTreeMap;
 
 use crate::facts::{Fact, LANGUAGES};
 
-/// Of a hundred facts, how many training never sees.
+/// Percentage of facts that are not in the training rows.
 const HELD_OUT: u64 = 15;
-/// Training questions drawn for a fact, in each language.
+/// Training questions per fact and language.
 const QUESTIONS: usize = 3;
 
-/// The set as it is written.
+/// The data set.
 #[derive(Debug, Default)]
 pub(crate) struct Set {
-    /// A question and its passage.
+    /// Questions with their passages.
     pub(crate) train: Vec<(String, String)>,
     /// Identifier and text.
     pub(crate) queries: Vec<(String, String)>,
     /// Identifier and text.
     pub(crate) corpus: Vec<(String, String)>,
-    /// Query identifier, passage identifier.
+    /// Identifiers of a query and a relevant passage.
     pub(crate) relevant: Vec<(String, String)>,
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): the whole set is a function of the seed.
+/// The random numbers of SplitMix64 (Steele, Lea, Flood 2014), so that the data set depends only on the seed.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
@@ -50,7 +50,7 @@ impl Random {
     }
 }
 
-/// Divides the facts and words them.
+/// Divides the facts and chooses wordings.
 pub(crate) fn split(facts: &[Fact], seed: u64) -> Set {
     let mut random = Random(seed);
     let mut set = Set::default();
@@ -60,7 +60,7 @@ pub(crate) fn split(facts: &[Fact], seed: u64) -> Set {
     };
     for fact in facts {
         let held_out = random.next() % 100 < HELD_OUT;
-        // As many of the facts that training sees, so that the two halves of the test weigh the same.
+        // As many facts from training, so that both halves of the test have the same weight.
         let tested = held_out || random.next() % (100 - HELD_OUT) < HELD_OUT;
         for (l, language) in LANGUAGES.iter().enumerate() {
             let words = &fact.wordings[l];
@@ -88,8 +88,8 @@ pub(crate) fn split(facts: &[Fact], seed: u64) -> Set {
     set
 }
 
-/// How many facts ask each question. Two elements have the same discoverer: a question that starts from him has two
-/// answers, and is left out.
+/// Counts the facts of each question. A question with several answers is left out, for example about the
+/// discoverer of two elements.
 fn asked(facts: &[Fact]) -> BTreeMap<&str, usize> {
     let mut asked = BTreeMap::new();
     for words in facts.iter().flat_map(|f| &f.wordings) {

@@ -1,15 +1,15 @@
-//! A WordPiece vocabulary from texts, by merging the most frequent pair of neighbours again and again.
+//! Builds a WordPiece vocabulary by repeatedly merging the most frequent pair of adjacent pieces.
 //!
-//! `tokenizers` has a trainer too, but it walks through hash maps: equally frequent pairs are merged in another order
-//! each time, and the set would differ from run to run. Here ties go to the pair that comes first in the alphabet.
+//! The trainer of `tokenizers` iterates over hash maps, so equally frequent pairs are merged in a random
+//! order. Here the first pair in alphabetical order is merged, so the vocabulary is always the same.
 
 use std::collections::BTreeMap;
 
-/// Pads, unknown words, and what stands around a text; BERT's names in BERT's order.
+/// Special tokens of BERT, in its order.
 pub(crate) const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
 
-/// The vocabulary, at most `size` entries: special tokens, characters, merged pieces. `words` are counted, already
-/// normalised and split.
+/// Returns a vocabulary of at most `size` entries: special tokens, characters, merged pieces. `words` are
+/// normalised words with their counts.
 pub(crate) fn train(words: &BTreeMap<String, usize>, size: usize) -> Vec<String> {
     let mut words: Vec<(Vec<String>, usize)> = words.iter().map(|(word, n)| (characters(word), *n)).collect();
     let mut vocabulary: Vec<String> = SPECIAL.map(String::from).to_vec();
@@ -25,7 +25,7 @@ pub(crate) fn train(words: &BTreeMap<String, usize>, size: usize) -> Vec<String>
         }
     }
     while vocabulary.len() < size {
-        // The first of the most frequent, in the map's order.
+        // The first of the most frequent pairs, in alphabetical order.
         let best = pairs.iter().fold(None, |best: Option<(_, usize)>, (pair, n)| match best {
             Some((_, most)) if *n <= most => best,
             _ => Some((pair, *n)),
@@ -50,7 +50,7 @@ pub(crate) fn train(words: &BTreeMap<String, usize>, size: usize) -> Vec<String>
             }
         }
         pairs.retain(|_, n| *n > 0);
-        // Two pairs can make one piece: (un, ##der) and (und, ##er).
+        // Two pairs can give the same piece: (un, ##der) and (und, ##er).
         if !vocabulary.contains(&merged) {
             vocabulary.push(merged);
         }
@@ -58,7 +58,7 @@ pub(crate) fn train(words: &BTreeMap<String, usize>, size: usize) -> Vec<String>
     vocabulary
 }
 
-/// `über` → `ü`, `##b`, `##e`, `##r`.
+/// Splits a word into characters: `über` into `ü`, `##b`, `##e`, `##r`.
 fn characters(word: &str) -> Vec<String> {
     word.chars().enumerate().map(|(i, c)| if i == 0 { c.to_string() } else { format!("##{c}") }).collect()
 }
