@@ -26,6 +26,8 @@ install() {
 }
 
 have cargo || { echo "test.sh: cargo is missing; see https://rustup.rs" >&2; exit 1; }
+# rustup installs the toolchain of rust-toolchain.toml; without a network another one must do.
+cargo --version >/dev/null 2>&1 || export RUSTUP_TOOLCHAIN=stable
 missing=()
 # Some crates contain C and C++ (zstd, mimalloc, onig, esaxx).
 { have cc && have c++; } || missing+=(build-essential)
@@ -77,6 +79,13 @@ browser || echo "skipped: the report in a browser (no chromium)"
 
 say "format"
 cargo fmt --all --check
+
+say "dependencies"
+if python3 -c 'import tomllib' 2>/dev/null; then
+    scripts/deny.py
+else
+    echo "skipped: the rules of deny.toml (Python 3.11 or later is missing)"
+fi
 
 say "lints"
 cargo clippy --locked --workspace --all-targets -- -D warnings
