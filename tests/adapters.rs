@@ -1,17 +1,18 @@
-//! Adapters of PEFT: wherever they lie and whatever class they were trained in, they go on.
+//! Adapters of PEFT are loaded from a model folder or from `lora.path`, whatever class wrapped the model in
+//! training.
 
 use candle_core::Tensor;
 use candle_core::safetensors::{load, save};
 use tests::{golden, model_folder};
 use trainer::config::{self, Lora, Targets};
 use trainer::data::batch::Sequence;
-use trainer::model::{Folder, Model, Options};
+use trainer::model::{Model, ModelFolder, Options};
 
 fn open(lora: &Lora) -> trainer::Result<Model> {
     let folder = model_folder("mistral", false);
     let options =
         Options { model: config::Model::default(), lora: Some(lora), trained: true, ..Options::default() };
-    Model::open(Folder::open(folder.path()).unwrap(), &options)
+    Model::open(ModelFolder::open(folder.path()).unwrap(), &options)
 }
 
 fn embed(model: &Model) -> Vec<Vec<f32>> {
@@ -23,7 +24,7 @@ fn at(path: &std::path::Path) -> Lora {
     Lora { path: Some(path.to_str().unwrap().to_owned()), ..Lora::default() }
 }
 
-/// The golden adapter, its tensors renamed, its settings edited.
+/// Copies the golden adapter with renamed tensors and edited settings.
 fn changed(rename: impl Fn(&str) -> String, edit: impl Fn(&mut serde_json::Value)) -> tempfile::TempDir {
     let place = tempfile::tempdir().unwrap();
     let from = golden("mistral").join("adapter");
@@ -39,16 +40,16 @@ fn changed(rename: impl Fn(&str) -> String, edit: impl Fn(&mut serde_json::Value
 }
 
 #[test]
-fn an_adapter_beside_the_base_or_named_by_lora_path_is_the_same() {
+fn an_adapter_in_the_model_folder_or_of_lora_path_is_the_same() {
     let adapted = model_folder("mistral", true);
     let options = Options { trained: true, ..Options::default() };
-    let beside = Model::open(Folder::open(adapted.path()).unwrap(), &options).unwrap();
+    let in_folder = Model::open(ModelFolder::open(adapted.path()).unwrap(), &options).unwrap();
     let plain = changed(str::to_owned, |_| ());
     let named = open(&at(plain.path())).unwrap();
-    assert_eq!(embed(&beside), embed(&named));
-    assert_eq!(beside.flat().entries(), named.flat().entries());
+    assert_eq!(embed(&in_folder), embed(&named));
+    assert_eq!(in_folder.flat().entries(), named.flat().entries());
     let same = |tensor: &Tensor| tensor.to_vec1::<f32>().unwrap();
-    assert_eq!(same(beside.flat().values()), same(named.flat().values()));
+    assert_eq!(same(in_folder.flat().values()), same(named.flat().values()));
     let lora = named.lora().unwrap();
     assert_eq!((lora.rank, lora.alpha), (4, 8.0));
 }
@@ -61,25 +62,25 @@ fn adapters_of_a_wrapped_model_are_found_by_their_modules() {
 }
 
 #[test]
-fn rslora_and_dropout_are_the_adapters_own() {
+fn rslora_and_dropout_are_those_of_the_adapter() {
     let root = changed(str::to_owned, |config| {
         config["use_rslora"] = true.into();
         config["lora_dropout"] = 0.25.into();
     });
     let plain = changed(str::to_owned, |config| config["lora_alpha"] = 16.into());
     let model = open(&at(root.path())).unwrap();
-    // 8/√4 is 16/4.
+    // 8/√4 = 16/4.
     assert_eq!(embed(&model), embed(&open(&at(plain.path())).unwrap()));
     assert_eq!(model.lora().unwrap().dropout, 0.25);
-    let own = Lora { dropout: Some(0.5), rank: Some(4), ..at(root.path()) };
-    assert_eq!(open(&own).unwrap().lora().unwrap().dropout, 0.5);
-    // Also the value that a new adapter has without a word.
+    let changed_dropout = Lora { dropout: Some(0.5), rank: Some(4), ..at(root.path()) };
+    assert_eq!(open(&changed_dropout).unwrap().lora().unwrap().dropout, 0.5);
+    // Also if it equals the default of a new adapter.
     let none = Lora { dropout: Some(0.0), ..at(root.path()) };
     assert_eq!(open(&none).unwrap().lora().unwrap().dropout, 0.0);
 }
 
 #[test]
-fn what_does_not_fit_is_said() {
+fn adapters_that_do_not_fit_are_refused() {
     let plain = changed(str::to_owned, |_| ());
     let named = |edit: &dyn Fn(&mut serde_json::Value)| changed(str::to_owned, edit);
     let dora = named(&|config| config["use_dora"] = true.into());
@@ -97,8 +98,8 @@ fn what_does_not_fit_is_said() {
         ),
         (at(dora.path()), "`use_dora` is true, which is not supported"),
         (at(pissa.path()), "`init_lora_weights` is `pissa`"),
-        (at(other.path()), "for which this model has no place"),
-        (at(none.path()), "and no linear layer of this model is called so"),
+        (at(other.path()), "but this model has no such layer"),
+        (at(none.path()), "but no linear layer of this model has that name"),
         (at(&golden("bert")), "has no adapter_config.json"),
     ] {
         let error = open(&lora).unwrap_err().to_string();

@@ -1,43 +1,43 @@
-//! What is frozen stays as it was, and the rest is trained.
+//! `model.freeze` leaves parameters unchanged, and the others are trained.
 
 use std::collections::BTreeSet;
 
 use serde_json::json;
 use tests::{config, golden, program, stderr, tensors, write_config};
 use trainer::config::{self as sections, Freeze};
-use trainer::model::{Folder, Model, Options};
+use trainer::model::{Model, ModelFolder, Options};
 
 #[test]
-fn frozen_kinds_are_those_of_every_family() {
+fn model_freeze_selects_embeddings_and_norms_of_every_family() {
     for (family, embeddings, norms) in
         [("bert", 3, 10), ("mpnet", 2, 10), ("modernbert", 1, 9), ("mistral", 1, 5), ("qwen3", 1, 9)]
     {
         let trained = |freeze: &[Freeze]| -> BTreeSet<String> {
             let model = sections::Model { freeze: freeze.to_vec(), ..sections::Model::default() };
             let options = Options { model, trained: true, ..Options::default() };
-            let model = Model::open(Folder::open(&golden(family)).unwrap(), &options).unwrap();
+            let model = Model::open(ModelFolder::open(&golden(family)).unwrap(), &options).unwrap();
             model.flat().entries().iter().map(|entry| entry.name.clone()).collect()
         };
         let all = trained(&[]);
         let without = |kind| all.difference(&trained(&[kind])).cloned().collect::<Vec<_>>();
-        let (tables, gains) = (without(Freeze::Embeddings), without(Freeze::Norms));
+        let (tables, norms_of_family) = (without(Freeze::Embeddings), without(Freeze::Norms));
         assert_eq!(tables.len(), embeddings, "{family}: {tables:?}");
-        assert_eq!(gains.len(), norms, "{family}: {gains:?}");
+        assert_eq!(norms_of_family.len(), norms, "{family}: {norms_of_family:?}");
         assert_eq!(
             trained(&[Freeze::Embeddings, Freeze::Norms]).len(),
-            all.len() - tables.len() - gains.len()
+            all.len() - tables.len() - norms_of_family.len()
         );
     }
 }
 
 #[test]
-fn a_run_leaves_frozen_tables_and_norms_as_they_were() {
+fn a_run_does_not_change_frozen_parameters() {
     for dtype in ["f32", "bf16"] {
-        leaves_them(dtype);
+        run_with_frozen_parameters(dtype);
     }
 }
 
-fn leaves_them(dtype: &str) {
+fn run_with_frozen_parameters(dtype: &str) {
     let place = tempfile::tempdir().unwrap();
     let output = place.path().join("out");
     let mut config = config(&golden("bert"), &golden("bert").join("rows.jsonl"), &output);

@@ -9,8 +9,8 @@ use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
-use trainer::model::pass::Keep;
-use trainer::model::{Folder, Model, Options};
+use trainer::model::pass::Saved;
+use trainer::model::{Model, ModelFolder, Options};
 use trainer::train::gradcache::Budget;
 use trainer::train::optimizer::Optimizer;
 use trainer::train::schedule::LrSchedule;
@@ -23,8 +23,8 @@ fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempDir, Model) 
     let section = config::Model { dropout: Some(dropout), ..config::Model::default() };
     let lora = config::Lora { dropout: Some(dropout), ..config::Lora::default() };
     let lora = adapted.then_some(&lora);
-    let options = Options { model: section, lora, trained: true, seed: 7, dry: false };
-    let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+    let options = Options { model: section, lora, trained: true, seed: 7, shapes_only: false };
+    let model = Model::open(ModelFolder::open(folder.path()).unwrap(), &options).unwrap();
     if adapted {
         // B begins at zero, where A has no gradient.
         let half = Tensor::rand(-0.1f32, 0.1, model.flat().len(), &candle_core::Device::Cpu).unwrap();
@@ -118,7 +118,7 @@ fn tapes_kept_or_computed_twice_give_the_same_bits() {
         let batch = batch(0);
         let tokens: usize = batch.sequences.iter().map(|sequence| sequence.ids.len()).sum();
         let [inputs, whole] =
-            [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep) * tokens);
+            [Saved::LayerInputs, Saved::All].map(|keep| model.tape_bytes_per_token(keep) * tokens);
         let bits = |activation_memory| {
             let (losses, gradient) = step(&model, &batch, Limit::Tokens(128), activation_memory, &info_nce());
             (losses, gradient.to_vec1::<f32>().unwrap())
@@ -162,7 +162,7 @@ fn small_gradients_survive_half_precision() {
             let folder = model_folder(name, adapted);
             let section = config::Model { dropout: Some(0.0), dtype, ..config::Model::default() };
             let options = Options { model: section, trained: true, ..Options::default() };
-            let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+            let model = Model::open(ModelFolder::open(folder.path()).unwrap(), &options).unwrap();
             step(&model, &batch(0), Limit::Tokens(300), 0, &loss).1
         };
         let want = gradient(config::Dtype::F32);

@@ -1,4 +1,5 @@
-//! Rows of every kind train together, each by its loss, on any number of ranks, and go on where they were stopped.
+//! Rows of all kinds are trained together, each with its loss, on any number of ranks, and a stopped run can be
+//! resumed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,7 +8,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tests::{golden, metrics, program, stderr, write_config};
 
-/// Four sets: texts with a class, scored pairs, triplets, and a teacher's scores.
+/// Writes four datasets and a configuration: texts with a class label, scored pairs, triplets, and rows with
+/// a teacher's scores.
 fn config(folder: &Path, run: &str, batching: &str) -> PathBuf {
     let things = ["iron", "gold", "tin", "zinc", "neon", "mars", "venus", "peru", "mali", "chad"];
     let thing = |row: usize| things[row % things.len()];
@@ -63,7 +65,7 @@ fn losses(config: &Path) -> Vec<f64> {
 }
 
 #[test]
-fn a_mixture_of_all_kinds_learns_the_same_on_any_number_of_ranks() {
+fn a_mixture_of_all_kinds_trains_alike_on_any_number_of_ranks() {
     for batching in ["mixed", "per_dataset"] {
         let folder = tempfile::tempdir().unwrap();
         let one = config(folder.path(), "one", batching);
@@ -79,7 +81,7 @@ fn a_mixture_of_all_kinds_learns_the_same_on_any_number_of_ranks() {
         run(program("launch").args(["--cpus", "3"]), &three);
         let of_three = losses(&three);
         assert_eq!(of_three.len(), steps);
-        // Steps of AdamW part ways in time, from the last bits of a sum.
+        // Runs diverge slowly, because the order of sums changes their last bits.
         for (a, b) in of_three.iter().zip(&of_one).take(10) {
             assert!((a - b).abs() < 1e-4 * b.abs().max(0.1), "{batching}: {a} on three ranks, {b} on one");
         }
@@ -87,7 +89,7 @@ fn a_mixture_of_all_kinds_learns_the_same_on_any_number_of_ranks() {
 }
 
 #[test]
-fn a_mixture_of_all_kinds_goes_on_where_it_was_stopped() {
+fn a_stopped_run_of_all_kinds_resumes_with_equal_losses() {
     let folder = tempfile::tempdir().unwrap();
     let whole = config(folder.path(), "whole", "mixed");
     run(program("trainer").args(["train", "--quiet"]), &whole);
@@ -114,7 +116,7 @@ fn a_mixture_of_all_kinds_goes_on_where_it_was_stopped() {
 }
 
 #[test]
-fn the_plan_says_what_the_rows_are() {
+fn the_plan_shows_the_kinds_of_rows() {
     let folder = tempfile::tempdir().unwrap();
     let config = config(folder.path(), "plan", "mixed");
     let output = program("trainer").args(["plan"]).arg(&config).output().unwrap();
@@ -139,7 +141,7 @@ fn the_plan_says_what_the_rows_are() {
 }
 
 #[test]
-fn the_plan_tells_what_ranks_would_bring_before_the_data_is_there() {
+fn the_plan_estimates_the_speedup_by_ranks_before_the_data_exists() {
     let folder = tempfile::tempdir().unwrap();
     let config = config(folder.path(), "plan", "mixed");
     let plan = || {
@@ -157,10 +159,10 @@ fn the_plan_tells_what_ranks_would_bring_before_the_data_is_there() {
     let (status, outline, error) = plan();
     assert_eq!(status, Some(2));
     assert!(error.contains("taught.jsonl") && outline.contains("as if every text were as long"), "{outline}");
-    // 8 rows, each a query and three documents of 24 tokens.
+    // 8 rows of one query and three documents, each of 24 tokens.
     let outline = rows(&outline);
     assert_eq!((&outline[0][1][..], &outline[0][4][..]), ("768", "8.000"));
     assert_eq!((&outline[1][0][..], &outline[1][1][..]), ("4", "192"));
     let tokens = |rows: &[Vec<String>]| rows[0][1].parse::<usize>().unwrap();
-    assert!(tokens(&rows(&whole)) < tokens(&outline), "what is said to be the most is more than there is");
+    assert!(tokens(&rows(&whole)) < tokens(&outline), "the upper bound is above the real number");
 }

@@ -1,5 +1,5 @@
-//! A real model and real text: all-MiniLM-L6-v2 in the folder that LODESTONE_MINILM names, and rows of MedQuAD below LODESTONE_SHARED,
-//! against what sentence-transformers makes of them (scripts/reference/minilm.py).
+//! all-MiniLM-L6-v2 (folder LODESTONE_MINILM) with rows of MedQuAD (folder LODESTONE_SHARED) equals
+//! sentence-transformers (scripts/reference/minilm.py).
 
 use std::env::var_os;
 use std::fs;
@@ -45,9 +45,10 @@ fn real_questions_have_the_losses_and_gradients_of_torch() {
     config["model"]["max_query_length"] = expected["max_length"].clone();
     config["model"]["max_document_length"] = expected["max_length"].clone();
     config["loss"]["temperature"] = expected["temperature"].clone();
-    // So small that no step changes the next one's loss.
+    // A learning rate so small that no step changes the loss of the next.
     config["training"] = json!({
-        "batch_size": batch, "max_steps": steps.len(), "learning_rate": 1e-12, "weight_decay": 0, "max_grad_norm": 0
+        "batch_size": batch, "max_steps": steps.len(), "learning_rate": 1e-12, "weight_decay": 0,
+        "max_grad_norm": 0
     });
     let ran = program("trainer").arg("train").arg(write_config(place.path(), &config)).output().unwrap();
     assert!(ran.status.success(), "{}", stderr(&ran));

@@ -16,7 +16,7 @@ use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::loss::{InfoNce, Kl, Losses, Matryoshka, Triplet};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
-use trainer::model::{Folder, Model, Options};
+use trainer::model::{Model, ModelFolder, Options};
 use trainer::train::gradcache::Budget;
 use trainer::train::optimizer::Optimizer;
 use trainer::train::schedule::LrSchedule;
@@ -108,8 +108,8 @@ fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Trained {
     let section = config::Model { dropout: Some(0.1), ..config::Model::default() };
     let lora = config::Lora { dropout: Some(0.1), ..config::Lora::default() };
     let lora = setup.adapted.then_some(&lora);
-    let options = Options { model: section, lora, trained: true, seed: 7, dry: false };
-    let model = Model::open(Folder::open(folder.path()).unwrap(), &options).unwrap();
+    let options = Options { model: section, lora, trained: true, seed: 7, shapes_only: false };
+    let model = Model::open(ModelFolder::open(folder.path()).unwrap(), &options).unwrap();
     let rule = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let schedule =
         LrSchedule { shape: config::ScheduleKind::Linear, peak: 1e-3, warmup: 5, total: setup.steps.max(6) };

@@ -22,7 +22,7 @@ use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
 use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
-use trainer::model::{Folder, Model, Options};
+use trainer::model::{Model, ModelFolder, Options};
 use trainer::train::gradcache::Budget;
 use trainer::train::memory;
 use trainer::train::optimizer::Optimizer;
@@ -80,15 +80,15 @@ fn measure() -> Result<()> {
         lora: Some(&lora),
         trained: true,
         seed: 42,
-        dry: false,
+        shapes_only: false,
     };
     let start = Instant::now();
-    let model = Model::open(Folder::open(place.path())?, &options)?;
+    let model = Model::open(ModelFolder::open(place.path())?, &options)?;
     device.synchronize()?;
     let (weights, _) = kernels::memory(&device)?;
     println!(
         "Mistral-7B's shape, {layers} layers: {:.2} G parameters, {} on the GPU, drawn in {:.0} s",
-        model.elements() as f64 / 1e9,
+        model.parameter_count() as f64 / 1e9,
         memory::format_bytes(weights),
         start.elapsed().as_secs_f64()
     );

@@ -82,7 +82,7 @@ fn train(model: &str, output: &Path) -> Result<Vec<f64>> {
 /// Tokenises the pairs and lists what the loss compares: query i with all positives, of which i is its own.
 fn batch(loaded: &LoadedModel) -> Result<Batch> {
     let folder = loaded.model.folder();
-    let max_length = folder.max_length.unwrap_or(512).min(loaded.model.positions());
+    let max_length = loaded.model.max_length();
     let tokenise = |texts: [&str; PAIRS.len()], prompt: &str| -> Result<Vec<Sequence>> {
         loaded.tokenizer.encode(&texts, prompt, max_length, folder.include_prompt)
     };

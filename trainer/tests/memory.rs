@@ -17,7 +17,7 @@ use trainer::comm::World;
 use trainer::config::{self, Config, Dtype, WeightInit};
 use trainer::loss::Losses;
 use trainer::model::params::Gradients;
-use trainer::model::{Folder, Model, Options};
+use trainer::model::{Model, ModelFolder, Options};
 use trainer::system::device;
 use trainer::train::checkpoint::{Snapshot, State};
 use trainer::train::memory;
@@ -180,12 +180,12 @@ fn a_chunk_of_mistral_7b_fits_80_gb_beside_its_weights() {
         lora: Some(&lora),
         trained: true,
         seed: 1,
-        dry: true,
+        shapes_only: true,
     };
-    let model = Model::open(Folder::open(place.path()).unwrap(), &options).unwrap();
+    let model = Model::open(ModelFolder::open(place.path()).unwrap(), &options).unwrap();
     assert_eq!(model.layers(), 32);
     let halves = model.element_bytes() as u64 / 2;
-    let weights = 2 * (model.elements() - model.flat().len()) as u64 + 16 * model.flat().len() as u64;
+    let weights = 2 * (model.parameter_count() - model.flat().len()) as u64 + 16 * model.flat().len() as u64;
     // 1024 rows of 7 texts, whose embeddings are f32 everywhere.
     let embeddings = memory::step_bytes(&model, 0, 7 << 10, 16_384, 0);
     let step = memory::step_bytes(&model, 1 << 20, 0, 16_384, 0) / halves + embeddings;

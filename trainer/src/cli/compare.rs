@@ -91,7 +91,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::model::Folder;
+    use crate::model::ModelFolder;
 
     #[derive(Parser)]
     struct Line {
@@ -133,9 +133,9 @@ mod tests {
     #[test]
     fn models_that_truncate_texts_at_different_lengths_are_warned_about() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bert");
-        let base = Folder::open(&golden).unwrap();
-        let tuned = Folder { max_length: Some(7), ..Folder::open(&golden).unwrap() };
-        let warning = |flags: &[&str], tuned: &Folder| {
+        let base = ModelFolder::open(&golden).unwrap();
+        let tuned = ModelFolder { max_length: Some(7), ..ModelFolder::open(&golden).unwrap() };
+        let warning = |flags: &[&str], tuned: &ModelFolder| {
             let line = ["compare", "--base", "a", "--tuned", "b", "--set", "c"];
             Line::parse_from(line.iter().chain(flags)).args.sets.encoding.lengths_differ(&base, tuned)
         };

@@ -77,7 +77,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     };
 
     let mut npy = match world.is_rank_zero() {
-        true => Some(Writer::create(&args.output, count, opened.model.width())?),
+        true => Some(Writer::create(&args.output, count, opened.model.embedding_dim())?),
         false => None,
     };
     let mut progress = embedder.progress(role.plural(), count);
@@ -99,7 +99,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     }
     let Some(npy) = npy else { return Ok(()) };
     npy.finish()?;
-    tracing::info!("{count} × {} in {}", opened.model.width(), args.output.display());
+    tracing::info!("{count} × {} in {}", opened.model.embedding_dim(), args.output.display());
     Ok(())
 }
 

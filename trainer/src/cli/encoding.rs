@@ -4,7 +4,7 @@ use super::encode::{at_least_one, options};
 use crate::Result;
 use crate::comm::World;
 use crate::eval::embed::{DEFAULT_CHUNK_TOKENS, Embedder, LoadedModel};
-use crate::model::{Folder, hub};
+use crate::model::{ModelFolder, locate};
 
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Encoding {
@@ -42,14 +42,14 @@ impl Encoding {
     }
 
     /// Fetches a model that is not here, and looks at its folder.
-    pub(super) fn find(&self, id_or_path: &str) -> Result<Folder> {
+    pub(super) fn find(&self, id_or_path: &str) -> Result<ModelFolder> {
         let init = options(self.random_weights, self.max_length).model.init;
-        Folder::open(&hub::resolve_for(id_or_path, init)?)
+        locate::model(id_or_path, init)
     }
 
     /// What to know of two models that would read unlike parts of a text: the one that reads more has an advantage of its own.
-    pub(super) fn lengths_differ(&self, base: &Folder, tuned: &Folder) -> Option<String> {
-        let reads = |folder: &Folder| {
+    pub(super) fn lengths_differ(&self, base: &ModelFolder, tuned: &ModelFolder) -> Option<String> {
+        let reads = |folder: &ModelFolder| {
             folder.max_length.map_or("all that it has positions for".to_owned(), |n| format!("{n} tokens"))
         };
         (self.max_length.is_none() && base.max_length != tuned.max_length).then(|| {

@@ -6,7 +6,7 @@ use serde_json::Map;
 
 use crate::config::{self, Config};
 use crate::export::{self, TrainedRun};
-use crate::model::{Folder, Model, Options, hub};
+use crate::model::{Model, Options, locate};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::metrics::History;
 use crate::{Error, Result};
@@ -54,7 +54,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             checkpoints.find(if early.is_some() { "best" } else { "last" })?
         }
     };
-    let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
+    let folder = locate::model(&config.model.path, config.model.init)?;
     let options = Options {
         // Exported weights are f32 for any `model.dtype`, so that frozen weights are not rounded.
         model: config::Model { dtype: config::Dtype::F32, ..config.model.clone() },

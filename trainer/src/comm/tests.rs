@@ -101,7 +101,7 @@ fn sums_run_in_the_order_of_the_ranks_and_all_get_the_same_bits() {
             });
             assert!(scattered.into_iter().all(|same| same));
             let summed = together(worlds.clone(), |world| {
-                let gradients = Gradients::of_values(local(world).flatten_all().unwrap());
+                let gradients = Gradients::from_values(local(world).flatten_all().unwrap());
                 world.all_reduce(&gradients).unwrap();
                 values(gradients.flat()).unwrap()
             });

@@ -9,7 +9,7 @@ use crate::data::batch::Sequence;
 use crate::data::share::Share;
 use crate::data::tokenize::Tokenizer;
 use crate::model::chunk::{self, Limit};
-use crate::model::{Folder, Model, Options, hub};
+use crate::model::{Model, Options, locate};
 use crate::system::heartbeat;
 use crate::system::progress::Progress;
 use crate::{Error, Result};
@@ -46,7 +46,7 @@ impl Role {
 /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/bert");
 /// let loaded = LoadedModel::open(folder, &Options::default())?;
 /// let embeddings = loaded.embedder().encode(&["iron is a metal", "the river is long"], Role::Document)?;
-/// assert_eq!(embeddings.dims(), [2, loaded.model.width()]);
+/// assert_eq!(embeddings.dims(), [2, loaded.model.embedding_dim()]);
 /// # Ok::<(), trainer::Error>(())
 /// ```
 pub struct LoadedModel {
@@ -60,25 +60,19 @@ impl LoadedModel {
     /// Loads a model folder, or a model by its id on the hub.
     ///
     /// # Errors
-    /// As [`hub::resolve`], [`Folder::open`], [`Model::open`] and [`Tokenizer::open`]; also if the tokenizer
-    /// has more tokens than the embedding table has rows.
+    /// As [`locate::model`], [`Model::open`], [`Tokenizer::open`] and [`Model::check_tokenizer`].
     pub fn open(id_or_path: &str, options: &Options) -> Result<Self> {
-        let folder = Folder::open(&hub::resolve_for(id_or_path, options.model.init)?)?;
+        let folder = locate::model(id_or_path, options.model.init)?;
         let tokenizer = Tokenizer::open_for(&folder.path, folder.lower_case, options.model.init)?;
         let model = Model::open(folder, options)?;
-        if tokenizer.vocabulary() > model.vocabulary() {
-            let (tokens, rows) = (tokenizer.vocabulary(), model.vocabulary());
-            let message =
-                format!("the tokenizer has {tokens} tokens, but the embedding table has {rows} rows");
-            return Err(Error::file(&model.folder().path, message));
-        }
+        model.check_tokenizer(&tokenizer)?;
         Ok(Self { model, tokenizer })
     }
 
     /// An embedder with the prompts and the maximum length of the model folder, on this rank alone.
     pub fn embedder(&self) -> Embedder<'_> {
         let folder = self.model.folder();
-        let longest = folder.max_length.unwrap_or(usize::MAX).min(self.model.positions());
+        let longest = self.model.max_length();
         Embedder {
             model: &self.model,
             tokenizer: &self.tokenizer,
@@ -130,7 +124,7 @@ impl Embedder<'_> {
     /// The model has fewer positions.
     pub fn set_max_length(&mut self, length: Option<usize>) -> Result<()> {
         let Some(length) = length else { return Ok(()) };
-        let positions = self.model.positions();
+        let positions = self.model.max_positions();
         if length > positions {
             return Err(Error::Usage(format!(
                 "a maximum length of {length} tokens was given, but the model has {positions} positions"
@@ -199,7 +193,7 @@ impl Embedder<'_> {
             progress.advance((done + texts.len() as u64).saturating_sub(progress.position()));
         }
 
-        let width = self.model.width();
+        let width = self.model.embedding_dim();
         let mut embeddings = vec![0f32; unique.len() * width];
         for (rows, chunks_of) in self.world.all_gather(&local)?.iter().zip(share.ranks()) {
             let texts = chunks_of.iter().flat_map(|&chunk| &chunks[chunk]);

@@ -16,8 +16,8 @@ use serde_json::Value;
 
 pub use self::run::{Options, TrainedRun, write_run};
 use crate::config::Pooling;
-use crate::model::Folder;
-use crate::model::adapter::Settings;
+use crate::model::ModelFolder;
+use crate::model::peft::LoraConfig;
 use crate::system::atomic::{self, write_flushed};
 use crate::{Error, Result};
 
@@ -75,7 +75,7 @@ pub struct DatasetInfo {
 pub fn write_model(
     target: &Path,
     replace: bool,
-    source: &Folder,
+    source: &ModelFolder,
     info: &ModelInfo,
     tensors: Vec<(String, Tensor)>,
 ) -> Result<()> {
@@ -96,9 +96,9 @@ pub fn write_model(
 pub fn write_adapter(
     target: &Path,
     replace: bool,
-    source: &Folder,
+    source: &ModelFolder,
     info: &ModelInfo,
-    lora: Settings,
+    lora: LoraConfig,
     adapters: Vec<(String, Tensor)>,
     dense: Vec<(String, Tensor)>,
 ) -> Result<()> {
@@ -139,7 +139,7 @@ mod tests {
 
     use super::*;
 
-    fn source() -> (tempfile::TempDir, Folder) {
+    fn source() -> (tempfile::TempDir, ModelFolder) {
         let folder = tempfile::tempdir().unwrap();
         let put = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
         put(
@@ -152,7 +152,7 @@ mod tests {
         put("sentence_bert_config.json", r#"{"max_seq_length": 64, "do_lower_case": true}"#);
         put("config_sentence_transformers.json", r#"{"prompts": {"query": "old", "sts": "s: "}}"#);
         put("pytorch_model.bin", "");
-        let found = Folder::open(folder.path()).unwrap();
+        let found = ModelFolder::open(folder.path()).unwrap();
         (folder, found)
     }
 
@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(names(&target), expected.map(String::from).into());
         assert_eq!(names(target.parent().unwrap()), ["model".to_owned()].into());
 
-        let back = Folder::open(&target).unwrap();
+        let back = ModelFolder::open(&target).unwrap();
         assert_eq!((back.pooling, back.normalize), (Some(Pooling::LastToken), Some(true)));
         assert_eq!((back.max_length, back.lower_case, back.include_prompt), (Some(192), true, true));
         assert_eq!(
@@ -244,7 +244,7 @@ mod tests {
             false,
             &source,
             &info,
-            Settings::default(),
+            LoraConfig::default(),
             vec![("q.lora_A.weight".into(), zeros)],
             vec![],
         )
@@ -255,9 +255,9 @@ mod tests {
             "{found:?}"
         );
         assert!(!found.contains("model.safetensors") && !found.contains("config.json"), "{found:?}");
-        let back = Folder::open(&target).unwrap();
+        let back = ModelFolder::open(&target).unwrap();
         assert_eq!((back.normalize, &back.config), (Some(false), &source.config));
-        assert_eq!(back.adapter.unwrap()["base_model_name_or_path"], base);
+        assert_eq!(back.adapter.unwrap().base_model(), Some(base.as_str()));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use serde_json::json;
 
 use crate::Result;
-use crate::model::adapter::Settings;
+use crate::model::peft::LoraConfig;
 use crate::system::safetensors;
 
 /// Prefix of module names: the two wrappers that PEFT puts around a model.
@@ -17,7 +17,7 @@ const PREFIX: &str = "base_model.model.";
 pub(super) fn write(
     folder: &Path,
     base: &str,
-    lora: Settings,
+    lora: LoraConfig,
     adapters: Vec<(String, Tensor)>,
 ) -> Result<()> {
     // Whole paths: the name `dense` alone would also match the pooler, which has no adapter.
@@ -65,7 +65,7 @@ mod tests {
             ("layers.0.mlp.up_proj.lora_A.weight".to_owned(), zeros(2, 5)),
             ("layers.0.mlp.up_proj.lora_B.weight".to_owned(), zeros(7, 2)),
         ];
-        let lora = Settings { rank: 2, alpha: 32.0, dropout: 0.1, rslora: true };
+        let lora = LoraConfig { rank: 2, alpha: 32.0, dropout: 0.1, rslora: true };
         write(folder.path(), "org/name", lora, adapters).unwrap();
         let config: Value =
             serde_json::from_slice(&std::fs::read(folder.path().join("adapter_config.json")).unwrap())

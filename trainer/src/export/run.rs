@@ -8,7 +8,7 @@ use super::{DatasetInfo, ModelInfo};
 use crate::Result;
 use crate::config::{Config, DataSet, WeightInit};
 use crate::model::Model;
-use crate::model::adapter::Settings;
+use crate::model::peft::LoraConfig;
 
 /// A training run and the metrics of its exported step.
 #[derive(Clone, Copy, Debug)]
@@ -42,25 +42,25 @@ pub fn write_run(model: &mut Model, trained: &TrainedRun, options: Options, targ
     match model.lora() {
         // A random base exists in no folder, so an adapter alone could not be loaded.
         Some(lora) if !options.merge && trained.config.model.init == WeightInit::Pretrained => {
-            let (adapters, dense) = (model.adapters(), model.dense());
+            let (adapters, dense) = (model.adapter_tensors(), model.dense_tensors());
             super::write_adapter(target, options.replace, &source, &info, lora, adapters, dense)
         }
-        _ => super::write_model(target, options.replace, &source, &info, model.tensors()?),
+        _ => super::write_model(target, options.replace, &source, &info, model.merged_tensors()?),
     }
 }
 
 fn info(model: &Model, trained: &TrainedRun) -> ModelInfo {
     let Config { name, model: section, data, .. } = trained.config;
     let folder = model.folder();
-    let longest = folder.max_length.unwrap_or(usize::MAX).min(model.positions());
+    let longest = model.max_length();
     let length = |own: Option<usize>| own.unwrap_or(longest);
     // A continued adapter keeps its base model.
-    let base = folder.adapter.as_ref().and_then(|adapter| adapter["base_model_name_or_path"].as_str());
+    let base = folder.adapter.as_ref().and_then(|adapter| adapter.base_model());
     ModelInfo {
         name: name.clone(),
         base: base.unwrap_or(&section.path).to_owned(),
-        width: model.width(),
-        hidden_width: model.hidden_width(),
+        width: model.embedding_dim(),
+        hidden_width: model.hidden_size(),
         pooling: model.pooling(),
         normalize: model.normalize(),
         max_length: length(section.max_query_length).max(length(section.max_document_length)),
@@ -95,7 +95,7 @@ fn dataset_info(set: &DataSet) -> DatasetInfo {
     }
 }
 
-fn training(trained: &TrainedRun, lora: Option<Settings>) -> Vec<(String, String)> {
+fn training(trained: &TrainedRun, lora: Option<LoraConfig>) -> Vec<(String, String)> {
     let Config { seed, data, loss, training, evaluation, model, .. } = trained.config;
     let mut loss_text = format!("{}, temperature {}", loss.kind, loss.temperature);
     for (applies, what) in [

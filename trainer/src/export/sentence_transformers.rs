@@ -10,14 +10,14 @@ use serde_json::{Map, Value, json};
 use super::{ModelInfo, write_json};
 use crate::config::Pooling;
 use crate::data::tokenize;
-use crate::model::Folder;
+use crate::model::ModelFolder;
 use crate::system::atomic::write_flushed;
 use crate::system::safetensors;
 use crate::{Error, Result};
 
 /// Writes all files but weights, model card and `config.json` into `folder`. `source` is the folder of the
 /// base model.
-pub(super) fn write(folder: &Path, source: &Folder, info: &ModelInfo) -> Result<()> {
+pub(super) fn write(folder: &Path, source: &ModelFolder, info: &ModelInfo) -> Result<()> {
     let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
     for dense in &source.dense {
         modules.push(module(modules.len(), &dense.name, "Dense"));
@@ -76,7 +76,7 @@ pub(super) fn write(folder: &Path, source: &Folder, info: &ModelInfo) -> Result<
 /// folder. Returns the other tensors, those of the encoder.
 pub(super) fn write_dense(
     folder: &Path,
-    source: &Folder,
+    source: &ModelFolder,
     tensors: Vec<(String, Tensor)>,
 ) -> Result<Vec<(String, Tensor)>> {
     let mut rest = tensors;
@@ -87,7 +87,7 @@ pub(super) fn write_dense(
             "in_features": dense.inputs,
             "out_features": dense.outputs,
             "bias": dense.bias,
-            "activation_function": dense.function.name(),
+            "activation_function": dense.activation.name(),
         });
         write_json(&place.join("config.json"), &config)?;
         let prefix = format!("{}.", dense.name);
@@ -121,7 +121,7 @@ fn pooling_config(pooling: Pooling, width: usize, include_prompt: bool) -> Value
 
 /// Writes `config.json` of the encoder. An adapter folder must not have one: transformers would open it as a
 /// whole model and not look for the adapter's base.
-pub(super) fn write_config(folder: &Path, source: &Folder) -> Result<()> {
+pub(super) fn write_config(folder: &Path, source: &ModelFolder) -> Result<()> {
     write_json(&folder.join("config.json"), &encoder_config(source.config.clone()))
 }
 

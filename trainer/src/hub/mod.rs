@@ -1,10 +1,11 @@
-//! The Hugging Face hub: files of a repository, fetched once and kept where huggingface_hub keeps them.
+//! Client of the Hugging Face hub, with the cache of huggingface_hub.
 //!
-//! Files land where huggingface_hub looks for them: `HF_HOME/hub/models--ORG--NAME/snapshots/COMMIT/FILE`, and `refs/main`
-//! names the commit. They lie there as plain files, as huggingface_hub lays them where it has no symbolic links.
+//! A file is stored at `HF_HOME/hub/models--ORG--NAME/snapshots/COMMIT/FILE`, and `refs/main` names the
+//! commit. Snapshots hold the files themselves, as those of huggingface_hub on a file system without symbolic
+//! links.
 //!
-//! Of the environment, `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` and `HF_HUB_OFFLINE` are
-//! honoured.
+//! These environment variables are read: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`,
+//! `HF_TOKEN_PATH`, `HF_HUB_OFFLINE`.
 
 #[cfg(test)]
 pub(crate) mod testing;
@@ -20,42 +21,43 @@ use ureq::config::RedirectAuthHeaders;
 use crate::system::heartbeat;
 use crate::{Error, Result};
 
-/// Where files come from and where they are kept.
+/// Client of one endpoint, with its cache.
 pub(crate) struct Hub {
     endpoint: String,
     cache: PathBuf,
     token: Option<String>,
     offline: bool,
     agent: ureq::Agent,
-    /// Between two attempts.
+    /// Pause before the second attempt at a file; it grows with each attempt.
     pause: Duration,
 }
 
-/// A repository on the hub.
+/// Repository on the hub, at one revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Repository {
-    kind: Kind,
-    /// `ORG/NAME`, or of the oldest models `NAME`.
+    repo_type: RepoType,
+    /// `ORG/NAME`, or `NAME` for the oldest models.
     pub(crate) id: String,
-    /// A branch, a tag or a commit.
+    /// Branch, tag or commit.
     revision: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum RepoType {
     Model,
-    DataSet,
+    Dataset,
 }
 
-/// A commit of a repository, and where its files lie.
+/// One commit of a repository, and its folder in the cache.
 pub(crate) struct Snapshot {
+    /// Folder in the cache, which may lack some of the files.
     pub(crate) path: PathBuf,
     commit: String,
-    /// Every file that it has on the hub.
+    /// Names of all its files on the hub.
     pub(crate) names: Vec<String>,
 }
 
-/// What the hub says of a repository.
+/// Answer of the hub to a request for a repository's information.
 #[derive(Deserialize)]
 struct Info {
     sha: String,
@@ -68,36 +70,37 @@ struct Sibling {
 }
 
 impl Repository {
-    /// The model `id`.
+    /// Main branch of the model `id`.
     pub(crate) fn model(id: &str) -> Self {
-        Self { kind: Kind::Model, id: id.to_owned(), revision: "main".to_owned() }
+        Self { repo_type: RepoType::Model, id: id.to_owned(), revision: "main".to_owned() }
     }
 
-    /// `models--ORG--NAME` in the cache.
+    /// Name of the folder in the cache, `models--ORG--NAME`.
     fn folder(&self) -> String {
-        let kind = if self.kind == Kind::Model { "models" } else { "datasets" };
+        let kind = if self.repo_type == RepoType::Model { "models" } else { "datasets" };
         format!("{kind}--{}", self.id.replace('/', "--"))
     }
 
-    /// Where the hub lists it.
-    fn listing(&self) -> String {
-        let kind = if self.kind == Kind::Model { "models" } else { "datasets" };
-        format!("/api/{kind}/{}/revision/{}", self.id, encoded(&self.revision))
+    /// Path of the URL that lists the files.
+    fn info_path(&self) -> String {
+        let kind = if self.repo_type == RepoType::Model { "models" } else { "datasets" };
+        format!("/api/{kind}/{}/revision/{}", self.id, percent_encode(&self.revision))
     }
 
-    /// Where the hub has its files.
-    fn files(&self) -> String {
-        let kind = if self.kind == Kind::Model { "" } else { "/datasets" };
+    /// Path of the URL below which the files are.
+    fn files_path(&self) -> String {
+        let kind = if self.repo_type == RepoType::Model { "" } else { "/datasets" };
         format!("{kind}/{}/resolve", self.id)
     }
 }
 
-/// `ORG/NAME` of letters, digits, `-`, `_` and `.`.
+/// Whether `text` has the form `ORG/NAME`.
 pub(crate) fn is_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(org, name)| is_name(org) && is_name(name))
 }
 
-/// A part of an id. `--` stands between them in the cache.
+/// Whether `text` can be a part of an id: letters, digits, `-`, `_`, `.`, but no `--`, which separates the
+/// parts in the cache.
 pub(crate) fn is_name(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
         && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
@@ -105,40 +108,42 @@ pub(crate) fn is_name(text: &str) -> bool {
         && !text.contains("..")
 }
 
-/// A path or a revision as a URL has it.
-fn encoded(path: &str) -> String {
+/// Percent-encodes a path or a revision for a URL.
+fn percent_encode(path: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
     path.bytes()
         .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
         .collect()
 }
 
-/// What begins the path of a file in a data set on the hub.
-const DATA_SETS: &str = "hf://datasets/";
+/// Prefix of the path of a dataset's file on the hub.
+const DATASETS: &str = "hf://datasets/";
 
-/// Whether a path names a file of a data set on the hub.
+/// Whether `path` names a file of a dataset on the hub.
 pub(crate) fn is_data_set(path: &Path) -> bool {
-    path.to_str().is_some_and(|path| path.starts_with(DATA_SETS))
+    path.to_str().is_some_and(|path| path.starts_with(DATASETS))
 }
 
-/// The file that a path names: on this machine the path itself, and of `hf://datasets/ORG/NAME/FILE` (or
-/// `…/NAME@REVISION/FILE`) the file in the cache, fetched if need be.
+/// Returns the local file that `path` names: `path` itself, or for `hf://datasets/ORG/NAME/FILE` and
+/// `hf://datasets/ORG/NAME@REVISION/FILE` the file in the cache, which is fetched if needed.
 ///
 /// # Errors
-/// The path does not name a data set's file; there is none, or no right to it; no network and not in the cache.
+/// The path is malformed; there is no such file, or the hub denies access; there is no network and the file
+/// is not cached.
 pub fn data_file(path: &Path) -> Result<PathBuf> {
-    match path.to_str().and_then(|path| path.strip_prefix(DATA_SETS)) {
+    match path.to_str().and_then(|path| path.strip_prefix(DATASETS)) {
         Some(rest) => Hub::new()?.data_file(rest),
         None => Ok(path.to_owned()),
     }
 }
 
 impl Hub {
-    /// The one that the environment describes.
+    /// Makes the client that the environment variables describe.
     pub(crate) fn new() -> Result<Self> {
         Self::from_env(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
 
+    /// As [`Self::new`], with a function that returns the value of an environment variable.
     pub(crate) fn from_env(env: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let home = match env("HF_HOME") {
             Some(home) => PathBuf::from(home),
@@ -148,7 +153,9 @@ impl Hub {
                     Some(home) => PathBuf::from(home).join(".cache/huggingface"),
                     None => {
                         return Err(Error::Usage(
-                            "neither HF_HOME nor HOME is set: no place for models".into(),
+                            "neither HF_HOME nor HOME is set: models are cached in HF_HOME, by \
+                             default ~/.cache/huggingface"
+                                .into(),
                         ));
                     }
                 },
@@ -176,52 +183,58 @@ impl Hub {
         let (org, name, file) = (parts.next(), parts.next(), parts.next());
         let (Some(org), Some(name), Some(file)) = (org, name, file.filter(|file| !file.is_empty())) else {
             let message = "expected hf://datasets/ORG/NAME/FILE";
-            return Err(Error::file(format!("{DATA_SETS}{rest}"), message));
+            return Err(Error::file(format!("{DATASETS}{rest}"), message));
         };
         let (name, revision) = name.split_once('@').unwrap_or((name, "main"));
         let id = format!("{org}/{name}");
-        // Names go into paths of the cache.
+        // The parts become paths in the cache.
         let safe =
             |text: &str| !text.is_empty() && text.split('/').all(|part| !part.is_empty() && part != "..");
         if !is_id(&id) || !safe(revision) || !safe(file) {
             let message = "expected hf://datasets/ORG/NAME/FILE, or …/NAME@REVISION/FILE";
-            return Err(Error::file(format!("{DATA_SETS}{rest}"), message));
+            return Err(Error::file(format!("{DATASETS}{rest}"), message));
         }
-        let repository = Repository { kind: Kind::DataSet, id, revision: revision.to_owned() };
+        let repository = Repository { repo_type: RepoType::Dataset, id, revision: revision.to_owned() };
         let cached = |path: &Path| path.join(file).is_file();
         let snapshot = match self.snapshot(&repository, cached)? {
-            Found::Cached(path) => return Ok(path.join(file)),
-            Found::Listed(snapshot) => snapshot,
+            Lookup::Cached(path) => return Ok(path.join(file)),
+            Lookup::Listed(snapshot) => snapshot,
         };
         if !snapshot.names.iter().any(|name| name == file) {
             let like: Vec<_> = snapshot.names.iter().take(5).map(String::as_str).collect();
-            let message = format!("the data set has no such file; it has {}", like.join(", "));
-            return Err(Error::file(format!("{DATA_SETS}{rest}"), message));
+            let message = format!("the dataset has no such file; it has {}", like.join(", "));
+            return Err(Error::file(format!("{DATASETS}{rest}"), message));
         }
         self.fetch(&repository, &snapshot, &[file])?;
         self.note(&repository, &snapshot)?;
         Ok(snapshot.path.join(file))
     }
 
-    /// The commit that a repository stands at. Offline, or without a network, what the cache has of it, if that is `whole`.
+    /// Looks up the newest commit of a repository. Offline or without a network, uses the cached snapshot if
+    /// it is `complete`.
     ///
     /// # Errors
-    /// No such repository, or no right to it; neither a network nor a whole copy in the cache.
-    pub(crate) fn snapshot(&self, repository: &Repository, whole: impl Fn(&Path) -> bool) -> Result<Found> {
-        self.first(std::slice::from_ref(repository), whole).map(|(_, found)| found)
+    /// There is no such repository, or the hub denies access; there is neither a network nor a complete
+    /// snapshot in the cache.
+    pub(crate) fn snapshot(
+        &self,
+        repository: &Repository,
+        complete: impl Fn(&Path) -> bool,
+    ) -> Result<Lookup> {
+        self.first(std::slice::from_ref(repository), complete).map(|(_, found)| found)
     }
 
-    /// The first of these repositories that there is, and the commit that it stands at, as [`Self::snapshot`] says it.
+    /// Looks up the first of these repositories that exists, as [`Self::snapshot`].
     ///
     /// # Errors
-    /// As there; the error names the first.
+    /// As [`Self::snapshot`]; the error names the first repository.
     pub(crate) fn first<'a>(
         &self,
         repositories: &'a [Repository],
-        whole: impl Fn(&Path) -> bool,
-    ) -> Result<(&'a Repository, Found)> {
+        complete: impl Fn(&Path) -> bool,
+    ) -> Result<(&'a Repository, Lookup)> {
         let [named, others @ ..] = repositories else {
-            return Err(Error::Usage("no repository is named".to_owned()));
+            return Err(Error::Bug("no repository to look up".to_owned()));
         };
         let id = &named.id;
         let cached = || {
@@ -229,24 +242,25 @@ impl Hub {
                 let home = self.home(repository);
                 let commit = std::fs::read_to_string(home.join("refs").join(&repository.revision)).ok()?;
                 let path = home.join("snapshots").join(commit.trim());
-                whole(&path).then_some((repository, path))
+                complete(&path).then_some((repository, path))
             })
         };
         if self.offline {
-            let found = cached().map(|(repository, path)| (repository, Found::Cached(path)));
+            let found = cached().map(|(repository, path)| (repository, Lookup::Cached(path)));
             return found.ok_or_else(|| {
                 let message = format!(
-                    "not a folder, and not whole in the cache {}, and HF_HUB_OFFLINE is set\nhint: give a folder, or fetch \
-                     it once without HF_HUB_OFFLINE",
+                    "no such folder, and no complete copy in the cache {}; HF_HUB_OFFLINE is set\n\
+                     hint: give the path \
+                     of a folder, or run once without HF_HUB_OFFLINE",
                     self.home(named).display()
                 );
                 Error::file(id, message)
             });
         }
-        let url = |repository: &Repository| format!("{}{}", self.endpoint, repository.listing());
+        let url = |repository: &Repository| format!("{}{}", self.endpoint, repository.info_path());
         let (mut repository, mut answer) = (named, self.get(&url(named), None));
         for other in others {
-            // To somebody without a name the hub answers 401 for what does not exist.
+            // Without a token, the hub answers 401 for a repository that does not exist.
             if !matches!(answer, Err(ureq::Error::StatusCode(401 | 404))) {
                 break;
             }
@@ -259,8 +273,12 @@ impl Hub {
             Err(error) => {
                 return match cached() {
                     Some((repository, path)) if !matches!(error, ureq::Error::StatusCode(_)) => {
-                        tracing::warn!("{}: {error}; going on with {}", self.endpoint, path.display());
-                        Ok((repository, Found::Cached(path)))
+                        tracing::warn!(
+                            "{}: {error}; using the cached copy {}",
+                            self.endpoint,
+                            path.display()
+                        );
+                        Ok((repository, Lookup::Cached(path)))
                     }
                     _ => Err(self.refusal(id, &url, &error)),
                 };
@@ -274,11 +292,11 @@ impl Hub {
             names: info.siblings.into_iter().map(|sibling| sibling.rfilename).collect(),
             commit: info.sha,
         };
-        Ok((repository, Found::Listed(listed)))
+        Ok((repository, Lookup::Listed(listed)))
     }
 
-    /// Fetches those of `names` that the snapshot lacks. Ranks of one node ask for the same files at once: the first fetches,
-    /// the others find them.
+    /// Fetches the files `names` that the snapshot lacks. A lock makes the other ranks of a node wait for the
+    /// one that fetches.
     pub(crate) fn fetch(
         &self,
         repository: &Repository,
@@ -296,7 +314,7 @@ impl Hub {
         names.iter().try_for_each(|name| self.file(repository, snapshot, name.as_ref()))
     }
 
-    /// Notes that the revision is this commit: what is offline later is this snapshot.
+    /// Writes the commit of the revision into the cache. Later runs without a network use this snapshot.
     pub(crate) fn note(&self, repository: &Repository, snapshot: &Snapshot) -> Result<()> {
         let place = self.home(repository).join("refs").join(&repository.revision);
         if let Some(parent) = place.parent() {
@@ -310,19 +328,19 @@ impl Hub {
     }
 }
 
-/// What is known of a repository.
-pub(crate) enum Found {
-    /// Only what an earlier time has left, which is whole.
+/// Result of looking up a repository.
+pub(crate) enum Lookup {
+    /// A complete snapshot in the cache; the hub was not reached.
     Cached(PathBuf),
-    /// What the hub says now.
+    /// The newest snapshot on the hub.
     Listed(Snapshot),
 }
 
-/// A server that sends nothing for `stall` is given up.
+/// Makes an HTTP client whose requests fail when the server sends nothing for `stall`.
 fn agent(stall: Duration) -> ureq::Agent {
     ureq::Agent::config_builder()
         .user_agent(concat!("lodestone/", env!("CARGO_PKG_VERSION")))
-        // The hub redirects within itself before it hands over to its storage, which must not see the token.
+        // The hub redirects to itself, with the token, and then to its storage, which must not get it.
         .redirect_auth_headers(RedirectAuthHeaders::SameHost)
         .timeout_connect(Some(Duration::from_secs(20)))
         .timeout_recv_response(Some(stall))
@@ -352,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_data_sets_land_in_the_cache_and_serve_offline() {
+    fn files_of_datasets_are_cached_and_used_offline() {
         let server = Server::start(&routes());
         let home = tempfile::tempdir().unwrap();
         let online = hub(&server.endpoint, home.path(), &[]);
@@ -367,13 +385,13 @@ mod tests {
         }
         let error = online.data_file("org/set/data/test.jsonl").unwrap_err().to_string();
         assert!(
-            error.contains("the data set has no such file; it has README.md, data/train.jsonl"),
+            error.contains("the dataset has no such file; it has README.md, data/train.jsonl"),
             "{error}"
         );
     }
 
     #[test]
-    fn a_download_that_stalls_goes_on_where_it_stopped() {
+    fn a_stalled_download_resumes_where_it_stopped() {
         let text = "{}\n".repeat(1000);
         let mut routes = routes();
         routes.push(("/cdn/train", Answer::StallOnce(1500, text.clone().into())));
@@ -387,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_files_are_encoded_in_urls() {
+    fn names_of_files_are_percent_encoded_in_urls() {
         let name = "data/a#1 b.jsonl";
         let server = Server::start(&[
             ("/api/datasets/org/set/revision/v%231", listing(&[name])),
@@ -397,11 +415,11 @@ mod tests {
         let file = hub(&server.endpoint, home.path(), &[]).data_file("org/set@v#1/data/a#1 b.jsonl").unwrap();
         assert!(file.ends_with(name), "{}", file.display());
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "{}\n");
-        assert_eq!(encoded("a/é?%-._~"), "a/%C3%A9%3F%25-._~");
+        assert_eq!(percent_encode("a/é?%-._~"), "a/%C3%A9%3F%25-._~");
     }
 
     #[test]
-    fn paths_that_name_no_file_are_refused() {
+    fn malformed_paths_are_refused() {
         let home = tempfile::tempdir().unwrap();
         let hub = hub("http://127.0.0.1:1", home.path(), &[]);
         for rest in

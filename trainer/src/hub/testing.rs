@@ -1,4 +1,4 @@
-//! A hub on a local port, for tests.
+//! Server on a local port that stands for the hub in tests.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -9,27 +9,30 @@ use std::time::Duration;
 
 use super::Hub;
 
-/// How the server answers one path.
+/// Answer of the server to requests for one path.
 #[derive(Clone)]
 pub(crate) enum Answer {
     Body(Vec<u8>),
     Redirect(String),
     Status(u16),
-    /// Says the whole length, sends this many bytes and hangs up; the next time, answers as it should.
+    /// Announces the whole length, sends this many bytes and closes the connection; answers the next request
+    /// in full.
     CutOnce(usize, Vec<u8>),
-    /// Says the whole length, sends this many bytes and then nothing; the next time, answers as it should.
+    /// Announces the whole length, sends this many bytes and then nothing; answers the next request in full.
     StallOnce(usize, Vec<u8>),
-    /// As [`Self::CutOnce`], but by the next time the file is another one.
+    /// As [`Self::CutOnce`], but the next request gets another file.
     CutThenChanged(usize, Vec<u8>, Vec<u8>),
 }
 
-/// A hub on a local port: routes by path, and the requests as they came (path, Range, Authorization).
+/// Server on a local port, and the requests that it got, in order.
 pub(crate) struct Server {
     pub(crate) endpoint: String,
+    /// Path, `Range` and `Authorization` of each request.
     pub(crate) seen: Arc<Mutex<Vec<(String, String, String)>>>,
 }
 
 impl Server {
+    /// Starts the server with an answer for each path; other paths get status 404.
     pub(crate) fn start(routes: &[(&str, Answer)]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -101,11 +104,13 @@ impl Server {
         Self { endpoint, seen }
     }
 
+    /// Paths of all requests, in order.
     pub(crate) fn paths(&self) -> Vec<String> {
         self.seen.lock().unwrap().iter().map(|(path, ..)| path.clone()).collect()
     }
 }
 
+/// Makes a client of `endpoint` with its cache in `home` and `more` environment variables.
 pub(crate) fn hub(endpoint: &str, home: &Path, more: &[(&str, &str)]) -> Hub {
     let more: BTreeMap<_, _> = more.iter().copied().collect();
     let hub = Hub::from_env(|name| match name {
@@ -120,12 +125,13 @@ pub(crate) fn body(text: &str) -> Answer {
     Answer::Body(text.into())
 }
 
+/// Answer to a request for a repository's information.
 pub(crate) fn listing(names: &[&str]) -> Answer {
     let siblings: Vec<_> = names.iter().map(|name| serde_json::json!({"rfilename": name})).collect();
     body(&serde_json::json!({"id": "org/name", "sha": "abc123", "siblings": siblings}).to_string())
 }
 
-/// Announces `body` and sends `count` bytes of it.
+/// Announces `body`, but sends only `count` bytes of it.
 fn cut(stream: &mut TcpStream, count: usize, body: &[u8]) {
     let head = format!(
         "HTTP/1.1 200 OK\r\nConnection: close\r\nETag: {}\r\nContent-Length: {}\r\n\r\n",

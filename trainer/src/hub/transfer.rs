@@ -1,25 +1,31 @@
-//! One file over HTTP: an attempt that breaks is followed by one that goes on where it stopped.
+//! Download of one file over HTTP. An interrupted download is resumed where it stopped.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use super::{Hub, Repository, Snapshot, create_dir_all, encoded};
+use super::{Hub, Repository, Snapshot, create_dir_all, percent_encode};
 use crate::system::progress::Progress;
 use crate::system::{atomic, heartbeat};
 use crate::{Error, Result};
 
-/// Attempts at one file.
+/// Number of attempts at one file.
 const ATTEMPTS: u32 = 4;
 
 impl Hub {
-    /// Fetches one file into the snapshot, unless it is there.
+    /// Fetches the file `name` into the snapshot, unless it exists there.
     pub(super) fn file(&self, repository: &Repository, snapshot: &Snapshot, name: &str) -> Result<()> {
         let (id, target) = (&repository.id, snapshot.path.join(name));
         if target.exists() {
             return Ok(());
         }
-        let url = format!("{}{}/{}/{}", self.endpoint, repository.files(), snapshot.commit, encoded(name));
+        let url = format!(
+            "{}{}/{}/{}",
+            self.endpoint,
+            repository.files_path(),
+            snapshot.commit,
+            percent_encode(name)
+        );
         let partial = snapshot.path.join(format!("{name}.incomplete"));
         if let Some(parent) = target.parent() {
             create_dir_all(parent)?;
@@ -32,19 +38,19 @@ impl Hub {
                     return Err(self.refusal(id, &url, &error));
                 }
                 Err(Transfer::Network(error)) => {
-                    tracing::warn!("{name}: {error}; trying again");
+                    tracing::warn!("{name}: {error}; retrying");
                     std::thread::sleep(self.pause * attempt);
                     heartbeat::record_work();
                 }
             }
         }
         atomic::rename(&partial, &target)?;
-        // Whether there is one or not, nobody asks for it again.
+        // The file may not exist, and it is not needed any more.
         let _ = std::fs::remove_file(etag_of(&partial));
         Ok(())
     }
 
-    /// One attempt: appends to `partial` what it lacks.
+    /// Makes one attempt, which appends the missing bytes to `partial`.
     fn transfer(&self, id: &str, url: &str, name: &str, partial: &Path) -> std::result::Result<(), Transfer> {
         let mut file = OpenOptions::new()
             .create(true)
@@ -52,7 +58,8 @@ impl Hub {
             .open(partial)
             .map_err(|error| Transfer::Final(Error::write("open", partial)(error)))?;
         let have = file.metadata().map_or(0, |metadata| metadata.len());
-        // Which file the beginning is of. A server that has another one by now sends it whole.
+        // Version of the file that `partial` is the beginning of. If the server has another version, it sends
+        // the whole file.
         let etag = std::fs::read_to_string(etag_of(partial)).unwrap_or_default();
         let resumed = (have > 0 && !etag.is_empty()).then_some((have, etag.as_str()));
         let restart = |file: &File| {
@@ -64,7 +71,7 @@ impl Hub {
                 restart(&file)?;
                 self.get(url, None).map_err(Transfer::Network)?
             }
-            // Too many requests, or trouble at the other end: it may pass.
+            // Too many requests, or a failure of the server: another attempt may succeed.
             Err(error @ ureq::Error::StatusCode(429 | 500..)) => return Err(Transfer::Network(error)),
             Err(error @ ureq::Error::StatusCode(_)) => {
                 return Err(Transfer::Final(self.refusal(id, url, &error)));
@@ -108,13 +115,17 @@ impl Hub {
             }
         }
         if total.is_some_and(|total| total != done) {
-            let cut = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the answer was cut short");
+            let cut = std::io::Error::new(
+                std::io::ErrorKind::UnexpectedEof,
+                "the connection was closed before the end of the file",
+            );
             return Err(Transfer::Network(ureq::Error::Io(cut)));
         }
         file.sync_all().map_err(|error| Transfer::Final(Error::write("write", partial)(error)))
     }
 
-    /// GET, all of it or, of the file with this etag, what follows so many bytes.
+    /// Sends a GET request. With `resumed`, a number of bytes and an etag, requests the rest of the file if
+    /// it still has that etag.
     pub(super) fn get(
         &self,
         url: &str,
@@ -130,27 +141,30 @@ impl Hub {
         request.call()
     }
 
-    /// What to tell the user of a failed request.
+    /// Makes an error of a failed request.
     pub(super) fn refusal(&self, id: &str, url: &str, error: &ureq::Error) -> Error {
         let host = &self.endpoint;
         let message = match error {
-            // To somebody without a name the hub answers 401 also for what does not exist.
+            // Without a token, the hub also answers 401 for a repository that does not exist.
             ureq::Error::StatusCode(401 | 403) => {
                 let known =
                     if self.token.is_some() { "it does not accept HF_TOKEN" } else { "HF_TOKEN is not set" };
                 format!(
-                    "no such folder, and {host} does not give it out ({error}; {known})\nhint: check the spelling; a private \
-                     or gated one needs the token of an account that may read it, in HF_TOKEN"
+                    "no such folder, and {host} denies access ({error}; {known})\n\
+                     hint: check the spelling; a private or gated \
+                     repository needs HF_TOKEN, the token of an account that may read it"
                 )
             }
             ureq::Error::StatusCode(404) => {
                 format!(
-                    "no such folder, and no such repository or file on {host}: {url}\nhint: check the spelling"
+                    "no such folder, and no such repository or file on {host}: {url}\n\
+                     hint: check the spelling"
                 )
             }
             ureq::Error::StatusCode(_) => format!("{url}: {error}\nhint: try again later"),
             _ => format!(
-                "no such folder, and {host} cannot be reached: {error}\nhint: give the path of a folder, or check the network, \
+                "no such folder, and {host} cannot be reached: {error}\n\
+                 hint: give the path of a folder, or check the network, \
                  HF_ENDPOINT and HTTPS_PROXY"
             ),
         };
@@ -158,19 +172,20 @@ impl Hub {
     }
 }
 
-/// Why an attempt failed.
+/// Error of one attempt.
 enum Transfer {
     /// Another attempt may succeed.
     Network(ureq::Error),
+    /// Another attempt would fail, too.
     Final(Error),
 }
 
-/// Beside the beginning of a file: what the server calls this version of it.
+/// Path of the file that holds the etag of a partial download.
 fn etag_of(partial: &Path) -> PathBuf {
     partial.with_added_extension("etag")
 }
 
-/// `90.9 MB`.
+/// Formats a number of bytes, such as `90.9 MB`.
 fn size(bytes: u64) -> String {
     match bytes {
         0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),

@@ -1,4 +1,4 @@
-//! A chunk: some of a batch's sequences as packed tensors.
+//! Chunks: some sequences of a batch as packed tensors, small enough for one pass through the encoder.
 
 use std::ops::Range;
 
@@ -9,21 +9,22 @@ use crate::Result;
 use crate::config::Pooling;
 use crate::data::batch::Sequence;
 
-/// Sequences laid end to end.
+/// Sequences laid end to end, without padding.
 #[derive(Clone, Debug)]
 pub struct Chunk {
-    /// (T) token ids.
+    /// Token ids, u32 (T), on the CPU.
     pub ids: Tensor,
-    /// Where each sequence lies.
+    /// Offsets of the sequences (N + 1).
     pub packing: Packing,
-    /// (N) the rows of each sequence whose mean is its embedding.
+    /// Of each sequence (N), the tokens whose mean is the embedding.
     pub spans: Vec<Range<usize>>,
-    /// (N) the index of each sequence in the list that was cut.
+    /// Of each sequence (N), the index in the list that was cut.
     pub members: Vec<usize>,
 }
 
 impl Chunk {
-    /// Packs the sequences `members` of `all`, whose index is also their number in the global batch.
+    /// Packs the sequences of `all` with the indices `members`. The index of a sequence is also its number in
+    /// the global batch, which selects its dropout masks.
     pub fn pack(all: &[Sequence], members: Vec<usize>, pooling: Pooling) -> Result<Self> {
         let lengths: Vec<usize> = members.iter().map(|&member| all[member].ids.len()).collect();
         let ids: Vec<u32> = members.iter().flat_map(|&member| all[member].ids.iter().copied()).collect();
@@ -32,7 +33,8 @@ impl Chunk {
             .ranges()
             .zip(&members)
             .map(|(range, &member)| match pooling {
-                // A prompt that is all of a text (cut off, say) still leaves its last token.
+                // If the prompt is the whole sequence, because the text was truncated, its last token
+                // remains.
                 Pooling::Mean => {
                     range.end.min(range.start + all[member].skip as usize).min(range.end - 1)..range.end
                 }
@@ -45,8 +47,9 @@ impl Chunk {
     }
 }
 
-/// Cuts a list of sequences into chunks of at most `limit`, the longest first, so that the chunks are alike and memory's peak comes
-/// with the first one. A sequence that exceeds the limit alone is a chunk of its own.
+/// Cuts the sequences `members` into chunks of at most `limit`, and returns the indices of each chunk. The
+/// longest come first, so that lengths in a chunk are similar and the first chunk needs the most memory. A
+/// sequence longer than the limit has a chunk for itself.
 pub fn cut(sequences: &[Sequence], members: &[usize], limit: Limit) -> Vec<Vec<usize>> {
     let mut order = members.to_vec();
     order.sort_by_key(|&member| (std::cmp::Reverse(sequences[member].ids.len()), member));
@@ -68,12 +71,12 @@ pub fn cut(sequences: &[Sequence], members: &[usize], limit: Limit) -> Vec<Vec<u
     chunks
 }
 
-/// How large a chunk may be.
+/// Maximum size of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
-    /// Of so many tokens.
+    /// Number of tokens.
     Tokens(usize),
-    /// Of so many sequences.
+    /// Number of sequences.
     Sequences(usize),
 }
 
@@ -104,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn pooling_looks_at_all_tokens_but_the_prompt_at_the_first_or_at_the_last() {
+    fn pooled_tokens_are_all_but_the_prompt_or_the_first_or_the_last() {
         let all = sequences(&[4, 1, 2]);
         let spans = |pooling| Chunk::pack(&all, vec![2, 0, 1], pooling).unwrap().spans;
         assert_eq!(spans(Pooling::Mean), [1..2, 4..6, 6..7]);

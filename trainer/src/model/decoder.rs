@@ -1,392 +1,442 @@
-//! Decoders as encoders: Mistral (Jiang et al. 2023), Llama (Touvron et al. 2023), Qwen2 and Qwen3 (Qwen Team 2024, 2025),
-//! Gemma 3 (Gemma Team 2025). Pre-norm, RoPE, grouped-query attention, a gated feed-forward layer. Wiring only: what a family
-//! has or lacks is in [`Shape`]. Names as in transformers' `MistralModel` and its likes.
+//! Decoders as encoders: Mistral (Jiang et al. 2023), Llama (Touvron et al. 2023), Qwen2 and Qwen3 (Qwen Team
+//! 2024, 2025), Gemma 3 (Gemma Team 2025). RMS norms before each block, RoPE, grouped-query attention, a
+//! gated feed-forward layer.
+//!
+//! This file wires the layers. How the families differ is in [`Config`]. Fields and tensors bear the names of
+//! transformers' `MistralModel`.
 
-mod shape;
+mod config;
 
 use candle_core::Tensor;
 use kernels::activation;
 use kernels::attention::{self, Attention};
 use kernels::{embedding, norm, rope};
 
-use self::shape::Sight;
-pub use self::shape::{Family, Shape};
+use self::config::AttentionWindow;
+pub use self::config::{Config, Family, MODEL_TYPES};
+use super::encoder::{self, Encoder, EncoderConfig, SavedFloats, Sizes};
 use super::linear::{self, Linear};
-use super::norms::Rms;
-use super::params::{Gradients, Parameter, Visit};
-use super::pass::{Keep, Pass, SITES};
-
-use super::weights::{Init, Weights};
+use super::norms::RmsNorm;
+use super::params::{Gradients, Parameter, ParameterKind, ParameterVisitor};
+use super::pass::{DROPOUT_SITES, Pass, Saved};
+use super::weights::Weights;
+use crate::config::Pooling;
 use crate::{Error, Result};
 
-/// The encoder.
+const EMBED_TOKENS: &str = "embed_tokens.weight";
+
+/// Encoder of a decoder family.
 #[derive(Debug)]
 pub struct Decoder {
-    shape: Shape,
-    word: Parameter, // (V, D)
+    config: Config,
+    embed_tokens: Parameter, // (V, D)
     layers: Vec<Layer>,
-    norm: Rms,
+    norm: RmsNorm,
     ropes: Vec<rope::Table>,
 }
 
 #[derive(Debug)]
 struct Layer {
-    attention_norm: Rms,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    /// Of each head's queries, and of its keys.
-    head_norms: Option<[Rms; 2]>,
-    output: Linear,
-    norm: Rms,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
-    /// Of what attention adds to the stream, and of what the feed-forward layer adds.
-    addition_norms: Option<[Rms; 2]>,
-    sight: Sight,
-    site: u32,
+    input_layernorm: RmsNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    /// Norms of each head's queries and keys, `q_norm` and `k_norm`.
+    qk_norm: Option<[RmsNorm; 2]>,
+    o_proj: Linear,
+    /// Norm before the feed-forward layer: `pre_feedforward_layernorm` of Gemma, `post_attention_layernorm`
+    /// of the others.
+    mlp_norm: RmsNorm,
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+    /// Norms after attention and after the feed-forward layer, which Gemma has.
+    post_norms: Option<[RmsNorm; 2]>,
+    window: AttentionWindow,
+    first_site: u32,
 }
 
-/// What [`Decoder::backward`] needs of a forward pass.
+/// Activations that the backward pass needs.
 #[derive(Debug)]
-pub struct Tape {
+struct Tape {
     layers: Vec<LayerTape>,
     norm: norm::Tape,
 }
 
-/// Norms' outputs and the activation's are computed again from what is kept here, in one pass over memory each.
+/// Saved activations of one layer.
 #[derive(Debug)]
 struct LayerTape {
-    attention_norm: norm::Tape,
-    inside: Option<Inside>,
-    down: linear::Tape,
-    /// Of what the feed-forward layer adds.
-    down_norm: Option<norm::Tape>,
+    input_layernorm: norm::Tape,
+    /// `None` if only the inputs of layers are saved.
+    activations: Option<Activations>,
+    down_proj: linear::Tape,
+    post_mlp_norm: Option<norm::Tape>,
 }
 
-/// What a layer adds to the stream is made of.
+/// Activations of one layer, up to the input of its last matrix product.
 #[derive(Debug)]
-struct Inside {
-    heads: Heads,
-    v: Tensor,       // (T, G*K)
-    o: Tensor,       // (T, H*K)
+struct Activations {
+    qk: QueriesAndKeys,
+    v: Tensor,       // (T, G·K)
+    o: Tensor,       // (T, H·K)
     log_sum: Tensor, // (H, T)
-    /// Of what attention adds.
-    output_norm: Option<norm::Tape>,
-    norm: norm::Tape,
+    post_attention_norm: Option<norm::Tape>,
+    mlp_norm: norm::Tape,
     gate: Tensor, // (T, F)
     up: Tensor,   // (T, F)
+    /// Tapes of query, key, value, output, gate and up projection.
     adapters: [linear::Tape; 6],
 }
 
-/// Queries (T, H*K) and keys (T, G*K).
+/// Saved queries (T, H·K) and keys (T, G·K).
 #[derive(Debug)]
-enum Heads {
-    /// Turned by their positions.
-    Turned([Tensor; 2]),
-    /// Not yet normed and turned.
-    Raw([norm::Tape; 2]),
+enum QueriesAndKeys {
+    /// Queries and keys after RoPE.
+    Rotated([Tensor; 2]),
+    /// Tapes of the norms of queries and keys, which RoPE follows.
+    Normed([norm::Tape; 2]),
 }
 
-/// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
-struct Stream {
+/// Residual stream between two layers, as two addends: the next norm adds them in the pass that it makes
+/// anyway.
+struct ResidualStream {
     residual: Option<Tensor>, // (T, D)
-    addition: Tensor,         // (T, D)
+    block_output: Tensor,     // (T, D)
+}
+
+impl EncoderConfig for Config {
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            vocab_size: self.vocab_size,
+            hidden_size: self.hidden_size,
+            layers: self.windows.len(),
+            max_positions: self.max_positions,
+        }
+    }
+
+    fn anchor(&self) -> &'static str {
+        EMBED_TOKENS
+    }
+
+    fn default_pooling(&self) -> Pooling {
+        Pooling::LastToken
+    }
+
+    fn saved_floats(&self) -> SavedFloats {
+        let &Self { hidden_size, intermediate_size, heads, kv_heads, head_dim, qk_norm, gemma, .. } = self;
+        let layers = self.windows.len();
+        // sum and deviation of a norm after a block
+        let post_norm = if gemma { hidden_size + 1 } else { 0 };
+        // q and o; k and v; log_sum; deviations of the norms of heads
+        let attention = 2 * heads * head_dim + 2 * kv_heads * head_dim + heads;
+        let head_norms = if qk_norm { heads + kv_heads } else { 0 };
+        SavedFloats {
+            // sum and deviation of a norm
+            layer_inputs: (layers + 1) * (hidden_size + 1) + layers * post_norm,
+            // attention; sum and deviation of the other norms; gate and up
+            inside_layers: layers
+                * (attention + head_norms + hidden_size + 1 + post_norm + 2 * intermediate_size),
+        }
+    }
+
+    fn build(self: Box<Self>, weights: &Weights, max_length: usize) -> Result<Box<dyn Encoder>> {
+        Ok(Box::new(Decoder::new(*self, weights, max_length)?))
+    }
 }
 
 impl Decoder {
-    /// Names of which every file has one, with or without a prefix.
-    pub const ANCHORS: &[&str] = &["embed_tokens.weight"];
-
-    /// Takes the weights. Angles are tabled for texts of up to `longest` tokens: Mistral's 131,072 positions would be 67 MB.
-    pub fn new(shape: Shape, weights: &Weights, longest: usize) -> Result<Self> {
-        let (d, f, k) = (shape.width, shape.inner, shape.head_width);
-        let (queries, keys) = (shape.heads * k, shape.kv_heads * k);
-        let norm = |name: &str, width: usize| Rms::new(weights, name, width, shape.epsilon, shape.gemma);
-        let linear = |name: String, o: usize, i: usize, biased: bool, site: u32| {
-            let bias = |o: usize| weights.tensor(&format!("{name}.bias"), &[o], Init::Zeros);
-            let bias = biased.then(|| bias(o)).transpose()?;
-            Ok::<_, Error>(Linear::new(weights.matrix(&format!("{name}.weight"), o, i)?, bias, site))
-        };
-        // Gemma calls "post attention" what the others do not have.
-        let (before, after) = if shape.gemma {
+    /// Takes the weights. RoPE tables have `max_length` rows: 131,072 positions of Mistral would take 67 MB.
+    fn new(config: Config, weights: &Weights, max_length: usize) -> Result<Self> {
+        let (d, f, k) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (queries, keys) = (config.heads * k, config.kv_heads * k);
+        let biases = config.biases;
+        // `post_attention_layernorm` is Gemma's norm after attention, and the norm before the feed-forward
+        // layer of the others.
+        let (mlp_norm, post_norms) = if config.gemma {
             ("pre_feedforward_layernorm", Some(["post_attention_layernorm", "post_feedforward_layernorm"]))
         } else {
             ("post_attention_layernorm", None)
         };
-        let pair = |a: String, b: String, width: usize| Ok::<_, Error>([norm(&a, width)?, norm(&b, width)?]);
-        let biases = shape.biases;
-        let layer = |(l, &sight): (usize, &Sight)| {
-            let (name, site) = (format!("layers.{l}"), l as u32 * SITES);
-            let head_norms =
-                || pair(format!("{name}.self_attn.q_norm"), format!("{name}.self_attn.k_norm"), k);
-            let addition_norms = |[a, b]: [&str; 2]| pair(format!("{name}.{a}"), format!("{name}.{b}"), d);
+        let layer = |(l, &window): (usize, &AttentionWindow)| {
+            let (name, site) = (format!("layers.{l}"), l as u32 * DROPOUT_SITES);
+            let norm = |part: &str, width: usize| {
+                RmsNorm::new(weights, &format!("{name}.{part}"), width, config.epsilon, config.gemma)
+            };
+            let pair = |[a, b]: [&str; 2], width: usize| Ok::<_, Error>([norm(a, width)?, norm(b, width)?]);
+            let linear = |part: &str, shape: (usize, usize), biased: bool, site: u32| {
+                Linear::new(weights, &format!("{name}.{part}"), shape, biased, site)
+            };
             Ok::<_, Error>(Layer {
-                attention_norm: norm(&format!("{name}.input_layernorm"), d)?,
-                query: linear(format!("{name}.self_attn.q_proj"), queries, d, biases.inputs, site)?,
-                key: linear(format!("{name}.self_attn.k_proj"), keys, d, biases.inputs, site + 1)?,
-                value: linear(format!("{name}.self_attn.v_proj"), keys, d, biases.inputs, site + 2)?,
-                head_norms: shape.head_norms.then(head_norms).transpose()?,
-                output: linear(format!("{name}.self_attn.o_proj"), d, queries, biases.output, site + 3)?,
-                norm: norm(&format!("{name}.{before}"), d)?,
-                gate: linear(format!("{name}.mlp.gate_proj"), f, d, biases.mlp, site + 4)?,
-                up: linear(format!("{name}.mlp.up_proj"), f, d, biases.mlp, site + 5)?,
-                down: linear(format!("{name}.mlp.down_proj"), d, f, biases.mlp, site + 6)?,
-                addition_norms: after.map(addition_norms).transpose()?,
-                sight,
-                site,
+                input_layernorm: norm("input_layernorm", d)?,
+                q_proj: linear("self_attn.q_proj", (queries, d), biases.qkv, site)?,
+                k_proj: linear("self_attn.k_proj", (keys, d), biases.qkv, site + 1)?,
+                v_proj: linear("self_attn.v_proj", (keys, d), biases.qkv, site + 2)?,
+                qk_norm: config
+                    .qk_norm
+                    .then(|| pair(["self_attn.q_norm", "self_attn.k_norm"], k))
+                    .transpose()?,
+                o_proj: linear("self_attn.o_proj", (d, queries), biases.output, site + 3)?,
+                mlp_norm: norm(mlp_norm, d)?,
+                gate_proj: linear("mlp.gate_proj", (f, d), biases.mlp, site + 4)?,
+                up_proj: linear("mlp.up_proj", (f, d), biases.mlp, site + 5)?,
+                down_proj: linear("mlp.down_proj", (d, f), biases.mlp, site + 6)?,
+                post_norms: post_norms.map(|names| pair(names, d)).transpose()?,
+                window,
+                first_site: site,
             })
         };
-        let positions = longest.min(shape.positions);
+        let positions = max_length.min(config.max_positions);
+        let embed_tokens = weights.matrix(EMBED_TOKENS, config.vocab_size, d)?;
         Ok(Self {
-            word: Parameter::frozen(weights.matrix("embed_tokens.weight", shape.vocabulary, d)?),
-            layers: shape.sights.iter().enumerate().map(layer).collect::<Result<_>>()?,
-            norm: norm("norm", d)?,
-            ropes: shape.rotaries.iter().map(|rotary| rotary.table(positions, k)).collect(),
-            shape,
+            embed_tokens: Parameter::new(embed_tokens, ParameterKind::Embedding),
+            layers: config.windows.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            norm: RmsNorm::new(weights, "norm", d, config.epsilon, config.gemma)?,
+            ropes: config.rope_parameters.iter().map(|rope| rope.table(positions, k)).collect(),
+            config,
         })
-    }
-
-    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
-        let tables =
-            embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
-        let words = pass.round(self.scaled(embedding::forward(ids, pass.packing, &tables)?)?)?;
-        let mut stream = Stream { residual: None, addition: words };
-        let mut layers = Vec::new();
-        for layer in &self.layers {
-            let (next, tape) = self.forward_layer(layer, stream, pass, keep)?;
-            stream = next;
-            layers.extend(tape);
-        }
-        let (y, norm) = self.norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
-        Ok((y, (keep > Keep::Nothing).then_some(Tape { layers, norm })))
-    }
-
-    /// d(hidden states) (T, D) → the gradients of everything trained.
-    pub fn backward(
-        &self,
-        ids: &Tensor,
-        tape: Tape,
-        dy: Tensor,
-        pass: &Pass,
-        gradients: &Gradients,
-    ) -> Result<()> {
-        let below = self.word.slot().is_some();
-        let mut ds = Some(self.norm.backward(&tape.norm, &dy, None, pass, gradients)?);
-        for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
-            let Some(d) = ds.take() else { break };
-            ds = gradients.beside(|| self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients))?;
-        }
-        if let (Some(dword), Some(dx)) = (gradients.of(&self.word)?, ds) {
-            embedding::backward(&self.scaled(dx)?, ids, pass.packing, 0, Some(&dword), None, None)?;
-        }
-        Ok(())
     }
 
     fn forward_layer(
         &self,
         layer: &Layer,
-        stream: Stream,
+        stream: ResidualStream,
         pass: &Pass,
-        keep: Keep,
-    ) -> Result<(Stream, Option<LayerTape>)> {
-        let (y, attention_norm) =
-            layer.attention_norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
-        let inside = self.inside(layer, &y, &attention_norm, pass)?;
-        let h = pass.round(activation::gated(&inside.gate, &inside.up, self.shape.activation)?)?;
-        let residual = Some(inside.norm.sum.clone());
-        let inside = (keep == Keep::Whole).then_some(inside);
-        let (d, down) = layer.down.forward(&h, pass)?; // (T, D)
-        let [_, norm_of_down] = layer.norms_of_additions();
-        let (d, down_norm) = normed(d, norm_of_down, pass)?;
-        let tape = LayerTape { attention_norm, inside, down, down_norm };
-        Ok((Stream { residual, addition: d }, (keep > Keep::Nothing).then_some(tape)))
+        save: Saved,
+    ) -> Result<(ResidualStream, Option<LayerTape>)> {
+        let (y, input_layernorm) =
+            layer.input_layernorm.forward(&stream.block_output, stream.residual.as_ref(), pass)?;
+        let activations = self.activations(layer, &y, &input_layernorm.sum, pass)?;
+        let h = pass.round(activation::gated(&activations.gate, &activations.up, self.config.activation)?)?;
+        let residual = Some(activations.mlp_norm.sum.clone());
+        let activations = (save == Saved::All).then_some(activations);
+        let (d, down_proj) = layer.down_proj.forward(&h, pass)?; // (T, D)
+        let [_, post_mlp_norm] = layer.post_norms();
+        let (d, post_mlp_norm) = apply_post_norm(d, post_mlp_norm, pass)?;
+        let tape = LayerTape { input_layernorm, activations, down_proj, post_mlp_norm };
+        Ok((ResidualStream { residual, block_output: d }, (save > Saved::None).then_some(tape)))
     }
 
-    /// All but the last product, from y (T, D), the output of the layer's first norm.
-    fn inside(&self, layer: &Layer, y: &Tensor, stream: &norm::Tape, pass: &Pass) -> Result<Inside> {
-        let (q, q_tape) = layer.query.forward(y, pass)?; // (T, H*K)
-        let (k, k_tape) = layer.key.forward(y, pass)?; // (T, G*K)
-        let (v, v_tape) = layer.value.forward(y, pass)?; // (T, G*K)
-        let ([q, k], heads) = self.turn(layer, [q, k], pass)?;
+    /// Computes all activations but the last matrix product, from y (T, D), the output of the first norm, and
+    /// its input, the residual stream (T, D).
+    fn activations(&self, layer: &Layer, y: &Tensor, residual: &Tensor, pass: &Pass) -> Result<Activations> {
+        let (q, q_tape) = layer.q_proj.forward(y, pass)?; // (T, H·K)
+        let (k, k_tape) = layer.k_proj.forward(y, pass)?; // (T, G·K)
+        let (v, v_tape) = layer.v_proj.forward(y, pass)?; // (T, G·K)
+        let ([q, k], qk) = self.apply_qk_norm_and_rope(layer, [q, k], pass)?;
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
         let o = pass.round(o)?;
-        let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
-        let [norm_of_output, _] = layer.norms_of_additions();
-        let (a, output_norm) = normed(a, norm_of_output, pass)?;
+        let (a, o_tape) = layer.o_proj.forward(&o, pass)?; // (T, D)
+        let [post_attention_norm, _] = layer.post_norms();
+        let (a, post_attention_norm) = apply_post_norm(a, post_attention_norm, pass)?;
 
-        let (z, norm) = layer.norm.forward(&a, Some(&stream.sum), pass)?;
-        let (gate, gate_tape) = layer.gate.forward(&z, pass)?; // (T, F)
-        let (up, up_tape) = layer.up.forward(&z, pass)?; // (T, F)
+        let (z, mlp_norm) = layer.mlp_norm.forward(&a, Some(residual), pass)?;
+        let (gate, gate_tape) = layer.gate_proj.forward(&z, pass)?; // (T, F)
+        let (up, up_tape) = layer.up_proj.forward(&z, pass)?; // (T, F)
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
-        Ok(Inside { heads, v, o, log_sum, output_norm, norm, gate, up, adapters })
+        Ok(Activations { qk, v, o, log_sum, post_attention_norm, mlp_norm, gate, up, adapters })
     }
 
-    /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
+    /// Maps ds (T, D), the gradient of the residual stream after this layer, to that before it, which may be
+    /// `None` unless `needs_dx`.
     fn backward_layer(
         &self,
         layer: &Layer,
         tape: LayerTape,
         ds: Tensor,
-        below: bool,
+        needs_dx: bool,
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Option<Tensor>> {
-        let y = layer.attention_norm.again(&tape.attention_norm, pass)?;
-        let inside = match tape.inside {
-            Some(inside) => inside,
-            None => self.inside(layer, &y, &tape.attention_norm, pass)?,
+        let y = layer.input_layernorm.recompute(&tape.input_layernorm, pass)?;
+        let activations = match tape.activations {
+            Some(activations) => activations,
+            None => self.activations(layer, &y, &tape.input_layernorm.sum, pass)?,
         };
-        let Inside { heads, v, o, log_sum, output_norm, norm, gate, up, adapters } = inside;
+        let Activations { qk, v, o, log_sum, post_attention_norm, mlp_norm, gate, up, adapters } =
+            activations;
         let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape] = &adapters;
-        let [norm_of_output, norm_of_down] = layer.norms_of_additions();
-        let dd = normed_backward(&ds, norm_of_down, tape.down_norm.as_ref(), pass, gradients)?;
-        let h = pass.round(activation::gated(&gate, &up, self.shape.activation)?)?;
-        let dh = layer.down.backward(&h, &tape.down, &dd, None, pass, gradients)?;
-        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, self.shape.activation)?;
+        let [norm_of_attention, norm_of_mlp] = layer.post_norms();
+        let dd = backward_post_norm(&ds, norm_of_mlp, tape.post_mlp_norm.as_ref(), pass, gradients)?;
+        let h = pass.round(activation::gated(&gate, &up, self.config.activation)?)?;
+        let dh = layer.down_proj.backward(&h, &tape.down_proj, &dd, None, pass, gradients)?;
+        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, self.config.activation)?;
         let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
-        let z = layer.norm.again(&norm, pass)?;
-        let dz = layer.gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
-        let dz = layer.up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = layer.norm.backward(&norm, &dz, Some(&ds), pass, gradients)?;
+        let z = layer.mlp_norm.recompute(&mlp_norm, pass)?;
+        let dz = layer.gate_proj.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
+        let dz = layer.up_proj.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
+        let ds = layer.mlp_norm.backward(&mlp_norm, &dz, Some(&ds), pass, gradients)?;
 
-        let da = normed_backward(&ds, norm_of_output, output_norm.as_ref(), pass, gradients)?;
-        let d_o = layer.output.backward(&o, o_tape, &da, None, pass, gradients)?;
+        let da = backward_post_norm(&ds, norm_of_attention, post_attention_norm.as_ref(), pass, gradients)?;
+        let d_o = layer.o_proj.backward(&o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
-        let [q, k] = self.turned(layer, &heads, pass)?;
+        let [q, k] = self.recompute_qk_norm_and_rope(layer, &qk, pass)?;
         let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
         let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
-        let [dq, dk] = self.turn_back(layer, [dq, dk], &heads, pass, gradients)?;
-        if !below && !layer.attention_norm.trained() {
+        let [dq, dk] = self.backward_qk_norm_and_rope(layer, [dq, dk], &qk, pass, gradients)?;
+        if !needs_dx && !layer.input_layernorm.is_trained() {
             for (linear, tape, d) in
-                [(&layer.query, q_tape, dq), (&layer.key, k_tape, dk), (&layer.value, v_tape, dv)]
+                [(&layer.q_proj, q_tape, dq), (&layer.k_proj, k_tape, dk), (&layer.v_proj, v_tape, dv)]
             {
                 linear.backward_parameters(&y, tape, &d, None, pass, gradients)?;
             }
             return Ok(None);
         }
-        let dy = layer.query.backward(&y, q_tape, &dq, None, pass, gradients)?;
-        let dy = layer.key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
-        let dy = layer.value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
-        layer.attention_norm.backward(&tape.attention_norm, &dy, Some(&ds), pass, gradients).map(Some)
+        let dy = layer.q_proj.backward(&y, q_tape, &dq, None, pass, gradients)?;
+        let dy = layer.k_proj.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
+        let dy = layer.v_proj.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
+        layer.input_layernorm.backward(&tape.input_layernorm, &dy, Some(&ds), pass, gradients).map(Some)
     }
 
-    /// Queries and keys as attention takes them, and what is kept of them.
-    fn turn(&self, layer: &Layer, [q, k]: [Tensor; 2], pass: &Pass) -> Result<([Tensor; 2], Heads)> {
-        match &layer.head_norms {
-            Some([of_q, of_k]) => {
-                let (q, q_tape) = of_q.forward_heads(&q, pass)?;
-                let (k, k_tape) = of_k.forward_heads(&k, pass)?;
-                Ok((self.rotated(layer, [q, k], pass)?, Heads::Raw([q_tape, k_tape])))
+    /// Returns queries and keys after their norms and RoPE, and what the backward pass needs of them.
+    fn apply_qk_norm_and_rope(
+        &self,
+        layer: &Layer,
+        [q, k]: [Tensor; 2],
+        pass: &Pass,
+    ) -> Result<([Tensor; 2], QueriesAndKeys)> {
+        match &layer.qk_norm {
+            Some([q_norm, k_norm]) => {
+                let (q, q_tape) = q_norm.forward_heads(&q, pass)?;
+                let (k, k_tape) = k_norm.forward_heads(&k, pass)?;
+                Ok((self.apply_rope(layer, [q, k], pass)?, QueriesAndKeys::Normed([q_tape, k_tape])))
             }
             None => {
-                let both = self.rotated(layer, [q, k], pass)?;
-                Ok((both.clone(), Heads::Turned(both)))
+                let both = self.apply_rope(layer, [q, k], pass)?;
+                Ok((both.clone(), QueriesAndKeys::Rotated(both)))
             }
         }
     }
 
-    /// The first of what [`Self::turn`] returned, once more.
-    fn turned(&self, layer: &Layer, heads: &Heads, pass: &Pass) -> Result<[Tensor; 2]> {
-        match (heads, &layer.head_norms) {
-            (Heads::Raw([q, k]), Some([of_q, of_k])) => {
-                let both = [of_q.again_heads(q, pass)?, of_k.again_heads(k, pass)?];
-                self.rotated(layer, both, pass)
+    /// Recomputes the queries and keys of [`Self::apply_qk_norm_and_rope`].
+    fn recompute_qk_norm_and_rope(
+        &self,
+        layer: &Layer,
+        qk: &QueriesAndKeys,
+        pass: &Pass,
+    ) -> Result<[Tensor; 2]> {
+        match (qk, &layer.qk_norm) {
+            (QueriesAndKeys::Normed([q, k]), Some([q_norm, k_norm])) => {
+                let both = [q_norm.recompute_heads(q, pass)?, k_norm.recompute_heads(k, pass)?];
+                self.apply_rope(layer, both, pass)
             }
-            (Heads::Turned(both), _) => Ok(both.clone()),
-            (Heads::Raw(_), None) => Err(Error::Bug("the tape is of another decoder".to_owned())),
+            (QueriesAndKeys::Rotated(both), _) => Ok(both.clone()),
+            (QueriesAndKeys::Normed(_), None) => Err(Error::Bug("the tape is of another decoder".to_owned())),
         }
     }
 
-    fn rotated(&self, layer: &Layer, [q, k]: [Tensor; 2], pass: &Pass) -> Result<[Tensor; 2]> {
-        let (q, k) = rope::forward_both(&q, &k, pass.packing, &self.ropes[layer.sight.rotary])?;
+    fn apply_rope(&self, layer: &Layer, [q, k]: [Tensor; 2], pass: &Pass) -> Result<[Tensor; 2]> {
+        let (q, k) = rope::forward_both(&q, &k, pass.packing, &self.ropes[layer.window.rope])?;
         Ok([pass.round(q)?, pass.round(k)?])
     }
 
-    fn turn_back(
+    /// Maps the gradients of queries and keys after norms and RoPE to those before.
+    fn backward_qk_norm_and_rope(
         &self,
         layer: &Layer,
         [dq, dk]: [Tensor; 2],
-        heads: &Heads,
+        qk: &QueriesAndKeys,
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<[Tensor; 2]> {
-        let (dq, dk) = rope::backward_both(&dq, &dk, pass.packing, &self.ropes[layer.sight.rotary])?;
+        let (dq, dk) = rope::backward_both(&dq, &dk, pass.packing, &self.ropes[layer.window.rope])?;
         let (dq, dk) = (pass.round(dq)?, pass.round(dk)?);
-        match (heads, &layer.head_norms) {
-            (Heads::Raw([q, k]), Some([of_q, of_k])) => Ok([
-                of_q.backward_heads(q, &dq, pass, gradients)?,
-                of_k.backward_heads(k, &dk, pass, gradients)?,
+        match (qk, &layer.qk_norm) {
+            (QueriesAndKeys::Normed([q, k]), Some([q_norm, k_norm])) => Ok([
+                q_norm.backward_heads(q, &dq, pass, gradients)?,
+                k_norm.backward_heads(k, &dk, pass, gradients)?,
             ]),
             _ => Ok([dq, dk]),
         }
     }
 
-    /// Gemma's embeddings times √D, and as well their gradient.
-    fn scaled(&self, x: Tensor) -> Result<Tensor> {
-        if self.shape.gemma { Ok((x * (self.shape.width as f64).sqrt())?) } else { Ok(x) }
+    /// Multiplies embeddings, or their gradient, by √D in Gemma.
+    fn scale_embeddings(&self, x: Tensor) -> Result<Tensor> {
+        if self.config.gemma { Ok((x * (self.config.hidden_size as f64).sqrt())?) } else { Ok(x) }
     }
 
     fn attention(&self, layer: &Layer, pass: &Pass) -> Attention {
-        let shape = &self.shape;
+        let config = &self.config;
         Attention {
-            heads: shape.heads,
-            kv_heads: shape.kv_heads,
-            head_width: shape.head_width,
-            scale: shape.scale,
-            left: layer.sight.left,
-            right: layer.sight.right,
-            dropout: pass.dropout(shape.dropout, layer.site + 7),
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_width: config.head_dim,
+            scale: config.scale,
+            left: layer.window.left,
+            right: layer.window.right,
+            dropout: pass.dropout_mask(config.dropout, layer.first_site + 7),
         }
     }
+}
 
-    /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
-        let Shape { width, inner, heads, kv_heads, head_width, head_norms, gemma, .. } = self.shape;
-        let layers = self.shape.layers();
-        // a norm's sum and deviation; Gemma has another one after each block
-        let of_addition = if gemma { width + 1 } else { 0 };
-        let inputs = (layers + 1) * (width + 1) + layers * of_addition;
-        // q and o; k and v; log-sum-exp; deviations of heads; another norm; gate and up
-        let of_heads = if head_norms { heads + kv_heads } else { 0 };
-        let inside = 2 * heads * head_width + 2 * kv_heads * head_width + heads + of_heads;
-        let inside = inside + width + 1 + of_addition + 2 * inner;
-        4 * match keep {
-            Keep::Nothing => 0,
-            Keep::Inputs => inputs,
-            Keep::Whole => inputs + layers * inside,
-        }
+impl Encoder for Decoder {
+    fn config(&self) -> &dyn EncoderConfig {
+        &self.config
     }
 
-    /// Parameters, in the order of the checkpoint.
-    pub fn visit(&mut self, visit: &mut dyn Visit) -> Result<()> {
-        visit.parameter("embed_tokens.weight", &mut self.word)?;
+    fn forward(&self, ids: &Tensor, pass: &Pass, save: Saved) -> Result<(Tensor, Option<encoder::Tape>)> {
+        let word = self.embed_tokens.value();
+        let tables = embedding::Tables { word, position: None, position_offset: 0, kind: None };
+        let x = self.scale_embeddings(embedding::forward(ids, pass.packing, &tables)?)?;
+        let mut stream = ResidualStream { residual: None, block_output: pass.round(x)? };
+        let mut layers = Vec::new();
+        for layer in &self.layers {
+            let (next, tape) = self.forward_layer(layer, stream, pass, save)?;
+            stream = next;
+            layers.extend(tape);
+        }
+        let (y, norm) = self.norm.forward(&stream.block_output, stream.residual.as_ref(), pass)?;
+        Ok((y, (save > Saved::None).then(|| encoder::Tape::new(Tape { layers, norm }))))
+    }
+
+    fn backward(
+        &self,
+        ids: &Tensor,
+        tape: encoder::Tape,
+        dy: Tensor,
+        pass: &Pass,
+        gradients: &Gradients,
+    ) -> Result<()> {
+        let tape: Tape = tape.into_inner()?;
+        let embeddings_trained = self.embed_tokens.is_trained();
+        let mut ds = Some(self.norm.backward(&tape.norm, &dy, None, pass, gradients)?);
+        for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
+            let Some(d) = ds.take() else { break };
+            let needs_dx = l > 0 || embeddings_trained;
+            ds = gradients
+                .run_with_deferred(|| self.backward_layer(layer, tape, d, needs_dx, pass, gradients))?;
+        }
+        if let (Some(dword), Some(dx)) = (gradients.grad_slot(&self.embed_tokens)?, ds) {
+            let dx = self.scale_embeddings(dx)?;
+            embedding::backward(&dx, ids, pass.packing, 0, Some(&dword), None, None)?;
+        }
+        Ok(())
+    }
+
+    fn visit(&mut self, visitor: &mut dyn ParameterVisitor) -> Result<()> {
+        visitor.parameter(EMBED_TOKENS, &mut self.embed_tokens)?;
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let name = format!("layers.{l}");
             for (part, linear) in layer.linears() {
-                linear.visit(&format!("{name}.{part}"), visit)?;
+                linear.visit(&format!("{name}.{part}"), visitor)?;
             }
-            if let Some([query, key]) = &mut layer.head_norms {
-                query.visit(&format!("{name}.self_attn.q_norm"), visit)?;
-                key.visit(&format!("{name}.self_attn.k_norm"), visit)?;
+            if let Some([q_norm, k_norm]) = &mut layer.qk_norm {
+                q_norm.visit(&format!("{name}.self_attn.q_norm"), visitor)?;
+                k_norm.visit(&format!("{name}.self_attn.k_norm"), visitor)?;
             }
-            layer.attention_norm.visit(&format!("{name}.input_layernorm"), visit)?;
-            match &mut layer.addition_norms {
-                None => layer.norm.visit(&format!("{name}.post_attention_layernorm"), visit)?,
-                Some([attention, feed_forward]) => {
-                    attention.visit(&format!("{name}.post_attention_layernorm"), visit)?;
-                    layer.norm.visit(&format!("{name}.pre_feedforward_layernorm"), visit)?;
-                    feed_forward.visit(&format!("{name}.post_feedforward_layernorm"), visit)?;
+            layer.input_layernorm.visit(&format!("{name}.input_layernorm"), visitor)?;
+            match &mut layer.post_norms {
+                None => layer.mlp_norm.visit(&format!("{name}.post_attention_layernorm"), visitor)?,
+                Some([post_attention, post_mlp]) => {
+                    post_attention.visit(&format!("{name}.post_attention_layernorm"), visitor)?;
+                    layer.mlp_norm.visit(&format!("{name}.pre_feedforward_layernorm"), visitor)?;
+                    post_mlp.visit(&format!("{name}.post_feedforward_layernorm"), visitor)?;
                 }
             }
         }
-        self.norm.visit("norm", visit)
+        self.norm.visit("norm", visitor)
     }
 
-    /// Every linear layer with its name: what LoRA attaches to.
-    pub fn linears(&mut self) -> Vec<(String, &mut Linear)> {
+    fn linears(&mut self) -> Vec<(String, &mut Linear)> {
         let layers = self.layers.iter_mut().enumerate();
         layers
             .flat_map(|(l, layer)| {
@@ -394,35 +444,20 @@ impl Decoder {
             })
             .collect()
     }
-
-    /// D.
-    pub fn width(&self) -> usize {
-        self.shape.width
-    }
-
-    /// The longest text that has positions.
-    pub fn positions(&self) -> usize {
-        self.shape.positions
-    }
-
-    /// V.
-    pub fn vocabulary(&self) -> usize {
-        self.shape.vocabulary
-    }
 }
 
-/// What a block adds to the stream, normed where the family norms it.
-fn normed(x: Tensor, norm: Option<&Rms>, pass: &Pass) -> Result<(Tensor, Option<norm::Tape>)> {
+/// Applies the norm after a block, in families that have one.
+fn apply_post_norm(x: Tensor, norm: Option<&RmsNorm>, pass: &Pass) -> Result<(Tensor, Option<norm::Tape>)> {
     match norm {
         Some(norm) => norm.forward(&x, None, pass).map(|(y, tape)| (y, Some(tape))),
         None => Ok((x, None)),
     }
 }
 
-/// The gradient of [`normed`]'s x, from that of the stream.
-fn normed_backward(
+/// Maps the gradient of the residual stream to that of a block's output before [`apply_post_norm`].
+fn backward_post_norm(
     ds: &Tensor,
-    norm: Option<&Rms>,
+    norm: Option<&RmsNorm>,
     tape: Option<&norm::Tape>,
     pass: &Pass,
     gradients: &Gradients,
@@ -434,19 +469,20 @@ fn normed_backward(
 }
 
 impl Layer {
-    fn norms_of_additions(&self) -> [Option<&Rms>; 2] {
-        self.addition_norms.as_ref().map_or([None; 2], |[attention, down]| [Some(attention), Some(down)])
+    /// Norms after attention and after the feed-forward layer.
+    fn post_norms(&self) -> [Option<&RmsNorm>; 2] {
+        self.post_norms.as_ref().map_or([None; 2], |[attention, mlp]| [Some(attention), Some(mlp)])
     }
 
     fn linears(&mut self) -> [(&'static str, &mut Linear); 7] {
         [
-            ("self_attn.q_proj", &mut self.query),
-            ("self_attn.k_proj", &mut self.key),
-            ("self_attn.v_proj", &mut self.value),
-            ("self_attn.o_proj", &mut self.output),
-            ("mlp.gate_proj", &mut self.gate),
-            ("mlp.up_proj", &mut self.up),
-            ("mlp.down_proj", &mut self.down),
+            ("self_attn.q_proj", &mut self.q_proj),
+            ("self_attn.k_proj", &mut self.k_proj),
+            ("self_attn.v_proj", &mut self.v_proj),
+            ("self_attn.o_proj", &mut self.o_proj),
+            ("mlp.gate_proj", &mut self.gate_proj),
+            ("mlp.up_proj", &mut self.up_proj),
+            ("mlp.down_proj", &mut self.down_proj),
         ]
     }
 }

@@ -1,159 +1,157 @@
-//! The families behind one face.
+//! The interface of an encoder stack, and the list of the stacks that are known.
+//!
+//! A stack has a module of its own, which reads config.json ([`EncoderConfig`]), takes the weights
+//! ([`EncoderConfig::build`]) and runs forward and backward ([`Encoder`]). [`read_config`] lists the stacks.
+
+use std::any::Any;
+use std::fmt;
 
 use candle_core::Tensor;
 
-use super::bert::{self, Bert};
-use super::decoder::{self, Decoder};
+use super::config_json::ConfigJson;
 use super::linear::Linear;
-use super::modernbert::{self, ModernBert};
-use super::params::{Gradients, Visit};
-use super::pass::{Keep, Pass};
-use super::settings::Settings;
+use super::params::{Gradients, ParameterVisitor};
+use super::pass::{Pass, Saved};
 use super::weights::Weights;
-use crate::Result;
+use super::{bert, decoder, modernbert};
+use crate::config::Pooling;
+use crate::{Error, Result};
 
-/// An encoder of one of the supported families.
-#[derive(Debug)]
-pub enum Encoder {
-    /// `BertModel` and its likes.
-    Bert(Bert),
-    /// `MistralModel` and its likes.
-    Decoder(Decoder),
-    /// `ModernBertModel`.
-    ModernBert(ModernBert),
-}
+/// Maps token ids to hidden states, with a written backward pass.
+pub trait Encoder: fmt::Debug + Send + Sync {
+    /// The configuration that the encoder was built from.
+    fn config(&self) -> &dyn EncoderConfig;
 
-/// What the backward pass needs of a forward pass.
-#[derive(Debug)]
-pub enum Tape {
-    /// Of [`Encoder::Bert`].
-    Bert(bert::Tape),
-    /// Of [`Encoder::Decoder`].
-    Decoder(decoder::Tape),
-    /// Of [`Encoder::ModernBert`].
-    ModernBert(modernbert::Tape),
-}
+    /// Maps ids (T) to hidden states (T, D). The tape holds what `save` asks for; it is `None` for
+    /// [`Saved::None`].
+    fn forward(&self, ids: &Tensor, pass: &Pass, save: Saved) -> Result<(Tensor, Option<Tape>)>;
 
-impl Encoder {
-    /// Builds the family that config.json's `model_type` names; `weights` are opened by names that it has. `dropout` stands in
-    /// for config.json's rates, `longest` is the longest text of the run.
-    pub fn new(
-        settings: &Settings,
-        weights: impl FnOnce(&[&str]) -> Result<Weights>,
-        dropout: Option<f32>,
-        longest: usize,
-    ) -> Result<(Self, Vec<(String, Tensor)>)> {
-        let name = settings.get("model_type").and_then(|kind| kind.as_str());
-        let supported = "bert, roberta, xlm-roberta, camembert, mpnet, distilbert, modernbert, mistral, llama, qwen2, qwen3, gemma3_text";
-        let Some(name) = name else {
-            return Err(settings.wrong(format!("lacks `model_type`; supported are {supported}")));
-        };
-        if let Some(family) = decoder::Family::named(name) {
-            let shape = decoder::Shape::read(family, settings, dropout)?;
-            let weights = weights(Decoder::ANCHORS)?;
-            return Ok((Self::Decoder(Decoder::new(shape, &weights, longest)?), Vec::new()));
-        }
-        if let Some(family) = bert::Family::named(name) {
-            let shape = bert::Shape::read(family, settings, dropout)?;
-            let weights = weights(Bert::ANCHORS)?;
-            return Ok((Self::Bert(Bert::new(shape, &weights)?), weights.passthrough(Bert::PASSTHROUGH)?));
-        }
-        if name == "modernbert" {
-            let shape = modernbert::Shape::read(settings, dropout)?;
-            let weights = weights(ModernBert::ANCHORS)?;
-            return Ok((Self::ModernBert(ModernBert::new(shape, &weights, longest)?), Vec::new()));
-        }
-        Err(settings.wrong(format!("`model_type` is `{name}`, supported are {supported}")))
-    }
-
-    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
-        match self {
-            Self::Bert(encoder) => {
-                let (x, tape) = encoder.forward(ids, pass, keep)?;
-                Ok((x, tape.map(Tape::Bert)))
-            }
-            Self::Decoder(encoder) => {
-                let (x, tape) = encoder.forward(ids, pass, keep)?;
-                Ok((x, tape.map(Tape::Decoder)))
-            }
-            Self::ModernBert(encoder) => {
-                let (x, tape) = encoder.forward(ids, pass, keep)?;
-                Ok((x, tape.map(Tape::ModernBert)))
-            }
-        }
-    }
-
-    /// d(hidden states) (T, D) → the gradients of everything trained.
-    pub fn backward(
+    /// Adds the gradients of all trained parameters, given those of the hidden states: dy (T, D).
+    fn backward(
         &self,
         ids: &Tensor,
         tape: Tape,
-        dx: Tensor,
+        dy: Tensor,
         pass: &Pass,
         gradients: &Gradients,
-    ) -> Result<()> {
-        match (self, tape) {
-            (Self::Bert(encoder), Tape::Bert(tape)) => encoder.backward(ids, tape, dx, pass, gradients),
-            (Self::Decoder(encoder), Tape::Decoder(tape)) => encoder.backward(ids, tape, dx, pass, gradients),
-            (Self::ModernBert(encoder), Tape::ModernBert(tape)) => {
-                encoder.backward(ids, tape, dx, pass, gradients)
-            }
-            _ => Err(crate::Error::Bug("the tape is of another encoder".to_owned())),
-        }
+    ) -> Result<()>;
+
+    /// Visits all parameters, in the order of the checkpoint.
+    fn visit(&mut self, visitor: &mut dyn ParameterVisitor) -> Result<()>;
+
+    /// Lists all linear layers with their names in the checkpoint: the layers that LoRA can adapt.
+    fn linears(&mut self) -> Vec<(String, &mut Linear)>;
+}
+
+/// The checked config.json of an encoder.
+pub trait EncoderConfig: fmt::Debug + Send + Sync {
+    /// Sizes that the rest of the program needs.
+    fn sizes(&self) -> Sizes;
+
+    /// Name of a tensor that every checkpoint has. What precedes it there (`bert.`, `model.`) precedes all
+    /// names.
+    fn anchor(&self) -> &'static str;
+
+    /// Prefix of tensors that the encoder does not use but that an export keeps, such as BERT's pooler.
+    fn passthrough(&self) -> Option<&'static str> {
+        None
     }
 
-    /// Parameters, in the order of the checkpoint.
-    pub fn visit(&mut self, visit: &mut dyn Visit) -> Result<()> {
-        match self {
-            Self::Bert(encoder) => encoder.visit(visit),
-            Self::Decoder(encoder) => encoder.visit(visit),
-            Self::ModernBert(encoder) => encoder.visit(visit),
-        }
+    /// Pooling of a bare transformer, which has no modules.json.
+    fn default_pooling(&self) -> Pooling {
+        Pooling::Mean
     }
 
-    /// Every linear layer with its name.
-    pub fn linears(&mut self) -> Vec<(String, &mut Linear)> {
-        match self {
-            Self::Bert(encoder) => encoder.linears(),
-            Self::Decoder(encoder) => encoder.linears(),
-            Self::ModernBert(encoder) => encoder.linears(),
+    /// Numbers of floats that the tape holds for each token.
+    fn saved_floats(&self) -> SavedFloats;
+
+    /// Takes the weights. RoPE angles are computed for texts of up to `max_length` tokens.
+    fn build(self: Box<Self>, weights: &Weights, max_length: usize) -> Result<Box<dyn Encoder>>;
+}
+
+/// Sizes of an encoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// V: rows of the table of token embeddings.
+    pub vocab_size: usize,
+    /// D: elements of a hidden state.
+    pub hidden_size: usize,
+    /// L: number of layers.
+    pub layers: usize,
+    /// Number of tokens of the longest text that has positions.
+    pub max_positions: usize,
+}
+
+/// Numbers of floats that a tape holds for each token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedFloats {
+    /// Floats that [`Saved::LayerInputs`] saves.
+    pub layer_inputs: usize,
+    /// Floats that [`Saved::All`] saves in addition.
+    pub inside_layers: usize,
+}
+
+impl SavedFloats {
+    /// Total for `save`.
+    pub fn total(self, save: Saved) -> usize {
+        match save {
+            Saved::None => 0,
+            Saved::LayerInputs => self.layer_inputs,
+            Saved::All => self.layer_inputs + self.inside_layers,
         }
+    }
+}
+
+/// Activations that an encoder saved in its forward pass, in a type of its own.
+#[derive(Debug)]
+pub struct Tape(Box<dyn Any + Send>);
+
+impl Tape {
+    /// Wraps the tape of one encoder.
+    pub fn new(tape: impl Any + Send) -> Self {
+        Self(Box::new(tape))
     }
 
-    /// D.
-    pub fn width(&self) -> usize {
-        match self {
-            Self::Bert(encoder) => encoder.width(),
-            Self::Decoder(encoder) => encoder.width(),
-            Self::ModernBert(encoder) => encoder.width(),
-        }
+    /// Returns the tape of the encoder that made it.
+    ///
+    /// # Errors
+    /// Another encoder made it, which is a bug.
+    pub fn into_inner<T: Any>(self) -> Result<T> {
+        let tape = self.0.downcast::<T>();
+        tape.map(|tape| *tape).map_err(|_| Error::Bug("the tape is of another encoder".to_owned()))
     }
+}
 
-    /// P, the longest text that has positions.
-    pub fn positions(&self) -> usize {
-        match self {
-            Self::Bert(encoder) => encoder.positions(),
-            Self::Decoder(encoder) => encoder.positions(),
-            Self::ModernBert(encoder) => encoder.positions(),
-        }
+/// Reads and checks config.json, whose `model_type` names the stack and the family. `dropout` replaces the
+/// rates of config.json.
+///
+/// # Errors
+/// The `model_type` is not supported, a field is missing or wrong, or a setting that changes the result is
+/// not supported.
+pub fn read_config(json: &ConfigJson, dropout: Option<f32>) -> Result<Box<dyn EncoderConfig>> {
+    let model_type = json.get("model_type").and_then(|model_type| model_type.as_str());
+    if let Some(family) = family(bert::MODEL_TYPES, model_type) {
+        return Ok(Box::new(bert::Config::read(family, json, dropout)?));
     }
+    if let Some(()) = family(modernbert::MODEL_TYPES, model_type) {
+        return Ok(Box::new(modernbert::Config::read(json, dropout)?));
+    }
+    if let Some(family) = family(decoder::MODEL_TYPES, model_type) {
+        return Ok(Box::new(decoder::Config::read(family, json, dropout)?));
+    }
+    let supported = [names(bert::MODEL_TYPES), names(modernbert::MODEL_TYPES), names(decoder::MODEL_TYPES)];
+    let supported = supported.concat().join(", ");
+    Err(json.error(match model_type {
+        Some(model_type) => format!("`model_type` is `{model_type}`, supported are {supported}"),
+        None => format!("lacks `model_type`; supported are {supported}"),
+    }))
+}
 
-    /// V.
-    pub fn vocabulary(&self) -> usize {
-        match self {
-            Self::Bert(encoder) => encoder.vocabulary(),
-            Self::Decoder(encoder) => encoder.vocabulary(),
-            Self::ModernBert(encoder) => encoder.vocabulary(),
-        }
-    }
+/// The family of `model_type` in the table of one stack.
+fn family<F: Copy>(model_types: &[(&str, F)], model_type: Option<&str>) -> Option<F> {
+    model_types.iter().find(|(name, _)| Some(*name) == model_type).map(|&(_, family)| family)
+}
 
-    /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
-        match self {
-            Self::Bert(encoder) => encoder.tape_bytes_per_token(keep),
-            Self::Decoder(encoder) => encoder.tape_bytes_per_token(keep),
-            Self::ModernBert(encoder) => encoder.tape_bytes_per_token(keep),
-        }
-    }
+fn names<F>(model_types: &[(&'static str, F)]) -> Vec<&'static str> {
+    model_types.iter().map(|&(name, _)| name).collect()
 }

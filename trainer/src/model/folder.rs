@@ -1,11 +1,13 @@
-//! What a model folder says besides its weights: how its vectors are pooled, its prompts, its longest text.
+//! Parses a model folder, except its weights and its tokenizer: pooling, dense layers, prompts, maximum
+//! length.
 //!
-//! A folder of sentence-transformers has `modules.json`, and beside it or below it a configuration for each module. Both
-//! schemas are read: the legacy one (booleans `pooling_mode_*`, `max_seq_length`) and the compact one of
-//! sentence-transformers 5.4 and later (`pooling_mode`, the length in `tokenizer_config.json`). A folder without
-//! `modules.json` is a bare transformer: what it does not say is `None`, and the architecture decides.
+//! A folder of sentence-transformers has `modules.json` and a configuration of each module. Two schemas are
+//! read: the legacy one (booleans `pooling_mode_*`, `max_seq_length`), and the compact one of
+//! sentence-transformers 5.4 and later (`pooling_mode`, the length in `tokenizer_config.json`). A folder
+//! without `modules.json` is a bare transformer; its pooling follows from the architecture.
 //!
-//! A module or a pooling mode that is not known here is an error. Leaving it out would give other embeddings.
+//! An unknown module or pooling mode is an error, because ignoring it would give other embeddings. Nothing is
+//! fetched here: `model/locate.rs` finds the folders.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,58 +16,63 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::peft::{AdapterConfig, CONFIG_FILE};
 use crate::config::Pooling;
 use crate::{Error, Result};
 
-/// What a model folder says besides its weights.
+/// Content of a model folder, except its weights and its tokenizer.
 #[derive(Clone, Debug)]
-pub struct Folder {
-    /// Where `config.json`, the tokenizer and the weights lie: the folder itself, unless `modules.json` puts the
-    /// transformer in a folder of its own.
+pub struct ModelFolder {
+    /// Folder of the transformer, with `config.json` and the tokenizer: the model folder, or the subfolder
+    /// that `modules.json` names.
     pub path: PathBuf,
-    /// `config.json`.
+    /// Folder of the encoder's weights: `path`, or the folder of the base model if `path` holds an adapter
+    /// without them.
+    pub weights: PathBuf,
+    /// Content of `config.json`, that of the base model if an adapter has none.
     pub config: Value,
-    /// `adapter_config.json`, where the folder holds a LoRA adapter of PEFT.
-    pub adapter: Option<Value>,
-    /// None: the folder has no `modules.json`.
+    /// Content of `adapter_config.json`, if the folder has a LoRA adapter of PEFT.
+    pub adapter: Option<AdapterConfig>,
+    /// Pooling; `None` without `modules.json`.
     pub pooling: Option<Pooling>,
-    /// Whether embeddings are scaled to length one. None: the folder has no `modules.json`.
+    /// Whether embeddings are normalised to length 1; `None` without `modules.json`.
     pub normalize: Option<bool>,
-    /// The dense layers between pooling and scaling, in their order.
+    /// Dense layers between pooling and normalisation, in their order.
     pub dense: Vec<Dense>,
-    /// Whether the tokens of the prompt count in mean pooling.
+    /// Whether mean pooling includes the tokens of the prompt.
     pub include_prompt: bool,
-    /// Longest text in tokens, special tokens included. The model's positions may be fewer still.
+    /// Number of tokens, special ones included, at which texts are truncated: `max_seq_length`, or
+    /// `model_max_length` of the tokenizer. See [`Self::max_length_within`].
     pub max_length: Option<usize>,
-    /// Whether texts are put into lower case before the tokenizer's own normaliser.
+    /// Whether texts are lower-cased before the normaliser of the tokenizer.
     pub lower_case: bool,
     /// Prompts by name: `query`, `document`, `passage`, …
     pub prompts: BTreeMap<String, String>,
-    /// The name of the prompt for texts that are neither query nor document.
+    /// Name of the prompt for texts that are neither queries nor documents.
     pub default_prompt: Option<String>,
 }
 
 /// A `Dense` module of sentence-transformers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dense {
-    /// Its folder's name.
+    /// Name of its folder.
     pub name: String,
     /// Its folder, with `config.json` and the weights.
     pub path: PathBuf,
-    /// I.
+    /// I: elements of its input.
     pub inputs: usize,
-    /// O.
+    /// O: elements of its output.
     pub outputs: usize,
     /// Whether it has a bias.
     pub bias: bool,
-    /// What follows the product.
-    pub function: Function,
+    /// Activation function of its output.
+    pub activation: DenseActivation,
 }
 
-/// What a dense layer does to its product.
+/// Activation function of a dense layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Function {
-    /// Nothing.
+pub enum DenseActivation {
+    /// The identity.
     Identity,
     /// The hyperbolic tangent.
     Tanh,
@@ -77,7 +84,7 @@ pub enum Function {
     Silu,
 }
 
-impl Function {
+impl DenseActivation {
     const NAMES: [(Self, &str); 5] = [
         (Self::Identity, "torch.nn.modules.linear.Identity"),
         (Self::Tanh, "torch.nn.modules.activation.Tanh"),
@@ -86,81 +93,89 @@ impl Function {
         (Self::Silu, "torch.nn.modules.activation.SiLU"),
     ];
 
-    /// Its path in torch.
+    /// Name of the class in torch.
     pub fn name(self) -> &'static str {
-        Self::NAMES.iter().find(|(function, _)| *function == self).map_or("", |(_, name)| name)
+        Self::NAMES.iter().find(|(activation, _)| *activation == self).map_or("", |(_, name)| name)
     }
 }
 
-impl Folder {
-    /// Reads the folder at `path`.
+impl ModelFolder {
+    /// Parses the folder at `path`. The base model of an adapter must be a folder, too.
     ///
     /// # Errors
-    /// No folder there, no `config.json`, malformed JSON, or a module, pooling mode or setting that is not supported.
+    /// As [`Self::open_with`].
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.is_dir() {
-            return Err(Error::file(path, "no such model folder"));
-        }
-        let modules = read::<Vec<Module>>(&path.join("modules.json"))?;
-        let stack = modules.as_deref().map(|modules| Stack::open(path, modules)).transpose()?;
-        let root = stack.as_ref().map_or_else(|| path.to_path_buf(), |stack| stack.transformer.clone());
-
-        let adapter = read(&root.join("adapter_config.json"))?;
-        let config = match (read::<Value>(&root.join("config.json"))?, &adapter) {
-            (Some(config), _) => config,
-            (None, Some(adapter)) => base_config(&root, adapter)?,
-            (None, None) => {
-                let hint = "a model folder holds config.json, the tokenizer's files and *.safetensors";
-                return Err(Error::file(path, format!("has no config.json\nhint: {hint}")));
-            }
-        };
-
-        let encoder = Encoder::open(&root)?;
-        let tokenizer: TokenizerConfig = read(&root.join("tokenizer_config.json"))?.unwrap_or_default();
-        let named: Named = read(&path.join("config_sentence_transformers.json"))?.unwrap_or_default();
-        if let Some(dimension) = named.truncate_dim {
-            let place = path.join("config_sentence_transformers.json");
-            return Err(Error::file(
-                place,
-                format!("truncate_dim: {dimension} is not supported, expected null"),
-            ));
-        }
-        let prompts: BTreeMap<_, _> = named
-            .prompts
-            .unwrap_or_default()
-            .into_iter()
-            .map(|(name, prompt)| (name, prompt.unwrap_or_default()))
-            .collect();
-        if let Some(name) = named.default_prompt_name.as_ref().filter(|name| !prompts.contains_key(*name)) {
-            let place = path.join("config_sentence_transformers.json");
-            let known: Vec<_> = prompts.keys().map(String::as_str).collect();
-            let message =
-                format!("default_prompt_name: {name:?} is none of the prompts ({})", known.join(", "));
-            return Err(Error::file(place, message));
-        }
-
-        Ok(Self {
-            path: root,
-            config,
-            adapter,
-            pooling: stack.as_ref().map(|stack| stack.pooling),
-            normalize: stack.as_ref().map(|stack| stack.normalize),
-            dense: stack.as_ref().map(|stack| stack.dense.clone()).unwrap_or_default(),
-            include_prompt: stack.as_ref().is_none_or(|stack| stack.include_prompt),
-            max_length: encoder.max_seq_length.or_else(|| tokenizer.max_length()),
-            lower_case: encoder.do_lower_case.unwrap_or(false),
-            prompts,
-            default_prompt: named.default_prompt_name,
+        Self::open_with(path, |base| {
+            let base = PathBuf::from(base);
+            if base.is_dir() { Ok(base) } else { Err(Error::file(base, "no such model folder")) }
         })
     }
 
-    /// The prompt of a query, empty where the folder names none.
+    /// Parses the folder at `path`. `base` maps `base_model_name_or_path` of an adapter to the folder of the
+    /// base model; it is called only if the folder has an adapter, and lacks weights or `config.json`.
+    ///
+    /// # Errors
+    /// There is no such folder or no `config.json`; a file is malformed; `base` fails; a module, a pooling
+    /// mode or a setting is not supported.
+    pub fn open_with(path: &Path, base: impl FnOnce(&str) -> Result<PathBuf>) -> Result<Self> {
+        if !path.is_dir() {
+            return Err(Error::file(path, "no such model folder"));
+        }
+        let Modules { transformer, pooling, dense, include_prompt, normalize } = Modules::open(path)?;
+        let adapter = AdapterConfig::open(&transformer)?;
+        let config = read::<Value>(&transformer.join("config.json"))?;
+        let weights = match &adapter {
+            Some(adapter) if config.is_none() || !transformer.join("model.safetensors").is_file() => {
+                base(adapter.required_base_model()?).map_err(|error| {
+                    Error::file(transformer.join(CONFIG_FILE), format!("its base model: {error}"))
+                })?
+            }
+            _ => transformer.clone(),
+        };
+        let config = match config {
+            Some(config) => config,
+            // transformers takes a folder with a config.json for a whole model, so PEFT writes none beside an
+            // adapter.
+            None if adapter.is_some() => read(&weights.join("config.json"))?
+                .ok_or_else(|| Error::file(&weights, "has no config.json"))?,
+            None => {
+                let hint = "a model folder has config.json, the files of the tokenizer and *.safetensors";
+                return Err(Error::file(path, format!("has no config.json\nhint: {hint}")));
+            }
+        };
+        let sentence_bert = SentenceBertConfig::open(&transformer)?;
+        let tokenizer: TokenizerConfig =
+            read(&transformer.join("tokenizer_config.json"))?.unwrap_or_default();
+        let Prompts { prompts, default_prompt } = Prompts::open(path)?;
+        Ok(Self {
+            path: transformer,
+            weights,
+            config,
+            adapter,
+            pooling,
+            normalize,
+            dense,
+            include_prompt,
+            max_length: sentence_bert.max_seq_length.or_else(|| tokenizer.max_length()),
+            lower_case: sentence_bert.do_lower_case.unwrap_or(false),
+            prompts,
+            default_prompt,
+        })
+    }
+
+    /// Number of tokens at which texts are truncated unless the configuration says otherwise:
+    /// [`Self::max_length`], at most the `max_positions` of the model.
+    pub fn max_length_within(&self, max_positions: usize) -> usize {
+        self.max_length.map_or(max_positions, |length| length.min(max_positions))
+    }
+
+    /// Prompt of queries; empty if the folder has none.
     pub fn query_prompt(&self) -> &str {
         self.prompts.get("query").map_or("", String::as_str)
     }
 
-    /// The prompt of a document: the first of `document`, `passage`, `corpus` that is named, as sentence-transformers
-    /// documents `encode_document`.
+    /// Prompt of documents: the first of `document`, `passage` and `corpus` that exists, as in
+    /// `encode_document` of sentence-transformers; empty if the folder has none.
     pub fn document_prompt(&self) -> &str {
         ["document", "passage", "corpus"]
             .iter()
@@ -168,7 +183,8 @@ impl Folder {
             .map_or("", String::as_str)
     }
 
-    /// The prompt of a text that is neither: `default_prompt_name`'s, or none.
+    /// Prompt of texts that are neither queries nor documents: that of `default_prompt_name`; empty if the
+    /// folder has none.
     pub fn text_prompt(&self) -> &str {
         self.default_prompt.as_ref().and_then(|name| self.prompts.get(name)).map_or("", String::as_str)
     }
@@ -179,31 +195,52 @@ impl Folder {
 struct Module {
     path: String,
     #[serde(rename = "type")]
-    kind: String,
+    class: String,
 }
 
-/// The modules that are understood: a transformer, its pooling, and maybe dense layers and the scaling to length one.
-struct Stack {
-    transformer: PathBuf,
-    pooling: Pooling,
-    dense: Vec<Dense>,
+/// Modules of a model folder: a transformer, its pooling, optional dense layers, optional normalisation.
+pub(super) struct Modules {
+    /// Folder of the transformer.
+    pub(super) transformer: PathBuf,
+    /// Dense layers after pooling.
+    pub(super) dense: Vec<Dense>,
+    pooling: Option<Pooling>,
     include_prompt: bool,
-    normalize: bool,
+    normalize: Option<bool>,
 }
 
-impl Stack {
-    fn open(folder: &Path, modules: &[Module]) -> Result<Self> {
+impl Modules {
+    /// Reads `modules.json` and the configurations of the modules. Without `modules.json`, the folder is a
+    /// bare transformer.
+    ///
+    /// # Errors
+    /// A file is missing or malformed, or a module is not supported.
+    pub(super) fn open(folder: &Path) -> Result<Self> {
+        match read::<Vec<Module>>(&folder.join("modules.json"))? {
+            Some(modules) => Self::read(folder, &modules),
+            None => Ok(Self {
+                transformer: folder.to_owned(),
+                dense: Vec::new(),
+                pooling: None,
+                include_prompt: true,
+                normalize: None,
+            }),
+        }
+    }
+
+    fn read(folder: &Path, modules: &[Module]) -> Result<Self> {
         let place = folder.join("modules.json");
-        // Both `sentence_transformers.models.Pooling` and, since 5.4,
-        // `sentence_transformers.sentence_transformer.modules.pooling.Pooling`; a model's own code is neither.
+        // A class is `sentence_transformers.models.Pooling`, or since 5.4
+        // `sentence_transformers.sentence_transformer.modules.pooling.Pooling`. Other classes are code of the
+        // model's repository.
         let names: Vec<_> = modules
             .iter()
-            .map(|module| match module.kind.split_once('.') {
+            .map(|module| match module.class.split_once('.') {
                 Some(("sentence_transformers", rest)) => rest.rsplit('.').next().unwrap_or(rest),
-                _ => module.kind.as_str(),
+                _ => module.class.as_str(),
             })
             .collect();
-        let expected = "expected Transformer, Pooling and, if need be, Dense and Normalize, in this order";
+        let expected = "expected Transformer, Pooling and optionally Dense and Normalize, in this order";
         let known = ["Transformer", "Pooling", "Dense", "Normalize"];
         if let Some(other) = names.iter().find(|name| !known.contains(name)) {
             return Err(Error::file(place, format!("module {other} is not supported, {expected}")));
@@ -236,14 +273,14 @@ impl Stack {
         Ok(Self {
             transformer: folder.join(&transformer.path),
             dense: dense.iter().map(|module| Dense::open(folder, &module.path)).collect::<Result<_>>()?,
-            pooling: config.pooling(&place)?,
+            pooling: Some(config.pooling(&place)?),
             include_prompt: config.include_prompt.unwrap_or(true),
-            normalize: normalize.is_some(),
+            normalize: Some(normalize.is_some()),
         })
     }
 }
 
-/// `2_Dense/config.json`.
+/// Content of `2_Dense/config.json`.
 #[derive(Deserialize)]
 struct DenseConfig {
     in_features: usize,
@@ -265,13 +302,13 @@ impl Dense {
                 return Err(Error::file(place, message));
             }
         }
-        // torch's own default of the module.
-        let function = config.activation_function.unwrap_or_else(|| Function::Tanh.name().to_owned());
-        let found = Function::NAMES.iter().find(|(_, name)| *name == function);
-        let Some((function, _)) = found else {
-            let known: Vec<_> = Function::NAMES.iter().map(|(_, name)| *name).collect();
+        // The default of the module's class.
+        let class = config.activation_function.unwrap_or_else(|| DenseActivation::Tanh.name().to_owned());
+        let found = DenseActivation::NAMES.iter().find(|(_, name)| *name == class);
+        let Some((activation, _)) = found else {
+            let known: Vec<_> = DenseActivation::NAMES.iter().map(|(_, name)| *name).collect();
             let message =
-                format!("activation_function {function} is not supported, expected {}", known.join(", "));
+                format!("activation_function {class} is not supported, expected {}", known.join(", "));
             return Err(Error::file(place, message));
         };
         let (inputs, outputs) = (config.in_features, config.out_features);
@@ -280,11 +317,11 @@ impl Dense {
             return Err(Error::file(place, message));
         }
         let name = name.trim_end_matches('/').to_owned();
-        Ok(Self { name, path, inputs, outputs, bias: config.bias.unwrap_or(true), function: *function })
+        Ok(Self { name, path, inputs, outputs, bias: config.bias.unwrap_or(true), activation: *activation })
     }
 }
 
-/// `1_Pooling/config.json` in either schema.
+/// Content of `1_Pooling/config.json`, in either schema.
 #[derive(Deserialize)]
 struct PoolingConfig {
     pooling_mode: Option<Modes>,
@@ -301,7 +338,8 @@ enum Modes {
 }
 
 impl PoolingConfig {
-    /// The one mode. Several at once are concatenated by sentence-transformers, which is not supported here.
+    /// The only pooling mode. sentence-transformers concatenates the results of several, which is not
+    /// supported.
     fn pooling(&self, place: &Path) -> Result<Pooling> {
         let modes: Vec<&str> = match &self.pooling_mode {
             Some(Modes::One(mode)) => vec![mode],
@@ -309,7 +347,7 @@ impl PoolingConfig {
             None => {
                 let legacy = self.others.iter().filter(|(_, value)| **value == Value::Bool(true));
                 let modes: Vec<_> = legacy.filter_map(|(key, _)| key.strip_prefix("pooling_mode_")).collect();
-                // Without any, sentence-transformers takes the mean.
+                // The default of sentence-transformers is the mean.
                 if modes.is_empty() { vec!["mean"] } else { modes }
             }
         };
@@ -334,21 +372,21 @@ struct NormalizeConfig {
     module_output_name: Option<String>,
 }
 
-/// `sentence_bert_config.json`, or the name it had for another architecture in the first versions.
+/// Content of `sentence_bert_config.json`, whose name depends on the architecture in old folders.
 #[derive(Default, Deserialize)]
-struct Encoder {
+struct SentenceBertConfig {
     max_seq_length: Option<usize>,
     do_lower_case: Option<bool>,
     transformer_task: Option<String>,
 }
 
-impl Encoder {
+impl SentenceBertConfig {
     fn open(root: &Path) -> Result<Self> {
         for name in ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"] {
             let place = root.join(format!("sentence_{name}_config.json"));
-            let Some(encoder) = read::<Self>(&place)? else { continue };
-            return match encoder.transformer_task.as_deref() {
-                None | Some("feature-extraction") => Ok(encoder),
+            let Some(config) = read::<Self>(&place)? else { continue };
+            return match config.transformer_task.as_deref() {
+                None | Some("feature-extraction") => Ok(config),
                 Some(task) => {
                     let message = format!(
                         "transformer_task {task:?} is not supported, expected \"feature-extraction\""
@@ -367,34 +405,51 @@ struct TokenizerConfig {
 }
 
 impl TokenizerConfig {
-    /// transformers writes 1e30 where a tokenizer knows no limit.
+    /// The maximum length; transformers writes 1e30 for a tokenizer without one.
     fn max_length(&self) -> Option<usize> {
         self.model_max_length.filter(|length| (1.0..1e9).contains(length)).map(|length| length as usize)
     }
 }
 
-/// `config_sentence_transformers.json`.
+/// Content of `config_sentence_transformers.json`.
 #[derive(Default, Deserialize)]
-struct Named {
+struct SentenceTransformersConfig {
     prompts: Option<BTreeMap<String, Option<String>>>,
     default_prompt_name: Option<String>,
     truncate_dim: Option<usize>,
 }
 
-/// The configuration of an adapter's base model. transformers takes a folder with a `config.json` for a whole model, so
-/// those that hold an adapter alone have none.
-fn base_config(folder: &Path, adapter: &Value) -> Result<Value> {
-    let place = folder.join("adapter_config.json");
-    let Some(base) = adapter["base_model_name_or_path"].as_str() else {
-        let message = "lacks `base_model_name_or_path`, the model that the adapter belongs to";
-        return Err(Error::file(place, message));
-    };
-    let base = super::hub::resolve_base(base)
-        .map_err(|error| Error::file(place, format!("its base model: {error}")))?;
-    read(&base.join("config.json"))?.ok_or_else(|| Error::file(base, "has no config.json"))
+/// Prompts of a model folder.
+struct Prompts {
+    prompts: BTreeMap<String, String>,
+    default_prompt: Option<String>,
 }
 
-/// The JSON file at `path`; None where there is no such file.
+impl Prompts {
+    fn open(folder: &Path) -> Result<Self> {
+        let place = folder.join("config_sentence_transformers.json");
+        let config: SentenceTransformersConfig = read(&place)?.unwrap_or_default();
+        if let Some(dimension) = config.truncate_dim {
+            let message = format!("truncate_dim: {dimension} is not supported, expected null");
+            return Err(Error::file(place, message));
+        }
+        let prompts = config.prompts.unwrap_or_default().into_iter();
+        let prompts: BTreeMap<_, _> =
+            prompts.map(|(name, prompt)| (name, prompt.unwrap_or_default())).collect();
+        match config.default_prompt_name {
+            Some(name) if !prompts.contains_key(&name) => {
+                let known: Vec<_> = prompts.keys().map(String::as_str).collect();
+                let known = known.join(", ");
+                let message =
+                    format!("default_prompt_name is {name:?}, expected one of the prompts ({known})");
+                Err(Error::file(place, message))
+            }
+            default_prompt => Ok(Self { prompts, default_prompt }),
+        }
+    }
+}
+
+/// Reads the JSON file at `path`; `None` if there is no such file.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,

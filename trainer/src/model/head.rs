@@ -1,4 +1,5 @@
-//! From hidden states to embeddings: pooling, the dense layers that some models have after it, the scaling to length 1.
+//! Head of the model, from hidden states to embeddings: pooling, optional dense layers, normalisation to
+//! length 1.
 
 use std::ops::Range;
 
@@ -6,14 +7,14 @@ use candle_core::{DType, Tensor};
 use kernels::activation::{self, Activation};
 use kernels::pool;
 
-use super::folder;
+use super::folder::{self, DenseActivation};
 use super::linear::{self, Linear};
-use super::params::{Gradients, Visit};
+use super::params::{Gradients, ParameterVisitor};
 use super::pass::Pass;
-use super::weights::{Init, Weights};
+use super::weights::Weights;
 use crate::Result;
 
-/// What follows the encoder.
+/// Pooling, dense layers and normalisation.
 #[derive(Debug)]
 pub struct Head {
     dense: Vec<Dense>,
@@ -23,13 +24,13 @@ pub struct Head {
 /// A `Dense` module of sentence-transformers: `y = f(x Wᵀ + b)`.
 #[derive(Debug)]
 struct Dense {
-    /// Its folder, which is the beginning of its parameters' names.
+    /// Name of its folder, which is the prefix of its parameters' names.
     name: String,
     linear: Linear,
-    function: folder::Function,
+    activation: DenseActivation,
 }
 
-/// What the backward pass needs of a forward pass.
+/// Activations that the backward pass needs.
 #[derive(Debug)]
 pub struct Tape {
     dense: Vec<DenseTape>,
@@ -46,7 +47,7 @@ struct DenseTape {
 }
 
 impl Head {
-    /// Takes the weights of the folder's dense layers; `open` opens those of one.
+    /// Takes the weights of the dense layers; `open` opens those of one module.
     pub fn new(
         modules: &[folder::Dense],
         normalize: bool,
@@ -55,21 +56,19 @@ impl Head {
         let dense = modules
             .iter()
             .map(|module| {
-                let weights = open(module)?;
-                let bias = || weights.tensor("linear.bias", &[module.outputs], Init::Zeros);
-                let bias = module.bias.then(bias).transpose()?;
-                let weight = weights.matrix("linear.weight", module.outputs, module.inputs)?;
+                let shape = (module.outputs, module.inputs);
                 Ok(Dense {
                     name: module.name.clone(),
-                    linear: Linear::new(weight, bias, 0),
-                    function: module.function,
+                    linear: Linear::new(&open(module)?, "linear", shape, module.bias, 0)?,
+                    activation: module.activation,
                 })
             })
             .collect::<Result<_>>()?;
         Ok(Self { dense, normalize })
     }
 
-    /// Hidden states (T, D) and the rows of each sequence (N) → embeddings (N, D).
+    /// Maps hidden states x (T, D) to embeddings (N, D), f32. `spans` (N) are the tokens of each sequence
+    /// that are pooled.
     pub fn forward(&self, x: &Tensor, spans: &[Range<usize>], pass: &Pass) -> Result<(Tensor, Tape)> {
         let plain = self.dense.is_empty();
         let (mut e, mut norms) = pool::forward(x, spans, self.normalize && plain)?;
@@ -77,19 +76,20 @@ impl Head {
         for layer in &self.dense {
             let x = pass.round(e)?;
             let (before, linear) = layer.linear.forward(&x, pass)?;
-            let y = pass.round(layer.function.forward(&before)?)?;
+            let y = pass.round(layer.activation.forward(&before)?)?;
             dense.push(DenseTape { x, before, y: y.clone(), linear });
             e = y;
         }
         if self.normalize && !plain {
             (e, norms) = pool::forward(&e, &rows(spans.len()), true)?;
         }
-        // A dense layer's result is of half precision; embeddings are f32 everywhere.
+        // The result of a dense layer may be in half precision, but embeddings are always f32.
         let e = e.to_dtype(DType::F32)?;
         Ok((e.clone(), Tape { dense, embeddings: e, norms }))
     }
 
-    /// d(embeddings) (N, D) → d(hidden states) (T, D) of `tokens` tokens, and the gradients of the dense layers.
+    /// Maps d(embeddings) (N, D) to d(hidden states) (T, D), where T is `tokens`, and adds the gradients of
+    /// the dense layers.
     pub fn backward(
         &self,
         tape: Tape,
@@ -109,24 +109,24 @@ impl Head {
         }
         let mut pooled = embeddings;
         for (layer, tape) in self.dense.iter().zip(dense).rev() {
-            let dy = pass.round(layer.function.backward(&tape.before, &tape.y, &pass.round(d)?)?)?;
+            let dy = pass.round(layer.activation.backward(&tape.before, &tape.y, &pass.round(d)?)?)?;
             d = layer.linear.backward(&tape.x, &tape.linear, &dy, None, pass, gradients)?;
             pooled = tape.x;
         }
-        // Without the scaling lengths play no part.
+        // `norms` are not used: here pooling does not normalise.
         let (pooled, d) = (pooled.to_dtype(DType::F32)?, d.to_dtype(DType::F32)?);
         Ok(pool::backward(&pooled, &norms, spans, &d, tokens, false)?)
     }
 
-    /// Parameters, each layer's under the name of its folder.
-    pub fn visit(&mut self, visit: &mut dyn Visit) -> Result<()> {
+    /// Visits the parameters of the dense layers, whose names begin with that of their folder.
+    pub fn visit(&mut self, visitor: &mut dyn ParameterVisitor) -> Result<()> {
         self.dense
             .iter_mut()
-            .try_for_each(|dense| dense.linear.visit(&format!("{}.linear", dense.name), visit))
+            .try_for_each(|dense| dense.linear.visit(&format!("{}.linear", dense.name), visitor))
     }
 }
 
-impl folder::Function {
+impl DenseActivation {
     fn forward(self, x: &Tensor) -> Result<Tensor> {
         match self.kernel() {
             Some(function) => Ok(activation::forward(x, function)?),
@@ -153,7 +153,7 @@ impl folder::Function {
     }
 }
 
-/// Every row a sequence of its own.
+/// Ranges of one row each.
 fn rows(count: usize) -> Vec<Range<usize>> {
     (0..count).map(|row| row..row + 1).collect()
 }

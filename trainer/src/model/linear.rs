@@ -1,55 +1,74 @@
-//! A linear layer, frozen or trained, with or without a LoRA adapter: `y = x Wᵀ + b + (α/r)·drop(x) Aᵀ Bᵀ`
-//! (Hu et al. 2021; names and initialisation as in PEFT).
+//! Linear layer, frozen or trained, with an optional LoRA adapter: `y = x Wᵀ + b + (α/r)·dropout(x) Aᵀ Bᵀ`
+//! (Hu et al. 2021). Names and initialisation are those of PEFT.
 
 use std::ops::Range;
 
 use candle_core::Tensor;
 use kernels::{linear, lora};
 
-use super::params::{Gradients, Parameter, Visit};
+use super::params::{Gradients, Parameter, ParameterKind, ParameterVisitor};
 use super::pass::Pass;
+use super::weights::{Init, Weights};
 use crate::Result;
 
-/// `y = x Wᵀ + b`, and an adapter beside it if one is attached.
+/// Linear layer `y = x Wᵀ + b` with an optional LoRA adapter.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Parameter,       // (O, I)
     bias: Option<Parameter>, // (O)
     adapter: Option<Adapter>,
-    /// The site of its dropout, distinct among all linears of the model.
-    site: u32,
+    /// Site of the adapter's dropout, distinct among all linear layers of the model.
+    dropout_site: u32,
 }
 
-/// The low-rank addition to a linear layer.
+/// LoRA adapter of a linear layer.
 #[derive(Clone, Debug)]
 pub struct Adapter {
-    /// (R, I)
+    /// A (R, I), `lora_A` in PEFT.
     pub a: Parameter,
-    /// (O, R)
+    /// B (O, R), `lora_B` in PEFT.
     pub b: Parameter,
-    /// α/r, or α/√r with rsLoRA.
+    /// Factor of the adapter's output: α/r, or α/√r with rsLoRA.
     pub scale: f32,
-    /// Of the adapter's input.
+    /// Dropout rate of the adapter's input.
     pub dropout: f32,
 }
 
-/// What the backward pass needs besides the input: `drop(x) Aᵀ` (T, R) where there is an adapter.
+/// Activation that the backward pass needs besides the input: `dropout(x) Aᵀ` (T, R) of a layer with an
+/// adapter.
 #[derive(Debug)]
 pub struct Tape(Option<Tensor>);
 
 impl Linear {
-    /// A layer without an adapter. `site` numbers its dropout.
-    pub fn new(weight: Tensor, bias: Option<Tensor>, site: u32) -> Self {
-        Self { weight: Parameter::frozen(weight), bias: bias.map(Parameter::frozen), adapter: None, site }
+    /// Takes `{name}.weight` (O, I) and, if `biased`, `{name}.bias` (O). The layer has no adapter yet.
+    ///
+    /// # Errors
+    /// The checkpoint lacks a tensor, or it has another shape.
+    pub fn new(
+        weights: &Weights,
+        name: &str,
+        (outputs, inputs): (usize, usize),
+        biased: bool,
+        dropout_site: u32,
+    ) -> Result<Self> {
+        let weight = weights.matrix(&format!("{name}.weight"), outputs, inputs)?;
+        let bias = || weights.tensor(&format!("{name}.bias"), &[outputs], Init::Zeros);
+        let bias = biased.then(bias).transpose()?;
+        Ok(Self {
+            weight: Parameter::new(weight, ParameterKind::Weight),
+            bias: bias.map(|bias| Parameter::new(bias, ParameterKind::Bias)),
+            adapter: None,
+            dropout_site,
+        })
     }
 
-    /// (O, I).
+    /// Shape of the weight, (O, I).
     pub fn shape(&self) -> Result<(usize, usize)> {
         Ok(self.weight.value().dims2()?)
     }
 
-    /// Some of its outputs, as a layer of their own: query, key and value of a checkpoint that has one weight for them. Its
-    /// adapter shares A, and with it the dropout, with the other parts'.
+    /// Returns the layer of some of the outputs: a checkpoint may have one weight for query, key and value.
+    /// The parts share the memory, the adapter's A and its dropout mask.
     pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
         let adapter = |adapter: &Adapter| {
             let b = adapter.b.rows(rows.clone())?;
@@ -59,21 +78,21 @@ impl Linear {
             weight: self.weight.rows(rows.clone())?,
             bias: self.bias.as_ref().map(|bias| bias.rows(rows.clone())).transpose()?,
             adapter: self.adapter.as_ref().map(adapter).transpose()?,
-            site: self.site,
+            dropout_site: self.dropout_site,
         })
     }
 
-    /// Puts an adapter beside the weight, which stays frozen.
+    /// Attaches an adapter.
     pub fn attach(&mut self, adapter: Adapter) {
         self.adapter = Some(adapter);
     }
 
-    /// The adapter, if any.
+    /// The attached adapter.
     pub fn adapter(&self) -> Option<&Adapter> {
         self.adapter.as_ref()
     }
 
-    /// x (T, I) → y (T, O).
+    /// Maps x (T, I) to y (T, O).
     pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, Tape)> {
         let bias = self.bias.as_ref().map(|bias| pass.value(bias)).transpose()?;
         let y = linear::forward(x, &pass.value(&self.weight)?, bias.as_ref())?;
@@ -84,8 +103,8 @@ impl Linear {
         Ok((pass.round(y)?, Tape(reduced)))
     }
 
-    /// dy (T, O) → dx (T, I), added to `into` where other layers share the input, and the gradients of what is trained. `x` and `dy`
-    /// must not change until the gradients are settled.
+    /// Maps dy (T, O) to dx (T, I) and adds the gradients of the trained parameters. dx is added to `into`,
+    /// the dx of other layers with the same input. `x` and `dy` must not change until [`Gradients::flush`].
     pub fn backward(
         &self,
         x: &Tensor,
@@ -104,8 +123,8 @@ impl Linear {
         pass.round(dx)
     }
 
-    /// The gradients of what is trained here. The adapter's share of dx is added to `dx`; none where nothing below is
-    /// trained.
+    /// Adds the gradients of the trained parameters, and the adapter's part of dx to `dx`, which is `None`
+    /// where no layer below is trained.
     pub fn backward_parameters(
         &self,
         x: &Tensor,
@@ -115,18 +134,18 @@ impl Linear {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<()> {
-        if let Some(dw) = gradients.of(&self.weight)? {
+        if let Some(dw) = gradients.grad_slot(&self.weight)? {
             let (x, dy) = (x.clone(), dy.clone());
-            gradients.later(move || Ok(linear::backward_weight(&x, &dy, &dw)?))?;
+            gradients.defer(move || Ok(linear::backward_weight(&x, &dy, &dw)?))?;
         }
         if let Some(bias) = &self.bias
-            && let Some(db) = gradients.of(bias)?
+            && let Some(db) = gradients.grad_slot(bias)?
         {
             let dy = dy.clone();
-            gradients.later(move || Ok(linear::backward_bias(&dy, &db)?))?;
+            gradients.defer(move || Ok(linear::backward_bias(&dy, &db)?))?;
         }
         if let (Some(adapter), Some(reduced)) = (&self.adapter, reduced)
-            && let (Some(da), Some(db)) = (gradients.of(&adapter.a)?, gradients.of(&adapter.b)?)
+            && let (Some(da), Some(db)) = (gradients.grad_slot(&adapter.a)?, gradients.grad_slot(&adapter.b)?)
         {
             let low_rank = self.low_rank(adapter, pass);
             lora::backward(x, reduced, dy, &low_rank, pass.packing, dx, &da, &db)?;
@@ -134,7 +153,7 @@ impl Linear {
         Ok(())
     }
 
-    /// `W + (α/r)·B A`: the layer without its adapter, for a model that is exported whole.
+    /// Weight with the adapter merged into it, `W + (α/r)·B A` (O, I), for an export of the whole model.
     pub fn merged(&self) -> Result<Tensor> {
         match &self.adapter {
             None => Ok(self.weight.value().clone()),
@@ -145,15 +164,15 @@ impl Linear {
         }
     }
 
-    /// Its parameters under `name`.
-    pub fn visit(&mut self, name: &str, visit: &mut dyn Visit) -> Result<()> {
-        visit.parameter(&format!("{name}.weight"), &mut self.weight)?;
+    /// Visits the parameters, whose names begin with `name`.
+    pub fn visit(&mut self, name: &str, visitor: &mut dyn ParameterVisitor) -> Result<()> {
+        visitor.parameter(&format!("{name}.weight"), &mut self.weight)?;
         if let Some(bias) = &mut self.bias {
-            visit.parameter(&format!("{name}.bias"), bias)?;
+            visitor.parameter(&format!("{name}.bias"), bias)?;
         }
         if let Some(adapter) = &mut self.adapter {
-            visit.parameter(&format!("{name}.lora_A.weight"), &mut adapter.a)?;
-            visit.parameter(&format!("{name}.lora_B.weight"), &mut adapter.b)?;
+            visitor.parameter(&format!("{name}.lora_A.weight"), &mut adapter.a)?;
+            visitor.parameter(&format!("{name}.lora_B.weight"), &mut adapter.b)?;
         }
         Ok(())
     }
@@ -163,7 +182,7 @@ impl Linear {
             a: adapter.a.value(),
             b: adapter.b.value(),
             scale: adapter.scale,
-            dropout: pass.dropout(adapter.dropout, self.site),
+            dropout: pass.dropout_mask(adapter.dropout, self.dropout_site),
         }
     }
 }

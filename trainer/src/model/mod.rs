@@ -1,28 +1,32 @@
-//! The model: texts as token ids go in, embeddings come out, and gradients go back.
+//! The embedding model: token ids go in, embeddings come out, and gradients go back.
 //!
-//! Encoders have a written backward: a layer's `forward` returns a tape and its `backward` takes it, beside each other in
-//! one file. Weights that are not trained get no gradient, and nothing is computed for them.
+//! Encoders have a written backward pass: a layer's `forward` returns a tape and its `backward`, in the same
+//! file, takes it. Frozen parameters get no gradient, and nothing is computed for them.
 
-pub mod chunk;
-pub mod folder;
-pub mod head;
-pub mod hub;
+pub mod config_json;
+pub mod mapped_safetensors;
 pub mod params;
 pub mod pass;
+pub mod peft;
+pub mod rope;
+pub mod weights;
 
-pub mod adapter;
+pub mod linear;
+pub mod norms;
+pub mod relative_bias;
+
 pub mod bert;
 pub mod decoder;
 pub mod encoder;
-mod frozen;
-pub mod linear;
-pub mod mapped;
 pub mod modernbert;
-pub mod norms;
-pub mod relative;
-pub mod rotary;
-pub mod settings;
-pub mod weights;
+
+pub mod folder;
+pub mod head;
+pub mod locate;
+pub mod lora;
+
+pub mod chunk;
+mod digest;
 
 use std::path::Path;
 
@@ -30,301 +34,314 @@ use candle_core::{DType, Device, Tensor};
 use kernels::precision::Precision;
 
 use self::chunk::{Chunk, Limit};
+use self::config_json::ConfigJson;
 use self::encoder::Encoder;
-pub use self::folder::Folder;
+pub use self::folder::ModelFolder;
 use self::head::Head;
-use self::params::{Flat, Gradients, Parameter};
-use self::pass::{Keep, Noise, Pass};
-use self::settings::Settings;
+use self::params::{FlatParameters, Gradients, Parameter, ParameterKind};
+use self::pass::{DropoutKey, Pass, Saved};
+use self::peft::LoraConfig;
 use self::weights::Weights;
-use crate::config::{self, Pooling};
+use crate::config::{self, Freeze, Pooling};
 use crate::data::batch::Sequence;
+use crate::data::tokenize::Tokenizer;
 use crate::system::device;
 use crate::{Error, Result};
 
-/// An encoder, how its hidden states become one embedding, and which of its parameters are trained.
+/// Embedding model: an encoder, pooling, optional dense layers and adapters.
 #[derive(Debug)]
 pub struct Model {
-    encoder: Encoder,
+    encoder: Box<dyn Encoder>,
     head: Head,
-    folder: Folder,
+    folder: ModelFolder,
     pooling: Pooling,
     normalize: bool,
     precision: Precision,
-    parameters: Vec<(String, Parameter)>,
-    flat: Flat,
+    encoder_parameters: NamedParameters,
+    head_parameters: NamedParameters,
+    flat: FlatParameters,
     passthrough: Vec<(String, Tensor)>,
-    lora: Option<adapter::Settings>,
+    lora: Option<LoraConfig>,
 }
 
-/// What the backward pass needs of a forward pass.
+type NamedParameters = Vec<(String, Parameter)>;
+
+/// Activations of one chunk that the backward pass needs.
 #[derive(Debug)]
 pub struct Tape {
     encoder: encoder::Tape,
     head: head::Tape,
 }
 
-/// How a model is opened.
+/// Options of [`Model::open`]. The default opens a model for inference.
 #[derive(Clone, Debug, Default)]
 pub struct Options<'a> {
-    /// The configuration's section; all default for a model that is used as it is.
+    /// Section `model` of the configuration.
     pub model: config::Model,
-    /// Adapters to train; without them, every parameter is.
+    /// Section `lora` of the configuration: adapters to train. Without it, the whole model is trained.
     pub lora: Option<&'a config::Lora>,
-    /// Whether anything is trained at all.
+    /// Whether any parameter is trained.
     pub trained: bool,
-    /// Random weights and adapters follow from it.
+    /// Seed of random weights and of new adapters.
     pub seed: u64,
     /// Whether only names and shapes are checked, and no weight is read.
-    pub dry: bool,
+    pub shapes_only: bool,
 }
 
 impl Model {
-    /// Opens the model folder that `folder` describes.
-    pub fn open(folder: Folder, options: &Options) -> Result<Self> {
+    /// Opens the model of a parsed folder.
+    ///
+    /// # Errors
+    /// The architecture or a setting is not supported; weights are missing or of the wrong shape; the
+    /// adapters do not fit.
+    pub fn open(folder: ModelFolder, options: &Options) -> Result<Self> {
         #[cfg(feature = "cuda")]
         candle_core::cuda::set_gemm_reduced_precision_f32(options.model.tf32);
-        let settings = Settings::new(&folder.path, folder.config.clone());
-        let init = |place: &Path, part: &str, anchors: &[&str]| {
+        let json = ConfigJson::new(&folder.path, folder.config.clone());
+        let config = encoder::read_config(&json, options.model.dropout.map(|p| p as f32))?;
+        let open_weights = |place: &Path, name: &str, anchor: &str| {
             let weights = match options.model.init {
-                config::WeightInit::Pretrained => Weights::open(place, anchors)?,
+                config::WeightInit::Pretrained => Weights::open(place, anchor)?,
                 config::WeightInit::Random => {
-                    let deviation = settings.number("initializer_range", 0.02)?;
-                    Weights::random(options.seed, deviation, part)
+                    Weights::random(options.seed, json.number("initializer_range", 0.02)?, name)
                 }
             };
-            Ok(if options.dry { weights.dry() } else { weights })
+            Ok(if options.shapes_only { weights.shapes_only() } else { weights })
         };
-        let longest = longest(&folder, &options.model, &settings)?;
-        let dropout = options.model.dropout.map(|p| p as f32);
-        let open = |anchors: &[&str]| init(&adapter::base(&folder)?, "", anchors);
-        let (mut encoder, passthrough) = Encoder::new(&settings, open, dropout, longest)?;
-        let mut width = encoder.width();
-        for dense in &folder.dense {
-            if dense.inputs != width {
-                let message = format!("in_features is {}, but what comes before has {width}", dense.inputs);
-                return Err(Error::file(dense.path.join("config.json"), message));
-            }
-            width = dense.outputs;
-        }
+        let weights = open_weights(&folder.weights, "", config.anchor())?;
+        let passthrough = config.passthrough().map(|prefix| weights.passthrough(prefix)).transpose()?;
+        let default_pooling = config.default_pooling();
+        let max_length = max_length(&options.model, folder.max_length_within(config.sizes().max_positions));
+        let mut encoder = config.build(&weights, max_length)?;
+        drop(weights);
+        check_dense(&folder, encoder.config().sizes().hidden_size)?;
         let normalize = options.model.normalize.or(folder.normalize).unwrap_or(true);
         let mut head = Head::new(&folder.dense, normalize, |module| {
-            init(&module.path, &module.name, &["linear.weight"])
+            open_weights(&module.path, &module.name, "linear.weight")
         })?;
-        let lora = match (adapter::Source::find(&folder, options.lora)?, options.lora) {
-            (Some(source), section) => Some(source.load(&mut encoder, section)?),
-            (None, Some(section)) => Some(adapter::attach(&mut encoder, section, options.seed)?),
-            (None, None) => None,
-        };
-        let adapters_only = lora.is_some();
-        if adapters_only && !options.model.freeze.is_empty() {
+
+        let lora = lora::add(encoder.as_mut(), &folder, options.lora, options.seed)?;
+        if lora.is_some() && !options.model.freeze.is_empty() {
             let message =
-                "model.freeze: the model has adapters, beside which everything is frozen: leave it out";
+                "model.freeze: the model has adapters, so all other parameters are frozen: leave it out";
             return Err(Error::Usage(message.to_owned()));
         }
-        let flat = Flat::adopt(
-            |visit| encoder.visit(visit).and_then(|()| head.visit(visit)),
-            |name| {
-                let wanted = if adapters_only {
-                    name.contains(".lora_")
-                } else {
-                    !frozen::is(name, &options.model.freeze)
-                };
-                options.trained && wanted
-            },
+        let is_trained = |kind| {
+            options.trained
+                && match lora {
+                    Some(_) => kind == ParameterKind::Lora,
+                    None => !options.model.freeze.iter().any(|&freeze| freezes(freeze, kind)),
+                }
+        };
+        let flat = FlatParameters::flatten(
+            |visitor| encoder.visit(visitor).and_then(|()| head.visit(visitor)),
+            is_trained,
         )?;
+
         let precision = options.model.dtype.precision();
-        let mut round = |_: &str, parameter: &mut Parameter| parameter.round(precision);
-        // Where the whole model is trained and will be written, what is frozen keeps its digits, too.
-        let whole = options.trained && !adapters_only;
-        if precision != Precision::F32 && !options.dry && !whole {
+        // If the whole model is trained and exported, frozen parameters keep all their digits.
+        let exported_whole = options.trained && lora.is_none();
+        if precision != Precision::F32 && !options.shapes_only && !exported_whole {
+            let mut round = |_: &str, parameter: &mut Parameter| parameter.round(precision);
             encoder.visit(&mut round)?;
             head.visit(&mut round)?;
         }
-        let mut parameters = Vec::new();
-        let mut note = |name: &str, parameter: &mut Parameter| {
-            parameters.push((name.to_owned(), parameter.clone()));
-            Ok(())
-        };
-        encoder.visit(&mut note)?;
-        head.visit(&mut note)?;
-        let decoder = matches!(encoder, Encoder::Decoder(_));
-        let by_family = if decoder { Pooling::LastToken } else { Pooling::Mean };
+        let (mut encoder_parameters, mut head_parameters) = (Vec::new(), Vec::new());
+        encoder.visit(&mut collect(&mut encoder_parameters))?;
+        head.visit(&mut collect(&mut head_parameters))?;
         Ok(Self {
-            pooling: options.model.pooling.or(folder.pooling).unwrap_or(by_family),
+            pooling: options.model.pooling.or(folder.pooling).unwrap_or(default_pooling),
             normalize,
             precision,
             encoder,
             head,
             folder,
-            parameters,
+            encoder_parameters,
+            head_parameters,
             flat,
-            passthrough,
+            passthrough: passthrough.unwrap_or_default(),
             lora,
         })
     }
 
-    /// A chunk → its embeddings (N, D), and the tape if it is to be kept. Without `noise` nothing is dropped.
-    pub fn forward(&self, chunk: &Chunk, noise: Option<Noise>, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
-        let pass = self.pass(chunk, noise);
-        let (x, tape) = self.encoder.forward(&self.placed(&chunk.ids)?, &pass, keep)?; // (T, D)
+    /// Maps a chunk to its embeddings, f32 (N, D), and to the tape that `save` asks for. Without
+    /// `dropout_key` nothing is dropped.
+    pub fn forward(
+        &self,
+        chunk: &Chunk,
+        dropout_key: Option<DropoutKey>,
+        save: Saved,
+    ) -> Result<(Tensor, Option<Tape>)> {
+        let pass = self.pass(chunk, dropout_key);
+        let (x, tape) = self.encoder.forward(&self.to_model_device(&chunk.ids)?, &pass, save)?; // (T, D)
         let (embeddings, head) = self.head.forward(&x, &chunk.spans, &pass)?;
         Ok((embeddings, tape.map(|encoder| Tape { encoder, head })))
     }
 
-    /// A chunk → the encoder's last hidden states (T, D), without dropout.
+    /// Maps a chunk to the encoder's last hidden states (T, D), without dropout.
     pub fn hidden_states(&self, chunk: &Chunk) -> Result<Tensor> {
         let pass = self.pass(chunk, None);
-        Ok(self.encoder.forward(&self.placed(&chunk.ids)?, &pass, Keep::Nothing)?.0)
+        Ok(self.encoder.forward(&self.to_model_device(&chunk.ids)?, &pass, Saved::None)?.0)
     }
 
-    /// The tape of a chunk whose embeddings are known already.
-    pub fn record(&self, chunk: &Chunk, noise: Option<Noise>) -> Result<Tape> {
-        match self.forward(chunk, noise, Keep::Whole)? {
+    /// Recomputes the tape of a chunk that was encoded without one.
+    pub fn recompute(&self, chunk: &Chunk, dropout_key: Option<DropoutKey>) -> Result<Tape> {
+        match self.forward(chunk, dropout_key, Saved::All)? {
             (_, Some(tape)) => Ok(tape),
-            (_, None) => Err(Error::Bug("a forward pass that records a tape returned none".to_owned())),
+            (_, None) => {
+                Err(Error::Bug("a forward pass that saves all activations returned no tape".to_owned()))
+            }
         }
     }
 
-    /// d(embeddings) (N, D) → the gradients of everything trained.
+    /// Adds the gradients of all trained parameters, given those of the embeddings: d (N, D).
     pub fn backward(
         &self,
         chunk: &Chunk,
         tape: Tape,
         d: &Tensor,
-        noise: Option<Noise>,
+        dropout_key: Option<DropoutKey>,
         gradients: &Gradients,
     ) -> Result<()> {
-        let pass = self.pass(chunk, noise);
+        let pass = self.pass(chunk, dropout_key);
         let Tape { encoder, head } = tape;
         let tokens = chunk.packing.tokens();
         let dx = pass.round(self.head.backward(head, d, &chunk.spans, tokens, &pass, gradients)?)?; // (T, D)
-        self.encoder.backward(&self.placed(&chunk.ids)?, encoder, dx, &pass, gradients)?;
-        gradients.settle()
+        self.encoder.backward(&self.to_model_device(&chunk.ids)?, encoder, dx, &pass, gradients)?;
+        gradients.flush()
     }
 
-    /// A chunk's ids where the parameters are.
-    fn placed(&self, ids: &Tensor) -> Result<Tensor> {
-        Ok(match self.parameters.first().map(|(_, parameter)| parameter.value().device()) {
+    /// Copies ids to the device of the parameters.
+    fn to_model_device(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(match self.parameters().next().map(|(_, parameter)| parameter.value().device()) {
             Some(device) if !device.is_cpu() => kernels::upload(&ids.to_vec1::<u32>()?, device)?,
             _ => ids.clone(),
         })
     }
 
-    /// Sequences → their embeddings (N, D) in the order given; no tape, no dropout.
+    /// Maps sequences to their embeddings, f32 (N, D), in the given order and without dropout.
     pub fn embed(&self, sequences: &[Sequence], chunk_tokens: usize) -> Result<Tensor> {
-        let width = self.width();
-        let mut all = vec![0f32; sequences.len() * width];
+        let dim = self.embedding_dim();
+        let mut all = vec![0f32; sequences.len() * dim];
         let members: Vec<usize> = (0..sequences.len()).collect();
         for cut in chunk::cut(sequences, &members, Limit::Tokens(chunk_tokens)) {
             let chunk = Chunk::pack(sequences, cut, self.pooling)?;
-            let (embeddings, _) = self.forward(&chunk, None, Keep::Nothing)?;
+            let (embeddings, _) = self.forward(&chunk, None, Saved::None)?;
             for (&member, row) in chunk.members.iter().zip(embeddings.to_vec2::<f32>()?) {
-                all[member * width..][..width].copy_from_slice(&row);
+                all[member * dim..][..dim].copy_from_slice(&row);
             }
         }
-        Ok(Tensor::from_vec(all, (sequences.len(), width), &Device::Cpu)?)
+        Ok(Tensor::from_vec(all, (sequences.len(), dim), &Device::Cpu)?)
     }
 
-    /// The trained parameters.
-    pub fn flat(&self) -> &Flat {
+    /// Refuses a tokenizer that does not belong to the model.
+    ///
+    /// # Errors
+    /// The tokenizer has more tokens than the table of token embeddings has rows.
+    pub fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<()> {
+        let (tokens, rows) = (tokenizer.vocabulary(), self.encoder.config().sizes().vocab_size);
+        if tokens <= rows {
+            return Ok(());
+        }
+        let message = format!(
+            "the tokenizer has {tokens} tokens, but the table of token embeddings has {rows} rows\n\
+             hint: tokenizer and weights \
+             must belong to the same model"
+        );
+        Err(Error::file(&self.folder.path, message))
+    }
+
+    /// Trained parameters.
+    pub fn flat(&self) -> &FlatParameters {
         &self.flat
     }
 
-    /// What activations and weights are rounded to.
+    /// Precision of activations and weights.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    fn pass<'a>(&self, chunk: &'a Chunk, noise: Option<Noise>) -> Pass<'a> {
-        Pass { packing: &chunk.packing, noise, precision: self.precision }
+    fn pass<'a>(&self, chunk: &'a Chunk, dropout_key: Option<DropoutKey>) -> Pass<'a> {
+        Pass { packing: &chunk.packing, dropout_key, precision: self.precision }
     }
 
-    /// What the folder said.
-    pub fn folder(&self) -> &Folder {
+    /// The folder that the model was opened from.
+    pub fn folder(&self) -> &ModelFolder {
         &self.folder
     }
 
-    /// How hidden states become one embedding.
+    /// Pooling of hidden states to one embedding.
     pub fn pooling(&self) -> Pooling {
         self.pooling
     }
 
-    /// Whether embeddings have the length 1.
+    /// Whether embeddings are normalised to length 1.
     pub fn normalize(&self) -> bool {
         self.normalize
     }
 
-    /// The adapters' settings, where it has adapters.
-    pub fn lora(&self) -> Option<adapter::Settings> {
+    /// LoRA settings, if the model has adapters.
+    pub fn lora(&self) -> Option<LoraConfig> {
         self.lora
     }
 
-    /// D of an embedding.
-    pub fn width(&self) -> usize {
-        self.folder.dense.last().map_or(self.encoder.width(), |dense| dense.outputs)
+    /// D: elements of an embedding.
+    pub fn embedding_dim(&self) -> usize {
+        self.folder.dense.last().map_or(self.hidden_size(), |dense| dense.outputs)
     }
 
-    /// D of a hidden state.
-    pub fn hidden_width(&self) -> usize {
-        self.encoder.width()
+    /// D: elements of a hidden state.
+    pub fn hidden_size(&self) -> usize {
+        self.encoder.config().sizes().hidden_size
     }
 
-    /// The longest text that has positions.
-    pub fn positions(&self) -> usize {
-        self.encoder.positions()
+    /// Number of tokens of the longest text that has positions.
+    pub fn max_positions(&self) -> usize {
+        self.encoder.config().sizes().max_positions
     }
 
-    /// V.
-    pub fn vocabulary(&self) -> usize {
-        self.encoder.vocabulary()
+    /// Number of tokens at which texts are truncated unless the configuration says otherwise.
+    pub fn max_length(&self) -> usize {
+        self.folder.max_length_within(self.max_positions())
     }
 
-    /// Elements of all parameters, trained or not.
-    pub fn elements(&self) -> usize {
-        self.parameters.iter().map(|(_, parameter)| parameter.value().elem_count()).sum()
-    }
-
-    /// L, as the names of the parameters count.
+    /// L: number of layers.
     pub fn layers(&self) -> usize {
-        let number = |name: &str| {
-            let mut parts = name.split('.').skip_while(|part| !matches!(*part, "layer" | "layers"));
-            parts.nth(1)?.parse::<usize>().ok()
-        };
-        self.parameters.iter().filter_map(|(name, _)| number(name)).max().map_or(0, |last| last + 1)
+        self.encoder.config().sizes().layers
     }
 
-    /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
-        self.encoder.tape_bytes_per_token(keep) / 4 * self.element_bytes()
+    /// Number of elements of all parameters, trained or frozen.
+    pub fn parameter_count(&self) -> usize {
+        self.parameters().map(|(_, parameter)| parameter.value().elem_count()).sum()
     }
 
-    /// Bytes of an activation, and of a parameter that is not trained: on a CPU halves are kept in f32.
+    /// Bytes that one token takes on a tape.
+    pub fn tape_bytes_per_token(&self, save: Saved) -> usize {
+        self.encoder.config().saved_floats().total(save) * self.element_bytes()
+    }
+
+    /// Bytes of one element of an activation or of a frozen parameter. On a CPU, half precision is stored as
+    /// f32.
     pub fn element_bytes(&self) -> usize {
         let on_gpu = device::current().is_ok_and(|device| kernels::on_gpu(&device));
         if on_gpu && self.precision != Precision::F32 { 2 } else { 4 }
     }
 
-    /// The adapters' tensors by name, as PEFT names them after `base_model.model.`.
-    pub fn adapters(&self) -> Vec<(String, Tensor)> {
-        let adapters = self.parameters.iter().filter(|(name, _)| name.contains(".lora_"));
+    /// Names and tensors of the adapters. The names are PEFT's without the prefix `base_model.model.`.
+    pub fn adapter_tensors(&self) -> Vec<(String, Tensor)> {
+        let adapters = self.parameters().filter(|(_, parameter)| parameter.kind() == ParameterKind::Lora);
         adapters.map(|(name, parameter)| (name.clone(), parameter.value().clone())).collect()
     }
 
-    /// The tensors of the dense layers after pooling, by their folders' names.
-    pub fn dense(&self) -> Vec<(String, Tensor)> {
-        let of_dense = |name: &str| {
-            self.folder
-                .dense
-                .iter()
-                .any(|dense| name.strip_prefix(&dense.name).is_some_and(|rest| rest.starts_with('.')))
-        };
-        let dense = self.parameters.iter().filter(|(name, _)| of_dense(name));
+    /// Names and tensors of the dense layers after pooling. The names begin with that of the module's folder.
+    pub fn dense_tensors(&self) -> Vec<(String, Tensor)> {
+        let dense = self.head_parameters.iter();
         dense.map(|(name, parameter)| (name.clone(), parameter.value().clone())).collect()
     }
 
-    /// Every tensor of the whole model by its name in the checkpoint, adapters merged into their weights.
-    pub fn tensors(&mut self) -> Result<Vec<(String, Tensor)>> {
+    /// Names and tensors of the whole model, as in the checkpoint, with the adapters merged into their
+    /// weights.
+    pub fn merged_tensors(&mut self) -> Result<Vec<(String, Tensor)>> {
         let merged: Vec<(String, Tensor)> = self
             .encoder
             .linears()
@@ -332,8 +349,8 @@ impl Model {
             .filter(|(_, linear)| linear.adapter().is_some())
             .map(|(name, linear)| Ok((format!("{name}.weight"), linear.merged()?)))
             .collect::<Result<_>>()?;
-        let own = self.parameters.iter().filter(|(name, _)| !name.contains(".lora_"));
-        let mut all: Vec<(String, Tensor)> = own
+        let weights = self.parameters().filter(|(_, parameter)| parameter.kind() != ParameterKind::Lora);
+        let mut all: Vec<(String, Tensor)> = weights
             .map(|(name, parameter)| {
                 let merged = merged.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
                 (name.clone(), merged.unwrap_or(parameter.value()).clone())
@@ -346,15 +363,49 @@ impl Model {
     }
 
     /// Replaces the trained parameters by those of a checkpoint's parameters.safetensors.
+    ///
+    /// # Errors
+    /// The file cannot be read, lacks a parameter, or has one of another shape.
     pub fn load_parameters(&self, path: &Path) -> Result<()> {
         self.flat.read(self.flat.values(), path, "")
     }
+
+    fn parameters(&self) -> impl Iterator<Item = &(String, Parameter)> {
+        self.encoder_parameters.iter().chain(&self.head_parameters)
+    }
 }
 
-/// The longest text, in tokens, that a run with this configuration encodes.
-fn longest(folder: &Folder, model: &config::Model, settings: &Settings) -> Result<usize> {
-    let positions = settings.size("max_position_embeddings")?;
-    let default = folder.max_length.unwrap_or(positions).min(positions);
-    let query = model.max_query_length.unwrap_or(default);
-    Ok(query.max(model.max_document_length.unwrap_or(default)))
+/// Number of tokens of the longest text of a run, where `default` is the length that the configuration may
+/// leave out.
+fn max_length(model: &config::Model, default: usize) -> usize {
+    model.max_query_length.unwrap_or(default).max(model.max_document_length.unwrap_or(default))
+}
+
+/// Whether a value of `model.freeze` freezes parameters of this kind.
+fn freezes(freeze: Freeze, kind: ParameterKind) -> bool {
+    match freeze {
+        Freeze::Embeddings => kind == ParameterKind::Embedding,
+        Freeze::Norms => kind == ParameterKind::Norm,
+    }
+}
+
+/// Refuses a dense layer whose input does not fit the output of what precedes it.
+fn check_dense(folder: &ModelFolder, hidden_size: usize) -> Result<()> {
+    let mut width = hidden_size;
+    for dense in &folder.dense {
+        if dense.inputs != width {
+            let message = format!("in_features is {}, expected {width}", dense.inputs);
+            return Err(Error::file(dense.path.join("config.json"), message));
+        }
+        width = dense.outputs;
+    }
+    Ok(())
+}
+
+/// Visitor that collects names and parameters.
+fn collect(all: &mut NamedParameters) -> impl FnMut(&str, &mut Parameter) -> Result<()> + '_ {
+    |name, parameter| {
+        all.push((name.to_owned(), parameter.clone()));
+        Ok(())
+    }
 }

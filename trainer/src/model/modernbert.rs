@@ -1,111 +1,125 @@
-//! ModernBERT (Warner et al. 2024): pre-norm, RoPE with two bases, windows in most layers, GeGLU. Wiring only; names as in
-//! transformers' `ModernBertModel`, whose checkpoints have one weight for query, key and value, and one for both halves of
-//! the feed-forward layer: they are taken apart by rows.
+//! ModernBERT (Warner et al. 2024): norms before each block, RoPE with two bases, sliding windows in most
+//! layers, GeGLU.
+//!
+//! Fields and tensors bear the names of transformers' `ModernBertModel`. Its checkpoints have one weight for
+//! query, key and value, and one for gate and up projection; both are split by rows.
 
 use candle_core::Tensor;
 use kernels::activation::{self, Activation};
 use kernels::attention::{self, Attention};
 use kernels::{embedding, norm, rope};
 
+use super::config_json::ConfigJson;
+use super::encoder::{self, Encoder, EncoderConfig, SavedFloats, Sizes};
 use super::linear::{self, Linear};
 use super::norms::LayerNorm;
-use super::params::{Gradients, Parameter, Visit};
-use super::pass::{Keep, Pass, SITES};
-use super::rotary::{Place, Rotary};
-use super::settings::Settings;
-use super::weights::{Init, Weights};
+use super::params::{Gradients, Parameter, ParameterKind, ParameterVisitor};
+use super::pass::{DROPOUT_SITES, Pass, Saved};
+use super::rope::{RopeKeys, RopeParameters};
+use super::weights::Weights;
 use crate::{Error, Result};
 
-/// What config.json says of a ModernBERT.
+/// Values of `model_type` that this stack reads.
+pub const MODEL_TYPES: &[(&str, ())] = &[("modernbert", ())];
+
+const TOK_EMBEDDINGS: &str = "embeddings.tok_embeddings.weight";
+
+/// Checked config.json of ModernBERT.
 #[derive(Clone, Debug)]
-pub struct Shape {
-    vocabulary: usize,
-    width: usize,
+pub struct Config {
+    vocab_size: usize,
+    hidden_size: usize,
     heads: usize,
-    inner: usize,
-    positions: usize,
+    intermediate_size: usize,
+    max_positions: usize,
     epsilon: f64,
     activation: Activation,
-    /// Of norms, of attention and of the feed-forward layer.
-    biased: [bool; 3],
-    /// Of each layer, how far it sees to both sides; none is the whole text.
-    reaches: Vec<Option<usize>>,
-    /// Of the layers that see everything, and of those with a window.
-    rotaries: [Rotary; 2],
+    norm_bias: bool,
+    attention_bias: bool,
+    mlp_bias: bool,
+    /// Of each layer, the number of tokens that it attends to on either side; `None` for full attention.
+    windows: Vec<Option<usize>>,
+    /// RoPE of the layers with full attention, and of those with a window.
+    rope_parameters: [RopeParameters; 2],
     dropout: Dropout,
 }
 
+/// Dropout rates.
 #[derive(Clone, Copy, Debug)]
 struct Dropout {
     embedding: f32,
     attention: f32,
-    inner: f32,
+    mlp: f32,
 }
 
-/// The encoder.
+/// ModernBERT encoder.
 #[derive(Debug)]
 pub struct ModernBert {
-    shape: Shape,
-    word: Parameter, // (V, D)
-    norm: LayerNorm,
+    config: Config,
+    tok_embeddings: Parameter, // (V, D)
+    embeddings_norm: LayerNorm,
     layers: Vec<Layer>,
-    last_norm: LayerNorm,
+    final_norm: LayerNorm,
     ropes: Vec<rope::Table>,
 }
 
 #[derive(Debug)]
 struct Layer {
-    /// None in the first layer, whose input is normed already.
-    attention_norm: Option<LayerNorm>,
-    query_key_value: Linear,
-    output: Linear,
-    norm: LayerNorm,
-    gate_up: Linear,
-    down: Linear,
-    reach: Option<usize>,
-    site: u32,
+    /// `None` in the first layer, whose input is normalised already.
+    attn_norm: Option<LayerNorm>,
+    wqkv: Linear,
+    wo: Linear,
+    mlp_norm: LayerNorm,
+    wi: Linear,
+    mlp_wo: Linear,
+    window: Option<usize>,
+    first_site: u32,
 }
 
-/// What [`ModernBert::backward`] needs of a forward pass.
+/// Activations that the backward pass needs.
 #[derive(Debug)]
-pub struct Tape {
-    embedding: norm::Tape,
+struct Tape {
+    embeddings_norm: norm::Tape,
     layers: Vec<LayerTape>,
-    last_norm: norm::Tape,
+    final_norm: norm::Tape,
 }
 
-/// Norms' outputs and the activation's are computed again from what is kept here, in one pass over memory each.
+/// Saved activations of one layer.
 #[derive(Debug)]
 struct LayerTape {
-    input: Input,
-    inside: Option<Inside>,
-    down: linear::Tape,
+    input: LayerInput,
+    /// `None` if only the inputs of layers are saved.
+    activations: Option<Activations>,
+    mlp_wo: linear::Tape,
 }
 
-/// What a layer adds to the stream is made of.
+/// Activations of one layer, up to the input of its last matrix product.
 #[derive(Debug)]
-struct Inside {
-    q: Tensor,       // (T, D) rotated
-    k: Tensor,       // (T, D) rotated
+struct Activations {
+    q: Tensor,       // (T, D), after RoPE
+    k: Tensor,       // (T, D), after RoPE
     v: Tensor,       // (T, D)
     o: Tensor,       // (T, D)
     log_sum: Tensor, // (H, T)
-    norm: norm::Tape,
+    mlp_norm: norm::Tape,
     gate: Tensor, // (T, F)
     up: Tensor,   // (T, F)
+    /// Tapes of query, key, value, attention output, gate and up projection.
     adapters: [linear::Tape; 6],
 }
 
-/// What a layer's attention has looked at.
+/// Saved input of a layer.
 #[derive(Debug)]
-enum Input {
-    Plain(Tensor), // (T, D)
+enum LayerInput {
+    /// Input (T, D) of the first layer, which has no norm before attention.
+    Plain(Tensor),
+    /// Tape of the norm before attention, which holds the layer's input.
     Normed(norm::Tape),
 }
 
-impl Input {
-    /// The residual stream that it was taken from, (T, D).
-    fn stream(&self) -> &Tensor {
+impl LayerInput {
+    /// Residual stream before the layer, (T, D).
+    fn residual(&self) -> &Tensor {
         match self {
             Self::Plain(x) => x,
             Self::Normed(tape) => &tape.sum,
@@ -113,237 +127,229 @@ impl Input {
     }
 }
 
-/// The residual stream between two layers: a layer's output is added by the next norm, in the pass that it makes anyway.
-struct Stream {
+/// Residual stream between two layers, as two addends: the next norm adds them in the pass that it makes
+/// anyway.
+struct ResidualStream {
     residual: Option<Tensor>, // (T, D)
-    addition: Tensor,         // (T, D)
+    block_output: Tensor,     // (T, D)
 }
 
-impl Shape {
-    /// Reads and checks config.json. A field that is absent has the value that transformers gives it.
-    pub fn read(settings: &Settings, dropout: Option<f32>) -> Result<Self> {
-        settings.expect("quantization_config", serde_json::Value::Null)?;
-        let (width, heads) = (settings.size("hidden_size")?, settings.size("num_attention_heads")?);
-        settings.divides("num_attention_heads", 2 * heads, "hidden_size", width)?;
-        let layers = settings.size("num_hidden_layers")?;
-        let every = settings.size_or("global_attn_every_n_layers", 3)?;
-        let window = settings.size_or("local_attention", 128)?;
-        let reach = |l| Ok(settings.windowed(l, layers, |l| !l.is_multiple_of(every))?.then_some(window / 2));
-        let base = |kind, base, default| Rotary::read(settings, Place { kind, base, default, scaled: true });
-        let rate = |name: &str| dropout.map_or_else(|| settings.rate(name, 0.0), Ok);
+impl Config {
+    /// Reads and checks config.json. A missing field has the default of transformers. `dropout` replaces the
+    /// rates.
+    pub fn read(json: &ConfigJson, dropout: Option<f32>) -> Result<Self> {
+        json.expect("quantization_config", serde_json::Value::Null)?;
+        let (hidden_size, heads) = (json.size("hidden_size")?, json.size("num_attention_heads")?);
+        json.divides("num_attention_heads", 2 * heads, "hidden_size", hidden_size)?;
+        let layers = json.size("num_hidden_layers")?;
+        let every = json.size_or("global_attn_every_n_layers", 3)?;
+        let window = json.size_or("local_attention", 128)?;
+        let window_of = |l| Ok(json.windowed(l, layers, |l| !l.is_multiple_of(every))?.then_some(window / 2));
+        let rope = |layer_type, base, default| {
+            RopeParameters::read(json, RopeKeys { layer_type, base, default, scaled: true })
+        };
+        let rate = |name: &str| dropout.map_or_else(|| json.rate(name, 0.0), Ok);
         Ok(Self {
-            vocabulary: settings.size("vocab_size")?,
-            width,
+            vocab_size: json.size("vocab_size")?,
+            hidden_size,
             heads,
-            inner: settings.size("intermediate_size")?,
-            positions: settings.size("max_position_embeddings")?,
-            epsilon: settings.number("norm_eps", 1e-5)?,
-            activation: settings.activation("hidden_activation", "gelu")?,
-            biased: [
-                settings.flag("norm_bias", false)?,
-                settings.flag("attention_bias", false)?,
-                settings.flag("mlp_bias", false)?,
-            ],
-            reaches: (0..layers).map(reach).collect::<Result<_>>()?,
-            rotaries: [
-                base("full_attention", "global_rope_theta", 160_000.0)?,
-                base("sliding_attention", "local_rope_theta", 10_000.0)?,
+            intermediate_size: json.size("intermediate_size")?,
+            max_positions: json.size("max_position_embeddings")?,
+            epsilon: json.number("norm_eps", 1e-5)?,
+            activation: json.activation("hidden_activation", "gelu")?,
+            norm_bias: json.flag("norm_bias", false)?,
+            attention_bias: json.flag("attention_bias", false)?,
+            mlp_bias: json.flag("mlp_bias", false)?,
+            windows: (0..layers).map(window_of).collect::<Result<_>>()?,
+            rope_parameters: [
+                rope("full_attention", "global_rope_theta", 160_000.0)?,
+                rope("sliding_attention", "local_rope_theta", 10_000.0)?,
             ],
             dropout: Dropout {
                 embedding: rate("embedding_dropout")?,
                 attention: rate("attention_dropout")?,
-                inner: rate("mlp_dropout")?,
+                mlp: rate("mlp_dropout")?,
             },
         })
     }
 }
 
-impl ModernBert {
-    /// Names of which every file has one, with or without a prefix.
-    pub const ANCHORS: &[&str] = &["embeddings.tok_embeddings.weight"];
+impl EncoderConfig for Config {
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            vocab_size: self.vocab_size,
+            hidden_size: self.hidden_size,
+            layers: self.windows.len(),
+            max_positions: self.max_positions,
+        }
+    }
 
-    /// Takes the weights. Angles are tabled for texts of up to `longest` tokens.
-    pub fn new(shape: Shape, weights: &Weights, longest: usize) -> Result<Self> {
-        let (d, f) = (shape.width, shape.inner);
-        let [of_norms, of_attention, of_feed_forward] = shape.biased;
-        let norm = |name: &str| LayerNorm::new(weights, name, d, shape.epsilon, of_norms);
-        let linear = |name: String, o: usize, i: usize, biased: bool, site: u32| {
-            let bias = |o: usize| weights.tensor(&format!("{name}.bias"), &[o], Init::Zeros);
-            let bias = biased.then(|| bias(o)).transpose()?;
-            Ok::<_, Error>(Linear::new(weights.matrix(&format!("{name}.weight"), o, i)?, bias, site))
-        };
-        let layer = |(l, &reach): (usize, &Option<usize>)| {
-            let (name, site) = (format!("layers.{l}"), l as u32 * SITES);
+    fn anchor(&self) -> &'static str {
+        TOK_EMBEDDINGS
+    }
+
+    fn saved_floats(&self) -> SavedFloats {
+        let &Self { hidden_size, intermediate_size, heads, .. } = self;
+        let layers = self.windows.len();
+        SavedFloats {
+            // sum, mean and deviation of a norm
+            layer_inputs: (layers + 2) * (hidden_size + 2),
+            // q, k, v, o; log_sum; sum, mean and deviation of the other norm; gate and up
+            inside_layers: layers * (5 * hidden_size + heads + 2 + 2 * intermediate_size),
+        }
+    }
+
+    fn build(self: Box<Self>, weights: &Weights, max_length: usize) -> Result<Box<dyn Encoder>> {
+        Ok(Box::new(ModernBert::new(*self, weights, max_length)?))
+    }
+}
+
+impl ModernBert {
+    fn new(config: Config, weights: &Weights, max_length: usize) -> Result<Self> {
+        let (d, f) = (config.hidden_size, config.intermediate_size);
+        let norm = |name: &str| LayerNorm::new(weights, name, d, config.epsilon, config.norm_bias);
+        let layer = |(l, &window): (usize, &Option<usize>)| {
+            let (name, site) = (format!("layers.{l}"), l as u32 * DROPOUT_SITES);
+            let linear = |part: &str, shape: (usize, usize), biased: bool, site: u32| {
+                Linear::new(weights, &format!("{name}.{part}"), shape, biased, site)
+            };
+            let &Config { attention_bias, mlp_bias, .. } = &config;
             Ok::<_, Error>(Layer {
-                attention_norm: (l > 0).then(|| norm(&format!("{name}.attn_norm"))).transpose()?,
-                query_key_value: linear(format!("{name}.attn.Wqkv"), 3 * d, d, of_attention, site)?,
-                output: linear(format!("{name}.attn.Wo"), d, d, of_attention, site + 1)?,
-                norm: norm(&format!("{name}.mlp_norm"))?,
-                gate_up: linear(format!("{name}.mlp.Wi"), 2 * f, d, of_feed_forward, site + 2)?,
-                down: linear(format!("{name}.mlp.Wo"), d, f, of_feed_forward, site + 3)?,
-                reach,
-                site,
+                attn_norm: (l > 0).then(|| norm(&format!("{name}.attn_norm"))).transpose()?,
+                wqkv: linear("attn.Wqkv", (3 * d, d), attention_bias, site)?,
+                wo: linear("attn.Wo", (d, d), attention_bias, site + 1)?,
+                mlp_norm: norm(&format!("{name}.mlp_norm"))?,
+                wi: linear("mlp.Wi", (2 * f, d), mlp_bias, site + 2)?,
+                mlp_wo: linear("mlp.Wo", (d, f), mlp_bias, site + 3)?,
+                window,
+                first_site: site,
             })
         };
-        let positions = longest.min(shape.positions);
-        let word = weights.matrix("embeddings.tok_embeddings.weight", shape.vocabulary, d)?;
+        let positions = max_length.min(config.max_positions);
+        let tok_embeddings = weights.matrix(TOK_EMBEDDINGS, config.vocab_size, d)?;
         Ok(Self {
-            word: Parameter::frozen(word),
-            norm: norm("embeddings.norm")?,
-            layers: shape.reaches.iter().enumerate().map(layer).collect::<Result<_>>()?,
-            last_norm: norm("final_norm")?,
-            ropes: shape.rotaries.iter().map(|rotary| rotary.table(positions, d / shape.heads)).collect(),
-            shape,
+            tok_embeddings: Parameter::new(tok_embeddings, ParameterKind::Embedding),
+            embeddings_norm: norm("embeddings.norm")?,
+            layers: config.windows.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            final_norm: norm("final_norm")?,
+            ropes: config
+                .rope_parameters
+                .iter()
+                .map(|rope| rope.table(positions, d / config.heads))
+                .collect(),
+            config,
         })
-    }
-
-    /// ids (T) → hidden states (T, D), and the tape if any of it is to be kept.
-    pub fn forward(&self, ids: &Tensor, pass: &Pass, keep: Keep) -> Result<(Tensor, Option<Tape>)> {
-        let tables =
-            embedding::Tables { word: self.word.value(), position: None, position_offset: 0, kind: None };
-        let (x, embedding) =
-            self.norm.forward(&pass.round(embedding::forward(ids, pass.packing, &tables)?)?, None, pass)?;
-        let x = pass.drop(x, self.shape.dropout.embedding, self.dropout_site())?;
-        let mut stream = Stream { residual: None, addition: x };
-        let mut layers = Vec::new();
-        for layer in &self.layers {
-            let (next, tape) = self.forward_layer(layer, stream, pass, keep)?;
-            stream = next;
-            layers.extend(tape);
-        }
-        let (y, last_norm) = self.last_norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
-        Ok((y, (keep > Keep::Nothing).then_some(Tape { embedding, layers, last_norm })))
-    }
-
-    /// d(hidden states) (T, D) → the gradients of everything trained.
-    pub fn backward(
-        &self,
-        ids: &Tensor,
-        tape: Tape,
-        dy: Tensor,
-        pass: &Pass,
-        gradients: &Gradients,
-    ) -> Result<()> {
-        let below = self.word.slot().is_some() || self.norm.trained();
-        let mut ds = Some(self.last_norm.backward(&tape.last_norm, &dy, None, pass, gradients)?);
-        for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
-            let Some(d) = ds.take() else { break };
-            ds = gradients.beside(|| self.backward_layer(layer, tape, d, l > 0 || below, pass, gradients))?;
-        }
-        if let (true, Some(dx)) = (below, ds) {
-            let dx = pass.drop(dx, self.shape.dropout.embedding, self.dropout_site())?;
-            let dx = self.norm.backward(&tape.embedding, &dx, None, pass, gradients)?;
-            if let Some(dword) = gradients.of(&self.word)? {
-                embedding::backward(&dx, ids, pass.packing, 0, Some(&dword), None, None)?;
-            }
-        }
-        Ok(())
     }
 
     fn forward_layer(
         &self,
         layer: &Layer,
-        stream: Stream,
+        stream: ResidualStream,
         pass: &Pass,
-        keep: Keep,
-    ) -> Result<(Stream, Option<LayerTape>)> {
-        let shape = &self.shape;
-        let (y, input) = match &layer.attention_norm {
+        save: Saved,
+    ) -> Result<(ResidualStream, Option<LayerTape>)> {
+        let config = &self.config;
+        let (y, input) = match &layer.attn_norm {
             Some(norm) => {
-                let (y, tape) = norm.forward(&stream.addition, stream.residual.as_ref(), pass)?;
-                (y, Input::Normed(tape))
+                let (y, tape) = norm.forward(&stream.block_output, stream.residual.as_ref(), pass)?;
+                (y, LayerInput::Normed(tape))
             }
-            None => (stream.addition.clone(), Input::Plain(stream.addition)),
+            None => (stream.block_output.clone(), LayerInput::Plain(stream.block_output)),
         };
-        let inside = self.inside(layer, &y, input.stream(), pass)?;
-        let h = pass.round(activation::gated(&inside.gate, &inside.up, shape.activation)?)?;
-        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
-        let residual = Some(inside.norm.sum.clone());
-        let inside = (keep == Keep::Whole).then_some(inside);
-        let (d, down) = layer.down.forward(&h, pass)?; // (T, D)
-        let tape = LayerTape { input, inside, down };
-        Ok((Stream { residual, addition: d }, (keep > Keep::Nothing).then_some(tape)))
+        let activations = self.activations(layer, &y, input.residual(), pass)?;
+        let h = pass.round(activation::gated(&activations.gate, &activations.up, config.activation)?)?;
+        let h = pass.apply_dropout(h, config.dropout.mlp, layer.first_site + 6)?;
+        let residual = Some(activations.mlp_norm.sum.clone());
+        let activations = (save == Saved::All).then_some(activations);
+        let (d, mlp_wo) = layer.mlp_wo.forward(&h, pass)?; // (T, D)
+        let tape = LayerTape { input, activations, mlp_wo };
+        Ok((ResidualStream { residual, block_output: d }, (save > Saved::None).then_some(tape)))
     }
 
-    /// All but the last product, from attention's input y (T, D) and the stream (T, D) that it comes from.
-    fn inside(&self, layer: &Layer, y: &Tensor, stream: &Tensor, pass: &Pass) -> Result<Inside> {
-        let shape = &self.shape;
-        let [query, key, value] = layer.attention_parts(shape.width)?;
+    /// Computes all activations but the last matrix product, from the input of attention y (T, D) and the
+    /// residual stream (T, D).
+    fn activations(&self, layer: &Layer, y: &Tensor, residual: &Tensor, pass: &Pass) -> Result<Activations> {
+        let config = &self.config;
+        let [query, key, value] = layer.attention_parts(config.hidden_size)?;
         let (q, (k, v)) = rayon::join(
             || query.forward(y, pass),
             || rayon::join(|| key.forward(y, pass), || value.forward(y, pass)),
         );
         let ((q, q_tape), (k, k_tape), (v, v_tape)) = (q?, k?, v?); // (T, D)
-        let (q, k) = rope::forward_both(&q, &k, pass.packing, self.table(layer))?;
+        let (q, k) = rope::forward_both(&q, &k, pass.packing, self.rope(layer))?;
         let (q, k) = (pass.round(q)?, pass.round(k)?);
         let (o, log_sum) = attention::forward(&q, &k, &v, pass.packing, &self.attention(layer, pass))?;
         let o = pass.round(o)?;
-        let (a, o_tape) = layer.output.forward(&o, pass)?; // (T, D)
-        let a = pass.drop(a, shape.dropout.attention, layer.site + 5)?;
+        let (a, o_tape) = layer.wo.forward(&o, pass)?; // (T, D)
+        let a = pass.apply_dropout(a, config.dropout.attention, layer.first_site + 5)?;
 
-        let (z, norm) = layer.norm.forward(&a, Some(stream), pass)?;
-        let [gate, up] = layer.feed_forward_parts(shape.inner)?;
+        let (z, mlp_norm) = layer.mlp_norm.forward(&a, Some(residual), pass)?;
+        let [gate, up] = layer.feed_forward_parts(config.intermediate_size)?;
         let (gate, up) = rayon::join(|| gate.forward(&z, pass), || up.forward(&z, pass));
         let ((gate, gate_tape), (up, up_tape)) = (gate?, up?); // (T, F)
         let adapters = [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape];
-        Ok(Inside { q, k, v, o, log_sum, norm, gate, up, adapters })
+        Ok(Activations { q, k, v, o, log_sum, mlp_norm, gate, up, adapters })
     }
 
-    /// `ds` is the gradient of the stream after this layer, which is that of the layer's addition too.
+    /// Maps ds (T, D), the gradient of the residual stream after this layer, to that before it, which may be
+    /// `None` unless `needs_dx`.
     fn backward_layer(
         &self,
         layer: &Layer,
         tape: LayerTape,
         ds: Tensor,
-        below: bool,
+        needs_dx: bool,
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Option<Tensor>> {
-        let shape = &self.shape;
-        let y = match (&tape.input, &layer.attention_norm) {
-            (Input::Normed(tape), Some(norm)) => norm.again(tape, pass)?,
-            (Input::Plain(x), _) => x.clone(),
-            (Input::Normed(_), None) => return Err(Error::Bug("the tape is of another encoder".to_owned())),
+        let config = &self.config;
+        let y = match (&tape.input, &layer.attn_norm) {
+            (LayerInput::Normed(tape), Some(norm)) => norm.recompute(tape, pass)?,
+            (LayerInput::Plain(x), _) => x.clone(),
+            (LayerInput::Normed(_), None) => {
+                return Err(Error::Bug("the tape is of another encoder".to_owned()));
+            }
         };
-        let inside = match tape.inside {
-            Some(inside) => inside,
-            None => self.inside(layer, &y, tape.input.stream(), pass)?,
+        let activations = match tape.activations {
+            Some(activations) => activations,
+            None => self.activations(layer, &y, tape.input.residual(), pass)?,
         };
-        let Inside { q, k, v, o, log_sum, norm, gate, up, adapters } = inside;
+        let Activations { q, k, v, o, log_sum, mlp_norm, gate, up, adapters } = activations;
         let [q_tape, k_tape, v_tape, o_tape, gate_tape, up_tape] = &adapters;
-        let h = pass.round(activation::gated(&gate, &up, shape.activation)?)?;
-        let h = pass.drop(h, shape.dropout.inner, layer.site + 6)?;
-        let dh = layer.down.backward(&h, &tape.down, &ds, None, pass, gradients)?;
-        let dh = pass.drop(dh, shape.dropout.inner, layer.site + 6)?;
-        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, shape.activation)?;
+        let h = pass.round(activation::gated(&gate, &up, config.activation)?)?;
+        let h = pass.apply_dropout(h, config.dropout.mlp, layer.first_site + 6)?;
+        let dh = layer.mlp_wo.backward(&h, &tape.mlp_wo, &ds, None, pass, gradients)?;
+        let dh = pass.apply_dropout(dh, config.dropout.mlp, layer.first_site + 6)?;
+        let (dgate, dup) = activation::gated_backward(&gate, &up, &dh, config.activation)?;
         let (dgate, dup) = (pass.round(dgate)?, pass.round(dup)?);
-        let z = layer.norm.again(&norm, pass)?;
-        let [gate, up] = layer.feed_forward_parts(shape.inner)?;
+        let z = layer.mlp_norm.recompute(&mlp_norm, pass)?;
+        let [gate, up] = layer.feed_forward_parts(config.intermediate_size)?;
         let dz = gate.backward(&z, gate_tape, &dgate, None, pass, gradients)?;
         let dz = up.backward(&z, up_tape, &dup, Some(dz), pass, gradients)?;
-        let ds = layer.norm.backward(&norm, &dz, Some(&ds), pass, gradients)?;
+        let ds = layer.mlp_norm.backward(&mlp_norm, &dz, Some(&ds), pass, gradients)?;
 
-        let da = pass.drop(ds.clone(), shape.dropout.attention, layer.site + 5)?;
-        let d_o = layer.output.backward(&o, o_tape, &da, None, pass, gradients)?;
+        let da = pass.apply_dropout(ds.clone(), config.dropout.attention, layer.first_site + 5)?;
+        let d_o = layer.wo.backward(&o, o_tape, &da, None, pass, gradients)?;
         let attention = self.attention(layer, pass);
         let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &log_sum, &d_o, pass.packing, &attention)?;
         let (dq, dk, dv) = (pass.round(dq)?, pass.round(dk)?, pass.round(dv)?);
-        let (dq, dk) = rope::backward_both(&dq, &dk, pass.packing, self.table(layer))?;
+        let (dq, dk) = rope::backward_both(&dq, &dk, pass.packing, self.rope(layer))?;
         let (dq, dk) = (pass.round(dq)?, pass.round(dk)?);
-        let [query, key, value] = layer.attention_parts(shape.width)?;
-        if !below && !layer.attention_norm.as_ref().is_some_and(LayerNorm::trained) {
+        let [query, key, value] = layer.attention_parts(config.hidden_size)?;
+        if !needs_dx && !layer.attn_norm.as_ref().is_some_and(LayerNorm::is_trained) {
             for (linear, tape, d) in [(query, q_tape, dq), (key, k_tape, dk), (value, v_tape, dv)] {
                 linear.backward_parameters(&y, tape, &d, None, pass, gradients)?;
             }
             return Ok(None);
         }
-        // Without a norm before it, attention's input is the stream itself.
-        let straight = layer.attention_norm.is_none().then(|| ds.copy()).transpose()?; // `da` is the memory of ds
+        // Without a norm, the input of attention is the residual stream itself. A copy, because `da` may have
+        // the memory of `ds`.
+        let straight = layer.attn_norm.is_none().then(|| ds.copy()).transpose()?;
         let dy = query.backward(&y, q_tape, &dq, straight, pass, gradients)?;
         let dy = key.backward(&y, k_tape, &dk, Some(dy), pass, gradients)?;
         let dy = value.backward(&y, v_tape, &dv, Some(dy), pass, gradients)?;
-        match (&tape.input, &layer.attention_norm) {
-            (Input::Normed(tape), Some(norm)) => {
+        match (&tape.input, &layer.attn_norm) {
+            (LayerInput::Normed(tape), Some(norm)) => {
                 norm.backward(tape, &dy, Some(&ds), pass, gradients).map(Some)
             }
             _ => Ok(Some(dy)),
@@ -351,57 +357,96 @@ impl ModernBert {
     }
 
     fn attention(&self, layer: &Layer, pass: &Pass) -> Attention {
-        let shape = &self.shape;
-        let head_width = shape.width / shape.heads;
+        let config = &self.config;
+        let head_width = config.hidden_size / config.heads;
         Attention {
-            heads: shape.heads,
-            kv_heads: shape.heads,
+            heads: config.heads,
+            kv_heads: config.heads,
             head_width,
             scale: (head_width as f32).sqrt().recip(),
-            left: layer.reach,
-            right: layer.reach,
-            dropout: pass.dropout(shape.dropout.attention, layer.site + 4),
+            left: layer.window,
+            right: layer.window,
+            dropout: pass.dropout_mask(config.dropout.attention, layer.first_site + 4),
         }
     }
 
-    fn table(&self, layer: &Layer) -> &rope::Table {
-        &self.ropes[usize::from(layer.reach.is_some())]
+    fn rope(&self, layer: &Layer) -> &rope::Table {
+        &self.ropes[usize::from(layer.window.is_some())]
     }
 
-    /// Bytes of tape that one token leaves.
-    pub fn tape_bytes_per_token(&self, keep: Keep) -> usize {
-        let Shape { width, inner, heads, ref reaches, .. } = self.shape;
-        let layers = reaches.len();
-        // a norm's sum, mean and deviation
-        let inputs = (layers + 2) * (width + 2);
-        // q, k, v, o, log-sum-exp; another norm; gate and up
-        let inside = layers * (5 * width + heads + 2 + 2 * inner);
-        4 * match keep {
-            Keep::Nothing => 0,
-            Keep::Inputs => inputs,
-            Keep::Whole => inputs + inside,
+    fn drop_embeddings(&self, x: Tensor, pass: &Pass) -> Result<Tensor> {
+        pass.apply_dropout(x, self.config.dropout.embedding, self.layers.len() as u32 * DROPOUT_SITES)
+    }
+}
+
+impl Encoder for ModernBert {
+    fn config(&self) -> &dyn EncoderConfig {
+        &self.config
+    }
+
+    fn forward(&self, ids: &Tensor, pass: &Pass, save: Saved) -> Result<(Tensor, Option<encoder::Tape>)> {
+        let word = self.tok_embeddings.value();
+        let tables = embedding::Tables { word, position: None, position_offset: 0, kind: None };
+        let x = pass.round(embedding::forward(ids, pass.packing, &tables)?)?;
+        let (x, embeddings_norm) = self.embeddings_norm.forward(&x, None, pass)?;
+        let x = self.drop_embeddings(x, pass)?;
+        let mut stream = ResidualStream { residual: None, block_output: x };
+        let mut layers = Vec::new();
+        for layer in &self.layers {
+            let (next, tape) = self.forward_layer(layer, stream, pass, save)?;
+            stream = next;
+            layers.extend(tape);
         }
+        let (y, final_norm) =
+            self.final_norm.forward(&stream.block_output, stream.residual.as_ref(), pass)?;
+        let tape = Tape { embeddings_norm, layers, final_norm };
+        Ok((y, (save > Saved::None).then(|| encoder::Tape::new(tape))))
     }
 
-    /// Parameters, in the order of the checkpoint.
-    pub fn visit(&mut self, visit: &mut dyn Visit) -> Result<()> {
-        visit.parameter("embeddings.tok_embeddings.weight", &mut self.word)?;
-        self.norm.visit("embeddings.norm", visit)?;
+    fn backward(
+        &self,
+        ids: &Tensor,
+        tape: encoder::Tape,
+        dy: Tensor,
+        pass: &Pass,
+        gradients: &Gradients,
+    ) -> Result<()> {
+        let tape: Tape = tape.into_inner()?;
+        let embeddings_trained = self.tok_embeddings.is_trained() || self.embeddings_norm.is_trained();
+        let mut ds = Some(self.final_norm.backward(&tape.final_norm, &dy, None, pass, gradients)?);
+        for (l, (layer, tape)) in self.layers.iter().zip(tape.layers).enumerate().rev() {
+            let Some(d) = ds.take() else { break };
+            let needs_dx = l > 0 || embeddings_trained;
+            ds = gradients
+                .run_with_deferred(|| self.backward_layer(layer, tape, d, needs_dx, pass, gradients))?;
+        }
+        if let (true, Some(dx)) = (embeddings_trained, ds) {
+            let dx = self.drop_embeddings(dx, pass)?;
+            let dx = self.embeddings_norm.backward(&tape.embeddings_norm, &dx, None, pass, gradients)?;
+            if let Some(dword) = gradients.grad_slot(&self.tok_embeddings)? {
+                embedding::backward(&dx, ids, pass.packing, 0, Some(&dword), None, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn visit(&mut self, visitor: &mut dyn ParameterVisitor) -> Result<()> {
+        visitor.parameter(TOK_EMBEDDINGS, &mut self.tok_embeddings)?;
+        self.embeddings_norm.visit("embeddings.norm", visitor)?;
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let name = format!("layers.{l}");
-            if let Some(norm) = &mut layer.attention_norm {
-                norm.visit(&format!("{name}.attn_norm"), visit)?;
+            if let Some(norm) = &mut layer.attn_norm {
+                norm.visit(&format!("{name}.attn_norm"), visitor)?;
             }
             for (part, linear) in layer.linears() {
-                linear.visit(&format!("{name}.{part}"), visit)?;
+                linear.visit(&format!("{name}.{part}"), visitor)?;
             }
-            layer.norm.visit(&format!("{name}.mlp_norm"), visit)?;
+            layer.mlp_norm.visit(&format!("{name}.mlp_norm"), visitor)?;
         }
-        self.last_norm.visit("final_norm", visit)
+        self.final_norm.visit("final_norm", visitor)
     }
 
-    /// Every linear layer with its name: what LoRA attaches to.
-    pub fn linears(&mut self) -> Vec<(String, &mut Linear)> {
+    fn linears(&mut self) -> Vec<(String, &mut Linear)> {
         let layers = self.layers.iter_mut().enumerate();
         layers
             .flat_map(|(l, layer)| {
@@ -409,43 +454,26 @@ impl ModernBert {
             })
             .collect()
     }
-
-    /// D.
-    pub fn width(&self) -> usize {
-        self.shape.width
-    }
-
-    /// The longest text that has positions.
-    pub fn positions(&self) -> usize {
-        self.shape.positions
-    }
-
-    /// V.
-    pub fn vocabulary(&self) -> usize {
-        self.shape.vocabulary
-    }
-
-    fn dropout_site(&self) -> u32 {
-        self.layers.len() as u32 * SITES
-    }
 }
 
 impl Layer {
+    /// Query, key and value projection.
     fn attention_parts(&self, d: usize) -> Result<[Linear; 3]> {
-        let all = &self.query_key_value;
+        let all = &self.wqkv;
         Ok([all.rows(0..d)?, all.rows(d..2 * d)?, all.rows(2 * d..3 * d)?])
     }
 
+    /// Gate and up projection.
     fn feed_forward_parts(&self, f: usize) -> Result<[Linear; 2]> {
-        Ok([self.gate_up.rows(0..f)?, self.gate_up.rows(f..2 * f)?])
+        Ok([self.wi.rows(0..f)?, self.wi.rows(f..2 * f)?])
     }
 
     fn linears(&mut self) -> [(&'static str, &mut Linear); 4] {
         [
-            ("attn.Wqkv", &mut self.query_key_value),
-            ("attn.Wo", &mut self.output),
-            ("mlp.Wi", &mut self.gate_up),
-            ("mlp.Wo", &mut self.down),
+            ("attn.Wqkv", &mut self.wqkv),
+            ("attn.Wo", &mut self.wo),
+            ("mlp.Wi", &mut self.wi),
+            ("mlp.Wo", &mut self.mlp_wo),
         ]
     }
 }

@@ -1,14 +1,14 @@
-//! Norms with their parameters: layer norm, as encoders have it, and RMS norm, as decoders have it.
+//! Layer norm (Ba et al. 2016) and RMS norm (Zhang & Sennrich 2019) with their parameters.
 
 use candle_core::{DType, Tensor};
 use kernels::norm;
 
-use super::params::{Gradients, Parameter, Visit};
+use super::params::{Gradients, Parameter, ParameterKind, ParameterVisitor};
 use super::pass::Pass;
 use super::weights::{Init, Weights};
 use crate::Result;
 
-/// `y = (x − mean) / deviation · w + b`.
+/// Layer norm `y = (x − mean) / √(variance + ε) · w + b` with an optional bias.
 #[derive(Debug)]
 pub struct LayerNorm {
     weight: Parameter,       // (D)
@@ -17,17 +17,20 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Takes `{name}.weight` and, where it is `biased`, `{name}.bias`, of `width` elements each.
+    /// Takes `{name}.weight` (D) and, if `biased`, `{name}.bias` (D), where D is `width`.
     pub fn new(weights: &Weights, name: &str, width: usize, epsilon: f64, biased: bool) -> Result<Self> {
         let bias = || weights.tensor(&format!("{name}.bias"), &[width], Init::Zeros);
         Ok(Self {
-            weight: Parameter::frozen(weights.tensor(&format!("{name}.weight"), &[width], Init::Ones)?),
-            bias: biased.then(bias).transpose()?.map(Parameter::frozen),
+            weight: Parameter::new(
+                weights.tensor(&format!("{name}.weight"), &[width], Init::Ones)?,
+                ParameterKind::Norm,
+            ),
+            bias: biased.then(bias).transpose()?.map(|bias| Parameter::new(bias, ParameterKind::Norm)),
             epsilon,
         })
     }
 
-    /// Of x + residual, both (T, D).
+    /// Normalises x + residual, both (T, D). The tape holds the sum.
     pub fn forward(
         &self,
         x: &Tensor,
@@ -39,12 +42,13 @@ impl LayerNorm {
         Ok((pass.round(y)?, tape))
     }
 
-    /// What [`Self::forward`] returned, once more.
-    pub fn again(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
+    /// Recomputes the result of [`Self::forward`] from its tape.
+    pub fn recompute(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
         pass.round(norm::layer_norm_again(tape, &pass.value(&self.weight)?, self.bias(pass)?.as_ref())?)
     }
 
-    /// dy (T, D) → dx (T, D). `dsum` is what reaches x + residual from elsewhere.
+    /// Maps dy (T, D) to d(x + residual) (T, D). `dsum` is added to it: the gradient of the sum from its
+    /// other uses.
     pub fn backward(
         &self,
         tape: &norm::Tape,
@@ -53,22 +57,22 @@ impl LayerNorm {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        let dw = gradients.aside(&self.weight)?;
-        let db = self.bias.as_ref().map(|bias| gradients.aside(bias)).transpose()?.flatten();
+        let dw = gradients.scratch_grad(&self.weight)?;
+        let db = self.bias.as_ref().map(|bias| gradients.scratch_grad(bias)).transpose()?.flatten();
         let weight = pass.value(&self.weight)?;
         pass.round(norm::layer_norm_backward(tape, &weight, dy, dsum, dw.as_ref(), db.as_ref())?)
     }
 
-    /// Whether any of it is trained.
-    pub fn trained(&self) -> bool {
-        self.weight.slot().is_some() || self.bias.as_ref().is_some_and(|bias| bias.slot().is_some())
+    /// Whether the weight or the bias is trained.
+    pub fn is_trained(&self) -> bool {
+        self.weight.is_trained() || self.bias.as_ref().is_some_and(Parameter::is_trained)
     }
 
-    /// Its parameters under `name`.
-    pub fn visit(&mut self, name: &str, visit: &mut dyn Visit) -> Result<()> {
-        visit.parameter(&format!("{name}.weight"), &mut self.weight)?;
+    /// Visits the parameters, whose names begin with `name`.
+    pub fn visit(&mut self, name: &str, visitor: &mut dyn ParameterVisitor) -> Result<()> {
+        visitor.parameter(&format!("{name}.weight"), &mut self.weight)?;
         match &mut self.bias {
-            Some(bias) => visit.parameter(&format!("{name}.bias"), bias),
+            Some(bias) => visitor.parameter(&format!("{name}.bias"), bias),
             None => Ok(()),
         }
     }
@@ -78,24 +82,24 @@ impl LayerNorm {
     }
 }
 
-/// `y = x / rms(x) · w`, or Gemma's `· (1 + w)`.
+/// RMS norm `y = x / √(mean(x²) + ε) · w`, or `· (1 + w)` as in Gemma.
 #[derive(Debug)]
-pub struct Rms {
+pub struct RmsNorm {
     weight: Parameter, // (D)
     epsilon: f64,
-    /// Whether 1 is added to the weight.
-    offset: bool,
+    /// Whether 1 is added to the weight, as in Gemma.
+    unit_offset: bool,
 }
 
-impl Rms {
-    /// Takes the weight `{name}.weight` of `width` elements.
-    pub fn new(weights: &Weights, name: &str, width: usize, epsilon: f64, offset: bool) -> Result<Self> {
-        let init = if offset { Init::Zeros } else { Init::Ones };
+impl RmsNorm {
+    /// Takes `{name}.weight` (D), where D is `width`.
+    pub fn new(weights: &Weights, name: &str, width: usize, epsilon: f64, unit_offset: bool) -> Result<Self> {
+        let init = if unit_offset { Init::Zeros } else { Init::Ones };
         let weight = weights.tensor(&format!("{name}.weight"), &[width], init)?;
-        Ok(Self { weight: Parameter::frozen(weight), epsilon, offset })
+        Ok(Self { weight: Parameter::new(weight, ParameterKind::Norm), epsilon, unit_offset })
     }
 
-    /// Of x + residual, both (T, D).
+    /// Normalises x + residual, both (T, D). The tape holds the sum.
     pub fn forward(
         &self,
         x: &Tensor,
@@ -106,24 +110,25 @@ impl Rms {
         Ok((pass.round(y)?, tape))
     }
 
-    /// Of each head: x (T, H·K), the weight (K).
+    /// Normalises each head of x (T, H·K); the weight is (K).
     pub fn forward_heads(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, norm::Tape)> {
-        let (y, tape) = self.forward(&self.in_heads(x)?, None, pass)?;
+        let (y, tape) = self.forward(&self.split_heads(x)?, None, pass)?;
         Ok((y.reshape(x.shape())?, tape))
     }
 
-    /// What [`Self::forward`] returned, once more.
-    pub fn again(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
+    /// Recomputes the result of [`Self::forward`] from its tape.
+    pub fn recompute(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
         pass.round(norm::rms_norm_again(tape, &self.factor(pass)?)?)
     }
 
-    /// What [`Self::forward_heads`] returned, once more.
-    pub fn again_heads(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
-        let (x, tokens) = (self.again(tape, pass)?, pass.packing.tokens());
+    /// Recomputes the result of [`Self::forward_heads`] from its tape.
+    pub fn recompute_heads(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
+        let (x, tokens) = (self.recompute(tape, pass)?, pass.packing.tokens());
         Ok(x.reshape((tokens, x.elem_count() / tokens.max(1)))?)
     }
 
-    /// dy (T, D) → dx (T, D). `dsum` is what reaches x + residual from elsewhere.
+    /// Maps dy (T, D) to d(x + residual) (T, D). `dsum` is added to it: the gradient of the sum from its
+    /// other uses.
     pub fn backward(
         &self,
         tape: &norm::Tape,
@@ -132,11 +137,11 @@ impl Rms {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        let dw = gradients.aside(&self.weight)?;
+        let dw = gradients.scratch_grad(&self.weight)?;
         pass.round(norm::rms_norm_backward(tape, &self.factor(pass)?, dy, dsum, dw.as_ref())?)
     }
 
-    /// Of [`Self::forward_heads`]: dy and dx (T, H·K).
+    /// Maps dy (T, H·K) to dx (T, H·K), for [`Self::forward_heads`].
     pub fn backward_heads(
         &self,
         tape: &norm::Tape,
@@ -144,28 +149,29 @@ impl Rms {
         pass: &Pass,
         gradients: &Gradients,
     ) -> Result<Tensor> {
-        let dx = self.backward(tape, &self.in_heads(dy)?, None, pass, gradients)?;
+        let dx = self.backward(tape, &self.split_heads(dy)?, None, pass, gradients)?;
         Ok(dx.reshape(dy.shape())?)
     }
 
-    /// Whether its weight is trained.
-    pub fn trained(&self) -> bool {
-        self.weight.slot().is_some()
+    /// Whether the weight is trained.
+    pub fn is_trained(&self) -> bool {
+        self.weight.is_trained()
     }
 
-    /// Its weight under `name`.
-    pub fn visit(&mut self, name: &str, visit: &mut dyn Visit) -> Result<()> {
-        visit.parameter(&format!("{name}.weight"), &mut self.weight)
+    /// Visits the weight `{name}.weight`.
+    pub fn visit(&mut self, name: &str, visitor: &mut dyn ParameterVisitor) -> Result<()> {
+        visitor.parameter(&format!("{name}.weight"), &mut self.weight)
     }
 
-    /// What x is multiplied by. 1 + w is f32, as in transformers: of a w near 0, a half would lose most digits.
+    /// Factor w or 1 + w (K). 1 + w is f32 as in transformers, because in half precision a small w would lose
+    /// most of its digits.
     fn factor(&self, pass: &Pass) -> Result<Tensor> {
         let weight = pass.value(&self.weight)?;
-        Ok(if self.offset { (weight.to_dtype(DType::F32)? + 1.0)? } else { weight })
+        Ok(if self.unit_offset { (weight.to_dtype(DType::F32)? + 1.0)? } else { weight })
     }
 
-    /// (T, H·K) → (T·H, K), the same memory.
-    fn in_heads(&self, x: &Tensor) -> Result<Tensor> {
+    /// Views x (T, H·K) as (T·H, K).
+    fn split_heads(&self, x: &Tensor) -> Result<Tensor> {
         let width = self.weight.value().elem_count();
         Ok(x.reshape((x.elem_count() / width, width))?)
     }
@@ -179,13 +185,14 @@ mod tests {
     use kernels::precision::Precision;
 
     #[test]
-    fn one_is_added_to_a_weight_of_a_half_in_f32() {
+    fn one_is_added_to_a_weight_in_half_precision_in_f32() {
         let packing = Packing::new(&[], vec![]);
-        let pass = Pass { packing: &packing, noise: None, precision: Precision::F32 };
+        let pass = Pass { packing: &packing, dropout_key: None, precision: Precision::F32 };
         // 1 + w would be 1 in bf16.
         let w = 0.001_953_125f32;
         let weight = Tensor::new(&[w, -w], &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
-        let rms = Rms { weight: Parameter::frozen(weight), epsilon: 1e-6, offset: true };
+        let weight = Parameter::new(weight, ParameterKind::Norm);
+        let rms = RmsNorm { weight, epsilon: 1e-6, unit_offset: true };
         let factor = rms.factor(&pass).unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(factor, [1.0 + w, 1.0 - w]);
     }

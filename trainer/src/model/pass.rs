@@ -1,4 +1,4 @@
-//! What every layer of one pass through the encoder must know.
+//! Parameters of one pass through the encoder that every layer needs: packing, dropout, precision.
 
 use candle_core::Tensor;
 use kernels::Packing;
@@ -11,61 +11,65 @@ use crate::Result;
 /// One pass over one chunk, forward or backward.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass<'a> {
-    /// Where the sequences lie.
+    /// Offsets of the chunk's sequences.
     pub packing: &'a Packing,
-    /// Dropout's source; none outside training.
-    pub noise: Option<Noise>,
-    /// What goes from one op to the next is rounded to.
+    /// Key of the dropout masks; `None` outside training, where nothing is dropped.
+    pub dropout_key: Option<DropoutKey>,
+    /// Precision that every op's result is rounded to.
     pub precision: Precision,
 }
 
-/// Where a step's dropout masks come from. Nothing else decides them, so a pass can be repeated.
+/// Key of a step's dropout masks. Masks are a pure function of it, so a pass can be repeated with the same
+/// masks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Noise {
-    /// The run's seed.
+pub struct DropoutKey {
+    /// Seed of the run.
     pub seed: u64,
-    /// The optimizer step.
+    /// Number of the optimizer step.
     pub step: u32,
 }
 
-/// Places in a layer that draw a mask of their own; a layer has fewer.
-pub const SITES: u32 = 16;
+/// Number of dropout sites that are reserved for each layer: site `n` of layer `l` has the number `l *
+/// DROPOUT_SITES + n`.
+pub const DROPOUT_SITES: u32 = 16;
 
 impl Pass<'_> {
-    /// The mask of rate `p` at `site`; none where nothing is dropped.
-    pub fn dropout(&self, p: f32, site: u32) -> Option<Dropout> {
-        let Noise { seed, step } = self.noise.filter(|_| p > 0.0)?;
+    /// Dropout of rate `p` at `site`; `None` where nothing is dropped.
+    pub fn dropout_mask(&self, p: f32, site: u32) -> Option<Dropout> {
+        let DropoutKey { seed, step } = self.dropout_key.filter(|_| p > 0.0)?;
         Some(Dropout { p, seed, step, site })
     }
 
-    /// An activation, or a gradient of one, in the precision of this pass.
+    /// Rounds an activation, or the gradient of one, to the precision of this pass.
     pub fn round(&self, x: Tensor) -> Result<Tensor> {
         Ok(precision::round(x, self.precision)?)
     }
 
-    /// A parameter's value in the precision of this pass. Most that are not trained have it already.
+    /// Value of a parameter in the precision of this pass.
     pub fn value(&self, parameter: &Parameter) -> Result<Tensor> {
         let value = parameter.value().clone();
         if parameter.is_rounded() { Ok(value) } else { self.round(value) }
     }
 
-    /// Dropout, forward on x and backward on dx: the same mask.
-    pub fn drop(&self, x: Tensor, p: f32, site: u32) -> Result<Tensor> {
-        match self.dropout(p, site) {
+    /// Applies dropout to x (T, D) in the forward pass, or the same mask to dx (T, D) in the backward pass.
+    pub fn apply_dropout(&self, x: Tensor, p: f32, site: u32) -> Result<Tensor> {
+        match self.dropout_mask(p, site) {
             Some(mask) => self.round(dropout::apply(&x, self.packing, &mask)?),
             None => Ok(x),
         }
     }
 }
 
-/// What a forward pass leaves for its backward pass.
+/// Which activations a forward pass saves for the backward pass, from fewest to most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Keep {
-    /// Nothing: no backward pass follows, or it starts with a forward pass of its own.
-    Nothing,
-    /// What goes from layer to layer: backward computes the rest of a layer again, all but its last product. A float a token spares
-    /// four times the work here that it spares anywhere inside of a layer.
-    Inputs,
-    /// All that a matrix product or attention would have to compute again.
-    Whole,
+pub enum Saved {
+    /// Nothing is saved: there is no backward pass, or it starts with a forward pass of its own.
+    None,
+    /// The input of each layer is saved. Backward recomputes the other activations of a layer, except its
+    /// last matrix product: one saved float of an input replaces four times as many operations as one saved
+    /// float inside a layer.
+    LayerInputs,
+    /// All results of matrix products and attention are saved. Norms and activation functions are still
+    /// recomputed: each is one pass over memory.
+    All,
 }

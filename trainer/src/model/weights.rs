@@ -1,4 +1,4 @@
-//! Where the weights come from: safetensors files, memory-mapped, or the seed.
+//! Source of the weights: memory-mapped safetensors files, or a random initialisation.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,83 +11,99 @@ use rand_distr::{Distribution, Normal};
 use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::mapped::Mapped;
+use super::mapped_safetensors::MappedSafetensors;
 use crate::system::device;
 use crate::system::heartbeat;
 use crate::{Error, Result};
 
-/// Named tensors for a model that is being built.
+/// Named tensors for a model that is being built: from a checkpoint, or random.
 pub struct Weights {
-    source: Source,
-    /// What precedes every name in the file: empty, `bert.`, `model.` …
+    source: WeightSource,
+    /// Prefix of all names in the file: empty, `bert.`, `model.` …
     prefix: String,
-    /// Only names and shapes are looked at.
-    dry: bool,
+    /// Whether only names and shapes are checked, and all values are zero.
+    shapes_only: bool,
 }
 
-enum Source {
-    Files { folder: PathBuf, tensors: Mapped },
+enum WeightSource {
+    Files { folder: PathBuf, tensors: MappedSafetensors },
     Random { seed: u64, deviation: f64 },
 }
 
-/// How a random model fills a tensor.
+/// Random initialisation of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Init {
-    /// Normal with the deviation of config.json (`initializer_range`).
+    /// Normal distribution with the standard deviation `initializer_range` of config.json.
     Normal,
-    /// Biases.
+    /// Zeros, as for biases.
     Zeros,
-    /// The weights of norms.
+    /// Ones, as for the weights of norms.
     Ones,
 }
 
 impl Weights {
-    /// Opens `model.safetensors` or the shards of its index. `anchors` are names of which one must be there; what stands
-    /// before it is the prefix of all.
-    pub fn open(folder: &Path, anchors: &[&str]) -> Result<Self> {
-        let tensors = Mapped::open(&files(folder)?)?;
+    /// Opens `model.safetensors` or the shards of its index. One name ends with `anchor`; what precedes it is
+    /// the prefix of all names.
+    ///
+    /// # Errors
+    /// The folder has no safetensors, a file is cut off or malformed, or no name ends with `anchor`.
+    pub fn open(folder: &Path, anchor: &str) -> Result<Self> {
+        let tensors = MappedSafetensors::open(&files(folder)?)?;
         let prefix = tensors
             .names()
-            .find_map(|name| anchors.iter().find_map(|anchor| name.strip_suffix(anchor)))
+            .find_map(|name| name.strip_suffix(anchor))
             .ok_or_else(|| {
                 let first: Vec<_> = tensors.names().take(3).map(|name| format!("`{name}`")).collect();
                 Error::file(
                     folder,
                     format!(
-                        "the weights hold no tensor `{}`; the first of {} are {}\nhint: config.json and the weights must be of one model",
-                        anchors[0],
+                        "the weights have no tensor `{anchor}`; the first of {} are {}\n\
+                         hint: config.json and the weights must belong to the same model",
                         tensors.names().count(),
                         first.join(", ")
                     ),
                 )
             })?
             .to_owned();
-        Ok(Self { source: Source::Files { folder: folder.to_owned(), tensors }, prefix, dry: false })
+        Ok(Self {
+            source: WeightSource::Files { folder: folder.to_owned(), tensors },
+            prefix,
+            shapes_only: false,
+        })
     }
 
-    /// Checks names and shapes and gives zeros, which take no memory as long as nobody touches them.
-    pub fn dry(self) -> Self {
-        Self { dry: true, ..self }
+    /// Makes [`Self::tensor`] check names and shapes only, and return zeros, which take no memory until they
+    /// are touched. This is torch's `meta` device.
+    pub fn shapes_only(self) -> Self {
+        Self { shapes_only: true, ..self }
     }
 
-    /// Draws every tensor of the model's part `part` from the seed and its own name, so that order and threads do not
-    /// matter.
-    pub fn random(seed: u64, deviation: f64, part: &str) -> Self {
-        Self { source: Source::Random { seed, deviation }, prefix: part.to_owned(), dry: false }
+    /// Initialises each tensor at random. The values depend on `seed` and on the tensor's name after
+    /// `prefix`, and not on the order of the calls or the number of threads. `deviation` is that of
+    /// [`Init::Normal`].
+    pub fn random(seed: u64, deviation: f64, prefix: &str) -> Self {
+        Self {
+            source: WeightSource::Random { seed, deviation },
+            prefix: prefix.to_owned(),
+            shapes_only: false,
+        }
     }
 
-    /// The tensor `name`, f32, checked against `shape`, where this process computes.
+    /// Returns the tensor `name`, f32, on the device of this process.
+    ///
+    /// # Errors
+    /// The checkpoint lacks the tensor, or it has another shape than `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         let tensor = self.on_cpu(name, shape, init)?;
         heartbeat::record_work();
-        if self.dry { Ok(tensor) } else { Ok(tensor.to_device(&device::current()?)?) }
+        if self.shapes_only { Ok(tensor) } else { Ok(tensor.to_device(&device::current()?)?) }
     }
 
     fn on_cpu(&self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
         match &self.source {
-            Source::Files { folder, tensors } => {
+            WeightSource::Files { folder, tensors } => {
                 let full = format!("{}{name}", self.prefix);
-                let older = legacy(&full).filter(|older| tensors.shape(older).is_some());
+                let older = legacy_name(&full).filter(|older| tensors.shape(older).is_some());
                 let full = older.unwrap_or(full);
                 let Some(found) = tensors.shape(&full) else {
                     let message = format!("the weights lack the tensor `{full}` of shape {shape:?}");
@@ -97,19 +113,19 @@ impl Weights {
                     let message = format!("`{full}` has the shape {found:?}, config.json makes it {shape:?}");
                     return Err(Error::file(folder, message));
                 }
-                if self.dry {
+                if self.shapes_only {
                     Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
                 } else {
                     tensors.load(&full)
                 }
             }
-            Source::Random { seed, deviation } => match init {
-                _ if self.dry => Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?),
+            WeightSource::Random { seed, deviation } => match init {
+                _ if self.shapes_only => Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?),
                 Init::Zeros => Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?),
                 Init::Ones => Ok(Tensor::ones(shape, DType::F32, &Device::Cpu)?),
                 Init::Normal => {
                     let normal = Normal::new(0.0, *deviation as f32).map_err(|_| {
-                        Error::Usage(format!("initializer_range {deviation} is not a deviation"))
+                        Error::Usage(format!("initializer_range {deviation} is not a standard deviation"))
                     })?;
                     draw(*seed, &format!("{}{name}", self.prefix), shape, &normal)
                 }
@@ -117,14 +133,15 @@ impl Weights {
         }
     }
 
-    /// A matrix of a linear layer or an embedding table.
+    /// Returns the tensor `name` of shape (`rows`, `columns`), as [`Self::tensor`] with [`Init::Normal`].
     pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor> {
         self.tensor(name, &[rows, columns], Init::Normal)
     }
 
-    /// Tensors of the files that the encoder does not compute with but another program may: they go through unchanged.
+    /// Returns the tensors whose names begin with `wanted`, which the encoder does not use but an export
+    /// keeps.
     pub fn passthrough(&self, wanted: &str) -> Result<Vec<(String, Tensor)>> {
-        let (Source::Files { tensors, .. }, false) = (&self.source, self.dry) else {
+        let (WeightSource::Files { tensors, .. }, false) = (&self.source, self.shapes_only) else {
             return Ok(Vec::new());
         };
         let start = format!("{}{wanted}", self.prefix);
@@ -136,15 +153,15 @@ impl Weights {
     }
 }
 
-/// What BERT's first checkpoints, converted from TensorFlow, call a layer norm's parameters.
-fn legacy(name: &str) -> Option<String> {
+/// Name of a layer norm's parameter in the first BERT checkpoints, which were converted from TensorFlow.
+fn legacy_name(name: &str) -> Option<String> {
     let norm = |ending: &str| name.strip_suffix(ending).filter(|start| start.ends_with("LayerNorm"));
     norm(".weight")
         .map(|start| format!("{start}.gamma"))
         .or_else(|| norm(".bias").map(|start| format!("{start}.beta")))
 }
 
-/// A tensor of U(−limit, limit), a function of the seed and the name alone.
+/// Draws a tensor from U(−limit, limit). The values depend only on the seed and the name.
 pub fn uniform(seed: u64, name: &str, shape: &[usize], limit: f32) -> Result<Tensor> {
     let uniform = Uniform::new_inclusive(-limit, limit)
         .map_err(|_| Error::Bug(format!("`{name}` cannot be drawn from ±{limit}")))?;
@@ -152,7 +169,8 @@ pub fn uniform(seed: u64, name: &str, shape: &[usize], limit: f32) -> Result<Ten
 }
 
 fn draw(seed: u64, name: &str, shape: &[usize], from: &(impl Distribution<f32> + Sync)) -> Result<Tensor> {
-    const PIECE: usize = 1 << 18; // each piece is a stream of its own, so threads can share a tensor
+    // Each piece has a random stream, so that threads can share the work.
+    const PIECE: usize = 1 << 18;
     let mut elements = vec![0f32; shape.iter().product()];
     let key = xxh3_64_with_seed(name.as_bytes(), seed);
     elements.par_chunks_mut(PIECE).enumerate().for_each(|(piece, part)| {
@@ -163,6 +181,7 @@ fn draw(seed: u64, name: &str, shape: &[usize], from: &(impl Distribution<f32> +
     Ok(Tensor::from_vec(elements, shape, &Device::Cpu)?)
 }
 
+/// The safetensors files of a model folder.
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let single = folder.join("model.safetensors");
     if single.is_file() {
@@ -174,9 +193,12 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
         return Err(Error::file(
             folder,
             if pickle {
-                "has pytorch_model.bin but no model.safetensors\nhint: pickled weights are not read; convert them with transformers: AutoModel.from_pretrained(folder).save_pretrained(folder)"
+                "has pytorch_model.bin but no model.safetensors\n\
+                 hint: pickled weights are not supported; convert them with transformers: \
+                 AutoModel.from_pretrained(folder).save_pretrained(folder)"
             } else {
-                "has no model.safetensors\nhint: `model.init: random` draws the weights from the seed, as `--random-weights` does (in `compare` the base's)"
+                "has no model.safetensors\n\
+                 hint: `model.init: random` or `--random-weights` initialises the weights at random"
             },
         ));
     }
@@ -191,7 +213,9 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
         .collect();
     let shards: Vec<PathBuf> = shards.into_iter().map(|shard| folder.join(shard)).collect();
     match shards.iter().find(|shard| !shard.is_file()) {
-        Some(missing) => Err(Error::file(&index, format!("names {}, which is not there", missing.display()))),
+        Some(missing) => {
+            Err(Error::file(&index, format!("names {}, which does not exist", missing.display())))
+        }
         None => Ok(shards),
     }
 }
@@ -218,7 +242,7 @@ mod tests {
     #[test]
     fn a_folder_without_weights_says_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
-        let message = Weights::open(folder.path(), &["x"]).err().unwrap().to_string();
+        let message = Weights::open(folder.path(), "x").err().unwrap().to_string();
         assert!(
             message.contains("has no model.safetensors") && message.contains("model.init: random"),
             "{message}"
@@ -226,14 +250,14 @@ mod tests {
     }
 
     #[test]
-    fn the_first_names_of_layer_norms_are_understood() {
+    fn layer_norms_of_the_first_checkpoints_are_read() {
         let folder = tempfile::tempdir().unwrap();
         let tensor = |value: f32| Tensor::full(value, 3, &Device::Cpu).unwrap();
         let tensors =
             [("bert.x.LayerNorm.gamma", 2.0), ("bert.x.LayerNorm.beta", 3.0), ("bert.w.weight", 4.0)];
         let tensors = tensors.map(|(name, value)| (name.to_owned(), tensor(value))).into_iter().collect();
         candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
-        let weights = Weights::open(folder.path(), &["w.weight"]).unwrap();
+        let weights = Weights::open(folder.path(), "w.weight").unwrap();
         let first = |name: &str| weights.tensor(name, &[3], Init::Ones).unwrap().to_vec1::<f32>().unwrap()[0];
         assert_eq!(
             (first("x.LayerNorm.weight"), first("x.LayerNorm.bias"), first("w.weight")),
@@ -247,7 +271,7 @@ mod tests {
         let path = folder.path().join("model.safetensors");
         let tensor = Tensor::zeros((4, 4), DType::F32, &Device::Cpu).unwrap();
         tensor.save_safetensors("m.embed.weight", &path).unwrap();
-        let weights = Weights::open(folder.path(), &["embed.weight"]).unwrap();
+        let weights = Weights::open(folder.path(), "embed.weight").unwrap();
         assert!(weights.matrix("embed.weight", 4, 4).is_ok());
         let shape = weights.matrix("embed.weight", 4, 5).unwrap_err().to_string();
         assert!(
@@ -257,7 +281,7 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         for length in [0, 7, 40, bytes.len() - 1] {
             std::fs::write(&path, &bytes[..length]).unwrap();
-            let message = Weights::open(folder.path(), &["embed.weight"]).err().unwrap().to_string();
+            let message = Weights::open(folder.path(), "embed.weight").err().unwrap().to_string();
             assert!(message.contains("is cut off"), "{length}: {message}");
         }
     }

@@ -15,7 +15,7 @@ use crate::Result;
 use crate::data::batch::Sequence;
 use crate::model::chunk::{self, Chunk, Limit};
 use crate::model::params::Gradients;
-use crate::model::pass::{Keep, Noise};
+use crate::model::pass::{DropoutKey, Saved};
 use crate::model::{Model, Tape};
 use crate::system::device;
 use crate::system::heartbeat;
@@ -33,7 +33,7 @@ pub struct Budget {
 pub struct Encoded {
     chunks: Vec<(Chunk, Option<Tape>)>,
     order: Tensor, // (N) row of `embeddings` → row in the order of the chunks
-    noise: Option<Noise>,
+    dropout_key: Option<DropoutKey>,
 }
 
 /// First pass: the sequences `members` of a batch → their embeddings (N, D) in that order, and what the second pass needs.
@@ -42,10 +42,10 @@ pub fn encode(
     sequences: &[Sequence],
     members: &[usize],
     budget: Budget,
-    noise: Option<Noise>,
+    dropout_key: Option<DropoutKey>,
 ) -> Result<(Tensor, Encoded)> {
     let cuts = chunk::cut(sequences, members, budget.chunk);
-    let [inputs, whole] = [Keep::Inputs, Keep::Whole].map(|keep| model.tape_bytes_per_token(keep));
+    let [inputs, whole] = [Saved::LayerInputs, Saved::All].map(|keep| model.tape_bytes_per_token(keep));
     let keeps = choose_saved(&cuts, sequences, budget.activation_memory, inputs, whole);
     let mut place = vec![0u32; sequences.len()];
     for (placed, &member) in cuts.iter().flatten().enumerate() {
@@ -53,7 +53,7 @@ pub fn encode(
     }
     let passes = run_two_at_a_time(cuts.len(), |n| {
         let chunk = Chunk::pack(sequences, cuts[n].clone(), model.pooling())?;
-        let (e, tape) = model.forward(&chunk, noise, keeps[n])?;
+        let (e, tape) = model.forward(&chunk, dropout_key, keeps[n])?;
         heartbeat::record_work();
         Ok((e, (chunk, tape)))
     })?;
@@ -63,13 +63,13 @@ pub fn encode(
         // A rank without a sequence: there are more ranks than texts.
         let device = device::current()?;
         let order = kernels::upload(&order, &device)?;
-        let nothing = kernels::zeros((0, model.width()), DType::F32, &device)?;
-        return Ok((nothing, Encoded { chunks, order, noise }));
+        let nothing = kernels::zeros((0, model.embedding_dim()), DType::F32, &device)?;
+        return Ok((nothing, Encoded { chunks, order, dropout_key }));
     }
     let embeddings = Tensor::cat(&embeddings, 0)?;
     let order = kernels::upload(&order, embeddings.device())?;
     let embeddings = embeddings.index_select(&order, 0)?;
-    Ok((embeddings, Encoded { chunks, order, noise }))
+    Ok((embeddings, Encoded { chunks, order, dropout_key }))
 }
 
 impl Encoded {
@@ -91,9 +91,9 @@ impl Encoded {
             start += chunk.members.len();
             let tape = match tape {
                 Some(tape) => tape,
-                None => model.record(&chunk, self.noise)?,
+                None => model.recompute(&chunk, self.dropout_key)?,
             };
-            model.backward(&chunk, tape, &de, self.noise, gradients)?;
+            model.backward(&chunk, tape, &de, self.dropout_key, gradients)?;
             heartbeat::record_work();
         }
         if let Some((_, down)) = &scale {
@@ -145,10 +145,10 @@ fn choose_saved(
     bytes: u64,
     inputs: usize,
     whole: usize,
-) -> Vec<Keep> {
-    let mut keeps = vec![Keep::Nothing; cuts.len()];
+) -> Vec<Saved> {
+    let mut keeps = vec![Saved::None; cuts.len()];
     let mut left = bytes;
-    for (keep, price) in [(Keep::Inputs, inputs), (Keep::Whole, whole - inputs)] {
+    for (keep, price) in [(Saved::LayerInputs, inputs), (Saved::All, whole - inputs)] {
         for (kept, cut) in keeps.iter_mut().zip(cuts) {
             let tokens: usize = cut.iter().map(|&member| sequences[member].ids.len()).sum();
             match left.checked_sub((tokens * price) as u64) {
@@ -188,16 +188,16 @@ mod tests {
 
     #[test]
     fn the_first_chunks_keep_their_tapes_as_long_as_they_fit() {
-        use Keep::{Inputs, Nothing, Whole};
+        use Saved::{All, LayerInputs};
         let sequences: Vec<Sequence> =
             [4, 3, 2, 1].iter().map(|&n| Sequence { ids: vec![0; n], skip: 0 }).collect();
         let cuts = [vec![0], vec![1], vec![2, 3]]; // of 4, 3 and 3 tokens
         let keeps = |bytes| super::choose_saved(&cuts, &sequences, bytes, 10, 15);
-        assert_eq!(keeps(39), [Nothing; 3]);
-        assert_eq!(keeps(40), [Inputs, Nothing, Nothing]);
-        assert_eq!(keeps(99), [Inputs, Inputs, Nothing]);
-        assert_eq!(keeps(119), [Inputs; 3]);
-        assert_eq!(keeps(120), [Whole, Inputs, Inputs]);
-        assert_eq!(keeps(150), [Whole; 3]);
+        assert_eq!(keeps(39), [Saved::None; 3]);
+        assert_eq!(keeps(40), [LayerInputs, Saved::None, Saved::None]);
+        assert_eq!(keeps(99), [LayerInputs, LayerInputs, Saved::None]);
+        assert_eq!(keeps(119), [LayerInputs; 3]);
+        assert_eq!(keeps(120), [All, LayerInputs, LayerInputs]);
+        assert_eq!(keeps(150), [All; 3]);
     }
 }

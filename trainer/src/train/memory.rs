@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::model::Model;
-use crate::model::pass::Keep;
+use crate::model::pass::Saved;
 
 /// Bytes this process may still use: of its GPU, where it has one; else its part of the system's available memory, or of what its
 /// control group leaves, where `ranks` share this host.
@@ -65,13 +65,13 @@ pub fn on_gpu() -> bool {
 
 /// Bytes of activations when a chunk of `tokens` runs backward: its tape, and what the backward of one layer holds beside it.
 pub fn chunk_bytes(model: &Model, tokens: usize) -> u64 {
-    let tape = model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64;
+    let tape = model.tape_bytes_per_token(Saved::All) as u64 * tokens as u64;
     tape + layer_bytes(model, tokens)
 }
 
 /// Twice a layer's tape: gradients as wide as what is kept, and what is computed again.
 fn layer_bytes(model: &Model, tokens: usize) -> u64 {
-    2 * model.tape_bytes_per_token(Keep::Whole) as u64 * tokens as u64 / model.layers().max(1) as u64
+    2 * model.tape_bytes_per_token(Saved::All) as u64 * tokens as u64 / model.layers().max(1) as u64
 }
 
 /// Bytes of activations at the peak of a step: of a batch of `tokens` in `sequences`, in chunks of `chunk` tokens, with `tapes` bytes
@@ -82,18 +82,18 @@ fn layer_bytes(model: &Model, tokens: usize) -> u64 {
 pub fn step_bytes(model: &Model, tokens: usize, sequences: usize, chunk: usize, tapes: u64) -> u64 {
     let chunk = chunk.clamp(1, tokens.max(1));
     let bytes_of_chunk = |keep| (model.tape_bytes_per_token(keep) * chunk) as u64;
-    let (inputs, whole) = (bytes_of_chunk(Keep::Inputs), bytes_of_chunk(Keep::Whole));
+    let (inputs, whole) = (bytes_of_chunk(Saved::LayerInputs), bytes_of_chunk(Saved::All));
     let chunks = tokens.div_ceil(chunk) as u64;
     let with_inputs = chunks.min(tapes / inputs.max(1));
     let left = tapes - with_inputs * inputs;
     let with_all = if with_inputs == chunks { chunks.min(left / (whole - inputs).max(1)) } else { 0 };
     let kept = (with_inputs * inputs + with_all * (whole - inputs))
-        .min((model.tape_bytes_per_token(Keep::Whole) * tokens) as u64);
+        .min((model.tape_bytes_per_token(Saved::All) * tokens) as u64);
     let again = if with_inputs < chunks { chunk_bytes(model, chunk) } else { 0 };
     // Of inputs a layer's tape is made again before the layer runs backward.
     let layer = layer_bytes(model, chunk);
     let layer = if with_all == 0 { layer + layer / 2 } else { layer };
-    let embeddings = 3 * size_of::<f32>() * sequences * model.width();
+    let embeddings = 3 * size_of::<f32>() * sequences * model.embedding_dim();
     (kept + layer).max(again) + embeddings as u64
 }
 

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use kernels::adamw::{self, AdamW};
 
 use crate::Result;
-use crate::model::params::{Flat, Gradients};
+use crate::model::params::{FlatParameters, Gradients};
 
 /// The moments, and how they are used.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// Zero moments. `decay_all` applies weight decay to biases and norms too; without `max_norm` nothing is clipped.
-    pub fn new(flat: &Flat, rule: AdamW, decay_all: bool, max_norm: Option<f64>) -> Result<Self> {
+    pub fn new(flat: &FlatParameters, rule: AdamW, decay_all: bool, max_norm: Option<f64>) -> Result<Self> {
         let decayed = if decay_all { flat.len() } else { flat.decayed() };
         Ok(Self { exp_avg: flat.zeros()?, exp_avg_sq: flat.zeros()?, rule, decayed, max_norm })
     }
@@ -29,7 +29,7 @@ impl Optimizer {
     /// finite, nothing is updated. `step` counts from 1.
     pub fn step(
         &mut self,
-        flat: &Flat,
+        flat: &FlatParameters,
         gradients: &Gradients,
         losses: &Tensor,
         step: u64,

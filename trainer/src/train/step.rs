@@ -8,7 +8,7 @@ use crate::data::batch::Batch;
 use crate::loss::Losses;
 use crate::model::Model;
 use crate::model::params::Gradients;
-use crate::model::pass::Noise;
+use crate::model::pass::DropoutKey;
 use crate::train::gradcache::{self, Budget};
 use crate::train::optimizer::Optimizer;
 use crate::train::schedule::LrSchedule;
@@ -52,12 +52,12 @@ impl Stepper<'_> {
     /// Step `step`, counted from 1.
     pub fn step(&mut self, batch: &Batch, step: u64) -> Result<Outcome> {
         let Self { model, gradients, optimizer, losses, schedule, budget, seed, world } = self;
-        let noise = Some(Noise { seed: *seed, step: step as u32 });
+        let dropout_key = Some(DropoutKey { seed: *seed, step: step as u32 });
         let rows = batch.rows.len();
 
         let share = world.partition(&batch.sequences);
         let local = share.of(world.rank());
-        let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, local, *budget, noise)?;
+        let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, local, *budget, dropout_key)?;
         let embeddings = world.all_gather_rows(embeddings, &share)?; // (N, D)
         let (losses, d) = losses.evaluate(&embeddings, &batch.tables, world.local_rows(rows))?; // (B of this rank), (N, D)
         let losses = world.all_gather_tensor(losses)?; // (B)

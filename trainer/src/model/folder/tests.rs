@@ -10,7 +10,8 @@ fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
     folder
 }
 
-const LEGACY: &str = r#"[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+const LEGACY: &str = r#"[
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}]"#;
 const COMPACT: &str = r#"[
@@ -36,7 +37,7 @@ fn legacy_schema_is_read() {
         ),
         ("config.json", r#"{"model_type": "bert"}"#),
     ]);
-    let found = Folder::open(folder.path()).unwrap();
+    let found = ModelFolder::open(folder.path()).unwrap();
     assert_eq!(found.pooling, Some(Pooling::Cls));
     assert_eq!(found.normalize, Some(true));
     assert!(!found.include_prompt && found.lower_case);
@@ -61,7 +62,7 @@ fn compact_schema_is_read_and_the_tokenizer_gives_the_length() {
         ("tokenizer_config.json", r#"{"model_max_length": 77}"#),
         ("config.json", "{}"),
     ]);
-    let found = Folder::open(folder.path()).unwrap();
+    let found = ModelFolder::open(folder.path()).unwrap();
     assert_eq!(found.pooling, Some(Pooling::LastToken));
     assert_eq!(found.normalize, Some(false));
     assert_eq!(found.max_length, Some(77));
@@ -71,7 +72,7 @@ fn compact_schema_is_read_and_the_tokenizer_gives_the_length() {
 #[test]
 fn bare_transformer_leaves_pooling_open() {
     let folder = folder(&[("config.json", "{}"), ("tokenizer_config.json", r#"{"model_max_length": 1e30}"#)]);
-    let found = Folder::open(folder.path()).unwrap();
+    let found = ModelFolder::open(folder.path()).unwrap();
     assert_eq!((found.pooling, found.normalize, found.max_length), (None, None, None));
     assert!(found.include_prompt);
 }
@@ -85,7 +86,7 @@ fn null_is_the_default() {
         ("config_sentence_transformers.json", r#"{"prompts": null, "default_prompt_name": null}"#),
         ("config.json", "{}"),
     ]);
-    let found = Folder::open(folder.path()).unwrap();
+    let found = ModelFolder::open(folder.path()).unwrap();
     assert!(found.include_prompt && !found.lower_case && found.prompts.is_empty());
     assert_eq!((found.max_length, found.text_prompt()), (None, ""));
 }
@@ -96,7 +97,7 @@ fn lower_case_is_asked_for_under_any_name_of_the_settings() {
         ["sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json"]
     {
         let folder = folder(&[(name, r#"{"do_lower_case": true}"#), ("config.json", "{}")]);
-        assert!(Folder::open(folder.path()).unwrap().lower_case, "{name}");
+        assert!(ModelFolder::open(folder.path()).unwrap().lower_case, "{name}");
     }
 }
 
@@ -108,7 +109,7 @@ fn transformer_may_have_a_folder_of_its_own() {
         ("1_Pooling/config.json", "{}"),
         ("0_Transformer/config.json", r#"{"model_type": "bert"}"#),
     ]);
-    let found = Folder::open(folder.path()).unwrap();
+    let found = ModelFolder::open(folder.path()).unwrap();
     assert_eq!(found.path, folder.path().join("0_Transformer"));
     assert_eq!(found.pooling, Some(Pooling::Mean));
 }
@@ -166,8 +167,10 @@ fn what_is_not_supported_is_named() {
     ];
     for (files, expected) in cases {
         let folder = folder(files);
-        let error = Folder::open(folder.path()).unwrap_err().to_string();
+        let error = ModelFolder::open(folder.path()).unwrap_err().to_string();
         assert!(error.contains(expected), "expected {expected:?} in {error:?}");
     }
-    assert!(Folder::open(Path::new("/no/such")).unwrap_err().to_string().contains("no such model folder"));
+    assert!(
+        ModelFolder::open(Path::new("/no/such")).unwrap_err().to_string().contains("no such model folder")
+    );
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::writer::{Snapshot, Writer, digest};
 use crate::data::batch::Cursor;
-use crate::model::params::Flat;
+use crate::model::params::FlatParameters;
 use crate::system::atomic;
 use crate::system::heartbeat;
 use crate::system::safetensors;
@@ -232,7 +232,7 @@ impl Checkpoints {
 ///
 /// # Errors
 /// A file cannot be read, is of another model, or does not hold what was written.
-pub fn restore(path: &Path, state: &State, flat: &Flat, optimizer: &Optimizer) -> Result<()> {
+pub fn restore(path: &Path, state: &State, flat: &FlatParameters, optimizer: &Optimizer) -> Result<()> {
     let moments = path.join("optimizer.safetensors");
     for (buffer, file, prefix) in [
         (flat.values(), &path.join("parameters.safetensors"), ""),
@@ -295,21 +295,23 @@ fn name(step: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::params::{Parameter, Visit};
+    use crate::model::params::{Parameter, ParameterKind, ParameterVisitor};
     use candle_core::{Device, Tensor};
     use kernels::adamw::AdamW;
 
-    fn flat(values: [f32; 3]) -> Flat {
-        let mut a = Parameter::frozen(Tensor::from_slice(&values[..2], (1, 2), &Device::Cpu).unwrap());
-        let mut b = Parameter::frozen(Tensor::from_slice(&values[2..], 1, &Device::Cpu).unwrap());
-        let walk = |visit: &mut dyn Visit| {
+    fn flat(values: [f32; 3]) -> FlatParameters {
+        let a = Tensor::from_slice(&values[..2], (1, 2), &Device::Cpu).unwrap();
+        let b = Tensor::from_slice(&values[2..], 1, &Device::Cpu).unwrap();
+        let mut a = Parameter::new(a, ParameterKind::Weight);
+        let mut b = Parameter::new(b, ParameterKind::Bias);
+        let walk = |visit: &mut dyn ParameterVisitor| {
             visit.parameter("a.weight", &mut a)?;
             visit.parameter("a.bias", &mut b)
         };
-        Flat::adopt(walk, |_| true).unwrap()
+        FlatParameters::flatten(walk, |_| true).unwrap()
     }
 
-    fn optimizer(flat: &Flat) -> Optimizer {
+    fn optimizer(flat: &FlatParameters) -> Optimizer {
         let rule = AdamW { learning_rate: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         Optimizer::new(flat, rule, false, None).unwrap()
     }
@@ -318,7 +320,7 @@ mod tests {
         State { step, tokens: 7, ..State::default() }
     }
 
-    fn save(checkpoints: &Checkpoints, step: u64, flat: &Flat, optimizer: &Optimizer) -> PathBuf {
+    fn save(checkpoints: &Checkpoints, step: u64, flat: &FlatParameters, optimizer: &Optimizer) -> PathBuf {
         fs::create_dir_all(&checkpoints.folder).unwrap();
         checkpoints.save(&Snapshot::take(&state(step), flat, optimizer, false).unwrap()).unwrap()
     }

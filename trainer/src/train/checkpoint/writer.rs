@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Checkpoints, State};
-use crate::model::params::Flat;
+use crate::model::params::FlatParameters;
 use crate::train::optimizer::Optimizer;
 use crate::{Error, Result};
 
@@ -16,7 +16,7 @@ use crate::{Error, Result};
 pub struct Snapshot {
     /// Where the run stands.
     pub state: State,
-    pub(super) flat: Flat, // only its names and places: the values go on
+    pub(super) flat: FlatParameters, // only its names and places: the values go on
     pub(super) values: Tensor,
     pub(super) first: Tensor,
     pub(super) second: Tensor,
@@ -24,7 +24,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Copies parameters and moments, unless the run ends here: then nothing changes them any more.
-    pub fn take(state: &State, flat: &Flat, optimizer: &Optimizer, ends: bool) -> Result<Self> {
+    pub fn take(state: &State, flat: &FlatParameters, optimizer: &Optimizer, ends: bool) -> Result<Self> {
         let copy = |buffer: &Tensor| match buffer.device() {
             Device::Cpu if ends => Ok(buffer.clone()),
             Device::Cpu => buffer.copy(),

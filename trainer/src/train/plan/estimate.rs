@@ -4,10 +4,10 @@ use std::fmt;
 
 use super::{Lengths, lengths, options, state_bytes};
 use crate::config::{Batching, Config, WeightInit};
-use crate::model::{Folder, Model, Options};
+use crate::model::{Model, Options, locate};
 use crate::train::memory::format_bytes;
 use crate::train::scaling::Workload;
-use crate::{Error, Result, hub, model};
+use crate::{Error, Result, hub};
 
 /// Whether all data that the configuration names is there. What is on the hub is asked for when it is needed.
 ///
@@ -50,13 +50,13 @@ impl<'a> CostEstimate<'a> {
     /// # Errors
     /// The model cannot be had, or does not fit the configuration.
     pub fn new(config: &'a Config) -> Result<Self> {
-        let folder = Folder::open(&model::hub::resolve_for(&config.model.path, WeightInit::Random)?)?;
-        let mut options = Options { dry: true, ..options(config) };
+        let folder = locate::model(&config.model.path, WeightInit::Random)?;
+        let mut options = Options { shapes_only: true, ..options(config) };
         options.model.init = WeightInit::Random;
-        let model = Model::open(folder.clone(), &options)?;
-        let lengths = lengths(config, &folder, &model)?;
-        let (elements, trained) = (model.elements(), model.flat().len());
-        let workload = Workload { lengths: longest(config, lengths), width: model.width(), trained };
+        let model = Model::open(folder, &options)?;
+        let lengths = lengths(config, &model)?;
+        let (elements, trained) = (model.parameter_count(), model.flat().len());
+        let workload = Workload { lengths: longest(config, lengths), width: model.embedding_dim(), trained };
         let state = state_bytes(&model);
         Ok(Self { config, elements, trained, state, lengths, workload, planned: planned(config) })
     }

@@ -18,8 +18,8 @@ use crate::data::mixture::Mixture;
 use crate::data::tokenize::Tokenizer;
 use crate::eval::{EvalSet, nano};
 use crate::model::chunk::Limit;
-use crate::model::pass::Keep;
-use crate::model::{Folder, Model, Options, hub};
+use crate::model::pass::Saved;
+use crate::model::{Model, ModelFolder, Options, locate};
 use crate::system::device;
 use crate::train::checkpoint::{Identity, State};
 use crate::train::gradcache::Budget;
@@ -35,7 +35,7 @@ pub struct Plan {
     /// As the user wrote it.
     pub config: Config,
     /// What the model folder says besides its weights.
-    pub folder: Folder,
+    pub folder: ModelFolder,
     /// The model's.
     pub tokenizer: Arc<Tokenizer>,
     /// The training rows.
@@ -110,24 +110,16 @@ impl Plan {
         // A GPU that was asked for and is not there is said first.
         device::current()?;
         check_inputs(&config)?;
-        let folder = Folder::open(&hub::resolve_for(&config.model.path, config.model.init)?)?;
+        let folder = locate::model(&config.model.path, config.model.init)?;
         let tokenizer = Tokenizer::open_for(&folder.path, folder.lower_case, config.model.init)?;
         // Only shapes are looked at here: the weights are read once, when the run starts.
-        let model = Model::open(folder.clone(), &Options { dry: true, ..options(&config) })?;
-        if tokenizer.vocabulary() > model.vocabulary() {
-            return Err(Error::file(
-                &folder.path,
-                format!(
-                    "the tokenizer knows {} tokens, the embedding table has {} rows\nhint: tokenizer and weights must be of one model",
-                    tokenizer.vocabulary(),
-                    model.vocabulary()
-                ),
-            ));
-        }
-        let lengths = lengths(&config, &folder, &model)?;
+        let model = Model::open(folder.clone(), &Options { shapes_only: true, ..options(&config) })?;
+        model.check_tokenizer(&tokenizer)?;
+        let lengths = lengths(&config, &model)?;
         for (i, &dim) in config.loss.matryoshka.iter().flat_map(|matryoshka| &matryoshka.dims).enumerate() {
-            if dim > model.width() {
-                let message = format!("{dim}, but the model's embeddings have {} numbers", model.width());
+            if dim > model.embedding_dim() {
+                let message =
+                    format!("{dim}, but the model's embeddings have {} numbers", model.embedding_dim());
                 return Err(config.error(&format!("loss.matryoshka.dims.{i}"), message));
             }
         }
@@ -177,7 +169,8 @@ impl Plan {
             return Err(config.error("evaluation.metric", message));
         }
         let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
-        let workload = Workload { lengths: of_batch, width: model.width(), trained: model.flat().len() };
+        let workload =
+            Workload { lengths: of_batch, width: model.embedding_dim(), trained: model.flat().len() };
         let ranks = RankEnv::from_env()?.map_or((1, 1), |env| (env.size, env.local_size));
         let (budget, cost) = share_memory(&config.training, &model, tokens, &workload.lengths, ranks);
         let embed_tokens = memory::default_chunk_tokens().max(lengths.query).max(lengths.document);
@@ -281,15 +274,15 @@ fn options(config: &Config) -> Options<'_> {
         lora: config.lora.as_ref(),
         trained: true,
         seed: config.seed,
-        dry: false,
+        shapes_only: false,
     }
 }
 
-fn lengths(config: &Config, folder: &Folder, model: &Model) -> Result<Lengths> {
-    let default = folder.max_length.unwrap_or(usize::MAX).min(model.positions());
+fn lengths(config: &Config, model: &Model) -> Result<Lengths> {
+    let default = model.max_length();
     let check = |field: &str, length: Option<usize>| match length {
-        Some(length) if length > model.positions() => Err(config
-            .error(field, format!("{length} tokens, but the model has {} positions", model.positions()))),
+        Some(length) if length > model.max_positions() => Err(config
+            .error(field, format!("{length} tokens, but the model has {} positions", model.max_positions()))),
         length => Ok(length.unwrap_or(default)),
     };
     Ok(Lengths {
@@ -298,7 +291,7 @@ fn lengths(config: &Config, folder: &Folder, model: &Model) -> Result<Lengths> {
     })
 }
 
-fn batch_options(config: &Config, folder: &Folder, lengths: Lengths) -> builder::Options {
+fn batch_options(config: &Config, folder: &ModelFolder, lengths: Lengths) -> builder::Options {
     builder::Options {
         max_query_length: lengths.query,
         max_document_length: lengths.document,
@@ -325,7 +318,7 @@ fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -
 /// Bytes of parameters, gradients and moments: what is trained is f32, as are its gradients and two moments.
 fn state_bytes(model: &Model) -> u64 {
     let trained = model.flat().len();
-    (model.element_bytes() * (model.elements() - trained) + 16 * trained) as u64
+    (model.element_bytes() * (model.parameter_count() - trained) + 16 * trained) as u64
 }
 
 /// Parameters and moments first, then a chunk, then as many tapes as fit. `ranks` are all, and those on this host.
@@ -337,12 +330,12 @@ fn share_memory(
     ranks: (usize, usize),
 ) -> (Budget, Cost) {
     let available = memory::available(ranks.1);
-    let (elements, trained) = (model.elements(), model.flat().len());
+    let (elements, trained) = (model.parameter_count(), model.flat().len());
     let lora = model.lora().map(|lora| lora.rank);
     let state_bytes = state_bytes(model);
     // A checkpoint's snapshot of what is trained and of the moments, which is never on a GPU.
     let state = state_bytes + if memory::on_gpu() { 0 } else { 12 * trained as u64 };
-    let tape = model.tape_bytes_per_token(Keep::Whole) as u64;
+    let tape = model.tape_bytes_per_token(Saved::All) as u64;
     let free = (available / 10 * 8).saturating_sub(state);
     let chunk = match (training.chunk_tokens, training.chunk_size) {
         (Some(tokens), _) => Limit::Tokens(tokens),

@@ -1,62 +1,58 @@
-//! MPNet's attention bias by the distance from query to key, in buckets that widen with the distance (Raffel et al. 2020,
-//! section 2.1): one table for all layers.
+//! MPNet's relative attention bias: the distance from query to key selects a row of a table that all layers
+//! share. Buckets widen with the distance (Raffel et al. 2020, section 2.1).
 
 use candle_core::{DType, Tensor};
 
-use super::params::{Gradients, Parameter, Visit};
+use super::params::{Gradients, Parameter, ParameterKind, ParameterVisitor};
 use super::pass::Pass;
 use super::weights::Weights;
 use crate::Result;
 
-/// Rows of the table.
+/// Number of rows of the table: `relative_attention_num_buckets` of config.json.
 pub const BUCKETS: usize = 32;
-/// Distances from here on share the last bucket of their side.
-const REACH: isize = 128;
+/// Distance from which on all distances share the last bucket of their side, `max_distance` in transformers.
+const MAX_DISTANCE: isize = 128;
 
-/// The table.
+/// Table of relative attention biases.
 #[derive(Debug)]
-pub struct Relative {
+pub struct RelativeBias {
     weight: Parameter, // (32, H)
 }
 
-impl Relative {
-    /// Takes the table `name`.
+impl RelativeBias {
+    /// Takes the table `name` (32, H).
     pub fn new(weights: &Weights, name: &str, heads: usize) -> Result<Self> {
-        Ok(Self { weight: Parameter::frozen(weights.matrix(name, BUCKETS, heads)?) })
+        // It is not an embedding: `model.freeze: [embeddings]` leaves it trained.
+        Ok(Self { weight: Parameter::new(weights.matrix(name, BUCKETS, heads)?, ParameterKind::Weight) })
     }
 
-    /// The bias of every distance, (H, 2·128 + 1).
+    /// Bias of each head for each distance from −128 to 128, f32 (H, 257).
     pub fn bias(&self, pass: &Pass) -> Result<Tensor> {
         let table = pass.value(&self.weight)?.to_dtype(DType::F32)?;
         Ok(table.index_select(&buckets(&table)?, 0)?.t()?.contiguous()?)
     }
 
-    /// Adds the gradient of the bias to the table's.
+    /// Adds the gradient of the table, given that of [`Self::bias`]: dbias (H, 257).
     pub fn backward(&self, dbias: &Tensor, gradients: &Gradients) -> Result<()> {
-        let Some(dweight) = gradients.of(&self.weight)? else { return Ok(()) };
+        let Some(dweight) = gradients.grad_slot(&self.weight)? else { return Ok(()) };
         let sum = dweight.index_add(&buckets(&dweight)?, &dbias.t()?.contiguous()?, 0)?;
         Ok(dweight.slice_set(&sum, 0, 0)?)
     }
 
-    /// Whether it is trained.
-    pub fn trained(&self) -> bool {
-        self.weight.slot().is_some()
-    }
-
-    /// The table under `name`.
-    pub fn visit(&mut self, name: &str, visit: &mut dyn Visit) -> Result<()> {
-        visit.parameter(name, &mut self.weight)
+    /// Visits the table `name`.
+    pub fn visit(&mut self, name: &str, visitor: &mut dyn ParameterVisitor) -> Result<()> {
+        visitor.parameter(name, &mut self.weight)
     }
 }
 
-/// (2·128 + 1) of every distance, where `table` is.
+/// Row of the table for each distance, u32 (257), on the device of `table`.
 fn buckets(table: &Tensor) -> Result<Tensor> {
-    let all: Vec<u32> = (-REACH..=REACH).map(|distance| bucket(distance) as u32).collect();
+    let all: Vec<u32> = (-MAX_DISTANCE..=MAX_DISTANCE).map(|distance| bucket(distance) as u32).collect();
     Ok(kernels::upload(&all, table.device())?)
 }
 
-/// The row of the table for a key `distance` tokens after its query: on each side one row for each of the first eight
-/// distances, then eight that widen.
+/// Row of the table for a key `distance` tokens after its query. On each side, the first eight distances have
+/// a row each, and the next eight rows cover ranges that widen.
 fn bucket(distance: isize) -> usize {
     const SIDE: usize = BUCKETS / 2;
     const EXACT: usize = SIDE / 2;
@@ -64,7 +60,7 @@ fn bucket(distance: isize) -> usize {
     if far < EXACT {
         return side + far;
     }
-    let wide = (far as f32 / EXACT as f32).ln() / (REACH as f32 / EXACT as f32).ln();
+    let wide = (far as f32 / EXACT as f32).ln() / (MAX_DISTANCE as f32 / EXACT as f32).ln();
     side + (EXACT + (wide * EXACT as f32) as usize).min(SIDE - 1)
 }
 
