@@ -7,14 +7,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::comm::World;
-use crate::system::device;
+use crate::system::{atomic, device};
 use crate::train::plan::Plan;
 use crate::{Error, Result};
 
 const FILE: &str = "run.json";
 
-/// What is known about a run besides its configuration and its metrics. Fields that a system does not tell
-/// are empty or 0.
+/// What is known about a run besides its configuration and its metrics. A field is empty or 0 if the system
+/// does not provide its value.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Facts {
@@ -79,7 +79,7 @@ impl Facts {
         Ok(facts)
     }
 
-    /// Adds the wall time and the memory of this start, which ends after `seconds`.
+    /// Adds the wall time and the peak memory of this start, which ends after `seconds`.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -98,9 +98,7 @@ impl Facts {
         let path = output.join(FILE);
         let text =
             serde_json::to_string_pretty(self).map_err(|error| Error::file(&path, error.to_string()))?;
-        let draft = path.with_extension("json.tmp");
-        fs::write(&draft, text + "\n").map_err(Error::write("write", &draft))?;
-        fs::rename(&draft, &path).map_err(Error::write("rename", draft))
+        atomic::write(&path, text + "\n")
     }
 }
 
@@ -108,7 +106,7 @@ fn first_line(path: &str) -> String {
     fs::read_to_string(path).ok().and_then(|text| Some(text.lines().next()?.to_owned())).unwrap_or_default()
 }
 
-/// `AMD EPYC 9654, 8 threads`, from the first processor that the system lists.
+/// The model of the first processor that the system lists: `AMD EPYC 9654 96-Core Processor`.
 fn processor() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
