@@ -124,8 +124,13 @@ fn for_each_word(text: &str, mut each: impl FnMut(&str)) {
     for word in text.split(|c: char| !c.is_alphanumeric()) {
         if !word.is_empty() && word.len() <= MAX_WORD_BYTES {
             lower.clear();
-            // Character by character: `str::to_lowercase` treats a final Σ differently.
-            lower.extend(word.chars().flat_map(char::to_lowercase));
+            if word.is_ascii() {
+                lower.push_str(word);
+                lower.make_ascii_lowercase();
+            } else {
+                // Character by character: `str::to_lowercase` treats a final Σ differently.
+                lower.extend(word.chars().flat_map(char::to_lowercase));
+            }
             each(&lower);
         }
     }
