@@ -67,7 +67,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default().trim();
     println!(
-        "{documents} documents, {} MB of text: indexed in {:.1} s; {queries} queries ranked in {:.2} s; peak {peak}",
+        "{documents} documents, {} MB of text: indexed in {:.1} s; {queries} queries in {:.2} s; peak {peak}",
         bytes / 1_000_000,
         spent.as_secs_f64(),
         ranked.as_secs_f64(),

@@ -24,13 +24,17 @@ macro_rules! kinds {
     ($($name:literal)*) => {
         /// All kinds of things.
         pub(crate) const KINDS: &[Source] = &[$(
-            ($name, include_str!(concat!("facts/", $name, ".tsv")), include_str!(concat!("wording/", $name, ".txt"))),
+            (
+                $name,
+                include_str!(concat!("facts/", $name, ".tsv")),
+                include_str!(concat!("wording/", $name, ".txt")),
+            ),
         )*];
     };
 }
 kinds! {
-    "animal" "book" "compound" "country" "discovery" "element" "invention" "landmark" "language" "letter" "moon"
-    "mountain" "music" "painting" "planet" "river" "state" "unit"
+    "animal" "book" "compound" "country" "discovery" "element" "invention" "landmark" "language" "letter"
+    "moon" "mountain" "music" "painting" "planet" "river" "state" "unit"
 }
 
 /// All wordings of a fact in one language.

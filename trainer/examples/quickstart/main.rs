@@ -2,9 +2,9 @@
 //! facts.
 //!
 //! ```text
-//! OUTPUT/train.jsonl                                       query, positive
-//! OUTPUT/test/{queries.jsonl, corpus.jsonl, qrels/test.tsv}  a BEIR folder
-//! OUTPUT/model/                                            configuration and tokenizer of a small BERT, no weights
+//! OUTPUT/train.jsonl       query, positive
+//! OUTPUT/test/             a BEIR folder: queries.jsonl, corpus.jsonl, qrels/test.tsv
+//! OUTPUT/model/            configuration and tokenizer of a small BERT, no weights
 //! ```
 
 /// Tables of facts and their wordings.

@@ -38,7 +38,8 @@ pub(crate) fn write<'a>(folder: &Path, texts: impl Iterator<Item = &'a str>) -> 
     json_file(
         &folder.join("tokenizer_config.json"),
         &json!({"tokenizer_class": "BertTokenizer", "do_lower_case": true, "model_max_length": POSITIONS,
-                "pad_token": SPECIAL[0], "unk_token": SPECIAL[1], "cls_token": SPECIAL[2], "sep_token": SPECIAL[3],
+                "pad_token": SPECIAL[0], "unk_token": SPECIAL[1],
+                "cls_token": SPECIAL[2], "sep_token": SPECIAL[3],
                 "mask_token": SPECIAL[4]}),
     )?;
     json_file(
@@ -51,7 +52,9 @@ pub(crate) fn write<'a>(folder: &Path, texts: impl Iterator<Item = &'a str>) -> 
     )?;
     json_file(
         &folder.join("1_Pooling/config.json"),
-        &json!({"word_embedding_dimension": WIDTH, "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true}),
+        &json!({
+            "word_embedding_dimension": WIDTH, "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true,
+        }),
     )?;
     json_file(
         &folder.join("sentence_bert_config.json"),

@@ -17,8 +17,9 @@ use crate::{Error, Result};
     trainer mine --model runs/first/model --pairs data/scifact --output data/mined.jsonl --range 10..100 \
     --relative-margin none --max-score 0.9 --sampling random\n  \
     launch --cpus 2 -- mine --model runs/first/model --pairs data/train.jsonl --output data/mined.jsonl\n\n\
-    Writes training rows with query, positive, negatives and, with --output-scores, scores. Prints statistics as JSON: \
-    rows, scores, and candidates dropped by each filter. An interrupted run resumes when the same command runs again.")]
+    Writes training rows with query, positive, negatives and, with --output-scores, scores. Prints statistics as \
+    JSON: rows, scores, and candidates dropped by each filter. An interrupted run resumes when the same command runs \
+    again.")]
 pub(super) struct Args {
     /// Model folder, or model id on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
@@ -38,7 +39,13 @@ pub(super) struct Args {
     negatives: usize,
     /// Minimum distance of a negative's score below the positive's, as a fraction of the positive's score; or
     /// `none`
-    #[arg(long, value_name = "FRACTION", default_value = "0.05", value_parser = margin, allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "FRACTION",
+        default_value = "0.05",
+        value_parser = margin,
+        allow_hyphen_values = true
+    )]
     relative_margin: Margin,
     /// Minimum distance of a negative's score below the positive's
     #[arg(long, value_name = "X", value_parser = finite, allow_hyphen_values = true)]

@@ -12,10 +12,10 @@ use crate::{Error, Result};
 /// Make a small evaluation set from a BEIR set (as NanoBEIR)
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer nano --set data/scifact --output data/NanoSciFact\n  \
-    trainer nano --set data/scifact --output data/NanoSciFact --queries 100 --model intfloat/multilingual-e5-base\n\n\
-    The set has some of the queries, all their relevant documents, and the documents that BM25 (and --model) rank highest \
-    for them, so that it is nearly as hard as the whole set. Writes a BEIR folder (corpus.jsonl, queries.jsonl, \
-    qrels/test.tsv) for `trainer evaluate --set`.")]
+    trainer nano --set data/scifact --output data/NanoSciFact --queries 100 --model intfloat/multilingual-e5-base\
+    \n\nThe set has some of the queries, all their relevant documents, and the documents that BM25 (and --model) rank \
+    highest for them, so that it is nearly as hard as the whole set. Writes a BEIR folder (corpus.jsonl, \
+    queries.jsonl, qrels/test.tsv) for `trainer evaluate --set`.")]
 pub(super) struct Args {
     /// BEIR folder to sample from
     #[arg(long, value_name = "DIR")]

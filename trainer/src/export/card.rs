@@ -42,9 +42,9 @@ pub(super) fn text(info: &ModelInfo, adapter: bool) -> Result<String> {
     let what = if adapter { "a LoRA adapter of" } else { "fine-tuned from" };
     let title = line(name);
     let mut card = format!(
-        "---\n{front_matter}---\n\n# {title}\n\nA text-embedding model, {what} {base} with lodestone. It maps texts to vectors of \
-         {width} dimensions ({pooling}{normalized}), which are compared by cosine similarity. Texts are truncated at \
-         {max_length} tokens.\n\n\
+        "---\n{front_matter}---\n\n# {title}\n\nA text-embedding model, {what} {base} with lodestone. It maps texts to \
+         vectors of {width} dimensions ({pooling}{normalized}), which are compared by cosine similarity. Texts are \
+         truncated at {max_length} tokens.\n\n\
          ## Usage\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n\
          model = SentenceTransformer(\"path/to/this/folder\")\n\
          queries = model.encode_query([\"What is the melting point of iron?\"])\n\

@@ -146,8 +146,10 @@ fn negatives_are_those_of_sentence_transformers_for_every_parameter() {
 fn every_candidate_is_counted_once() {
     let golden = golden();
     let world = Fixture::new(&golden);
-    let settings = json!({"num_negatives": 4, "absolute_margin": 0.1, "relative_margin": 0.3, "max_score": 0.5,
-                          "min_score": 0.3, "range_min": 2, "range_max": 8});
+    let settings = json!({
+        "num_negatives": 4, "absolute_margin": 0.1, "relative_margin": 0.3, "max_score": 0.5, "min_score": 0.3,
+        "range_min": 2, "range_max": 8,
+    });
     let counts = world.run(&world.mine(filter(&settings)), true);
     let json = counts.json();
     let rows = world.rows();

@@ -230,7 +230,10 @@ mod tests {
 
     #[test]
     fn the_default_corpus_of_a_beir_folder_is_its_own() {
-        let corpus = "{\"_id\": \"1\", \"title\": \"T\", \"text\": \"one\"}\n{\"_id\": \"2\", \"text\": \"two\"}\n{\"_id\": \"3\", \"text\": \" \"}\n";
+        let corpus = r#"{"_id": "1", "title": "T", "text": "one"}
+{"_id": "2", "text": "two"}
+{"_id": "3", "text": " "}
+"#;
         let files = [
             ("corpus.jsonl", corpus),
             ("queries.jsonl", "{\"_id\": \"q\", \"text\": \"ask\"}\n"),

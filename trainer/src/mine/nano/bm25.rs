@@ -1,7 +1,7 @@
 //! BM25 ranking of documents, with an inverted index of the words that occur in the queries.
 //!
 //! ```text
-//! score(q, d) = Σ idf(w) · (k1 + 1) · f / (f + k1 · (1 − b + b · |d| / mean))      summed over the words w of q
+//! score(q, d) = Σ idf(w) · (k1 + 1) · f / (f + k1 · (1 − b + b · |d| / mean))      over the words w of q
 //! idf(w)      = ln(1 + (N − n + 0.5) / (n + 0.5))                                  k1 = 1.2, b = 0.75
 //! ```
 //!
