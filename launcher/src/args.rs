@@ -13,6 +13,7 @@ use trainer::comm::LONGEST_TIMEOUT;
 #[command(
     name = "launch",
     version,
+    long_version = trainer::cli::version(),
     override_usage = "launch [OPTIONS] CONFIG [KEY=VALUE …]\n       launch [OPTIONS] -- COMMAND ARGS …",
     after_help = "Examples:
   launch configs/quickstart.yaml                               train
@@ -101,9 +102,6 @@ pub(crate) struct Job {
     pub(crate) timeout: u64,
 }
 
-/// Commands that divide their work among ranks.
-const SHARED: [&str; 5] = ["train", "encode", "evaluate", "compare", "mine"];
-
 impl Arguments {
     /// Checks the command line. The error is a message for the user.
     pub(crate) fn job(self) -> Result<Job, String> {
@@ -115,13 +113,14 @@ impl Arguments {
         let name =
             command.iter().find_map(|argument| argument.to_str().filter(|name| !name.starts_with('-')));
         let train = name == Some("train");
-        let shared = name.is_some_and(|name| SHARED.contains(&name));
+        let can_share = trainer::cli::shared_commands();
+        let shared = name.is_some_and(|name| can_share.contains(&name));
         let several = self.nodes.is_some_and(|nodes| nodes > 1)
             || self.cpus.or(self.gpus).is_some_and(|ranks| ranks > 1);
         if let Some(name) = name.filter(|_| several && !shared) {
             return Err(format!(
                 "`{name}` runs on one rank only\nhint: {} can use several",
-                SHARED.join(", ")
+                can_share.join(", ")
             ));
         }
         if self.resume {

@@ -1,4 +1,4 @@
-//! `trainer encode`.
+//! The command `trainer encode`.
 
 use std::path::{Path, PathBuf};
 
@@ -12,46 +12,46 @@ use crate::model::Options;
 use crate::system::npy::Writer;
 use crate::{Error, Result, config};
 
-/// Turn texts into embeddings
+/// Embed texts and write the embeddings to a NumPy file
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     trainer encode --model runs/quickstart/model --input questions.txt --output questions.npy --role query\n  \
     trainer encode --model sentence-transformers/all-MiniLM-L6-v2 --input docs.jsonl --output docs.npy")]
 pub(super) struct Args {
-    /// A model folder, or an id on the Hugging Face hub
+    /// Model folder, or id of a model on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     model: String,
-    /// Texts: .jsonl with "text", or one text a line; each also .gz or .zst
+    /// Texts: .jsonl or .parquet with a field `text`, or one text per line; each also .gz or .zst
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
-    /// Where the embeddings go: .npy, float32, a row for each text in the order of the input
+    /// File to write: float32, one row per text, in the order of the input
     #[arg(long, value_name = "FILE.npy")]
     output: PathBuf,
-    /// What the texts are: it decides the prompt. Default: neither, for which the model's default prompt is used
+    /// Role of the texts, which selects one of the model's prompts. Default: none, the model's default prompt is used
     #[arg(long)]
     role: Option<Role>,
-    /// Put before each text, whatever the role
+    /// Text put before each text, instead of the model's prompt
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// Tokens that are encoded at once
+    /// Maximum number of tokens encoded at once
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK_TOKENS, value_parser = at_least_one)]
     chunk_tokens: usize,
-    /// Tokens of a text at most, the prompt and special tokens included. Default: what the model folder says
+    /// Truncate texts to this number of tokens, with prompt and special tokens. Default: what the model folder says
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_length: Option<usize>,
-    /// What products and activations are computed in
+    /// Data type of matrix products and activations
     #[arg(long, default_value = "f32")]
     dtype: Dtype,
-    /// Draw the weights from a seed instead of reading them, to measure speed
+    /// Use random weights instead of the model's (for tests and to measure speed)
     #[arg(long)]
     random_weights: bool,
 }
 
-/// Texts that are in memory, and sorted by length, at once.
+/// Number of texts in memory at once. They are sorted by length, so that chunks hold texts of similar length.
 const PORTION: usize = 1 << 15;
 
 pub(super) fn run(args: &Args, world: &World) -> Result<()> {
-    // The whole input is looked at before the first text is encoded.
+    // An error in the last line is found before hours are spent on the first.
     let mut count = 0;
     texts(&args.input, |_| {
         count += 1;
@@ -103,8 +103,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     Ok(())
 }
 
-/// A model that is only used, for texts of up to `max_length` tokens or as many as its folder says: so far go its tables of
-/// positions.
+/// Options to open a model for inference. Its tables of positions go as far as `max_length`, by default as far as its folder says.
 pub(super) fn options(random_weights: bool, max_length: Option<usize>) -> Options<'static> {
     let init = if random_weights { config::WeightInit::Random } else { config::WeightInit::Pretrained };
     let (max_query_length, max_document_length) = (max_length, max_length);
@@ -112,7 +111,7 @@ pub(super) fn options(random_weights: bool, max_length: Option<usize>) -> Option
     Options { model, ..Options::default() }
 }
 
-/// For clap: a whole number above zero.
+/// A parser for clap: a whole number above 0.
 pub(super) fn at_least_one(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a whole number above 0".to_owned())
 }
@@ -125,7 +124,8 @@ fn texts(input: &Path, mut each: impl FnMut(String) -> Result<()>) -> Result<()>
         return reader::objects(input, |line, mut row| match row.get_mut("text").map(Value::take) {
             Some(Value::String(text)) => each(text),
             found => {
-                let message = if found.is_none() { "has no `text`" } else { "`text` is no text" };
+                let message =
+                    if found.is_none() { "has no field `text`" } else { "expected a string in `text`" };
                 Err(Error::Row { path: input.to_owned(), line, message: message.into() })
             }
         });
@@ -133,8 +133,8 @@ fn texts(input: &Path, mut each: impl FnMut(String) -> Result<()>) -> Result<()>
     let mut before = 0;
     reader::lines(input, |line, text| {
         if line != before + 1 {
-            // Leaving it out would shift every row after it.
-            let message = "is blank, expected one text a line".into();
+            // Skipping the line would shift every later row of the embeddings.
+            let message = "is blank, expected one text per line".into();
             return Err(Error::Row { path: input.to_owned(), line: before + 1, message });
         }
         before = line;
@@ -201,8 +201,8 @@ mod tests {
         );
         for (name, text, expected) in [
             ("a.txt", "a\n\nb\n", "a.txt:2: is blank"),
-            ("a.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n", "a.jsonl:2: has no `text`"),
-            ("a.jsonl", "{\"text\": 1}\n", "a.jsonl:1: `text` is no text"),
+            ("a.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n", "a.jsonl:2: has no field `text`"),
+            ("a.jsonl", "{\"text\": 1}\n", "a.jsonl:1: expected a string in `text`"),
         ] {
             let error = all(name, text).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

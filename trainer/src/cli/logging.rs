@@ -1,4 +1,4 @@
-//! Where messages go: to standard error, around the progress bars, and once a run has a folder, to its log.
+//! Log messages: they go to standard error, above the progress bars, and to the log file of a run once it has a folder.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -19,7 +19,8 @@ use crate::{Error, Result};
 
 static LOG: OnceLock<File> = OnceLock::new();
 
-/// Starts to show messages; `RUST_LOG` chooses which, `info` by default, `error` if `quiet` and on all ranks but the first.
+/// Installs the subscriber. `RUST_LOG` sets the level on the terminal; the default is `info`, and `error` if `quiet` is set or on
+/// every rank but the first.
 pub(super) fn start(quiet: bool, rank: usize) {
     let default = if quiet || rank > 0 { LevelFilter::ERROR } else { LevelFilter::INFO };
     let filter = EnvFilter::builder().with_default_directive(default.into());
@@ -33,11 +34,14 @@ pub(super) fn start(quiet: bool, rank: usize) {
         .with_ansi(false)
         .with_writer(|| Log)
         .with_filter(LevelFilter::INFO);
-    // A second start, in a test, changes nothing.
+    // Tests call this several times; only the first call has an effect.
     let _ = tracing_subscriber::registry().with(terminal).with(log).try_init();
 }
 
-/// Keeps messages in OUTPUT/logs/rank-K.log from here on.
+/// Writes messages to OUTPUT/logs/rank-K.log from now on.
+///
+/// # Errors
+/// The folder or the file cannot be created.
 pub(super) fn keep(output: &Path, rank: usize) -> Result<()> {
     let folder = output.join("logs");
     fs::create_dir_all(&folder).map_err(Error::write("create", &folder))?;
@@ -48,7 +52,7 @@ pub(super) fn keep(output: &Path, rank: usize) -> Result<()> {
     Ok(())
 }
 
-/// A message as it is; warnings and errors say what they are.
+/// The format of the terminal: the message alone, with `warning:` or `error:` before it.
 struct Terminal;
 
 impl<S, N> FormatEvent<S, N> for Terminal

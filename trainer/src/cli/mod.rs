@@ -1,13 +1,17 @@
-//! The commands of `trainer`: what the user typed, to what is done, to an exit status.
+//! The commands of `trainer`: the command line, the ranks, the exit status.
 //!
-//! Results go to standard output, everything else to standard error.
+//! A command is a module with `Args` and `run`, and a line in the table `commands!` below. Results go to standard output, everything
+//! else to standard error.
 
 mod compare;
+mod completions;
+mod config;
 mod encode;
 mod encoding;
 mod evaluate;
 mod export;
 mod logging;
+mod man;
 mod mine;
 mod nano;
 mod plan;
@@ -15,6 +19,7 @@ mod report;
 mod sets;
 mod split;
 mod train;
+mod version;
 
 use std::env;
 use std::ffi::OsString;
@@ -24,18 +29,20 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+pub use self::version::version;
 use crate::comm::{RankEnv, World};
 use crate::system::heartbeat;
 use crate::system::progress;
 use crate::train::memory;
 use crate::{Error, Result};
 
-/// Trains text-embedding models, and uses them.
+/// Train, evaluate and use text-embedding models
 #[derive(Debug, Parser)]
-#[command(name = "trainer", version, propagate_version = true)]
-#[command(after_help = "Example: trainer train configs/quickstart.yaml training.learning_rate=2e-4\n\n\
+#[command(name = "trainer", version, long_version = version(), propagate_version = true)]
+#[command(after_help = "Examples:\n  trainer train configs/quickstart.yaml training.learning_rate=2e-4\n  \
+    trainer evaluate --model runs/quickstart/model --set data/quickstart/test\n  trainer help mine\n\n\
     Exit status: 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong and nothing was \
-    started; 128+S a checkpoint was written because signal S asked for a stop.")]
+    started; 128+S signal S (TERM, INT or USR1) requested a stop, and a checkpoint was written.")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -44,74 +51,101 @@ struct Cli {
     quiet: bool,
 }
 
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Train a model
-    Train(train::Args),
-    /// Check everything and say what a run will do; trains nothing
-    Plan(plan::Args),
-    /// Turn texts into embeddings
-    Encode(encode::Args),
-    /// Measure a model on evaluation sets
-    Evaluate(evaluate::Args),
-    /// Measure two models on the same sets
-    Compare(compare::Args),
-    /// Divide rows into a part to train on and parts to measure with, none of whose texts is trained on
-    Split(split::Args),
-    /// Find hard negatives: documents near a query that do not answer it
-    Mine(mine::Args),
-    /// Make a small set that is nearly as hard as a BEIR set
-    Nano(nano::Args),
-    /// Write the model of a run as a folder for other programs
-    Export(export::Args),
-    /// Write a page to look at runs
-    Report(report::Args),
+/// Declares the commands, in the order of `--help`: name, module, and whether several ranks can share the work (`shared`) or one
+/// rank does it (`alone`).
+macro_rules! commands {
+    ($($name:ident $module:ident $ranks:ident,)+) => {
+        #[derive(Debug, Subcommand)]
+        enum Command {
+            $($name($module::Args)),+
+        }
+
+        impl Command {
+            fn name(&self) -> &'static str {
+                match self {
+                    $(Self::$name(_) => stringify!($module)),+
+                }
+            }
+
+            fn run(&self, world: &World) -> Result<()> {
+                match self {
+                    $(Self::$name(args) => commands!(@run $module $ranks args world)),+
+                }
+            }
+        }
+
+        /// Names of the commands whose work several ranks can share.
+        pub fn shared_commands() -> Vec<&'static str> {
+            let all = [$((stringify!($module), commands!(@is_shared $ranks))),+];
+            all.into_iter().filter(|(_, shared)| *shared).map(|(name, _)| name).collect()
+        }
+    };
+    (@run $module:ident shared $args:ident $world:ident) => { $module::run($args, $world) };
+    (@run $module:ident alone $args:ident $world:ident) => { $module::run($args) };
+    (@is_shared shared) => { true };
+    (@is_shared alone) => { false };
 }
 
-/// Runs the command in `args`, the program's name first, and returns its exit status.
+commands! {
+    Train train shared,
+    Plan plan alone,
+    Config config alone,
+    Split split alone,
+    Mine mine shared,
+    Nano nano alone,
+    Evaluate evaluate shared,
+    Compare compare shared,
+    Report report alone,
+    Encode encode shared,
+    Export export alone,
+    Completions completions alone,
+    Man man alone,
+}
+
+/// Runs the command line `args`, which begins with the name of the program, and returns the exit status.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     memory::keep_pages();
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
-            // --help and --version are results, on standard output, and no failure.
+            // --help and --version come here too. They are results on standard output, and their status is 0.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
     let env = RankEnv::from_env().ok().flatten();
     let rank = env.as_ref().map_or(0, |env| env.rank);
-    // One voice is enough: the others say what went wrong, and keep the rest in their logs.
+    // Rank 0 speaks for all: the other ranks print errors only, and write the rest to their log files.
     logging::start(cli.quiet, rank);
     if cli.quiet || rank > 0 {
         progress::quiet();
     }
     let (done, world) = match start(&cli.command) {
-        // On a thread of the pool: an op called from outside of it would put this thread to sleep and wake it up again.
-        Ok(world) => (rayon::scope(|_| run(cli.command, &world)), world),
+        // On a thread of rayon's pool: an op called from another thread would put that thread to sleep and wake it up again.
+        Ok(world) => (rayon::scope(|_| cli.command.run(&world)), world),
         Err(error) => (Err(error), World::solo()),
     };
     let Err(error) = done else { return ExitCode::SUCCESS };
     let status = error.exit_status();
     match error {
-        // Under MPI the first that notices ends all, before others may say it.
+        // The rank that failed prints the error itself. Under MPI (no master address) it may be ended before it can.
         Error::Rank { rank: other, .. }
             if rank > 0 && rank != other && env.is_some_and(|env| env.master.is_some()) =>
         {
             tracing::warn!("{error}");
         }
-        // Somebody asked for it.
+        // A stop that was requested is not an error.
         Error::Stopped { .. } => tracing::warn!("{error}"),
         _ => tracing::error!("{error}"),
     }
     if !matches!(error, Error::Stopped { .. }) {
-        // After the last word: with MPI nothing comes after this.
+        // Last, because MPI ends the process here.
         world.abort(&error, status);
     }
     ExitCode::from(status)
 }
 
-/// Joins the other ranks, where the command shares its work with them.
+/// Connects this rank to the others, if the environment names some and the command shares its work.
 fn start(command: &Command) -> Result<World> {
     let env = RankEnv::from_env()?;
     if let Ok(Some((path, slot))) = env::var(heartbeat::VARIABLE).map(|variable| {
@@ -121,34 +155,19 @@ fn start(command: &Command) -> Result<World> {
             .map_err(Error::system("write heartbeats for the launcher"))?;
     }
     let Some(env) = env else { return Ok(World::solo()) };
-    use Command::{Compare, Encode, Evaluate, Mine, Train};
-    if !matches!(command, Train(_) | Encode(_) | Evaluate(_) | Compare(_) | Mine(_)) {
-        let message = format!("this command does not share its work, and {} ranks were started", env.size);
-        return Err(Error::Usage(format!("{message}\nhint: start it alone")));
+    if !shared_commands().contains(&command.name()) {
+        let (name, shared) = (command.name(), shared_commands().join(", "));
+        let message = format!("`trainer {name}` does not share its work, but {} ranks were started", env.size);
+        return Err(Error::Usage(format!("{message}\nhint: start one rank; {shared} can use several")));
     }
     if let Some(threads) = env.threads.filter(|_| env::var_os("RAYON_NUM_THREADS").is_none()) {
-        // It fails where threads run already, and then they stay as many as they are.
+        // An error means that the pool runs already; it then keeps its number of threads.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
     World::connect()
 }
 
-fn run(command: Command, world: &World) -> Result<()> {
-    match command {
-        Command::Train(args) => train::run(&args, world),
-        Command::Plan(args) => plan::run(&args),
-        Command::Encode(args) => encode::run(&args, world),
-        Command::Evaluate(args) => evaluate::run(&args, world),
-        Command::Compare(args) => compare::run(&args, world),
-        Command::Split(args) => split::run(&args),
-        Command::Mine(args) => mine::run(&args, world),
-        Command::Nano(args) => nano::run(&args),
-        Command::Export(args) => export::run(&args),
-        Command::Report(args) => report::run(&args),
-    }
-}
-
-/// Prints a result. A reader that has gone away (`| head`) is no failure.
+/// Prints a result to standard output. A closed pipe (`| head`) is not an error.
 pub(crate) fn print(result: impl std::fmt::Display) {
     progress::suspend(|| {
         let _ = writeln!(std::io::stdout(), "{result}");

@@ -1,4 +1,4 @@
-//! `trainer plan`.
+//! The command `trainer plan`.
 
 use std::path::PathBuf;
 
@@ -8,23 +8,23 @@ use crate::config::Config;
 use crate::train::plan::{self, CostEstimate, Plan};
 use crate::train::scaling::{Rates, ScalingTable, Workload};
 
-/// Check everything and say what the run will do: rows, steps, tokens, memory
+/// Check a configuration and its data, and print what the run will do; trains nothing
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer plan configs/quickstart.yaml training.batch_size=128\n  \
     trainer plan configs/minilm.yaml --ranks 4,64,1024 --tokens-per-second 14000 --link-rate 25")]
 pub(super) struct Args {
-    /// The configuration, a YAML file
+    /// Configuration file (YAML); `trainer config` describes its keys
     config: PathBuf,
-    /// Overrides, such as `training.learning_rate=2e-5` or `data.train.0.samples=1000`
+    /// Values that override the configuration, such as `training.learning_rate=2e-5`
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Show also what a step would take on so many ranks, one or several: `4,64,1024`
+    /// Also estimate the time of a step on these numbers of ranks, such as `4,64,1024`
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = at_least_one)]
     ranks: Vec<usize>,
-    /// What one rank was measured to do (`tokens_per_second` of metrics.jsonl), for `--ranks`
+    /// Measured throughput of one rank, `tokens_per_second` in metrics.jsonl (for --ranks)
     #[arg(long, value_name = "X", requires_all = ["ranks", "link_rate"], value_parser = above_zero)]
     tokens_per_second: Option<f64>,
-    /// Gigabytes per second that a rank can send, for `--ranks`
+    /// Network bandwidth of one rank in gigabytes per second (for --ranks)
     #[arg(long, value_name = "GB", requires = "tokens_per_second", value_parser = above_zero)]
     link_rate: Option<f64>,
 }
@@ -32,12 +32,12 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> crate::Result<()> {
     let config = Config::load(&args.config, &args.overrides)?;
     if let Err(missing) = plan::check_inputs(&config) {
-        // What the run costs decides whether the data is fetched at all.
+        // The user wants to know the cost of a run before fetching its data.
         match CostEstimate::new(&config) {
             Ok(estimate) => {
                 print(estimate.to_string().trim_end());
                 if !args.ranks.is_empty() {
-                    print("ranks      at most, as if every text were as long as it may be:");
+                    print("ranks      upper bounds, as if every text had the maximum length:");
                     print(args.table(&estimate.workload));
                 }
             }
@@ -54,7 +54,7 @@ pub(super) fn run(args: &Args) -> crate::Result<()> {
 }
 
 impl Args {
-    /// What a step would take on the numbers of ranks that were asked for.
+    /// The estimated time of a step for each number of ranks in `--ranks`.
     fn table(&self, workload: &Workload) -> String {
         let rates = self.tokens_per_second.zip(self.link_rate);
         let rates =

@@ -1,4 +1,4 @@
-//! `trainer train`.
+//! The command `trainer train`.
 
 use std::path::PathBuf;
 
@@ -9,23 +9,23 @@ use crate::train::Run;
 use crate::train::plan::Plan;
 use crate::{Error, Result};
 
-/// Train a model
+/// Train a model as a configuration file describes
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer train configs/quickstart.yaml\n  \
     trainer train configs/minilm.yaml training.learning_rate=2e-5 data.train.0.samples=1000\n  \
     trainer train configs/minilm.yaml --resume\n  \
     LODESTONE_NCCL=1 torchrun --no-python --nproc-per-node 4 trainer train configs/zeta.yaml\n\n\
-    Ranks that torchrun, srun or mpirun has started look at these variables, which `launch` sets for its own:\n  \
-    LODESTONE_NCCL=1           each rank has a GPU of its own: they talk over NCCL, not through the processor's memory\n  \
-    LODESTONE_TIMEOUT=SECONDS  how long a rank may show no sign of work before the others end the run; default 1800\n  \
-    LODESTONE_TOKEN=SECRET     the same on all hosts, for ranks on several (not under mpirun)")]
+    `trainer train` runs one rank per process under torchrun, srun and mpirun. `launch` sets these variables itself:\n  \
+    LODESTONE_NCCL=1           use NCCL between ranks; every rank needs its own GPU\n  \
+    LODESTONE_TIMEOUT=SECONDS  end the run if a rank makes no progress for this long (default: 1800)\n  \
+    LODESTONE_TOKEN=SECRET     shared secret of the ranks, needed if they run on several hosts (not under mpirun)")]
 pub(super) struct Args {
-    /// The configuration, a YAML file
+    /// Configuration file (YAML); `trainer config` describes its keys
     config: PathBuf,
-    /// Overrides, such as `training.learning_rate=2e-5` or `data.train.0.samples=1000`
+    /// Values that override the configuration, such as `training.learning_rate=2e-5`
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Continue from the newest whole checkpoint, or start anew where there is none
+    /// Continue from the newest checkpoint; without one, start at the beginning
     #[arg(long)]
     resume: bool,
 }

@@ -1,18 +1,21 @@
-//! What the user wrote: a YAML file and `KEY=VALUE` after it.
+//! The configuration of a run: a YAML file, and `KEY=VALUE` overrides on the command line.
 //!
-//! [`Config`] mirrors the file key by key and knows nothing of data, models or memory; what the run will do is worked
-//! out from it afterwards. Every key has a default except `model.path` and `data.train`. An unknown key is an error that
-//! names the nearest known one, a wrong value one that names file, line, field and what was expected.
+//! [`Config`] mirrors the file key by key and knows nothing of data, models or memory; [`crate::train::plan`] works out what the
+//! run will do. The error for an unknown key names the nearest known one, the error for a wrong value names file, line, field
+//! and what was expected. [`reference`] generates the documentation of the keys.
 
 mod check;
 mod origin;
 mod overrides;
+mod peers;
+pub mod reference;
 mod renamed;
 mod sections;
 mod values;
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use origin::Origins;
@@ -25,44 +28,40 @@ pub use values::{
     RowKind, ScheduleKind, Targets, WeightInit,
 };
 
+use self::check::Check;
 use crate::{Error, Result};
 
-/// A whole configuration file.
+/// The configuration of a training run, a YAML file. Every key has a default except `model.path` and `data.train`.
 ///
+/// ```yaml
+/// model: {path: sentence-transformers/all-MiniLM-L6-v2}
+/// data: {train: [{path: data/pairs.jsonl}]}
+/// training: {epochs: 1, batch_size: 64, learning_rate: 2.0e-5}
 /// ```
-/// use trainer::config::Config;
-///
-/// let folder = tempfile::tempdir()?;
-/// let path = folder.path().join("run.yaml");
-/// std::fs::write(&path, "model: {path: org/model}\ndata: {train: [{path: pairs.jsonl}]}\n")?;
-/// let config = Config::load(&path, &["training.batch_size=32".to_owned()])?;
-/// assert_eq!((config.name.as_str(), config.training.batch_size), ("run", 32));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// What the run is called in messages and reports. Default: the name of the file, without its ending.
+    /// Name of the run in messages and reports. Default: the name of the configuration file without its ending.
     pub name: String,
-    /// Everything drawn at random follows from it. Default: 42.
+    /// Seed of everything that is drawn at random.
     pub seed: u64,
-    /// The folder that the run writes, relative to the working directory. Default: `runs/NAME`.
+    /// Folder that the run writes, relative to the working directory. Default: `runs/NAME`.
     pub output: PathBuf,
     /// The encoder.
     pub model: Model,
-    /// Low-rank adapters. Default: absent, every parameter is trained.
+    /// Low-rank adapters. Default: none, every parameter of the model is trained.
     pub lora: Option<Lora>,
-    /// What it learns from.
+    /// The training data.
     pub data: Data,
-    /// How it learns from it.
+    /// The loss function.
     pub loss: Loss,
-    /// How long and how fast.
+    /// Length of the run, batches and optimizer.
     pub training: Training,
-    /// How good it is, meanwhile.
+    /// Evaluation during the run.
     pub evaluation: Evaluation,
-    /// What is kept of a run that ends early.
+    /// Checkpoints.
     pub checkpoint: Checkpoint,
-    /// What is told about it.
+    /// Metrics of the training steps.
     pub logging: Logging,
     #[serde(skip)]
     origins: Origins,
@@ -88,12 +87,23 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads `path`, applies `overrides` (`KEY=VALUE`, the key dotted, the value YAML), checks every value that can be
+    /// Reads the file `path`, applies `overrides` (`KEY=VALUE`, the key dotted, the value YAML) and checks every value that can be
     /// checked without opening another file.
     ///
     /// # Errors
-    /// The file cannot be read or is not YAML; a key is unknown; a value has the wrong type or does not make sense; a
-    /// feature is asked for that is not there.
+    /// The file cannot be read or is not YAML, a key is unknown or given under two names, a value has the wrong type or is out of
+    /// range, or two keys exclude each other.
+    ///
+    /// ```
+    /// use trainer::config::Config;
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("run.yaml");
+    /// std::fs::write(&path, "model: {path: org/model}\ndata: {train: [{path: pairs.jsonl}]}\n")?;
+    /// let config = Config::load(&path, &["training.batch_size=32".to_owned()])?;
+    /// assert_eq!((config.name.as_str(), config.training.batch_size), ("run", 32));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::read("read", path))?;
         let mut tree = origin::parse(path, &text)?;
@@ -112,11 +122,11 @@ impl Config {
         if config.output.as_os_str().is_empty() {
             config.output = Path::new("runs").join(&config.name);
         }
-        check::values(&config)?;
+        config.check()?;
         Ok(config)
     }
 
-    /// The resolved configuration as YAML: loading it gives the same again.
+    /// The resolved configuration as YAML. Loading it gives an equal configuration.
     ///
     /// # Errors
     /// A path is not UTF-8.
@@ -125,7 +135,24 @@ impl Config {
             .map_err(|e| Error::Bug(format!("the configuration cannot be written as YAML: {e}")))
     }
 
-    /// An error about the value of `field` (dotted, `data.train.0.path`) that knows where it was written.
+    /// Checks every section, in the order of the file.
+    fn check(&self) -> Result<()> {
+        let section = |name: &str| Check::new(&self.origins, name);
+        self.model.check(&section("model"))?;
+        if let Some(lora) = &self.lora {
+            let message = "expected an empty list beside `lora`, which freezes the whole encoder";
+            section("model").that(self.model.freeze.is_empty(), "freeze", message)?;
+            lora.check(&section("lora"))?;
+        }
+        self.data.check(&section("data"))?;
+        self.loss.check(&section("loss"))?;
+        self.training.check(&section("training"))?;
+        self.evaluation.check(&section("evaluation"))?;
+        self.checkpoint.check(&section("checkpoint"))?;
+        self.logging.check(&section("logging"))
+    }
+
+    /// An error about the value of `field` (dotted, `data.train.0.path`), with the place where it was written.
     pub fn error(&self, field: &str, message: impl Into<String>) -> Error {
         self.origins.error(field, message)
     }

@@ -1,7 +1,7 @@
-//! Where each value was written, so that an error can point there.
+//! The place in the file or on the command line where each value was written, for error messages.
 //!
-//! serde forgets places once a tree is built, so the line is looked up only when an error needs it: the file is read once
-//! more by a [`Probe`] that walks down to the field and stops there with an error, which carries the line.
+//! serde does not keep lines in the tree that it builds. So the line is looked up when an error needs it: a [`Probe`] reads the
+//! file again, walks down to the field and stops there with an error, and this error has the line.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use serde_path_to_error::Segment;
 use serde_yaml::Value;
 
+use super::{peers, reference};
 use crate::{Error, Result};
 
 /// The configuration file's text and the fields that the command line changed.
@@ -17,12 +18,13 @@ use crate::{Error, Result};
 pub struct Origins {
     path: PathBuf,
     text: String,
+    /// Fields that the command line sets.
     overridden: Vec<Vec<String>>,
     /// Fields whose last part has another name in the file, with that name.
     renamed: Vec<(Vec<String>, &'static str)>,
 }
 
-/// The tree of a file's values; an empty file is an empty one.
+/// Parses a file into a tree of values. An empty file is an empty mapping.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Value> {
     match serde_yaml::from_str(text) {
         Ok(Value::Null) => Ok(Value::Mapping(serde_yaml::Mapping::new())),
@@ -40,12 +42,12 @@ impl Origins {
         Self { path: path.to_owned(), text, ..Self::default() }
     }
 
-    /// The command line has set this field, or part of it.
+    /// Records that the command line sets this field, or part of it.
     pub(super) fn overridden(&mut self, field: Vec<String>) {
         self.overridden.push(field);
     }
 
-    /// The last part of `field` is `former` in the file.
+    /// Records that the last part of `field` is called `former` in the file.
     pub(super) fn renamed(&mut self, field: Vec<String>, former: &'static str) {
         self.renamed.push((field, former));
     }
@@ -55,7 +57,7 @@ impl Origins {
         Error::Config { origin: self.origin(field), field: field.to_owned(), message: message.into() }
     }
 
-    /// `command line`, or `FILE:LINE` of the field, or of the nearest one above it that is in the file.
+    /// `command line`, or `FILE:LINE` of the field. A field that is not in the file has the line of the section around it.
     fn origin(&self, field: &str) -> String {
         let parts: Vec<&str> = field.split('.').collect();
         if self.overridden.iter().any(|set| set.iter().zip(&parts).all(|(a, b)| a == b)) {
@@ -81,7 +83,7 @@ impl Origins {
         stop.location().map(|at| at.line())
     }
 
-    /// What serde found wrong, for whoever wrote it.
+    /// Turns an error of serde into one that names the place, the field, the value and what was expected.
     pub(super) fn explain(&self, error: &serde_path_to_error::Error<serde_yaml::Error>) -> Error {
         let mut parts: Vec<String> = error
             .path()
@@ -102,8 +104,11 @@ impl Origins {
             let known: Vec<&str> = quoted.collect();
             let within = parts[..parts.len() - 1].join(".");
             let place = if within.is_empty() { String::new() } else { format!(" in `{within}`") };
-            let message = match nearest(unknown, &known) {
-                Some(name) => format!("unknown key{place}\nhint: did you mean `{name}`?"),
+            let hint = peers::answer(unknown)
+                .or_else(|| elsewhere(unknown))
+                .or_else(|| nearest(unknown, &known).map(|name| format!("did you mean `{name}`?")));
+            let message = match hint {
+                Some(hint) => format!("unknown key{place}\nhint: {hint}"),
                 None => format!("unknown key{place}, expected one of {}", known.join(", ")),
             };
             return self.error(&parts.join("."), message);
@@ -120,7 +125,18 @@ impl Origins {
     }
 }
 
-/// serde's message in words: `invalid type: string "x", expected usize` names Rust's types.
+/// Where a key that stands in the wrong section belongs.
+fn elsewhere(name: &str) -> Option<String> {
+    let keys = reference::keys();
+    let homes: Vec<String> = keys
+        .iter()
+        .filter(|key| key.rsplit('.').next() == Some(name))
+        .map(|key| format!("`{key}`"))
+        .collect();
+    (!homes.is_empty()).then(|| format!("this key is {}", homes.join(" or ")))
+}
+
+/// The message of serde in plain words: `invalid type: string "x", expected usize` names Rust's types.
 fn plain(text: &str) -> String {
     let Some((given, expected)) = text.split_once(", expected ") else { return text.to_owned() };
     let given = given.split_once(": ").map_or(given, |(_, value)| value);
@@ -146,8 +162,8 @@ fn plain(text: &str) -> String {
     format!("expected {expected}, found {given}{hint}")
 }
 
-/// The known name that `name` is probably meant to be.
-fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+/// The known name nearest to `name` by edit distance, if one is near enough.
+pub(super) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let bare = |text: &str| text.to_lowercase().replace(['_', '-'], "");
     known
         .iter()
@@ -157,7 +173,7 @@ fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
         .map(|(_, candidate)| candidate)
 }
 
-/// Walks down a document along `parts` and stops with an error at the field's key (or a list's entry).
+/// Walks down a document along `parts` and stops with an error at the key of the field, or at the entry of a list.
 struct Probe<'a> {
     parts: &'a [&'a str],
 }
@@ -227,7 +243,7 @@ impl<'de> Visitor<'de> for Probe<'_> {
     }
 }
 
-/// A mapping's key: whether it is `name`, or, where the walk ends here, an error if it is.
+/// Reads the key of a mapping and tells whether it is `name`. If it is and the walk ends here, this is an error.
 struct Key<'a> {
     name: &'a str,
     last: bool,
@@ -256,7 +272,7 @@ impl Visitor<'_> for Key<'_> {
     }
 }
 
-/// Stops at whatever stands here.
+/// Stops with an error at any value.
 struct Stop;
 
 impl<'de> DeserializeSeed<'de> for Stop {

@@ -1,11 +1,14 @@
-//! `KEY=VALUE` after a configuration: the key dotted, list entries by their number from 0, the value YAML.
+//! Overrides on the command line, `KEY=VALUE`: the key is dotted, an entry of a list has its number from 0, the value is YAML.
 
 use serde_yaml::{Mapping, Value};
 
 use super::renamed;
 use crate::{Error, Result};
 
-/// Sets one value in the tree and gives back its field.
+/// Sets one value in the tree and returns its field.
+///
+/// # Errors
+/// The argument is not `KEY=VALUE`, the value is not YAML, or the key goes through a single value or past the end of a list.
 pub(super) fn apply(tree: &mut Value, argument: &str) -> Result<Vec<String>> {
     let wrong = |message: String| Error::Config {
         origin: "command line".to_owned(),
@@ -15,7 +18,7 @@ pub(super) fn apply(tree: &mut Value, argument: &str) -> Result<Vec<String>> {
     let (key, text) = argument
         .split_once('=')
         .filter(|(key, _)| !key.split('.').any(str::is_empty))
-        .ok_or_else(|| wrong("expected KEY=VALUE, as training.learning_rate=2e-5".to_owned()))?;
+        .ok_or_else(|| wrong("expected KEY=VALUE, such as training.learning_rate=2e-5".to_owned()))?;
     let value = value(text).map_err(|e| wrong(format!("`{text}` is not YAML: {e}")))?;
     let mut parts: Vec<String> = key.split('.').map(str::to_owned).collect();
     renamed::rename_key(&mut parts);
@@ -51,8 +54,8 @@ pub(super) fn apply(tree: &mut Value, argument: &str) -> Result<Vec<String>> {
     Ok(parts)
 }
 
-/// `query: ` is meant as text: YAML's mapping in lines makes no sense in an argument. So is what is no YAML, unless it begins like
-/// something that is.
+/// Parses a value as YAML. A block mapping makes no sense in an argument, so `query: ` is text. What is not YAML is text as well,
+/// unless it begins with a quote or a bracket.
 fn value(text: &str) -> std::result::Result<Value, serde_yaml::Error> {
     let plain = !text.trim_start().starts_with(['{', '[', '"', '\'']);
     match serde_yaml::from_str(text) {

@@ -1,4 +1,4 @@
-//! The files of configs/, as whoever starts with them loads them.
+//! Tests that the recipes in configs/ load, and that each says what it is meant to say.
 
 use super::*;
 

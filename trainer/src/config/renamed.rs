@@ -35,6 +35,15 @@ pub(super) fn rename_key(parts: &mut [String]) {
     }
 }
 
+/// The keys of a section (`data.train.N`) that had another name: former and current names.
+pub(super) fn in_section(section: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let section: Vec<String> = section.split('.').map(str::to_owned).collect();
+    RENAMED
+        .iter()
+        .filter(move |renamed| renamed.is_in(&section))
+        .map(|renamed| (renamed.former, renamed.name))
+}
+
 impl Renamed {
     fn is_in(&self, section: &[String]) -> bool {
         let mut parts = self.section.split('.');

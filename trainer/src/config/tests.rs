@@ -1,4 +1,4 @@
-//! Tests of the whole section: they read files as a user would.
+//! Tests of the configuration as a whole: they load files.
 
 use super::*;
 
@@ -38,90 +38,100 @@ fn a_small_file_takes_its_defaults() {
     assert_eq!(config.data.train[0].weight, 1.0);
 }
 
+/// A value that the key's schema allows and that is not its default.
+fn sample(schema: &serde_json::Value, property: &serde_json::Value) -> serde_json::Value {
+    use serde_json::{Value, json};
+    let reference = property["$ref"].as_str().and_then(|path| path.rsplit('/').next());
+    let inner = |name: &str| property[name].as_array().and_then(|list| list.first());
+    if let Some(name) = reference {
+        return sample(schema, &schema["definitions"][name]);
+    }
+    if let Some(first) = inner("allOf").or(inner("anyOf")) {
+        return sample(schema, first);
+    }
+    if let Some(choices) = property["oneOf"].as_array() {
+        return choices[choices.len() - 1]["const"].clone();
+    }
+    if let Value::Object(properties) = &property["properties"] {
+        return properties
+            .iter()
+            .filter(|(_, property)| property["deprecated"] != true)
+            .map(|(name, property)| (name.clone(), sample(schema, property)))
+            .collect();
+    }
+    let kind = property["type"].as_str().or(property["type"][0].as_str());
+    match kind {
+        Some("boolean") => json!(property["default"] != true),
+        Some("integer") => json!(7),
+        Some("number") => json!(0.25),
+        Some("string") => json!("text"),
+        Some("array") => match &property["items"] {
+            Value::Array(items) => items.iter().map(|item| sample(schema, item)).collect(),
+            item => json!([sample(schema, item)]),
+        },
+        _ => property["const"].clone(),
+    }
+}
+
+/// The dotted keys of a value, with what each holds.
+fn leaves(value: &serde_json::Value, at: &str, all: &mut Vec<(String, serde_json::Value)>) {
+    let within = |key: &str| if at.is_empty() { key.to_owned() } else { format!("{at}.{key}") };
+    match value {
+        serde_json::Value::Object(map) => {
+            map.iter().for_each(|(key, value)| leaves(value, &within(key), all))
+        }
+        serde_json::Value::Array(items) if items.iter().any(serde_json::Value::is_object) => {
+            items.iter().enumerate().for_each(|(i, value)| leaves(value, &within(&i.to_string()), all));
+        }
+        value => all.push((at.to_owned(), value.clone())),
+    }
+}
+
 #[test]
-fn every_key_of_the_interface_is_read() {
-    let text = r#"
-name: zeta
-seed: 7
-output: runs/elsewhere
-model:
-  path: intfloat/e5-mistral-7b-instruct
-  init: random
-  pooling: last_token
-  normalize: true
-  dtype: f32
-  tf32: false
-  max_query_length: 192
-  max_document_length: 512
-  dropout: 0.1
-lora:
-  rank: 8
-  alpha: 32
-  dropout: 0.1
-  targets: [q_proj, v_proj]
-  rslora: true
-data:
-  train:
-    - name: msmarco
-      path: data/msmarco.jsonl
-      columns: {query: q, positive: [a, b], negatives: n, text: t, label: l, sentence1: x, sentence2: y, score: s}
-      kind: pairs
-      samples: 200000
-      query_prompt: "Instruct: …\nQuery: "
-      document_prompt: ""
-      weight: 1.5
-  negatives: 3
-  batching: per_dataset
-  shuffle: false
-  no_duplicates: false
-loss:
-  kind: info_nce
-  temperature: 0.2
-  in_batch_negatives: true
-  symmetric: true
-  mask_known_positives: false
-  false_negative_margin: 0.1
-training:
-  epochs: 2
-  max_steps: 10
-  batch_size: 1024
-  chunk_size: 8
-  activation_memory: 2GiB
-  learning_rate: 1e-4
-  schedule: cosine
-  warmup_steps: 10
-  weight_decay: 0
-  decay_all: true
-  betas: [0.8, 0.99]
-  epsilon: 1.0e-6
-  max_grad_norm: 0.5
-  max_nonfinite: 3
-evaluation:
-  every: 50
-  sets:
-    - {name: scifact, path: data/scifact, kind: triplet, split: dev, query_prompt: "q: ", document_prompt: "d: "}
-  metric: cosine_accuracy
-  patience: 10
-checkpoint:
-  every: epoch
-  keep: 2
-logging:
-  every: 5
-  tensorboard: false
-"#;
-    let config = load(text, &[]).unwrap();
-    let lora = config.lora.as_ref().unwrap();
+fn every_key_of_the_schema_is_read_and_written() {
+    let schema = reference::schema();
+    let mut keys = Vec::new();
+    leaves(&sample(&schema, &schema), "", &mut keys);
+    assert_eq!(keys.len(), reference::keys().iter().filter(|key| !is_section(key)).count(), "{keys:?}");
+    let default = serde_json::to_value(load(SMALL, &[]).unwrap()).unwrap();
+    for (key, value) in keys {
+        let matryoshka =
+            if key == "loss.matryoshka.weights" { "loss.matryoshka.dims=[8]" } else { "seed=42" };
+        let set = if key.starts_with("evaluation.sets") { "evaluation.sets.0.path=x" } else { "seed=42" };
+        let config = load(SMALL, &[matryoshka, set, &format!("{key}={value}")]).unwrap();
+        let pointer = format!("/{}", key.replace('.', "/"));
+        let written = serde_json::to_value(config).unwrap();
+        // A list of one column is written as its name.
+        let one = serde_json::json!([written.pointer(&pointer)]);
+        assert!(written.pointer(&pointer) == Some(&value) || one == value, "{key}: {value}");
+        assert_ne!(default.pointer(&pointer), Some(&value), "{key}: the sample is the default");
+    }
+}
+
+fn is_section(key: &str) -> bool {
+    let prefix = format!("{key}.");
+    reference::keys().iter().any(|other| other.starts_with(&prefix))
+}
+
+#[test]
+fn values_that_are_written_in_several_forms_are_read() {
+    let config = load(
+        SMALL,
+        &[
+            "lora.targets=[q_proj, v_proj]",
+            "data.train.0.columns.positive=[a, b]",
+            "training.activation_memory=2GiB",
+            "training.betas=[0.8, 0.99]",
+            "checkpoint.every=epoch",
+        ],
+    )
+    .unwrap();
+    let lora = config.lora.unwrap();
     assert_eq!(lora.targets, Some(Targets::Names(vec!["q_proj".into(), "v_proj".into()])));
-    assert_eq!(config.model.pooling, Some(Pooling::LastToken));
-    let set = &config.data.train[0];
-    assert_eq!(set.columns.positive, Some(ColumnNames(vec!["a".into(), "b".into()])));
-    assert_eq!(set.query_prompt, "Instruct: …\nQuery: ");
+    assert_eq!(config.data.train[0].columns.positive, Some(ColumnNames(vec!["a".into(), "b".into()])));
     assert_eq!(config.training.activation_memory, Some(Bytes(2 << 30)));
-    assert_eq!(config.training.learning_rate, 1e-4);
     assert_eq!(config.training.betas, (0.8, 0.99));
-    assert_eq!(config.training.warmup(1000), 10);
     assert_eq!(config.checkpoint.every, Interval::Epoch);
-    assert_eq!(config.evaluation.sets[0].split.as_deref(), Some("dev"));
 }
 
 #[test]
@@ -188,7 +198,7 @@ fn a_wrong_type_names_the_value_and_what_was_expected() {
         ),
         (
             "training:\n  activation_memory: 2 cups",
-            "7: training.activation_memory: expected bytes, or an amount like 2GiB, found string \"2 cups\"",
+            "7: training.activation_memory: expected a number of bytes, or an amount like 2GiB, found string \"2 cups\"",
         ),
         (
             "training:\n  schedule: liner",
@@ -236,10 +246,10 @@ fn values_outside_their_range_are_refused() {
         assert!(text.starts_with(&format!("zeta.yaml:6: {field}: ")) && text.contains(part), "{text}");
     }
     let text = message(&format!("{SMALL}lora: {{}}\n"), &["model.freeze=[norms]"]);
-    assert!(text.contains("model.freeze") && text.contains("beside adapters everything is frozen"), "{text}");
+    assert!(text.contains("model.freeze") && text.contains("which freezes the whole encoder"), "{text}");
     assert_eq!(
         message("seed: 1\n", &[]),
-        "zeta.yaml: model.path: missing: expected a model folder or an id of the hub"
+        "zeta.yaml: model.path: missing: expected a model folder or the id of a model on the hub"
     );
     assert!(
         message("model:\n  path: m\ndata:\n  shuffle: true\n", &[])
@@ -250,19 +260,22 @@ fn values_outside_their_range_are_refused() {
 #[test]
 fn kinds_of_rows_and_losses_that_do_not_go_together_are_refused() {
     for (kind, loss, expected) in [
-        ("similarity", "info_nce", "`info_nce` cannot judge similarity rows"),
-        ("pairs", "cosent", "`cosent` judges similarity rows, two texts and a score; these rows are pairs"),
-        ("labelled", "kl", "`kl` follows a teacher's scores, which labelled rows do not have"),
+        ("similarity", "info_nce", "`info_nce` is not defined for similarity rows"),
+        ("pairs", "cosent", "`cosent` needs similarity rows (two texts and a score), these rows are pairs"),
+        ("labelled", "kl", "`kl` needs a teacher's scores, which labelled rows do not have"),
     ] {
         let text =
             message(SMALL, &[&format!("data.train.0.kind={kind}"), &format!("data.train.0.loss={loss}")]);
         assert!(text.starts_with("command line: data.train.0.loss: ") && text.contains(expected), "{text}");
     }
     for (value, expected) in [
-        ("loss.matryoshka={dims: []}", "loss.matryoshka.dims: missing: expected a list of widths"),
+        ("loss.matryoshka={dims: []}", "loss.matryoshka.dims: missing: expected a list of lengths"),
         ("loss.matryoshka={dims: [8, 0]}", "loss.matryoshka.dims.1: expected at least 1, found 0"),
         ("loss.matryoshka={dims: [8, 8]}", "loss.matryoshka.dims.1: 8 is in the list twice"),
-        ("loss.matryoshka={dims: [8, 4], weights: [1]}", "loss.matryoshka.weights: 1 weights for 2 widths"),
+        (
+            "loss.matryoshka={dims: [8, 4], weights: [1]}",
+            "loss.matryoshka.weights: expected 2, one for each of `dims`, found 1",
+        ),
         (
             "loss.matryoshka={dims: [8], weights: [-1]}",
             "loss.matryoshka.weights.0: expected a number above 0",
@@ -370,5 +383,42 @@ fn a_renamed_key_is_read_under_its_former_name_and_refused_under_both() {
     assert_eq!(section.training.activation_memory, Some(Bytes(3)));
     // An error points to the line of the name that the file has.
     let wrong = message(&former.replace("2GiB", "much"), &[]);
-    assert!(wrong.starts_with("zeta.yaml:7: training.activation_memory: expected bytes"), "{wrong}");
+    assert!(
+        wrong.starts_with("zeta.yaml:7: training.activation_memory: expected a number of bytes"),
+        "{wrong}"
+    );
+}
+
+#[test]
+fn an_unknown_key_of_another_program_is_answered_with_the_key_here() {
+    for (section, expected) in [
+        (
+            "training: {per_device_train_batch_size: 8}",
+            "training.per_device_train_batch_size: unknown key in `training`\nhint: use `training.batch_size`: ",
+        ),
+        ("bf16: true", "bf16: unknown key\nhint: use `model.dtype`: `bf16: true` is `dtype: bf16`"),
+        (
+            "lora: {lora-r: 8}",
+            "lora.lora-r: unknown key in `lora`\nhint: use `lora.rank`: the value is the same",
+        ),
+        (
+            "gradient_accumulation_steps: 4",
+            "gradient_accumulation_steps: unknown key\nhint: use `training.batch_size`: ",
+        ),
+        ("loss: {guide: m}", "loss.guide: unknown key in `loss`\nhint: use `loss.false_negative_margin`: "),
+        (
+            "training: {push_to_hub: true}",
+            "training.push_to_hub: unknown key in `training`\nhint: there is no such key: ",
+        ),
+        // A key of this program in the wrong section.
+        ("warmup_steps: 3", "warmup_steps: unknown key\nhint: this key is `training.warmup_steps`"),
+        (
+            "evaluation: {query_prompt: x}",
+            "evaluation.query_prompt: unknown key in `evaluation`\nhint: this key is `data.train.N.query_prompt` or \
+             `evaluation.sets.N.query_prompt`",
+        ),
+    ] {
+        let text = message(&format!("{SMALL}{section}\n"), &[]);
+        assert!(text.starts_with(&format!("zeta.yaml:6: {expected}")), "{text}");
+    }
 }

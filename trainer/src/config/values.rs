@@ -1,9 +1,11 @@
-//! The values that are neither text, number nor truth: choices by name, and the few keys that take two forms.
+//! Types of values other than text, numbers and booleans: choices by name, and values that can be written in several forms.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use clap::ValueEnum;
 use kernels::precision::Precision;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -11,7 +13,7 @@ use serde::{Deserialize, Serialize, Serializer};
 macro_rules! choice {
     ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
         $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
         pub enum $name {
             $($(#[$doc])* #[serde(rename = $text)] #[value(name = $text)] $variant),+
         }
@@ -34,29 +36,29 @@ macro_rules! choice {
 }
 
 choice! {
-    /// `model.init`: where the weights come from.
+    /// `model.init`: the initial weights.
     WeightInit {
-        /// From the model folder.
+        /// The weights of the model folder.
         Pretrained = "pretrained",
-        /// Drawn from the seed.
+        /// Random weights, drawn from `seed`. The model folder then needs only `config.json`.
         Random = "random",
     }
 }
 
 choice! {
-    /// `model.pooling`: how the vectors of a text's tokens become one.
+    /// `model.pooling`: how the token vectors of a text become one vector.
     Pooling {
-        /// The mean over the tokens.
+        /// The mean of all token vectors.
         Mean = "mean",
-        /// The first token.
+        /// The vector of the first token.
         Cls = "cls",
-        /// The last token.
+        /// The vector of the last token.
         LastToken = "last_token",
     }
 }
 
 choice! {
-    /// `model.dtype`: what products and activations are computed in.
+    /// `model.dtype`: the data type of matrix products and activations.
     Dtype {
         /// 32-bit floating point.
         F32 = "f32",
@@ -68,7 +70,7 @@ choice! {
 }
 
 impl Dtype {
-    /// What a model rounds to.
+    /// The kernels' precision for this data type.
     pub fn precision(self) -> Precision {
         match self {
             Self::F32 => Precision::F32,
@@ -79,149 +81,149 @@ impl Dtype {
 }
 
 choice! {
-    /// `data.train.N.kind`: what a row is.
+    /// `data.train.N.kind`: what a row of training data holds.
     RowKind {
-        /// A query and its positives.
+        /// A query and its positives; negatives if the rows have some.
         Pairs = "pairs",
         /// A query, its positives and its negatives.
         Triplets = "triplets",
-        /// A text and its class.
+        /// A text and its class. The positive is drawn from the same class, the negatives from other classes.
         Labelled = "labelled",
-        /// Two texts and how similar they are.
+        /// Two texts and the score of their similarity.
         Similarity = "similarity",
     }
 }
 
 choice! {
-    /// `data.batching`: whether a batch mixes the data sets.
+    /// `data.batching`: whether a batch has rows of several data sets.
     Batching {
-        /// Rows of all data sets in one batch, as the shuffled order has them.
+        /// A batch has rows of all data sets, in the order of the shuffled rows.
         Mixed = "mixed",
-        /// Every batch is of one data set; the batches take turns in proportion.
+        /// A batch has rows of one data set; the data sets alternate in proportion to their rows.
         PerDataset = "per_dataset",
     }
 }
 
 choice! {
-    /// `loss.kind` and `data.train.N.loss`.
+    /// `loss.kind` and `data.train.N.loss`: the loss function.
     #[derive(Default)]
     LossKind {
-        /// Cross-entropy of the positive among the candidates.
+        /// InfoNCE: cross-entropy of the positive among all candidates (MultipleNegativesRankingLoss).
         #[default]
         InfoNce = "info_nce",
-        /// The positive closer than the negative by a margin.
+        /// Triplet loss: the positive is closer than each negative by a margin (TripletLoss).
         Triplet = "triplet",
-        /// Scored pairs in the order of their scores.
+        /// CoSENT: similarities of pairs in the order of their scores (CoSENTLoss). For similarity rows only.
         CoSent = "cosent",
-        /// Differences of scores as a teacher has them.
+        /// Mean squared error of the differences between positive and negatives, against a teacher's (MarginMSELoss).
         MarginMse = "margin_mse",
-        /// A distribution over the candidates as a teacher has it.
+        /// KL divergence from a teacher's distribution over the candidates (DistillKLDivLoss).
         Kl = "kl",
     }
 }
 
 impl LossKind {
-    /// Whether a teacher's scores are needed, of each row's positive and negatives.
+    /// Whether the loss needs a teacher's scores of each row's positive and negatives.
     pub fn distils(self) -> bool {
         matches!(self, Self::MarginMse | Self::Kl)
     }
 
-    /// Why rows of this kind cannot have it.
+    /// Why rows of this kind cannot have the loss, if they cannot.
     pub fn misfit(self, kind: RowKind) -> Option<String> {
         match kind {
-            RowKind::Similarity if self != Self::CoSent => {
-                Some(format!("`{self}` cannot judge similarity rows, two texts and a score: expected cosent"))
-            }
+            RowKind::Similarity if self != Self::CoSent => Some(format!(
+                "`{self}` is not defined for similarity rows (two texts and a score), expected cosent"
+            )),
             RowKind::Similarity => None,
             _ if self == Self::CoSent => {
-                Some(format!("`cosent` judges similarity rows, two texts and a score; these rows are {kind}"))
+                Some(format!("`cosent` needs similarity rows (two texts and a score), these rows are {kind}"))
             }
             RowKind::Labelled if self.distils() => {
-                Some(format!("`{self}` follows a teacher's scores, which labelled rows do not have"))
+                Some(format!("`{self}` needs a teacher's scores, which labelled rows do not have"))
             }
             _ => None,
         }
     }
 
-    /// Whether a row without negatives tells it nothing.
+    /// Whether every row needs at least one negative.
     pub fn needs_negatives(self) -> bool {
         self == Self::Triplet || self.distils()
     }
 }
 
 choice! {
-    /// `loss.distance`: how far two embeddings are apart.
+    /// `loss.distance`: the distance between two embeddings.
     Distance {
-        /// 1 − their cosine.
+        /// 1 − cosine.
         Cosine = "cosine",
-        /// The length of their difference.
+        /// Euclidean distance.
         Euclidean = "euclidean",
-        /// The sum of their differences.
+        /// Manhattan distance: the sum of absolute differences.
         Manhattan = "manhattan",
     }
 }
 
 choice! {
-    /// `model.freeze`: a kind of parameters.
+    /// `model.freeze`: a group of parameters.
     Freeze {
-        /// The tables of words, positions and types.
+        /// Word, position and token-type embeddings.
         Embeddings = "embeddings",
-        /// Gains and biases of all norms.
+        /// Weights and biases of all norms.
         Norms = "norms",
     }
 }
 
 choice! {
-    /// `training.schedule`: how the rate goes down after the warm-up.
+    /// `training.schedule`: the learning rate after the warm-up.
     ScheduleKind {
-        /// Straight to 0.
+        /// Linear decay to 0.
         Linear = "linear",
-        /// Along half a cosine to 0.
+        /// Decay to 0 along half a cosine.
         Cosine = "cosine",
-        /// Not at all.
+        /// No decay (`constant_with_warmup` of transformers).
         Constant = "constant",
     }
 }
 
 choice! {
-    /// `evaluation.sets.N.kind`: what is measured.
+    /// `evaluation.sets.N.kind`: what an evaluation set measures.
     EvaluationKind {
-        /// Whether queries find their documents.
+        /// How high relevant documents rank for each query: accuracy, precision, recall, nDCG, MRR and MAP.
         Retrieval = "retrieval",
-        /// Whether positives are closer than negatives.
+        /// How often the positive is closer to the query than the negative: accuracy.
         Triplet = "triplet",
-        /// Whether similarities follow given scores.
+        /// How well similarities follow given scores: Pearson and Spearman correlation.
         Similarity = "similarity",
-        /// The training loss, without training.
+        /// The training loss of these rows (validation loss).
         Loss = "loss",
     }
 }
 
-/// `lora.targets`: `all-linear`, a list of module names, or a regular expression.
+/// `lora.targets`: the linear layers that get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Targets {
     /// Every linear layer of the encoder.
     AllLinear,
-    /// Those whose name ends so: `query`, `q_proj`, `attention.output.dense`.
+    /// Layers with one of these names, or whose name ends with a dot and one of them: `q_proj`, `attention.output.dense`.
     Names(Vec<String>),
-    /// Those whose whole name matches: `.*\.(q|v)_proj`.
+    /// Layers whose whole name matches this regular expression: `.*\.(q|v)_proj`.
     Pattern(String),
 }
 
-/// One column's name, or several.
+/// The name of a column, or a list of names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ColumnNames(pub Vec<String>);
 
-/// `checkpoint.every`: a number of steps, or `epoch`.
+/// An interval of a run: a number of steps, or `epoch`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interval {
-    /// At the end of each epoch.
+    /// Until the end of each epoch.
     Epoch,
-    /// After so many steps.
+    /// This number of steps.
     Steps(u64),
 }
 
-/// An amount of memory.
+/// A size in bytes. It is read from a number, or from a text like `1.5GiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
 
@@ -306,7 +308,7 @@ impl<'de> Deserialize<'de> for ColumnNames {
         impl<'de> Visitor<'de> for Form {
             type Value = ColumnNames;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a column's name or a list of them")
+                f.write_str("the name of a column, or a list of names")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<ColumnNames, E> {
                 Ok(ColumnNames(vec![text.to_owned()]))
@@ -362,7 +364,7 @@ impl<'de> Deserialize<'de> for Bytes {
         impl Visitor<'_> for Form {
             type Value = Bytes;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("bytes, or an amount like 2GiB")
+                f.write_str("a number of bytes, or an amount like 2GiB")
             }
             fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Bytes, E> {
                 Ok(Bytes(bytes))
@@ -374,6 +376,37 @@ impl<'de> Deserialize<'de> for Bytes {
         deserializer.deserialize_any(Form)
     }
 }
+
+/// The JSON Schema of a type that reads several forms. It has no name, so that it stands where it is used.
+macro_rules! inline_schema {
+    ($name:ty, $schema:tt) => {
+        impl JsonSchema for $name {
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!($schema)
+            }
+        }
+    };
+}
+
+inline_schema!(Targets, {"anyOf": [
+    {"const": "all-linear"},
+    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    {"type": "string", "format": "regex"},
+]});
+inline_schema!(ColumnNames, {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]});
+inline_schema!(Interval, {"anyOf": [{"type": "integer", "minimum": 0}, {"const": "epoch"}]});
+inline_schema!(Bytes, {"anyOf": [
+    {"type": "integer", "minimum": 0},
+    {"type": "string", "pattern": r"^ *[0-9]+(\.[0-9]+)? *([kKMGT]i?)?B? *$"},
+]});
 
 fn strings<'de, A: SeqAccess<'de>>(mut items: A) -> Result<Vec<String>, A::Error> {
     let mut all = Vec::new();
