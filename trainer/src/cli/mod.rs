@@ -157,7 +157,8 @@ fn start(command: &Command) -> Result<World> {
     let Some(env) = env else { return Ok(World::solo()) };
     if !shared_commands().contains(&command.name()) {
         let (name, shared) = (command.name(), shared_commands().join(", "));
-        let message = format!("`trainer {name}` does not share its work, but {} ranks were started", env.size);
+        let message =
+            format!("`trainer {name}` does not share its work, but {} ranks were started", env.size);
         return Err(Error::Usage(format!("{message}\nhint: start one rank; {shared} can use several")));
     }
     if let Some(threads) = env.threads.filter(|_| env::var_os("RAYON_NUM_THREADS").is_none()) {
