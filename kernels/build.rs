@@ -1,7 +1,8 @@
-//! With the feature `cuda`: compiles the .cu files with nvcc, for A100 (sm_80) and H100 (sm_90). Does nothing without it.
+//! Compiles the .cu files with nvcc for A100 (sm_80) and H100 (sm_90) if the feature `cuda` is on.
 //!
-//! What ptxas says of registers and spills is kept as `ptxas.txt` in the target folder; a kernel that spills fails the build.
-//! What NVIDIA's libraries export is listed for src/gpu/libraries.c, so that a program opens them only when it opens a GPU.
+//! The report of ptxas about registers and spills is written to `ptxas.txt` in the target folder. A kernel
+//! that spills registers fails the build. The script also lists the functions that NVIDIA's libraries export,
+//! for src/gpu/libraries.c.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -10,13 +11,14 @@ use std::{env, fs};
 const STEMS: [&str; 10] =
     ["activation", "adamw", "attention", "dropout", "embedding", "infonce", "linear", "norm", "pool", "rope"];
 
-/// In the order of libraries.rs, with the status that says "not supported", or what is nearest to it.
+/// The libraries in the order of libraries.rs, each with its status code for "not supported" or the closest
+/// one.
 const LIBRARIES: [(&str, u32); 6] =
     [("cuda", 801), ("cublas", 15), ("cublasLt", 15), ("curand", 203), ("nvrtc", 11), ("nccl", 3)];
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
-    // Kernels are called: on a GPU or on the emulator.
+    // The cfg `gpu` means that ops can run as kernels, on a GPU or on the emulator.
     println!("cargo::rustc-check-cfg=cfg(gpu)");
     if ["CARGO_FEATURE_CUDA", "CARGO_FEATURE_EMULATOR"].iter().any(|name| env::var_os(name).is_some()) {
         println!("cargo::rustc-cfg=gpu");
@@ -58,7 +60,7 @@ fn build() -> Result<(), String> {
         objects.push(object);
     }
     let mut report = String::new();
-    // Two at a time: each takes a core and a gigabyte.
+    // Two at a time, because each takes a core and a gigabyte of memory.
     for pair in STEMS.chunks(2) {
         let mut running = Vec::new();
         for stem in pair {
@@ -96,10 +98,11 @@ fn build() -> Result<(), String> {
     }
     let archived = Command::new("ar").arg("crs").arg(&library).args(&objects).status();
     if !archived.is_ok_and(|status| status.success()) {
-        return Err("`ar` cannot join the objects of the kernels".to_owned());
+        return Err("`ar` cannot archive the objects of the kernels".to_owned());
     }
     println!("cargo::rustc-link-search=native={}", out.display());
-    // Whole, so that the names of libraries.c and unused.c, and of the runtime, are found here before they are looked for elsewhere.
+    // The whole archives, so that the linker takes the symbols of libraries.c, unused.c and the CUDA runtime
+    // from them and does not look for them in other libraries.
     println!("cargo::rustc-link-lib=static:+whole-archive=lodestone_kernels");
     for folder in ["lib64", "lib"] {
         println!("cargo::rustc-link-search=native={}", home.join(folder).display());
@@ -111,7 +114,7 @@ fn build() -> Result<(), String> {
     Ok(())
 }
 
-/// Lists in `path` what NVIDIA's libraries export.
+/// Writes a list of the functions that NVIDIA's libraries export to `path`.
 fn list(home: &Path, path: &Path) -> Result<(), String> {
     let mut folders: Vec<PathBuf> =
         ["lib64", "lib", "lib64/stubs", "lib/stubs"].iter().map(|folder| home.join(folder)).collect();
@@ -123,19 +126,20 @@ fn list(home: &Path, path: &Path) -> Result<(), String> {
         let file = format!("lib{name}.so");
         let found =
             folders.iter().map(|folder| folder.join(&file)).find(|path| path.exists()).ok_or_else(|| {
-                format!("{file} is not there to link with; scripts/cuda.sh COMMAND brings it")
+                format!("{file} was not found, but is needed to link; `scripts/cuda.sh COMMAND` provides it")
             })?;
         let dynamic = run(Command::new("readelf").args(["-d", "-W"]).arg(&found))?;
         let soname = dynamic
             .lines()
             .find(|line| line.contains("(SONAME)"))
             .and_then(|line| line.split_once('[')?.1.split_once(']'))
-            .ok_or_else(|| format!("{}: has no soname", found.display()))?
+            .ok_or_else(|| format!("{}: the library has no soname", found.display()))?
             .0;
         list.push_str(&format!("LIBRARY({number}, \"{soname}\", {status})\n"));
         let exported = run(Command::new("nm").args(["-D", "--defined-only"]).arg(&found))?;
         for line in exported.lines() {
-            // `0000000000001119 T cublasCreate_v2@@libcublas.so.13`, of C alone.
+            // A line is like `0000000000001119 T cublasCreate_v2@@libcublas.so.13`. Only C functions are
+            // listed.
             let plain = line.split('@').next().unwrap_or_default();
             if let [_, "T" | "W", entry] = plain.split_whitespace().collect::<Vec<_>>()[..]
                 && ["cu", "nvrtc", "nccl"].iter().any(|start| entry.starts_with(start))
@@ -148,14 +152,14 @@ fn list(home: &Path, path: &Path) -> Result<(), String> {
     fs::write(path, list).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// `13.0`, of nvcc.
+/// The version of nvcc, such as `13.0`.
 fn version() -> Result<String, String> {
     let said = run(Command::new("nvcc").arg("--version"))?;
     let release = said.split_once("release ").and_then(|(_, rest)| rest.split_once(','));
-    Ok(release.ok_or_else(|| format!("nvcc does not say its version, but:\n{said}"))?.0.to_owned())
+    Ok(release.ok_or_else(|| format!("`nvcc --version` printed no version, but:\n{said}"))?.0.to_owned())
 }
 
-/// What a command prints.
+/// Runs a command and returns its output.
 fn run(command: &mut Command) -> Result<String, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let done = command.output().map_err(|error| format!("{name}: {error}"))?;
@@ -165,23 +169,22 @@ fn run(command: &mut Command) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&done.stdout).into_owned())
 }
 
+/// Starts nvcc for one .cu file.
 fn compile(stem: &str, object: &Path) -> Result<Child, String> {
     let mut nvcc = Command::new("nvcc");
     nvcc.args(["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Werror", "all-warnings", "-Xptxas", "-v"]);
     for capability in ["80", "90"] {
         nvcc.arg(format!("-gencode=arch=compute_{capability},code=sm_{capability}"));
     }
-    // For chips to come.
+    // PTX, which the driver compiles for newer GPUs.
     nvcc.arg("-gencode=arch=compute_90,code=compute_90");
     nvcc.arg("-c").arg("-o").arg(object).arg(format!("src/{stem}.cu"));
     nvcc.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(|error| {
-        format!(
-            "the feature `cuda` needs nvcc, which cannot be run ({error}); scripts/cuda.sh COMMAND brings one"
-        )
+        format!("the feature `cuda` needs nvcc ({error}); `scripts/cuda.sh COMMAND` provides it")
     })
 }
 
-/// The kernels that spill, with what ptxas says of it.
+/// The kernels that spill registers, each with the line of ptxas.
 fn spills(report: &str) -> Vec<String> {
     let mut kernel = "";
     let mut all = Vec::new();

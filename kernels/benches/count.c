@@ -1,7 +1,9 @@
-// Counts what makes the host wait for the GPU: LD_PRELOADed before a program that opens the driver's library. What lies between
-// the last cuMemPoolSetAttribute and the cuMemPoolGetAttribute after it is counted: a benchmark asks for a new peak before what it
-// measures, and for the peak after it. At exit the numbers are printed; with LODESTONE_WAITS a program that waited more often than
-// that ends with status 3, as one that measured nothing does.
+// Counts the calls of the CUDA driver that make the host wait for the GPU. Load it with LD_PRELOAD.
+//
+// It counts the calls between the last cuMemPoolSetAttribute and the next cuMemPoolGetAttribute: a benchmark
+// resets the peak of the memory before the code that it measures, and reads the peak after it. The counts are
+// printed at exit. If LODESTONE_WAITS is set, a program that waited more often, or that measured nothing,
+// exits with status 3.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
@@ -10,9 +12,9 @@
 #include <unistd.h>
 
 static struct {
-    // Each of these waits.
+    // Calls that wait.
     long streams, contexts, events, reads, long_writes, allocations;
-    // These do not.
+    // Calls that do not wait.
     long writes, queued_allocations;
 } now, measured;
 static int measuring, found;
@@ -27,7 +29,7 @@ static void* next(const char* name) { return dlsym(RTLD_NEXT, name); }
         return real arguments;                               \
     }
 
-// Memory of the host that is not pinned: to the GPU up to 64 KiB are queued, longer copies may wait for the queue.
+// Copies from host memory that is not pinned: up to 64 KiB are queued, longer copies may wait for the stream.
 #define QUEUED (64 << 10)
 #define WRITE(name, parameters, arguments)                   \
     int name parameters {                                    \
@@ -71,7 +73,7 @@ __attribute__((destructor)) static void report(void) {
             "it, %ld allocations; without a wait %ld copies and %ld allocations\n", waits, measured.streams, measured.contexts,
             measured.events, measured.reads, measured.long_writes, measured.allocations, measured.writes, measured.queued_allocations);
     if (!most || (found && waits <= atol(most))) return;
-    if (found) fprintf(stderr, "error: at most %s waits are expected\n", most);
+    if (found) fprintf(stderr, "error: expected at most %s waits\n", most);
     else fprintf(stderr, "error: nothing was counted\n");
     fflush(NULL);
     _exit(3);

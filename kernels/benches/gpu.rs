@@ -1,7 +1,8 @@
-//! Each kernel at the shapes of Mistral-7B against its roofline: bytes over what a copy reaches on this GPU, or FLOPs over
-//! what a large matrix product reaches. Needs nothing but the GPU.
+//! Measures each kernel at the shapes of Mistral-7B and compares it with its roofline on this GPU.
 //!
-//! Correctness is the tests' matter, which run on the GPU with `LODESTONE_GPU=1`; `scripts/gpu.sh` does both.
+//! The roofline of a kernel is the bandwidth of a large copy or the FLOP/s of a large matrix product. The
+//! benchmark needs no files. It does not check results: the tests do, on a GPU with `LODESTONE_GPU=1`.
+//! `scripts/gpu.sh` runs both.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark reports")]
 
@@ -18,28 +19,28 @@ use kernels::{Packing, linear, norm, pool, rope};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// FLOPs of the largest product of a layer.
-const PRODUCT: f64 = 2.0 * (TOKENS * WIDTH * INNER) as f64;
-/// Of a chunk.
+/// The FLOPs of the largest matrix product of a layer.
+const PRODUCT: f64 = 2.0 * (TOKENS * WIDTH * INTERMEDIATE_SIZE) as f64;
+/// The tokens of a chunk.
 const TOKENS: usize = 16_384;
 const WIDTH: usize = 4096;
-const INNER: usize = 14_336;
+const INTERMEDIATE_SIZE: usize = 14_336;
 const HEADS: usize = 32;
 const KV_HEADS: usize = 8;
 const HEAD_WIDTH: usize = 128;
 const RANK: usize = 8;
 
 fn main() -> ExitCode {
-    let run = |device| Bench { copied: 0.0, multiplied: 0.0, device }.run();
-    match kernels::open(0).and_then(run) {
+    let run = |device| Bench { bandwidth: 0.0, flops: 0.0, device }.run();
+    match kernels::open_device(0).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Where in candle an error came up says nothing about this machine.
+            // Without candle's backtrace, which says nothing about this machine.
             let error = match error {
                 candle_core::Error::WithBacktrace { inner, .. } => *inner,
                 other => other,
             };
-            eprintln!("error: the kernels cannot be measured: {error}");
+            eprintln!("error: cannot measure the kernels: {error}");
             ExitCode::FAILURE
         }
     }
@@ -47,35 +48,37 @@ fn main() -> ExitCode {
 
 struct Bench {
     device: Device,
-    /// Bytes a second.
-    copied: f64,
-    /// FLOP a second.
-    multiplied: f64,
+    /// The bandwidth of a large copy in bytes per second.
+    bandwidth: f64,
+    /// The speed of a large matrix product in FLOP per second.
+    flops: f64,
 }
 
 impl Bench {
     fn run(mut self) -> Result<()> {
         let big = self.random((1 << 15, 1 << 13), DType::BF16)?;
         let seconds = self.seconds(|| big.copy().map(drop))?;
-        self.copied = 2.0 * bytes(&[&big]) / seconds;
+        self.bandwidth = 2.0 * bytes(&[&big]) / seconds;
         drop(big);
-        println!("copy {:.0} GB/s; {TOKENS} tokens", self.copied / 1e9);
+        println!("copy {:.0} GB/s; {TOKENS} tokens", self.bandwidth / 1e9);
         candle_core::cuda::set_gemm_reduced_precision_f32(true);
         for dtype in [DType::BF16, DType::F16, DType::F32] {
-            let (x, w) = (self.random((TOKENS, WIDTH), dtype)?, self.random((INNER, WIDTH), dtype)?);
-            self.multiplied = PRODUCT / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
+            let (x, w) =
+                (self.random((TOKENS, WIDTH), dtype)?, self.random((INTERMEDIATE_SIZE, WIDTH), dtype)?);
+            self.flops = PRODUCT / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
             drop((x, w));
             let name = format!("{dtype:?}").to_lowercase();
-            println!("\nproduct {:.0} TFLOP/s in {name}", self.multiplied / 1e12);
+            println!("\nproduct {:.0} TFLOP/s in {name}", self.flops / 1e12);
             println!("{:<38}{:>10}{:>12}{:>12}", "kernel", "µs", "of copy", "of product");
             self.layer(dtype)?;
         }
-        // The loss is of f32 that is never rounded.
+        // The loss is computed in f32 without TF32.
         candle_core::cuda::set_gemm_reduced_precision_f32(false);
-        let (x, w) = (self.random((TOKENS, WIDTH), DType::F32)?, self.random((INNER, WIDTH), DType::F32)?);
-        self.multiplied = PRODUCT / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
+        let (x, w) =
+            (self.random((TOKENS, WIDTH), DType::F32)?, self.random((INTERMEDIATE_SIZE, WIDTH), DType::F32)?);
+        self.flops = PRODUCT / self.seconds(|| linear::forward(&x, &w, None).map(drop))?;
         drop((x, w));
-        println!("\nproduct {:.0} TFLOP/s in f32 without TF32", self.multiplied / 1e12);
+        println!("\nproduct {:.0} TFLOP/s in f32 without TF32", self.flops / 1e12);
         self.head()
     }
 
@@ -96,7 +99,7 @@ impl Bench {
             norm::layer_norm(&x, Some(&residual), &w, Some(&w), 1e-5).map(drop)
         })?;
         let dw = self.random(WIDTH, DType::F32)?;
-        // Any mean will do for the time that it takes.
+        // The time does not depend on the values of the mean.
         let tape = norm::Tape { mean: Some(tape.rstd.clone()), ..tape };
         self.moves("layer norm, backward with dw", 3.0 * stream, || {
             norm::layer_norm_backward(&tape, &w, &dy, None, Some(&dw), Some(&w)).map(drop)
@@ -112,7 +115,7 @@ impl Bench {
             rope::forward_both(&q, &k, &packing, &table).map(drop)
         })?;
 
-        // MPNet's reach, at Mistral's width.
+        // The distances of MPNet's bias, at Mistral's width.
         let bias = self.random((HEADS, 2 * 128 + 1), DType::F32)?;
         let whole = usize::MAX;
         for (what, left, right, bias) in [
@@ -121,7 +124,7 @@ impl Bench {
             ("window of 129", 64, 64, None),
             ("both ways, biased", whole, whole, Some(&bias)),
         ] {
-            let bound = |reach| (reach < whole).then_some(reach);
+            let bound = |distance| (distance < whole).then_some(distance);
             let attention = Attention {
                 heads: HEADS,
                 kv_heads: KV_HEADS,
@@ -149,14 +152,17 @@ impl Bench {
             })?;
         }
 
-        let (gate, up) = (self.random((TOKENS, INNER), dtype)?, self.random((TOKENS, INNER), dtype)?);
-        let inner = bytes(&[&gate]);
-        self.moves("swiglu", 3.0 * inner, || activation::gated(&gate, &up, Activation::Silu).map(drop))?;
-        self.moves("swiglu, backward", 5.0 * inner, || {
+        let (gate, up) = (
+            self.random((TOKENS, INTERMEDIATE_SIZE), dtype)?,
+            self.random((TOKENS, INTERMEDIATE_SIZE), dtype)?,
+        );
+        let gate_bytes = bytes(&[&gate]);
+        self.moves("swiglu", 3.0 * gate_bytes, || activation::gated(&gate, &up, Activation::Silu).map(drop))?;
+        self.moves("swiglu, backward", 5.0 * gate_bytes, || {
             activation::gated_backward(&gate, &up, &up, Activation::Silu).map(drop)
         })?;
-        self.moves("gelu", 2.0 * inner, || activation::forward(&gate, Activation::Gelu).map(drop))?;
-        self.moves("gelu, backward", 3.0 * inner, || {
+        self.moves("gelu", 2.0 * gate_bytes, || activation::forward(&gate, Activation::Gelu).map(drop))?;
+        self.moves("gelu, backward", 3.0 * gate_bytes, || {
             activation::backward(&gate, &up, Activation::Gelu).map(drop)
         })?;
 
@@ -166,21 +172,26 @@ impl Bench {
         let word = self.random((32_000, WIDTH), dtype)?;
         let ids: Vec<u32> = (0..TOKENS as u32).map(|t| t * 7919 % 32_000).collect();
         let ids = Tensor::new(ids, &self.device)?;
-        let tables = Tables { word: &word, position: None, position_offset: 0, kind: None };
+        let tables = Tables {
+            word_embeddings: &word,
+            position_embeddings: None,
+            position_offset: 0,
+            token_type_embeddings: None,
+        };
         self.moves("embedding", 2.0 * stream, || embedding::forward(&ids, &packing, &tables).map(drop))?;
-        let dword = Tensor::zeros((32_000, WIDTH), DType::F32, &self.device)?;
+        let d_word = Tensor::zeros((32_000, WIDTH), DType::F32, &self.device)?;
         self.moves("embedding, backward", 5.0 * stream, || {
-            embedding::backward(&x, &ids, &packing, 0, Some(&dword), None, None)
+            embedding::backward(&x, &ids, &packing, 0, Some(&d_word), None, None)
         })?;
 
-        let frozen = self.random((INNER, WIDTH), dtype)?;
-        let bias = self.random(INNER, DType::F32)?;
+        let frozen = self.random((INTERMEDIATE_SIZE, WIDTH), dtype)?;
+        let bias = self.random(INTERMEDIATE_SIZE, DType::F32)?;
         self.computes("linear", PRODUCT, || linear::forward(&x, &frozen, None).map(drop))?;
         self.computes("linear with bias", PRODUCT, || linear::forward(&x, &frozen, Some(&bias)).map(drop))?;
         self.computes("linear, dx only", PRODUCT, || linear::backward_input(&gate, &frozen).map(drop))?;
-        let dw = Tensor::zeros((INNER, WIDTH), DType::F32, &self.device)?;
+        let dw = Tensor::zeros((INTERMEDIATE_SIZE, WIDTH), DType::F32, &self.device)?;
         self.computes("linear, dw", PRODUCT, || linear::backward_weight(&x, &gate, &dw))?;
-        self.moves("linear, db", inner, || linear::backward_bias(&gate, &bias))?;
+        self.moves("linear, db", gate_bytes, || linear::backward_bias(&gate, &bias))?;
         drop(dw);
         let precision = match dtype {
             DType::BF16 => Precision::Bf16,
@@ -188,19 +199,22 @@ impl Bench {
             _ => Precision::F32,
         };
         if precision != Precision::F32 {
-            let weight = self.random((INNER, WIDTH), DType::F32)?;
+            let weight = self.random((INTERMEDIATE_SIZE, WIDTH), DType::F32)?;
             self.moves("convert from f32", bytes(&[&weight, &frozen]), || {
                 precision::round(weight.clone(), precision).map(drop)
             })?;
         }
-        let (a, b) = (self.random((RANK, WIDTH), DType::F32)?, self.random((INNER, RANK), DType::F32)?);
+        let (a, b) =
+            (self.random((RANK, WIDTH), DType::F32)?, self.random((INTERMEDIATE_SIZE, RANK), DType::F32)?);
         let (da, db) = (a.zeros_like()?, b.zeros_like()?);
-        // What dropout keeps need not be in memory: the bytes are the same.
+        // Dropout does not store a mask, so the bytes are the same with and without it.
         for (what, dropout) in [("lora", None), ("lora with dropout", Some(d))] {
             let adapter = Adapter { a: &a, b: &b, scale: 4.0, dropout };
-            self.moves(what, stream + 2.0 * inner, || lora::forward(&x, &up, &adapter, &packing).map(drop))?;
+            self.moves(what, stream + 2.0 * gate_bytes, || {
+                lora::forward(&x, &up, &adapter, &packing).map(drop)
+            })?;
             let xa = lora::forward(&x, &up, &adapter, &packing)?;
-            self.moves(&format!("{what}, backward"), 3.0 * stream + 2.0 * inner, || {
+            self.moves(&format!("{what}, backward"), 3.0 * stream + 2.0 * gate_bytes, || {
                 lora::backward(&x, &xa, &gate, &adapter, &packing, Some(&residual), &da, &db)
             })?;
         }
@@ -234,26 +248,29 @@ impl Bench {
         let adamw =
             AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
         let losses = self.random(rows, DType::F32)?;
-        let scale = adamw::clip(&g, &losses, Some(1.0))?.scale;
+        let scale = adamw::clip_grad_norm(&g, &losses, Some(1.0))?.scale;
         self.moves("adamw", 7.0 * bytes(&[&p]), || adamw::step(&p, &g, &m, &v, count, 1, &scale, &adamw))?;
-        self.moves("norm of gradients", bytes(&[&g]), || adamw::clip(&g, &losses, Some(1.0)).map(drop))
+        self.moves("norm of gradients", bytes(&[&g]), || {
+            adamw::clip_grad_norm(&g, &losses, Some(1.0)).map(drop)
+        })
     }
 
     fn moves(&self, name: &str, bytes: f64, f: impl FnMut() -> Result<()>) -> Result<()> {
         let seconds = self.seconds(f)?;
-        let share = 100.0 * bytes / seconds / self.copied;
-        println!("{name:<38}{:>10.1}{share:>10.0} %", seconds * 1e6);
+        let percent = 100.0 * bytes / seconds / self.bandwidth;
+        println!("{name:<38}{:>10.1}{percent:>10.0} %", seconds * 1e6);
         Ok(())
     }
 
     fn computes(&self, name: &str, flops: f64, f: impl FnMut() -> Result<()>) -> Result<()> {
         let seconds = self.seconds(f)?;
-        let share = 100.0 * flops / seconds / self.multiplied;
-        println!("{name:<38}{:>10.1}{:>12}{share:>10.0} %", seconds * 1e6, "");
+        let percent = 100.0 * flops / seconds / self.flops;
+        println!("{name:<38}{:>10.1}{:>12}{percent:>10.0} %", seconds * 1e6, "");
         Ok(())
     }
 
-    /// Of one call: the median of five batches of ten, all queued before the end is waited for.
+    /// The seconds of one call: the median of five batches of ten calls, which are queued without waiting in
+    /// between.
     fn seconds(&self, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
         let mut batch = |calls: usize| -> Result<f64> {
             let start = Instant::now();
@@ -278,7 +295,7 @@ fn bytes(tensors: &[&Tensor]) -> f64 {
     tensors.iter().map(|x| (x.elem_count() * x.dtype().size_in_bytes()) as f64).sum()
 }
 
-/// A chunk of documents of the zeta recipe.
+/// A chunk of documents with the lengths of the zeta recipe.
 fn packing() -> Packing {
     let text = include_str!("lengths.json");
     let documents = text.split("\"documents\":").nth(1).unwrap_or_default();

@@ -1,11 +1,14 @@
-//! The products of a linear layer beside those of the `gemm` crate, which candle uses: forward, dx and dW, on one thread, in turn.
+//! Compares the matrix products of a linear layer (forward, dx and dW) with those of the `gemm` crate, which
+//! candle uses.
 //!
 //! ```text
 //! MIMALLOC_PURGE_DELAY=-1 cargo bench --workspace --bench product
 //! ```
 //!
-//! The variable keeps memory that was freed, as the programs do. Prints GFLOP/s, the median of 41 turns of each, and their ratio; `gemm`
-//! writes into memory that is there, ours returns a new tensor. The layers are those of MiniLM and of BERT's base size, on a chunk.
+//! The variable makes the allocator keep freed memory, as the programs do. The benchmark runs both on one
+//! thread, in turn. It prints the GFLOP/s of each, the median of 41 turns, and their ratio. `gemm` writes to
+//! existing memory; ours returns a new tensor. The layers are those of MiniLM and of BERT base; the input is
+//! a chunk of 1000 tokens.
 
 #![expect(clippy::print_stdout, reason = "a benchmark reports")]
 
@@ -22,14 +25,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const TOKENS: usize = 1000;
 const TURNS: usize = 41;
 
-/// A factor in a slice: elements, and the distances of its rows and of its columns.
+/// A factor: its elements, its row stride and its column stride.
 type Factor<'a> = (&'a [f32], usize, usize);
 
-/// c (m, n) = a (m, k) · b (k, n), or added to it.
+/// c (m, n) = a (m, k) · b (k, n), or c += a · b if `add`.
 fn product(c: &mut [f32], add: bool, (m, k, n): (usize, usize, usize), a: Factor, b: Factor) {
     assert_eq!((a.0.len(), b.0.len(), c.len()), (m * k, k * n, m * n));
     let ((x, x_row, x_column), (y, y_row, y_column)) = (a, b);
-    // SAFETY: the strides are those of matrices without gaps, whose sizes have just been checked.
+    // SAFETY: the strides are those of matrices without gaps, and the assertion has checked their sizes.
     unsafe {
         gemm::gemm(
             m,
@@ -55,7 +58,7 @@ fn product(c: &mut [f32], add: bool, (m, k, n): (usize, usize, usize), a: Factor
     }
 }
 
-/// GFLOP/s of both, medians of turns.
+/// The GFLOP/s of both, each the median of its turns.
 fn measure(flop: f64, mut one: impl FnMut(), mut other: impl FnMut()) -> (f64, f64) {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let speed = |work: &mut dyn FnMut()| {

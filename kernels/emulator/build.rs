@@ -1,9 +1,10 @@
-//! Compiles the .cu files for the emulator, and three of them once more with a barrier taken away.
+//! Compiles the .cu files for the emulator, and three of them a second time without one of their barriers.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// A kernel with one `__syncthreads();` less: which file, which of its barriers, and whose entries it is for.
+/// Kernels with one `__syncthreads();` removed: prefix of the entries, file and index of the barrier, and
+/// stem to compile.
 const MUTANTS: [(&str, &str, usize, &str); 3] = [
     ("mutant_a", "common.cuh", 0, "norm"),
     ("mutant_b", "attention.cu", 0, "attention"),
@@ -34,17 +35,18 @@ fn main() {
     build.cpp(true).std("c++17").include(".").define("EMULATOR", None).warnings(true).extra_warnings(true);
     build.flag_if_supported("-Wno-unknown-pragmas").flag_if_supported("-Wno-maybe-uninitialized");
     build.flag_if_supported("-Wno-missing-field-initializers").flag_if_supported("-Wno-unused-function");
-    // Fibers jump between stacks, which the checks of longjmp take for an error. Optimising more costs more than it saves.
+    // Fibers jump between stacks, which fortified longjmp reports as an error. A higher level takes longer to
+    // compile than it saves in the tests.
     build.flag("-U_FORTIFY_SOURCE").opt_level(1).file("emulator.cpp");
     let write = |folder: &Path, name: &str, text: &str| {
         let path = folder.join(name);
-        // An untouched file keeps its time, and its object.
+        // An unchanged file keeps its modification time, so that its object is not compiled again.
         if fs::read_to_string(&path).ok().as_deref() != Some(text) {
             fs::write(&path, text).expect("a file in OUT_DIR");
         }
         path
     };
-    // Each stem is a namespace: the linker would take two kernels of one name for one.
+    // Each stem gets its own namespace, because kernels of different stems have the same names.
     let wrap = |prefix: &str, namespace: &str, stem: &str| {
         format!(
             "#define PREFIX {prefix}\n#include \"emulator.hpp\"\nnamespace {namespace} {{\n#include \"{stem}.cu\"\n}}\n"

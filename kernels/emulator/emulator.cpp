@@ -17,21 +17,21 @@
 
 namespace emulator {
 
-thread_local Place place;
+thread_local Coordinates coordinates;
 
 namespace {
 
 constexpr size_t STACK = 256 << 10;
 constexpr int NOBODY = -1;
 
-// When and by whom something was accessed. An access is over for another thread once a barrier of the block, or a meeting
-// of their warp, came after it.
+// The thread and the time of an access. It happened before an access of another thread if a barrier of the
+// block, or an operation of their warp, came in between.
 struct Access {
     int thread = NOBODY;
     uint32_t block_phase = 0, warp_phase = 0;
 };
 
-// Two bytes of shared memory.
+// The accesses of two bytes of shared memory.
 struct Cell {
     Access written, read, read_by_another;
     bool in_flight = false;
@@ -42,26 +42,26 @@ struct Copy {
     std::vector<char> bytes;
 };
 
-enum class State { READY, AT_BARRIER, IN_MEETING, DONE };
+enum class State { READY, AT_BARRIER, AT_WARP_OPERATION, DONE };
 
 struct Fiber {
-    Place place;
+    Coordinates coordinates;
     State state;
     bool started;
     jmp_buf context;
-    const char* file;  // of the barrier
+    const char* file;  // of the barrier that it waits at
     int line;
-    Meeting meeting;
-    std::vector<std::vector<Copy>> copies;  // by group; the last one is not committed yet
+    WarpOperation operation;
+    std::vector<std::vector<Copy>> copies;  // by group; the last group is not committed yet
 };
 
 struct Warp {
     unsigned arrived = 0;
     uint32_t phase = 0;
-    char deposits[2][32 * DEPOSIT];  // of this meeting and, for those who have not read them yet, the one before
+    char contributions[2][32 * CONTRIBUTION_BYTES];  // of this operation and of the one before, which some lanes may still have to read
 };
 
-// xorshift (Marsaglia 2003): the order of fibers and blocks.
+// xorshift (Marsaglia 2003), for the order of fibers and blocks.
 struct Random {
     uint64_t state;
     size_t below(size_t n) {
@@ -102,7 +102,7 @@ struct Machine {
 
 thread_local Machine machine;
 
-// Guarded buffers, of all threads: first byte → size.
+// The guarded buffers of all threads: address of the first byte → size.
 std::mutex buffers_lock;
 std::map<uintptr_t, size_t> buffers;
 struct sigaction previous_handler;
@@ -112,7 +112,7 @@ const char* Machine::name(size_t thread) {
     static thread_local char text[2][96];
     static thread_local int which = 0;
     which ^= 1;
-    const Place& p = fibers[thread].place;
+    const Coordinates& p = fibers[thread].coordinates;
     snprintf(text[which], sizeof(text[which]), "thread %u,%u,%u of block %u,%u,%u", p.thread.x, p.thread.y, p.thread.z,
              p.block.x, p.block.y, p.block.z);
     return text[which];
@@ -132,7 +132,7 @@ void Machine::pause(State state) {
 void Machine::enter(size_t thread) {
     running = thread;
     Fiber& fiber = fibers[thread];
-    place = fiber.place;
+    coordinates = fiber.coordinates;
     if (_setjmp(scheduler)) return;
     if (fiber.started) _longjmp(fiber.context, 1);
     fiber.started = true;
@@ -162,12 +162,12 @@ void Machine::run_block(dim3 block) {
     ready.clear();
     for (size_t t = 0; t < threads; t++) {
         Fiber& fiber = fibers[t];
-        fiber.place.grid = launch->grid;
-        fiber.place.block_size = launch->block;
-        fiber.place.block = block;
-        fiber.place.thread = dim3(t % launch->block.x, t / launch->block.x % launch->block.y,
+        fiber.coordinates.grid = launch->grid;
+        fiber.coordinates.block_size = launch->block;
+        fiber.coordinates.block = block;
+        fiber.coordinates.thread = dim3(t % launch->block.x, t / launch->block.x % launch->block.y,
                                   t / (launch->block.x * launch->block.y));
-        fiber.place.lane = int(t % 32);
+        fiber.coordinates.lane = int(t % 32);
         fiber.state = State::READY;
         fiber.started = false;
         fiber.copies.assign(1, {});
@@ -188,13 +188,13 @@ void Machine::run_block(dim3 block) {
     }
 }
 
-// No thread can go on: all must be at one barrier.
+// Releases the barrier after no thread can continue. All threads must wait at the same barrier.
 void Machine::release_barrier() {
     size_t waiting = fibers.size();
     for (size_t t = 0; t < fibers.size(); t++) {
         running = t;
-        if (fibers[t].state == State::IN_MEETING)
-            fail("%s waits for lanes of its warp that never come to the same instruction", name(t));
+        if (fibers[t].state == State::AT_WARP_OPERATION)
+            fail("%s waits for lanes of its warp that never reach the same instruction", name(t));
         if (fibers[t].state == State::AT_BARRIER) waiting = t;
     }
     const Fiber& first = fibers[waiting];
@@ -203,7 +203,7 @@ void Machine::release_barrier() {
         if (other.state == State::DONE)
             fail("%s is at the barrier of %s:%d, which %s never reaches", name(waiting), first.file, first.line, name(t));
         if (other.line != first.line || strcmp(other.file, first.file))
-            fail("%s is at the barrier of %s:%d, %s at that of %s:%d", name(waiting), first.file, first.line, name(t),
+            fail("%s is at the barrier of %s:%d, but %s at that of %s:%d", name(waiting), first.file, first.line, name(t),
                  other.file, other.line);
     }
     block_phase++;
@@ -213,7 +213,7 @@ void Machine::release_barrier() {
     }
 }
 
-bool over(const Access& access, int thread) {
+bool happened_before(const Access& access, int thread) {
     if (access.thread == NOBODY || access.thread == thread || access.block_phase < machine.block_phase) return true;
     return access.thread / 32 == thread / 32 && access.warp_phase < machine.warps[thread / 32].phase;
 }
@@ -224,7 +224,7 @@ Access now() {
 }
 
 Cell* cells_of(size_t offset, size_t bytes, size_t& count) {
-    if (offset % 2 || bytes % 2) fail("a single byte of shared memory, which the emulator does not follow");
+    if (offset % 2 || bytes % 2) fail("an access of a single byte of shared memory, which the emulator does not support");
     if (offset % bytes && bytes <= 16) fail("an access of %zu bytes at byte %zu of shared memory", bytes, offset);
     if (offset + bytes > machine.memory.size())
         fail("bytes %zu..%zu of a shared memory of %zu", offset, offset + bytes, machine.memory.size());
@@ -233,12 +233,12 @@ Cell* cells_of(size_t offset, size_t bytes, size_t& count) {
 }
 
 void expect_no_race(const Access& earlier, size_t offset, const char* what) {
-    if (!over(earlier, int(machine.running)))
+    if (!happened_before(earlier, int(machine.running)))
         fail("a race at byte %zu of shared memory: %s what %s accessed, with no barrier in between", offset, what,
              machine.name(size_t(earlier.thread)));
 }
 
-void claim(size_t offset, size_t bytes, bool in_flight) {
+void record_write(size_t offset, size_t bytes, bool in_flight) {
     size_t count;
     Cell* cell = cells_of(offset, bytes, count);
     for (size_t i = 0; i < count; i++, cell++) {
@@ -328,21 +328,21 @@ void barrier(const char* file, int line) {
     machine.pause(State::AT_BARRIER);
 }
 
-const char* meet(Meeting meeting, const void* deposit, size_t bytes) {
+const char* exchange(WarpOperation operation, const void* contribution, size_t bytes) {
     size_t thread = machine.running, warp_index = thread / 32;
     Warp& warp = machine.warps[warp_index];
     Fiber* lanes = &machine.fibers[warp_index * 32];
     Fiber& fiber = machine.fibers[thread];
-    char* deposits = warp.deposits[warp.phase % 2];
-    memcpy(deposits + fiber.place.lane * DEPOSIT, deposit, bytes);
-    fiber.meeting = meeting;
-    warp.arrived |= 1u << fiber.place.lane;
+    char* contributions = warp.contributions[warp.phase % 2];
+    memcpy(contributions + fiber.coordinates.lane * CONTRIBUTION_BYTES, contribution, bytes);
+    fiber.operation = operation;
+    warp.arrived |= 1u << fiber.coordinates.lane;
     if (warp.arrived != ~0u) {
-        machine.pause(State::IN_MEETING);
-        return deposits;
+        machine.pause(State::AT_WARP_OPERATION);
+        return contributions;
     }
     for (int l = 0; l < 32; l++) {
-        if (lanes[l].meeting != meeting) fail("the lanes of a warp meet at different instructions");
+        if (lanes[l].operation != operation) fail("the lanes of a warp wait at different instructions");
     }
     warp.arrived = 0;
     warp.phase++;
@@ -351,7 +351,7 @@ const char* meet(Meeting meeting, const void* deposit, size_t bytes) {
         lanes[l].state = State::READY;
         machine.ready.push_back(warp_index * 32 + size_t(l));
     }
-    return deposits;
+    return contributions;
 }
 
 size_t shared_bytes() { return machine.memory.size(); }
@@ -370,14 +370,14 @@ const char* readable(size_t offset, size_t bytes) {
 }
 
 char* writable(size_t offset, size_t bytes) {
-    claim(offset, bytes, false);
+    record_write(offset, bytes, false);
     return &machine.memory[offset];
 }
 
 void copy_async(size_t offset, const void* from, size_t bytes, size_t zeros) {
     if (offset % bytes) fail("an asynchronous copy of %zu bytes to byte %zu of shared memory", bytes, offset);
     expect_aligned(from, bytes);
-    claim(offset, bytes, true);
+    record_write(offset, bytes, true);
     Copy copy{offset, std::vector<char>(bytes, 0)};
     if (zeros < bytes) memcpy(copy.bytes.data(), from, bytes - zeros);
     machine.fibers[machine.running].copies.back().push_back(std::move(copy));
@@ -402,7 +402,8 @@ void wait_for_copies(int groups_in_flight) {
 
 }  // namespace emulator
 
-// `bytes` of NaNs that end where a page begins that may not be touched (up to the next 16: vectors need their alignment).
+// Allocates `bytes` bytes, initialised with NaNs, between two guard pages. The buffer ends at the second
+// guard page, except for up to 15 bytes that keep it aligned for vectors.
 extern "C" void* emulated_allocate(size_t bytes) {
     using namespace emulator;
     static std::once_flag once;
@@ -419,7 +420,7 @@ extern "C" void* emulated_allocate(size_t bytes) {
     return buffer;
 }
 
-// Returns 1 if the bytes between the buffer and its guards have changed.
+// Frees a buffer. Returns 1 if the bytes between the buffer and its guard pages have changed.
 extern "C" int emulated_free(void* buffer) {
     using namespace emulator;
     std::lock_guard<std::mutex> guard(buffers_lock);
@@ -435,8 +436,8 @@ extern "C" int emulated_free(void* buffer) {
     return changed;
 }
 
-// What the last launch on this thread that failed had found.
+// The message of the last launch of this thread that failed.
 extern "C" const char* emulated_error() { return emulator::machine.error.c_str(); }
 
-// Fibers and blocks run in another order.
+// Sets the seed of the order of fibers and blocks.
 extern "C" void emulated_seed(uint64_t seed) { emulator::machine.random.state = seed * 2 + 1; }

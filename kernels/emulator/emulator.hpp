@@ -1,13 +1,13 @@
-// A small SIMT machine on a CPU: enough of CUDA to compile the .cu files of this crate with a C++ compiler and to run
-// them, one block at a time, each thread of a block a fiber.
+// An emulator of CUDA on a CPU. It implements the part of CUDA that the .cu files of this crate use, so that
+// a C++ compiler can compile them. It runs one block at a time, with a fiber for each thread of the block.
 //
-// It is stricter than a GPU. Fibers and blocks run in random order. Shared memory is reached through `Shared`, which
-// knows for each two bytes who wrote and who read them last, and between which barriers: a read of what nobody wrote,
-// of a copy still in flight, or of what another thread wrote without a barrier in between is an error, in whatever order the
-// threads happened to run; so is a barrier that not all threads reach. Global memory comes from `emulated_allocate`: it
-// starts as NaNs, and a page that may not be touched lies on either side.
+// It is stricter than a GPU. Fibers and blocks run in random order. `Shared` records for each two bytes of
+// shared memory which threads wrote and read them last, and between which barriers. Reading memory that was
+// not written, that is the target of a copy in flight, or that another thread wrote without a barrier in
+// between is an error, in any order of the threads. A barrier that not all threads reach is an error too.
+// Global memory comes from `emulated_allocate`: it is initialised with NaNs and lies between two guard pages.
 //
-// An error ends the launch; `emulated_error` tells what it was.
+// An error ends the launch; `emulated_error` returns the message.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,6 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __restrict__ __restrict
 
 typedef void* cudaStream_t;
 
@@ -41,12 +40,12 @@ struct __half {
 
 namespace emulator {
 
-// Where the running fiber is.
-struct Place {
+// The coordinates of the running fiber.
+struct Coordinates {
     dim3 thread, block, block_size, grid;
     int lane;
 };
-extern thread_local Place place;
+extern thread_local Coordinates coordinates;
 
 struct Launch {
     dim3 grid, block;
@@ -56,44 +55,46 @@ struct Launch {
         : grid(grid), block(block), shared_bytes(shared_bytes), name(name) {}
 };
 
-// Runs `body` for every thread of every block; 0, or 1 after an error.
+// Runs `body` for each thread of each block. Returns 0, or 1 after an error.
 int run(const Launch& launch, const std::function<void()>& body);
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// All threads of the block meet.
+// __syncthreads: waits for all threads of the block.
 void barrier(const char* file, int line);
 
-// What lanes of a warp meet for. They must all have come for the same.
-enum Meeting { SHUFFLE, VOTE, SYNC, LDMATRIX, MMA };
-constexpr int DEPOSIT = 64;  // bytes a lane can bring to a meeting
+// The operations of a warp. All lanes must reach the same one.
+enum WarpOperation { SHUFFLE, VOTE, SYNC, LDMATRIX, MMA };
+constexpr int CONTRIBUTION_BYTES = 64;  // the bytes that a lane can contribute to an operation
 
-// All lanes of the warp meet, each with `bytes` of its own; the deposit of lane l is at `result + l * DEPOSIT`.
-const char* meet(Meeting meeting, const void* deposit, size_t bytes);
+// Waits for all lanes of the warp and exchanges `bytes` bytes of each. The contribution of lane l is at
+// `result + l * CONTRIBUTION_BYTES`.
+const char* exchange(WarpOperation operation, const void* contribution, size_t bytes);
 
-// The address of `bytes` of shared memory from `offset` on, once it is sure that this thread may read or write them.
+// Checks that this thread may read or write `bytes` bytes of shared memory from `offset` on, and returns
+// their address.
 const char* readable(size_t offset, size_t bytes);
 char* writable(size_t offset, size_t bytes);
 size_t shared_bytes();
 
-// cp.async: the copy is in flight until this thread waits for its group.
+// cp.async: a copy is in flight until this thread waits for its group.
 void copy_async(size_t offset, const void* from, size_t bytes, size_t zeros);
 void commit_copies();
 void wait_for_copies(int groups_in_flight);
 
 inline void expect_aligned(const void* pointer, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail("an access of %zu bytes at an address that is no multiple", bytes);
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail("an access of %zu bytes at an address that is not a multiple of that", bytes);
 }
 
 }  // namespace emulator
 
-#define threadIdx (emulator::place.thread)
-#define blockIdx (emulator::place.block)
-#define blockDim (emulator::place.block_size)
-#define gridDim (emulator::place.grid)
+#define threadIdx (emulator::coordinates.thread)
+#define blockIdx (emulator::coordinates.block)
+#define blockDim (emulator::coordinates.block_size)
+#define gridDim (emulator::coordinates.grid)
 #define __syncthreads() emulator::barrier(__FILE__, __LINE__)
 
-// An array in shared memory, bounds and accesses checked.
+// An array in shared memory, with checks of bounds and of races.
 template <class T>
 struct Shared {
     size_t offset;
@@ -123,7 +124,7 @@ struct Shared {
     Shared from(int i, int length) const { return {at(i, length), length}; }
 };
 
-// The dynamic shared memory of a block, handed out from its start.
+// Allocates the dynamic shared memory of a block from its start.
 struct Arena {
     size_t next = 0;
     template <class T>
@@ -132,7 +133,7 @@ struct Arena {
         Shared<T> array{next, count};
         next += size_t(count) * sizeof(T);
         if (next > emulator::shared_bytes())
-            emulator::fail("%zu bytes of shared memory are used, the launch has %zu", next, emulator::shared_bytes());
+            emulator::fail("the kernel uses %zu bytes of shared memory, but the launch has %zu", next, emulator::shared_bytes());
         return array;
     }
 };
@@ -146,36 +147,25 @@ using emulator::Launch;
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
     T result;
-    memcpy(&result, emulator::meet(emulator::SHUFFLE, &value, sizeof(T)) + (lane & 31) * emulator::DEPOSIT, sizeof(T));
+    memcpy(&result, emulator::exchange(emulator::SHUFFLE, &value, sizeof(T)) + (lane & 31) * emulator::CONTRIBUTION_BYTES, sizeof(T));
     return result;
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-    return __shfl_sync(mask, value, emulator::place.lane ^ lanes);
+    return __shfl_sync(mask, value, emulator::coordinates.lane ^ lanes);
 }
 inline unsigned __ballot_sync(unsigned, int yes) {
-    const char* votes = emulator::meet(emulator::VOTE, &yes, sizeof(yes));
+    const char* votes = emulator::exchange(emulator::VOTE, &yes, sizeof(yes));
     unsigned result = 0;
     for (int l = 0; l < 32; l++) {
         int vote;
-        memcpy(&vote, votes + l * emulator::DEPOSIT, sizeof(vote));
+        memcpy(&vote, votes + l * emulator::CONTRIBUTION_BYTES, sizeof(vote));
         result |= unsigned(vote != 0) << l;
     }
     return result;
 }
 inline int __any_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) != 0; }
-inline void __syncwarp(unsigned = ~0u) { emulator::meet(emulator::SYNC, "", 1); }
-
-inline float atomicAdd(float* to, float value) {
-    float before = *to;
-    *to = before + value;
-    return before;
-}
-inline unsigned atomicAdd(unsigned* to, unsigned value) {
-    unsigned before = *to;
-    *to = before + value;
-    return before;
-}
+inline void __syncwarp(unsigned = ~0u) { emulator::exchange(emulator::SYNC, "", 1); }
 
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;
@@ -188,13 +178,6 @@ inline float __uint_as_float(uint32_t bits) {
     return x;
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-template <class T>
-T __ldg(const T* p) {
-    return *p;
-}
 template <class T>
 T min(T a, T b) {
     return b < a ? b : a;

@@ -1,9 +1,9 @@
-// Kernels with one fault each, and one without: what the emulator must tell apart.
+// A kernel with a fault for each `kind`, and without one for kind 0, to test the emulator.
 
 #include "mma.cuh"
 
 struct Fault {
-    float* buffer;  // of `count`
+    float* buffer;  // (count)
     int32_t count, kind;
 };
 
@@ -12,7 +12,7 @@ __global__ void fault(Fault a) {
     Shared<float> tile = arena.take<float>(64);
     const int t = threadIdx.x, lane = t % 32;
     switch (a.kind) {
-        case 0:  // none: each exchange is between threads that a barrier or their warp orders
+        case 0:  // no fault: a barrier or an operation of the warp orders each exchange between threads
             tile[t] = float(t);
             __syncwarp();
             a.buffer[t] = tile[t ^ 1];

@@ -1,29 +1,29 @@
-// The nonlinearities of a feed-forward layer, plain and gated, each one pass over memory; see activation.rs.
+// The activation functions of a feed-forward layer, plain and gated; see activation.rs.
 
 #include "common.cuh"
 
 enum Function { GELU, GELU_TANH, SILU, RELU };
 
 struct Activation {
-    const void* gate;  // x where it is not gated
+    const void* gate;  // x if there is no gate
     const void* up;    // or null
-    const void* dy;    // or null: forward
+    const void* dy;    // or null in forward
     void* y;           // act(gate)·up, or the gradient of gate
     void* dup;         // the gradient of up, or null
     int64_t count;
     int32_t function, type;
 };
 
-// The value and the slope at x.
+// The value and the derivative at x.
 template <int FUNCTION>
 __device__ __forceinline__ void evaluate(float x, float& value, float& slope) {
     if constexpr (FUNCTION == GELU) {
-        // Φ(x) = erfc(−x/√2)/2 keeps its digits far below 0.
+        // Φ(x) = erfc(−x/√2)/2 is accurate for large negative x.
         const float below = 0.5f * erfcf(-0.70710678f * x);
         value = x * below;
         slope = below + x * 0.39894228f * expf(-0.5f * x * x);
     } else if constexpr (FUNCTION == RELU) {
-        value = x <= 0.0f ? 0.0f : x;  // a NaN stays
+        value = x <= 0.0f ? 0.0f : x;  // NaN stays NaN
         slope = x > 0.0f ? 1.0f : 0.0f;
     } else {
         // 1/2·(1 + tanh(z/2)) = σ(z)

@@ -1,11 +1,11 @@
-//! The nonlinearities of a feed-forward layer, plain and gated, each one pass over memory.
+//! The activation functions of a feed-forward layer, plain and gated.
 //!
 //! - `Gelu`: x·Φ(x) = x/2·(1 + erf(x/√2)), Hendrycks and Gimpel 2016
 //! - `GeluTanh`: x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), the approximation of the same paper
 //! - `Silu`: x·σ(x); gated it is SwiGLU, Shazeer 2020
 //! - `Relu`: max(x, 0)
 //!
-//! Any shape; elements are independent.
+//! They apply to tensors of any shape, element by element, and read and write memory once.
 
 use crate::rows::{fill_both, new_rows};
 use crate::simd::exp;
@@ -16,22 +16,24 @@ use std::iter::zip;
 #[cfg(any(test, gpu))]
 mod gpu;
 
-/// Which nonlinearity.
+/// An activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
-    /// GELU by the error function: BERT's `gelu`.
+    /// GELU with the error function: `gelu` in transformers.
     Gelu,
-    /// GELU by the hyperbolic tangent: `gelu_new`, `gelu_pytorch_tanh`.
+    /// GELU with the tanh approximation: `gelu_new` and `gelu_pytorch_tanh` in transformers.
     GeluTanh,
-    /// x·σ(x), also called swish.
+    /// x·σ(x): `silu` and `swish` in transformers.
     Silu,
-    /// max(x, 0); its slope at 0 is 0.
+    /// max(x, 0). Its derivative at 0 is 0.
     Relu,
 }
 
-/// One nonlinearity: its value, and its value with its slope.
+/// An activation function of one element.
 trait Function {
     fn value(x: f32) -> f32;
+
+    /// The value and the derivative at x.
     fn value_and_slope(x: f32) -> (f32, f32);
 }
 
@@ -70,7 +72,8 @@ impl GeluTanh {
     const SCALE: f32 = 1.595_769_2; // 2·√(2/π)
     const CUBIC: f32 = 0.044_715 * Self::SCALE;
 
-    /// z with 1/2·(1 + tanh(z/2)) = σ(z): the tanh needs no function of its own, and keeps its precision below 0.
+    /// The z of 1/2·(1 + tanh(z/2)) = σ(z). So the sigmoid computes the tanh, and keeps its precision for
+    /// negative x.
     #[inline(always)]
     fn argument(x: f32) -> f32 {
         x * (Self::SCALE + Self::CUBIC * x * x)
@@ -93,7 +96,7 @@ impl Function for Silu {
 impl Function for Relu {
     #[inline(always)]
     fn value(x: f32) -> f32 {
-        if x <= 0.0 { 0.0 } else { x } // a NaN stays
+        if x <= 0.0 { 0.0 } else { x } // NaN stays NaN
     }
 
     #[inline(always)]
@@ -107,11 +110,12 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Φ(x), the part of a standard normal distribution below x, and its density φ(x), from one exponential.
+/// The cumulative distribution function Φ(x) and the density φ(x) of the standard normal distribution.
 ///
-/// Φ(−|x|) = exp(−x²/2)·r·g(1 − 2·k·r) with r = 1/(|x| + k), the form of Schonfelder 1978 ("Chebyshev expansions for the
-/// error and related functions"); g is the Chebyshev fit of degree 9 on 0 ≤ |x| ≤ 14 for k = 2.5, within 6e-8 of 1.
-/// So the far tail below 0, which 1 + erf would cancel away, keeps its precision.
+/// Φ(−|x|) = exp(−x²/2)·r·g(1 − 2·k·r) with r = 1/(|x| + k), the form of Schonfelder 1978 ("Chebyshev
+/// expansions for the error and related functions"). g is the Chebyshev fit of degree 9 on 0 ≤ |x| ≤ 14 for k
+/// = 2.5, with a relative error of 6e-8. This form keeps the precision of Φ for large negative x, where 1 +
+/// erf cancels.
 #[inline(always)]
 fn normal(x: f32) -> (f32, f32) {
     const K: f32 = 2.5;
@@ -133,7 +137,8 @@ fn normal(x: f32) -> (f32, f32) {
     (if x < 0.0 { outside } else { 1.0 - outside }, e * INVERSE_SQRT_2PI)
 }
 
-/// Runs the expression with `$F` the [`Function`] of an [`Activation`]: one loop compiled for each.
+/// Evaluates `$run` with `$F` set to the [`Function`] of `$activation`, so that each function gets its own
+/// compiled loop.
 macro_rules! with_function {
     ($activation:expr, $F:ident => $run:expr) => {
         match $activation {
@@ -157,7 +162,7 @@ macro_rules! with_function {
     };
 }
 
-/// `act(x)`, of the shape of `x`.
+/// Returns `act(x)`, with the shape of `x`.
 ///
 /// # Errors
 /// If `x` is not a contiguous f32 tensor.
@@ -176,16 +181,17 @@ pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
     tensor(y, x.shape())
 }
 
-/// The gradient of `x`, from `x` and the gradient `dy` of `act(x)`; all of one shape.
+/// Backward pass of [`forward`]: returns the gradient of `x` for the gradient `dy` of `act(x)`; all have the
+/// same shape.
 ///
 /// # Errors
 /// If the shapes differ, or one is not a contiguous f32 tensor.
 pub fn backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Result<Tensor> {
+    expect_shape("dy", dy, x.dims())?;
     #[cfg(gpu)]
     if crate::gpu::runs(x.device()) {
         return Ok(gpu::activate(x, None, Some(dy), activation)?.0);
     }
-    expect_shape("dy", dy, x.dims())?;
     let (rows, width) = rows_of(x);
     let (elements, gradients) = (read::<f32>(x)?, read::<f32>(dy)?);
     let (elements, gradients) = (&*elements, &*gradients);
@@ -196,16 +202,16 @@ pub fn backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Result<Tenso
     tensor(dx, x.shape())
 }
 
-/// `act(gate)·up`, of their one shape.
+/// Returns `act(gate)·up`; all have the same shape.
 ///
 /// # Errors
 /// If the shapes differ, or one is not a contiguous f32 tensor.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    expect_shape("up", up, gate.dims())?;
     #[cfg(gpu)]
     if crate::gpu::runs(gate.device()) {
         return Ok(gpu::activate(gate, Some(up), None, activation)?.0);
     }
-    expect_shape("up", up, gate.dims())?;
     let (rows, width) = rows_of(gate);
     let (gates, ups) = (read::<f32>(gate)?, read::<f32>(up)?);
     let (gates, ups) = (&*gates, &*ups);
@@ -216,7 +222,8 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tenso
     tensor(y, gate.shape())
 }
 
-/// The gradients of `gate` and of `up`, from both and the gradient `dy` of `act(gate)·up`; all of one shape.
+/// Backward pass of [`gated`]: returns the gradients of `gate` and of `up` for the gradient `dy`; all have
+/// the same shape.
 ///
 /// # Errors
 /// If the shapes differ, or one is not a contiguous f32 tensor.
@@ -226,15 +233,17 @@ pub fn gated_backward(
     dy: &Tensor,
     activation: Activation,
 ) -> Result<(Tensor, Tensor)> {
+    expect_shape("up", up, gate.dims())?;
+    expect_shape("dy", dy, gate.dims())?;
     #[cfg(gpu)]
     if crate::gpu::runs(gate.device()) {
         return match gpu::activate(gate, Some(up), Some(dy), activation)? {
             (dgate, Some(dup)) => Ok((dgate, dup)),
-            (_, None) => candle_core::bail!("a gated activation has two gradients"),
+            (_, None) => {
+                candle_core::bail!("the backward pass of a gated activation returned no gradient of `up`")
+            }
         };
     }
-    expect_shape("up", up, gate.dims())?;
-    expect_shape("dy", dy, gate.dims())?;
     let (rows, width) = rows_of(gate);
     let (gates, ups, gradients) = (read::<f32>(gate)?, read::<f32>(up)?, read::<f32>(dy)?);
     let (gates, ups, gradients) = (&*gates, &*ups, &*gradients);
@@ -249,7 +258,7 @@ pub fn gated_backward(
     Ok((tensor(dgate, gate.shape())?, tensor(dup, gate.shape())?))
 }
 
-/// The rows of a tensor of any shape, and their width.
+/// The number of rows of a tensor of any shape, and the width of a row.
 fn rows_of(x: &Tensor) -> (usize, usize) {
     let width = x.dims().last().copied().unwrap_or(1);
     (x.elem_count().checked_div(width).unwrap_or(0), width)
@@ -265,7 +274,8 @@ mod tests {
     pub(super) const ALL: [Activation; 4] =
         [Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Relu];
 
-    /// erf by its Maclaurin series, and beyond 3 by the continued fraction of erfc (Abramowitz and Stegun 7.1.6, 7.1.14).
+    /// erf by its Maclaurin series, and for |x| > 3 by the continued fraction of erfc (Abramowitz and Stegun
+    /// 7.1.6, 7.1.14).
     fn erf_reference(x: f64) -> f64 {
         if x.abs() > 3.0 {
             let fraction = (1..=60).rev().fold(0.0, |below, k| f64::from(k) / 2.0 / (x.abs() + below));
@@ -290,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn the_references_of_erf_meet_and_are_right() {
+    fn both_references_of_erf_are_right_and_agree_at_3() {
         assert!((erf_reference(0.5) - 0.520_499_877_813_046_5).abs() < 1e-15);
         assert!((erf_reference(2.0) - 0.995_322_265_018_952_7).abs() < 1e-15);
         assert!((erf_reference(3.0 + 1e-9) - erf_reference(3.0)).abs() < 1e-12);
@@ -310,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_tail_below_zero_keeps_its_precision() {
-        // erfc by its continued fraction; the exponent x²/2 of size 32 errs by 2e-6.
+        // erfc by its continued fraction. An exponent x²/2 near 32 has a rounding error of 2e-6.
         for x in [-4.5f64, -6.0, -8.0] {
             let z = -x * FRAC_1_SQRT_2;
             let fraction = (1..=60).rev().fold(0.0, |below, k| f64::from(k) / 2.0 / (z + below));
@@ -327,7 +337,7 @@ mod tests {
                 let want: Vec<f64> = numbers(&x).iter().map(|&x| reference(x, activation)).collect();
                 let y = forward(&x, activation).unwrap();
                 assert_eq!(y.dims(), x.dims());
-                // A few roundings an element, each at most 6e-8.
+                // A few roundings per element, each at most 6e-8.
                 assert!(relative_error(&y, &want) < 2e-7, "{activation:?} {shape:?}");
                 let want: Vec<f64> = zip(want, numbers(&up)).map(|(y, up)| y * up).collect();
                 assert!(
@@ -347,7 +357,7 @@ mod tests {
                 let slopes: Vec<f64> =
                     xs.iter().map(|&x| finite_difference(&[x], |x| reference(x[0], activation))[0]).collect();
                 let want: Vec<f64> = zip(&slopes, &dys).map(|(slope, dy)| slope * dy).collect();
-                // A few roundings of 6e-8, relative to slopes of about 1.
+                // A few roundings of 6e-8, relative to derivatives of about 1.
                 assert!(
                     relative_error(&backward(&x, &dy, activation).unwrap(), &want) < 4e-7,
                     "{activation:?} {shape:?}"
@@ -388,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nan_stays() {
+    fn a_nan_stays_a_nan() {
         let x = Tensor::new(&[f32::NAN], &Device::Cpu).unwrap();
         for activation in ALL {
             assert!(numbers(&forward(&x, activation).unwrap())[0].is_nan(), "{activation:?}");

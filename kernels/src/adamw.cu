@@ -1,4 +1,4 @@
-// AdamW over the flat buffer, and the norm of its gradients, which the host need not know; see adamw.rs.
+// AdamW on the flat buffer, and the norm of its gradients, which stays on the device; see adamw.rs.
 
 #include "common.cuh"
 
@@ -11,7 +11,7 @@ struct Clip {
     double* norm;         // (1)
     float* scale;         // (1) min(1, max_norm / (norm + 1e-6)); NaN if the norm or a loss is not finite
     int64_t count, rows;
-    double max_norm;  // infinite: no limit
+    double max_norm;  // infinite for no limit
 };
 
 __device__ __forceinline__ double sum_of_block(double x, Shared<double> scratch) {
@@ -45,7 +45,7 @@ __global__ void norm_and_scale(Clip a) {
     Shared<double> scratch = arena.take<double>(64);
     double sum = 0, nothing = 0;
     for (int i = threadIdx.x; i < NORM_BLOCKS; i += blockDim.x) sum += a.partials[i];
-    // 0 times what is not finite is NaN.
+    // 0 · x is NaN if x is not finite.
     for (int64_t i = threadIdx.x; i < a.rows; i += blockDim.x) nothing += 0.0 * double(a.losses[i]);
     sum = sum_of_block(sum, scratch.from(0, 32));
     nothing = sum_of_block(nothing, scratch.from(32, 32));
@@ -55,7 +55,7 @@ __global__ void norm_and_scale(Clip a) {
     *a.scale = float(fmin(a.max_norm / (norm + 1e-6), 1.0) + 0.0 * norm + nothing);
 }
 
-ENTRY(clip_of, Clip) {
+ENTRY(clip_scale, Clip) {
     const Clip& a = *arguments;
     const Launch how(NORM_BLOCKS, 256, 32 * sizeof(double), stream);
     const int error = whole_vectors<float>(a.count, a.grads) ? launch(how, sum_squares<4>, a) : launch(how, sum_squares<1>, a);
@@ -63,13 +63,13 @@ ENTRY(clip_of, Clip) {
 }
 
 struct AdamW {
-    float* params;       // (P), as the moments
+    float* params;       // (P), as the gradients and moments
     const float* grads;
     float* m;
     float* v;
-    const float* scale;  // (1) of the gradients; NaN: nothing is changed
+    const float* scale;  // (1) the factor of the gradients; if it is NaN, nothing changes
     int64_t count, decayed;
-    float keep, weight1, beta2, weight2, correction2, epsilon, size;
+    float decay, one_minus_beta1, beta2, one_minus_beta2, sqrt_bias_correction2, epsilon, step_size;
 };
 
 template <int V>
@@ -86,10 +86,10 @@ __global__ void adamw(AdamW a) {
 #pragma unroll
         for (int i = 0; i < V; i++) {
             const float gradient = g[i] * scale;
-            m[i] += a.weight1 * (gradient - m[i]);
-            v[i] = a.beta2 * v[i] + a.weight2 * gradient * gradient;
-            const float decayed = at + i < a.decayed ? p[i] * a.keep : p[i];
-            p[i] = decayed - a.size * m[i] / (sqrtf(v[i]) / a.correction2 + a.epsilon);
+            m[i] += a.one_minus_beta1 * (gradient - m[i]);
+            v[i] = a.beta2 * v[i] + a.one_minus_beta2 * gradient * gradient;
+            const float decayed = at + i < a.decayed ? p[i] * a.decay : p[i];
+            p[i] = decayed - a.step_size * m[i] / (sqrtf(v[i]) / a.sqrt_bias_correction2 + a.epsilon);
         }
         store<V>(a.params + at, p);
         store<V>(a.m + at, m);

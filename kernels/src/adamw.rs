@@ -1,6 +1,8 @@
-//! AdamW (Loshchilov & Hutter, 2019) over the flat buffer of all parameters, and the length of a gradient.
+//! AdamW (Loshchilov & Hutter, 2019) on the flat buffer of all parameters, and gradient clipping by the
+//! global norm.
 //!
-//! The order of operations is `torch.optim.AdamW`'s, so that runs of both can be compared step by step:
+//! The order of the operations is that of `torch.optim.AdamW`, so that runs of both can be compared step by
+//! step:
 //!
 //! ```text
 //! p ← p·(1 − lr·decay)    m ← m + (1−β₁)(g − m)    v ← β₂v + (1−β₂)g²
@@ -15,36 +17,41 @@ use rayon::prelude::*;
 #[cfg(any(test, gpu))]
 mod gpu;
 
-/// What stays the same for all parameters in one step.
+/// The hyperparameters of one step, with the names of `torch.optim.AdamW`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
-    /// Of this step, the schedule applied.
+    /// The learning rate of this step, after the schedule.
     pub learning_rate: f64,
-    /// How much of the gradient's mean is kept a step.
+    /// The decay rate of the first moment (`betas[0]`).
     pub beta1: f64,
-    /// How much of its square's mean is kept a step.
+    /// The decay rate of the second moment (`betas[1]`).
     pub beta2: f64,
-    /// Added to the divisor.
+    /// ε, which is added to the denominator (`eps`).
     pub epsilon: f64,
-    /// Share of a parameter that is lost in a step, times the learning rate.
+    /// The decoupled weight decay: a step multiplies a parameter by 1 − learning rate · weight decay.
     pub weight_decay: f64,
 }
 
-/// How long a gradient is, and what is done about it. Both numbers are where the gradient is: nobody waits for them.
+/// The norm of a gradient and the factor that clips it. Both stay on the device of the gradient, so the host
+/// does not wait for a GPU.
 #[derive(Clone, Debug)]
 pub struct Clip {
-    /// (1) f64 ‖gradients‖₂. NaN and ∞ come through.
+    /// ‖gradients‖₂, an f64 tensor `(1)`. It is NaN or ∞ if a gradient is.
     pub norm: Tensor,
-    /// (1) f32 that gradients are multiplied by: as torch's `clip_grad_norm_` min(1, max/(norm + 1e-6)). NaN, for which [`step`]
-    /// changes nothing, where the norm or a loss is not finite.
+    /// The factor of the gradients, an f32 tensor `(1)`: min(1, max_norm/(norm + 1e-6)) as in torch's
+    /// `clip_grad_norm_`. It is NaN if the norm or a loss is not finite; [`step`] then changes nothing.
     pub scale: Tensor,
 }
 
-/// What becomes of (P) gradients of `losses` (B); without `max_norm` they stay as long as they are.
-pub fn clip(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Result<Clip> {
+/// Returns the norm of the gradients `grads` `(P)` of the losses `losses` `(B)`, and the factor that clips it
+/// to `max_norm`. Without `max_norm` the factor is 1.
+///
+/// # Errors
+/// If a tensor is not contiguous f32.
+pub fn clip_grad_norm(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Result<Clip> {
     #[cfg(gpu)]
     if crate::gpu::runs(grads.device()) {
-        return gpu::clip(grads, losses, max_norm);
+        return gpu::clip_grad_norm(grads, losses, max_norm);
     }
     let norm = norm(grads)?;
     let finite = norm.is_finite() && read::<f32>(losses)?.iter().all(|loss| loss.is_finite());
@@ -53,8 +60,14 @@ pub fn clip(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Result<Cl
     Ok(Clip { norm: tensor(vec![norm], 1)?, scale: tensor(vec![scale], 1)? })
 }
 
-/// One step: changes `params` and the moments `m` and `v` in place; all (P), each in memory of its own. The first
-/// `decayed` elements decay; `step` counts from 1; gradients are multiplied by `scale` (1) first, see [`Clip`].
+/// Performs step number `step`, counted from 1: updates `params` and the moments `m` and `v` in place.
+///
+/// `params`, `grads`, `m` and `v` have the shape `(P)` and must not share a storage. Weight decay applies to
+/// the first `decayed` elements. The gradients are first multiplied by `scale` `(1)`, see [`Clip`].
+///
+/// # Errors
+/// If a shape differs from the above, `decayed` is greater than P, `step` is 0, two tensors share a storage,
+/// or a tensor is not contiguous f32.
 pub fn step(
     params: &Tensor,
     grads: &Tensor,
@@ -73,12 +86,12 @@ pub fn step(
     }
     expect_shape("scale", scale, &[1])?;
     if decayed > count {
-        bail!("{decayed} of {count} parameters cannot decay");
+        bail!("weight decay is set for {decayed} of {count} parameters");
     }
     if step == 0 {
-        bail!("steps count from 1");
+        bail!("`step` is 0, but steps count from 1");
     }
-    // Each is locked while it is written: views of one storage would wait for themselves.
+    // A storage is locked while it is written, so two views of one storage would deadlock.
     let mut places = [params, grads, m, v].map(|tensor| &raw const *tensor.storage_and_layout().0);
     places.sort_unstable();
     if places.windows(2).any(|pair| pair[0] == pair[1]) {
@@ -106,10 +119,10 @@ pub fn step(
                 let at = decayed.saturating_sub(piece * GRAIN).min(p.len());
                 let ((p0, p1), (g0, g1)) = (p.split_at_mut(at), g.split_at(at));
                 let ((m0, m1), (v0, v1)) = (m.split_at_mut(at), v.split_at_mut(at));
-                for (p, g, m, v, keep) in [(p0, g0, m0, v0, factors.keep), (p1, g1, m1, v1, 1.0)] {
+                for (p, g, m, v, decay) in [(p0, g0, m0, v0, factors.decay), (p1, g1, m1, v1, 1.0)] {
                     vectorised(
                         #[inline(always)]
-                        || update_in_blocks(p, g, m, v, scale, keep, &factors),
+                        || update_in_blocks(p, g, m, v, scale, decay, &factors),
                     );
                 }
             });
@@ -118,15 +131,21 @@ pub fn step(
     result
 }
 
-/// Whether all of (P) numbers are finite: no sum of squares of f32 overflows f64. A GPU is waited for.
-pub fn finite(values: &Tensor) -> Result<bool> {
+/// Whether all elements of `values` `(P)` are finite. The host waits for a GPU.
+///
+/// It tests the sum of squares in f64, which finite f32 values cannot overflow.
+///
+/// # Errors
+/// If `values` is not contiguous f32.
+pub fn all_finite(values: &Tensor) -> Result<bool> {
     let none = crate::zeros(0, DType::F32, values.device())?;
-    Ok(clip(values, &none, None)?.norm.to_vec1::<f64>()?[0].is_finite())
+    Ok(clip_grad_norm(values, &none, None)?.norm.to_vec1::<f64>()?[0].is_finite())
 }
 
 fn norm(grads: &Tensor) -> Result<f64> {
     let grads = read::<f32>(grads)?;
-    // Blocks of a fixed size, added in their order: the same bits for any number of threads.
+    // Blocks have a fixed size and are added in order, so the result has the same bits for any number of
+    // threads.
     let squares: Vec<f64> = grads.par_chunks(GRAIN).map(|block| vectorised(|| squares(block))).collect();
     Ok(squares.iter().sum::<f64>().sqrt())
 }
@@ -137,15 +156,15 @@ fn write_both(a: &Tensor, b: &Tensor, f: impl FnOnce(&mut [f32], &mut [f32])) ->
     result
 }
 
-/// [`AdamW`] in the types in which torch applies each factor.
+/// The factors of a step, rounded to f32 where torch rounds them.
 struct Factors {
-    keep: f32,
-    weight1: f32,
+    decay: f32,
+    one_minus_beta1: f32,
     beta2: f32,
-    weight2: f32,
-    correction2: f32,
+    one_minus_beta2: f32,
+    sqrt_bias_correction2: f32,
     epsilon: f32,
-    size: f32,
+    step_size: f32,
 }
 
 impl Factors {
@@ -153,22 +172,24 @@ impl Factors {
         let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = *adamw;
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Self {
-            keep: (1.0 - learning_rate * weight_decay) as f32,
-            weight1: (1.0 - beta1) as f32,
+            decay: (1.0 - learning_rate * weight_decay) as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
-            weight2: (1.0 - beta2) as f32,
-            correction2: correction(beta2).sqrt() as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            sqrt_bias_correction2: correction(beta2).sqrt() as f32,
             epsilon: epsilon as f32,
-            size: (learning_rate / correction(beta1)) as f32,
+            step_size: (learning_rate / correction(beta1)) as f32,
         }
     }
 }
 
-/// Elements that are looked at together: a page of memory.
+/// The number of elements that are tested for zeros together: one page of memory.
 const BLOCK: usize = 1024;
 
-/// Where gradient and moments are all 0, as in the rows of an embedding table whose tokens never came, the moments are not
-/// written: pages that never were take no memory.
+/// Updates the parameters block by block.
+///
+/// The moments of a block are not written if its gradients and moments are all 0, as for embedding rows whose
+/// token never occurs. The operating system does not allocate memory pages that are never written.
 #[inline(always)]
 fn update_in_blocks(
     p: &mut [f32],
@@ -176,26 +197,32 @@ fn update_in_blocks(
     m: &mut [f32],
     v: &mut [f32],
     scale: f32,
-    keep: f32,
+    decay: f32,
     f: &Factors,
 ) {
     let moments = m.chunks_mut(BLOCK).zip(v.chunks_mut(BLOCK));
     for ((p, g), (m, v)) in p.chunks_mut(BLOCK).zip(g.chunks(BLOCK)).zip(moments) {
         if is_zero(g) && is_zero(m) && is_zero(v) {
-            p.iter_mut().for_each(|p| *p *= keep);
+            p.iter_mut().for_each(|p| *p *= decay);
         } else {
-            update(p, g, m, v, scale, keep, f);
+            update(p, g, m, v, scale, decay, f);
         }
     }
 }
 
 #[inline(always)]
 fn is_zero(block: &[f32]) -> bool {
-    block.iter().fold(0, |bits, x| bits | x.to_bits() << 1) == 0 // −0 is 0 too
+    block.iter().fold(0, |bits, x| bits | x.to_bits() << 1) == 0 // the shift ignores the sign of −0
 }
 
-/// Sets (P) gradients to 0. What is 0 already is only read, so that it takes no memory where it never was written.
-pub fn clear(grads: &Tensor) -> Result<()> {
+/// Sets the gradients `grads` `(P)` to 0.
+///
+/// On a CPU, blocks that are already 0 are not written, so that memory pages that were never written stay
+/// unallocated.
+///
+/// # Errors
+/// If `grads` is not contiguous f32.
+pub fn zero(grads: &Tensor) -> Result<()> {
     if !grads.device().is_cpu() {
         return grads.zero_set();
     }
@@ -216,14 +243,18 @@ pub fn clear(grads: &Tensor) -> Result<()> {
 }
 
 #[inline(always)]
-fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], scale: f32, keep: f32, f: &Factors) {
+fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], scale: f32, decay: f32, f: &Factors) {
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * scale;
-        // As torch's `lerp`, which goes from the nearer end.
-        *m = if f.weight1 < 0.5 { *m + f.weight1 * (g - *m) } else { g - (g - *m) * (1.0 - f.weight1) };
-        *v = *v * f.beta2 + f.weight2 * g * g;
-        let divisor = v.sqrt() / f.correction2 + f.epsilon;
-        *p = *p * keep - f.size * *m / divisor;
+        // As `torch.lerp`, which starts from the nearer end.
+        *m = if f.one_minus_beta1 < 0.5 {
+            *m + f.one_minus_beta1 * (g - *m)
+        } else {
+            g - (g - *m) * (1.0 - f.one_minus_beta1)
+        };
+        *v = *v * f.beta2 + f.one_minus_beta2 * g * g;
+        let divisor = v.sqrt() / f.sqrt_bias_correction2 + f.epsilon;
+        *p = *p * decay - f.step_size * *m / divisor;
     }
 }
 
@@ -258,12 +289,12 @@ mod tests {
             let (p, g) = (vector(&vec![1.5; range.len()]), vector(&grads[range.clone()]));
             let (m, v) = (zeros(range.len()), zeros(range.len()));
             step(&p, &g, &m, &v, range.len(), 1, &scale(1.0), &ADAMW).unwrap();
-            clear(&g).unwrap();
+            zero(&g).unwrap();
             assert_eq!(numbers(&g), vec![0.0; range.len()]);
             numbers(&p)
         };
         let whole = one(0..count);
-        // Pieces of other lengths have other blocks: no element may notice.
+        // Shorter vectors have other block boundaries, which must not change any element.
         let pieces: Vec<f64> = (0..count).step_by(100).flat_map(|i| one(i..count.min(i + 100))).collect();
         assert_eq!(whole, pieces);
         assert_eq!(whole[BLOCK], f64::from(1.5f32 * (1.0f32 - 1e-3)));
@@ -287,8 +318,8 @@ mod tests {
     //     p0 = torch.randn(6); gs = torch.randn(3, 6)
     //     gs[1, 2] = 0; gs[:, 3] = 0
     //     head, tail = p0[:4].clone().requires_grad_(), p0[4:].clone().requires_grad_()
-    //     opt = torch.optim.AdamW([{"params": [head], "weight_decay": 0.1},
-    //                              {"params": [tail], "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.99), eps=1e-6)
+    //     groups = [{"params": [head], "weight_decay": 0.1}, {"params": [tail], "weight_decay": 0.0}]
+    //     opt = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-6)
     //     for g in gs:
     //         head.grad, tail.grad = (g * 0.5)[:4], (g * 0.5)[4:]
     //         opt.step()
@@ -333,7 +364,7 @@ mod tests {
         for (t, grads) in (1..).zip(&GRADS) {
             step(&p, &vector(grads), &m, &v, 4, t, &scale(0.5), &ADAMW).unwrap();
         }
-        // Torch's compiler may fuse a product and a sum into one rounding: an ulp a step.
+        // PyTorch may fuse a product and a sum into one rounding, a difference of one ulp per step.
         for (got, want) in [(&p, PARAMS_AFTER), (&m, M_AFTER), (&v, V_AFTER)] {
             assert!(relative_error(got, &want) < 1e-7, "{got}, expected {want:?}");
         }
@@ -341,7 +372,7 @@ mod tests {
 
     #[test]
     fn the_flat_buffer_is_stepped_as_its_parts_would_be() {
-        // Longer than a piece, and the border of decay inside one.
+        // More than one block, and the end of weight decay inside of a block.
         let (count, decayed) = (2 * GRAIN + 37, GRAIN + 5);
         let (params, grads) = (random(1, count), random(2, count));
         let run = |params: &Tensor, grads: &Tensor, decayed: usize| {
@@ -403,7 +434,7 @@ mod tests {
         assert!((norm(&huge).unwrap() / 5e30 - 1.0).abs() < 1e-6);
         assert!(norm(&vector(&[1.0, f32::NAN])).unwrap().is_nan());
         assert_eq!(norm(&vector(&[1.0, f32::NEG_INFINITY])).unwrap(), f64::INFINITY);
-        let finite = |values: &[f32]| finite(&vector(values)).unwrap();
+        let finite = |values: &[f32]| all_finite(&vector(values)).unwrap();
         assert!(finite(&[f32::MAX, f32::MIN]) && !finite(&[1.0, f32::NAN]) && !finite(&[f32::INFINITY, 0.0]));
     }
 
@@ -411,7 +442,7 @@ mod tests {
     fn long_gradients_are_shortened_and_what_is_not_finite_changes_nothing() {
         let (grads, losses) = (vector(&[3.0, 4.0]), vector(&[1.0, 2.0]));
         let clipped = |grads: &Tensor, losses: &Tensor, max| {
-            let Clip { norm, scale } = clip(grads, losses, max).unwrap();
+            let Clip { norm, scale } = clip_grad_norm(grads, losses, max).unwrap();
             (norm.to_vec1::<f64>().unwrap()[0], scale.to_vec1::<f32>().unwrap()[0])
         };
         assert_eq!(clipped(&grads, &losses, None), (5.0, 1.0));
@@ -420,7 +451,7 @@ mod tests {
         for none in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for (grads, losses) in [(&vector(&[none, 1.0]), &losses), (&grads, &vector(&[1.0, none]))] {
                 for max in [None, Some(2.0)] {
-                    let Clip { scale, .. } = clip(grads, losses, max).unwrap();
+                    let Clip { scale, .. } = clip_grad_norm(grads, losses, max).unwrap();
                     let (p, m, v) = (vector(&[1.0, 2.0]), zeros(2), zeros(2));
                     step(&p, grads, &m, &v, 2, 1, &scale, &ADAMW).unwrap();
                     assert_eq!([&p, &m, &v].map(numbers), [vec![1.0, 2.0], vec![0.0; 2], vec![0.0; 2]]);

@@ -1,18 +1,22 @@
 // Attention inside each sequence of a packing, on tensor cores; see attention.rs for the formulas.
 //
-// A block of four warps takes 64 rows of one head, 16 a warp, and walks the columns that any of them sees in tiles, of which the
-// next one is on its way while this one is multiplied. Scores live in registers. Backward is two kernels, one whose rows are
-// queries and one whose rows are keys: a seventh more products than with atomics, and the same bits each time.
+// A block of four warps computes 64 rows of one head, 16 rows for each warp. It iterates over tiles of the
+// columns that are visible to at least one row, and copies the next tile while it multiplies the current one.
+// Scores are kept in registers. Backward has two kernels, one whose rows are queries and one whose rows are
+// keys. They compute a seventh more products than one kernel with atomic additions would, and give the same
+// bits each time.
 
 #include "attention.cuh"
 
 constexpr int THREADS = 128, ROWS = 64;
 
-// Rows of `width` elements in shared memory, WIDTH with zeros, 16 bytes apart: so the rows of a matrix lie in different banks.
+// The distance of rows in shared memory, which are padded with zeros to WIDTH elements and by another 16
+// bytes, so that the rows of an 8 × 8 matrix are in different banks.
 template <int WIDTH>
 constexpr int STRIDE = WIDTH + 8;
 
-// Starts copying COUNT rows, zeros from row `rows` on. `source` is the first one.
+// Starts copying COUNT rows to shared memory. `source` is the first row; rows from index `rows` on are filled
+// with zeros.
 template <int COUNT, int WIDTH, class T>
 __device__ __forceinline__ void copy_rows(Shared<T> tile, const T* source, int64_t stride, int rows, int width, bool vectors) {
     constexpr int VECTORS = WIDTH / 8;
@@ -56,7 +60,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[WIDTH / 8][4], const flo
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < COLUMNS; k += 16) {
-        // The fragments of a result are those of a left factor.
+        // The fragments of a result have the layout of the fragments of a left factor.
         const float(&low)[4] = p[k / 8], (&high)[4] = p[k / 8 + 1];
         const uint32_t x[4] = {pair<T>(low[0], low[1]), pair<T>(low[2], low[3]), pair<T>(high[0], high[1]),
                                pair<T>(high[2], high[3])};
@@ -70,7 +74,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[WIDTH / 8][4], const flo
     }
 }
 
-// Writes 16 rows, each times its factor; `to` is the first one, of which this lane has rows g and g + 8.
+// Writes 16 rows, multiplied by their factors. `to` is the first row; this lane holds rows g and g + 8.
 template <int WIDTH, class T>
 __device__ __forceinline__ void write_rows(T* to, int64_t stride, int rows, int width, const float (&acc)[WIDTH / 8][4],
                                            const float (&factors)[2]) {
@@ -87,7 +91,7 @@ __device__ __forceinline__ void write_rows(T* to, int64_t stride, int rows, int 
 
 constexpr int KEYS_A_TILE = 64;
 
-// One block a processor at least is all that is asked for: for more, ptxas would spill.
+// The launch bounds ask for one block per multiprocessor, because ptxas would spill registers for more.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, bool vectors) {
     const int h = blockIdx.y, g = h / (a.heads / a.kv_heads), warp_row = threadIdx.x / 32 * 16;
@@ -104,20 +108,20 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, boo
     Shared<T> k = arena.take<T>(2 * TILE), v = arena.take<T>(2 * TILE);
     const int64_t stride = int64_t(a.heads) * a.head_width, kv_stride = int64_t(a.kv_heads) * a.head_width;
     auto copy_tile = [&](int at, int buffer) {
-        const int64_t from = narrow(a, start + at, g);
+        const int64_t from = kv_row(a, start + at, g);
         copy_rows<KEYS_A_TILE, WIDTH>(k.from(buffer * TILE, TILE), static_cast<const T*>(a.k) + from, kv_stride, end - at,
                                       a.head_width, vectors);
         copy_rows<KEYS_A_TILE, WIDTH>(v.from(buffer * TILE, TILE), static_cast<const T*>(a.v) + from, kv_stride, end - at,
                                       a.head_width, vectors);
         commit_copies();
     };
-    copy_rows<ROWS, WIDTH>(q, static_cast<const T*>(a.q) + wide(a, start + first, h), stride, tokens - first, a.head_width,
+    copy_rows<ROWS, WIDTH>(q, static_cast<const T*>(a.q) + q_row(a, start + first, h), stride, tokens - first, a.head_width,
                            vectors);
     copy_tile(begin, 0);
 
-    // This lane's rows are g and g + 8 of its warp's, its columns 2t and 2t + 1 of every 8.
+    // This lane has rows g and g + 8 of its warp, and columns 2t and 2t + 1 of every 8 columns.
     const int row = first + warp_row + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-    float acc[WIDTH / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+    float acc[WIDTH / 8][4] = {}, row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
     const float scale = a.scale * LOG2_E;
     for (int at = begin, buffer = 0; at < end; at += KEYS_A_TILE, buffer ^= 1) {
         if (at + KEYS_A_TILE < end) {
@@ -130,43 +134,41 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, boo
         float s[KEYS_A_TILE / 8][4];
         multiply<KEYS_A_TILE, WIDTH>(s, q, warp_row, k.from(buffer * TILE, TILE));
         const bool all_seen = at + KEYS_A_TILE <= end && at >= last - a.left && at + KEYS_A_TILE - 1 <= first + a.right;
-        float highest[2] = {top[0], top[1]};
+        float new_max[2] = {row_max[0], row_max[1]};
 #pragma unroll
         for (int n = 0; n < KEYS_A_TILE / 8; n++) {
 #pragma unroll
             for (int x = 0; x < 4; x++) {
                 const int i = row + x / 2 * 8, j = at + n * 8 + column + x % 2;
                 s[n][x] *= scale;
-                if (a.bias) {
-                    s[n][x] += LOG2_E * a.bias[h * (2 * a.reach + 1) + a.reach + max(-a.reach, min(a.reach, j - i))];
-                }
+                if (a.bias) s[n][x] += LOG2_E * a.bias_of(h, i, j);
                 if (!all_seen && !(j < end && a.sees(i, j))) s[n][x] = -INFINITY;
-                highest[x / 2] = fmaxf(highest[x / 2], s[n][x]);
+                new_max[x / 2] = fmaxf(new_max[x / 2], s[n][x]);
             }
         }
-        float base[2];
+        float reference[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            highest[r] = fmaxf(highest[r], __shfl_xor_sync(ALL_LANES, highest[r], 1));
-            highest[r] = fmaxf(highest[r], __shfl_xor_sync(ALL_LANES, highest[r], 2));
-            base[r] = highest[r] == -INFINITY ? 0.0f : highest[r];  // a row that has seen nothing yet
-            const float shrink = exp2f(top[r] - base[r]);
-            top[r] = highest[r];
-            total[r] *= shrink;
+            new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(ALL_LANES, new_max[r], 1));
+            new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(ALL_LANES, new_max[r], 2));
+            reference[r] = new_max[r] == -INFINITY ? 0.0f : new_max[r];  // a row without a visible column so far
+            const float rescale = exp2f(row_max[r] - reference[r]);
+            row_max[r] = new_max[r];
+            row_sum[r] *= rescale;
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n++) {
-                acc[n][2 * r] *= shrink;
-                acc[n][2 * r + 1] *= shrink;
+                acc[n][2 * r] *= rescale;
+                acc[n][2 * r + 1] *= rescale;
             }
         }
 #pragma unroll
         for (int n = 0; n < KEYS_A_TILE / 8; n++) {
 #pragma unroll
             for (int x = 0; x < 4; x++) {
-                s[n][x] = exp2f(s[n][x] - base[x / 2]);
-                total[x / 2] += s[n][x];
-                if (a.drops) {
-                    s[n][x] *= kept(a, sequence, h, tokens, row + x / 2 * 8, at + n * 8 + column + x % 2);
+                s[n][x] = exp2f(s[n][x] - reference[x / 2]);
+                row_sum[x / 2] += s[n][x];
+                if (a.has_dropout) {
+                    s[n][x] *= dropout_factor(a, sequence, h, tokens, row + x / 2 * 8, at + n * 8 + column + x % 2);
                 }
             }
         }
@@ -177,21 +179,22 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, boo
     float factors[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
-        total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
-        factors[r] = 1.0f / total[r];
+        row_sum[r] += __shfl_xor_sync(ALL_LANES, row_sum[r], 1);
+        row_sum[r] += __shfl_xor_sync(ALL_LANES, row_sum[r], 2);
+        factors[r] = 1.0f / row_sum[r];
         const int i = row + r * 8;
         if (column == 0 && i < tokens) {
-            a.lse[int64_t(h) * a.packing.tokens + start + i] = (top[r] + log2f(total[r])) * LN_2;
+            a.lse[int64_t(h) * a.packing.tokens + start + i] = (row_max[r] + log2f(row_sum[r])) * LN_2;
         }
     }
-    write_rows<WIDTH>(static_cast<T*>(a.o) + wide(a, start + first + warp_row, h), stride, tokens - first - warp_row,
+    write_rows<WIDTH>(static_cast<T*>(a.o) + q_row(a, start + first + warp_row, h), stride, tokens - first - warp_row,
                       a.head_width, acc, factors);
 }
 
-constexpr int COLUMNS = 32;  // of a tile in backward, whose sums need the registers
+constexpr int COLUMNS = 32;  // of a tile in backward, which needs more registers for its sums
 
-// KEYS: rows are keys, columns queries, of all heads that share the keys; gives dk and dv. Otherwise gives dq.
+// With KEYS the rows are keys, the columns are the queries of all heads that share them, and the kernel
+// computes dk and dv. Otherwise the rows are queries, and it computes dq.
 template <class T, int WIDTH, bool KEYS>
 __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention a, bool vectors) {
     const int group = a.heads / a.kv_heads, warp_row = threadIdx.x / 32 * 16;
@@ -200,7 +203,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention a, bo
     if (first >= tokens) return;
     const uint32_t sequence = a.packing.numbers[blockIdx.z];
     const int last = min(first + ROWS, tokens) - 1;
-    // Columns from row − before to row + after are seen.
+    // The columns from row − before to row + after are visible.
     const int before = KEYS ? a.right : a.left, after = KEYS ? a.left : a.right;
     const int begin = max(0, first - before), end = min(tokens, last + after + 1);
     const int tiles = (end - begin + COLUMNS - 1) / COLUMNS, all_tiles = KEYS ? tiles * group : tiles;
@@ -215,17 +218,17 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention a, bo
     auto head_of = [&](int tile) { return KEYS ? int(blockIdx.y) * group + tile / tiles : int(blockIdx.y); };
     auto copy_tile = [&](int tile) {
         const int at = begin + tile % tiles * COLUMNS, h = head_of(tile), buffer = tile % 2 * TILE;
-        const int64_t from = KEYS ? wide(a, start + at, h) : narrow(a, start + at, h / group);
+        const int64_t from = KEYS ? q_row(a, start + at, h) : kv_row(a, start + at, h / group);
         const int64_t stride = KEYS ? q_stride : kv_stride;
         copy_rows<COLUMNS, WIDTH>(columns1.from(buffer, TILE), (KEYS ? q : k) + from, stride, end - at, a.head_width, vectors);
         copy_rows<COLUMNS, WIDTH>(columns2.from(buffer, TILE), (KEYS ? d_o : v) + from, stride, end - at, a.head_width,
                                   vectors);
         commit_copies();
     };
-    const int64_t own_stride = KEYS ? kv_stride : q_stride;
-    const int64_t own = KEYS ? narrow(a, start + first, blockIdx.y) : wide(a, start + first, blockIdx.y);
-    copy_rows<ROWS, WIDTH>(rows1, (KEYS ? k : q) + own, own_stride, tokens - first, a.head_width, vectors);
-    copy_rows<ROWS, WIDTH>(rows2, (KEYS ? v : d_o) + own, own_stride, tokens - first, a.head_width, vectors);
+    const int64_t row_stride = KEYS ? kv_stride : q_stride;
+    const int64_t row_start = KEYS ? kv_row(a, start + first, blockIdx.y) : q_row(a, start + first, blockIdx.y);
+    copy_rows<ROWS, WIDTH>(rows1, (KEYS ? k : q) + row_start, row_stride, tokens - first, a.head_width, vectors);
+    copy_rows<ROWS, WIDTH>(rows2, (KEYS ? v : d_o) + row_start, row_stride, tokens - first, a.head_width, vectors);
     copy_tile(0);
 
     const int row = first + warp_row + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -255,11 +258,9 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention a, bo
                     continue;
                 }
                 s[n][x] *= scale;
-                if (a.bias) {
-                    s[n][x] += LOG2_E * a.bias[h * (2 * a.reach + 1) + a.reach + max(-a.reach, min(a.reach, j - i))];
-                }
+                if (a.bias) s[n][x] += LOG2_E * a.bias_of(h, i, j);
                 const float p = exp2f(s[n][x] - LOG2_E * lse[i]);
-                const float factor = a.drops ? kept(a, sequence, h, tokens, i, j) : 1.0f;
+                const float factor = a.has_dropout ? dropout_factor(a, sequence, h, tokens, i, j) : 1.0f;
                 s[n][x] = p * factor;
                 ds[n][x] = p * (factor * ds[n][x] - delta[i]);
             }
@@ -270,10 +271,10 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention a, bo
     }
 
     const int left = tokens - first - warp_row;
-    const int64_t to = own + warp_row * own_stride;
-    write_rows<WIDTH>(static_cast<T*>(KEYS ? a.dk : a.dq) + to, own_stride, left, a.head_width, acc1, {a.scale, a.scale});
+    const int64_t to = row_start + warp_row * row_stride;
+    write_rows<WIDTH>(static_cast<T*>(KEYS ? a.dk : a.dq) + to, row_stride, left, a.head_width, acc1, {a.scale, a.scale});
     if constexpr (KEYS) {
-        write_rows<WIDTH>(static_cast<T*>(a.dv) + to, own_stride, left, a.head_width, acc2, {1.0f, 1.0f});
+        write_rows<WIDTH>(static_cast<T*>(a.dv) + to, row_stride, left, a.head_width, acc2, {1.0f, 1.0f});
     }
 }
 
@@ -298,7 +299,7 @@ static int backward_in(const Attention& a, cudaStream_t stream) {
     return launch(Launch(grid_for(a, a.kv_heads), THREADS, bytes, stream), attention_backward<T, WIDTH, true>, a, vectors);
 }
 
-static Launch a_warp_a_row(int64_t rows, cudaStream_t stream) {
+static Launch warp_per_row(int64_t rows, cudaStream_t stream) {
     return Launch(unsigned(ceil_div(rows, THREADS / 32)), THREADS, 0, stream);
 }
 
@@ -309,15 +310,15 @@ static int forward_of(const Attention& a, cudaStream_t stream) {
         if (a.head_width <= 64) return forward_in<T, 64>(a, stream);
         if (a.head_width <= 128) return forward_in<T, 128>(a, stream);
     }
-    return launch(a_warp_a_row(int64_t(a.packing.tokens) * a.heads, stream), plain_forward<T>, a);
+    return launch(warp_per_row(int64_t(a.packing.tokens) * a.heads, stream), scalar_forward<T>, a);
 }
 
 template <class T>
 static int backward_of(const Attention& a, cudaStream_t stream) {
     const int64_t queries = int64_t(a.packing.tokens) * a.heads, keys = int64_t(a.packing.tokens) * a.kv_heads;
-    int error = launch(a_warp_a_row(queries, stream), attention_delta<T>, a);
+    int error = launch(warp_per_row(queries, stream), attention_delta<T>, a);
     if (!error && a.dbias) {
-        const dim3 grid(unsigned(2 * a.reach + 1), unsigned(a.heads));
+        const dim3 grid(unsigned(2 * a.max_distance + 1), unsigned(a.heads));
         error = launch(Launch(grid, 256, 32 * sizeof(float), stream), bias_backward<T>, a);
     }
     if (error) return error;
@@ -326,8 +327,8 @@ static int backward_of(const Attention& a, cudaStream_t stream) {
         if (a.head_width <= 64) return backward_in<T, 64>(a, stream);
         if (a.head_width <= 128) return backward_in<T, 128>(a, stream);
     }
-    error = launch(a_warp_a_row(queries, stream), plain_backward<T, false>, a);
-    return error ? error : launch(a_warp_a_row(keys, stream), plain_backward<T, true>, a);
+    error = launch(warp_per_row(queries, stream), scalar_backward<T, false>, a);
+    return error ? error : launch(warp_per_row(keys, stream), scalar_backward<T, true>, a);
 }
 
 ENTRY(attention_forward, Attention) { WITH_TYPE(arguments->type, return forward_of<T>(*arguments, stream);) }

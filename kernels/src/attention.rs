@@ -1,15 +1,18 @@
-//! Attention inside each sequence of a packing: o = softmax(scale · q kᵀ, over what a token sees) v.
+//! Attention inside each sequence of a packing: o = softmax(scale · q kᵀ) v over the visible keys.
 //!
-//! Neither T×T scores nor those of a whole sequence are ever stored. A task takes one sequence and one key-value
-//! head, and walks its queries, and for them the visible keys, in tiles with an online softmax; forward keeps
-//! the log-sum-exp of each query, and backward computes the probabilities again from it (Dao, "FlashAttention-2", 2023):
+//! The scores are never stored as a whole, neither of all tokens nor of one sequence. A task computes one
+//! sequence and one key-value head. It iterates over tiles of queries and of visible keys with an online
+//! softmax. Forward stores the log-sum-exp of each query; backward recomputes the probabilities from it (Dao,
+//! "FlashAttention-2", 2023):
 //!
 //! ```text
-//! p = exp(s − lse)    dv = pᵀ do    ds = p ∘ (do vᵀ − rowsum(do ∘ o))    dq = scale · ds k    dk = scale · dsᵀ q
+//! p = exp(s − lse)    dv = pᵀ do    ds = p ∘ (do vᵀ − rowsum(do ∘ o))
+//! dq = scale · ds k    dk = scale · dsᵀ q
 //! ```
 //!
-//! A bias by the distance from query to key (T5, MPNet) is added to the scores where one is given; its gradient is the sum
-//! of ds over all pairs at that distance, per text first and then over the texts in their order.
+//! An optional relative position bias (T5, MPNet) is added to the scores. It depends on the distance from
+//! query to key; its gradient is the sum of ds over all pairs at that distance, first within each sequence,
+//! then over the sequences in their order.
 
 #[cfg(any(test, gpu))]
 pub(crate) mod gpu;
@@ -26,27 +29,30 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What token i of a sequence sees: token j of the same sequence with i − left ≤ j ≤ i + right.
+/// The shape, the window and the dropout of an attention layer.
+///
+/// Token i attends to token j of the same sequence if i − left ≤ j ≤ i + right; flash-attn calls this pair
+/// `window_size`.
 #[derive(Clone, Debug)]
 pub struct Attention {
-    /// H.
+    /// H, the number of query heads.
     pub heads: usize,
-    /// G, a divisor of H: query head h looks at key-value head h / (H/G).
+    /// G, the number of key-value heads. It divides H, and query head h uses key-value head h / (H/G).
     pub kv_heads: usize,
-    /// K.
+    /// K, the size of a head.
     pub head_width: usize,
-    /// Factor of q kᵀ, usually 1/√K.
+    /// The factor of q kᵀ, usually 1/√K.
     pub scale: f32,
-    /// How far back; `None`: no limit.
+    /// The number of visible tokens before the query; `None` sets no limit.
     pub left: Option<usize>,
-    /// How far ahead; `Some(0)` is causal.
+    /// The number of visible tokens after the query; `None` sets no limit, and `Some(0)` is causal.
     pub right: Option<usize>,
-    /// Of the probabilities. Element (h·S + i)·S + j of a sequence of S tokens.
+    /// Dropout of the probabilities. In a sequence of S tokens the element index is (h·S + i)·S + j.
     pub dropout: Option<Dropout>,
 }
 
 impl Attention {
-    /// The keys that query `i` of `tokens` sees.
+    /// The keys that query `i` of a sequence of `tokens` tokens attends to.
     #[inline(always)]
     fn visible(&self, i: usize, tokens: usize) -> Range<usize> {
         let start = self.left.map_or(0, |left| i.saturating_sub(left));
@@ -55,7 +61,12 @@ impl Attention {
     }
 }
 
-/// o (T, H·K) and each query's log-sum-exp (H, T), from q (T, H·K), k and v (T, G·K).
+/// Returns o `(T, H·K)` and the log-sum-exp of each query `(H, T)`, from q `(T, H·K)`, k and v, both
+/// `(T, G·K)`.
+///
+/// # Errors
+/// If a shape differs from the above, the heads are not a multiple of the key-value heads, or a tensor is not
+/// contiguous f32 (on a GPU: not contiguous, or not of the type of q).
 pub fn forward(
     q: &Tensor,
     k: &Tensor,
@@ -63,15 +74,15 @@ pub fn forward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(q.device()) {
-        return gpu::forward(q, k, v, None, packing, attention);
-    }
-    forward_in(TILES, q, k, v, None, packing, attention)
+    forward_any(q, k, v, None, packing, attention)
 }
 
-/// As [`forward`], with `bias` (H, 2·W + 1) added to the scores: column W + d at the distance d from query to key, where
-/// distances beyond W count as W. Heads do not share keys.
+/// Like [`forward`], with the relative position bias `bias` `(H, 2·W + 1)` added to the scores.
+///
+/// Column W + d holds the bias at the distance d = j − i from query i to key j. Distances are clamped to ±W.
+///
+/// # Errors
+/// As [`forward`], and if `bias` has an even number of columns or H is not G.
 pub fn forward_biased(
     q: &Tensor,
     k: &Tensor,
@@ -80,15 +91,16 @@ pub fn forward_biased(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(q.device()) {
-        return gpu::forward(q, k, v, Some(bias), packing, attention);
-    }
-    forward_in(TILES, q, k, v, Some(bias), packing, attention)
+    forward_any(q, k, v, Some(bias), packing, attention)
 }
 
-/// dq (T, H·K), dk and dv (T, G·K), from what [`forward`] took and returned, and dL/do (T, H·K).
-#[expect(clippy::too_many_arguments, reason = "they are the formula's")]
+/// Backward pass of [`forward`]: returns dq `(T, H·K)`, dk and dv, both `(T, G·K)`.
+///
+/// `d_o` `(T, H·K)` is the gradient of o. The other arguments are those of [`forward`] and its results.
+///
+/// # Errors
+/// As [`forward`].
+#[expect(clippy::too_many_arguments, reason = "the formula has as many terms")]
 pub fn backward(
     q: &Tensor,
     k: &Tensor,
@@ -99,17 +111,16 @@ pub fn backward(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(q.device()) {
-        let (dq, dk, dv, _) = gpu::backward([q, k, v, o, lse, d_o], None, packing, attention)?;
-        return Ok((dq, dk, dv));
-    }
-    let (dq, dk, dv, _) = backward_in(TILES, [q, k, v, o, lse, d_o], None, packing, attention)?;
+    let (dq, dk, dv, _) = backward_any([q, k, v, o, lse, d_o], None, packing, attention)?;
     Ok((dq, dk, dv))
 }
 
-/// As [`backward`], of [`forward_biased`]; the gradient of the bias (H, 2·W + 1) is the fourth.
-#[expect(clippy::too_many_arguments, reason = "they are the formula's")]
+/// Backward pass of [`forward_biased`]: returns dq, dk and dv like [`backward`], and the gradient of the bias
+/// `(H, 2·W + 1)`.
+///
+/// # Errors
+/// As [`forward_biased`].
+#[expect(clippy::too_many_arguments, reason = "the formula has as many terms")]
 pub fn backward_biased(
     q: &Tensor,
     k: &Tensor,
@@ -121,24 +132,57 @@ pub fn backward_biased(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor, Tensor)> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(q.device()) {
-        return match gpu::backward([q, k, v, o, lse, d_o], Some(bias), packing, attention)? {
-            (dq, dk, dv, Some(dbias)) => Ok((dq, dk, dv, dbias)),
-            _ => bail!("attention with a bias has the bias's gradient"),
-        };
+    match backward_any([q, k, v, o, lse, d_o], Some(bias), packing, attention)? {
+        (dq, dk, dv, Some(dbias)) => Ok((dq, dk, dv, dbias)),
+        _ => bail!("the backward pass of attention with a bias returned no gradient of the bias"),
     }
-    backward_in(TILES, [q, k, v, o, lse, d_o], Some(bias), packing, attention)
 }
 
-/// The size of a tile of scores. Queries: a multiple of every vector's lanes.
+/// Checks the arguments and computes [`forward`] or [`forward_biased`] on the device of q.
+fn forward_any(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: Option<&Tensor>,
+    packing: &Packing,
+    attention: &Attention,
+) -> Result<(Tensor, Tensor)> {
+    check(attention, packing, [q, k, v], bias)?;
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
+        return gpu::forward(q, k, v, bias, packing, attention);
+    }
+    forward_in(TILES, q, k, v, bias, packing, attention)
+}
+
+/// Checks the arguments and computes [`backward`] or [`backward_biased`] on the device of q. The fourth
+/// result is the gradient of the bias, if there is one.
+fn backward_any(
+    tensors: [&Tensor; 6],
+    bias: Option<&Tensor>,
+    packing: &Packing,
+    attention: &Attention,
+) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>)> {
+    let [q, k, v, o, lse, d_o] = tensors;
+    check(attention, packing, [q, k, v], bias)?;
+    expect_shape("o", o, q.dims())?;
+    expect_shape("d_o", d_o, q.dims())?;
+    expect_shape("lse", lse, &[attention.heads, packing.tokens()])?;
+    #[cfg(gpu)]
+    if crate::gpu::runs(q.device()) {
+        return gpu::backward(tensors, bias, packing, attention);
+    }
+    backward_in(TILES, tensors, bias, packing, attention)
+}
+
+/// The size of a tile of scores. `queries` must be a multiple of the lanes of every vector width.
 #[derive(Clone, Copy)]
 struct Tiles {
     queries: usize,
     keys: usize,
 }
 
-/// 16 KiB of scores: with the keys and values beside them they stay in the first cache.
+/// 16 KiB of scores, which fit into the L1 cache together with the keys and values of the tile.
 const TILES: Tiles = Tiles { queries: 32, keys: 128 };
 
 fn forward_in(
@@ -150,8 +194,7 @@ fn forward_in(
     packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
-    check(attention, packing, q, k, v)?;
-    let columns = columns(bias, attention)?;
+    let columns = columns(bias);
     let bias = bias.map(read::<f32>).transpose()?;
     let (q, k, v) = (read::<f32>(q)?, read::<f32>(k)?, read::<f32>(v)?);
     let bias = bias.as_deref().unwrap_or_default();
@@ -162,7 +205,8 @@ fn forward_in(
     job.for_each_head(|head, scratch| {
         simd::dispatch(Forward { job: &job, head, scratch, o: &o_shared, lse: &lse_shared });
     });
-    // SAFETY: every token of every head belongs to one task, which has written its row of o and its lse.
+    // SAFETY: each token and head belongs to exactly one task, which has written its row of o and its
+    // log-sum-exp.
     let (o, lse) = unsafe { (o.written(), lse.written()) };
     Ok((tensor(o, (tokens, heads * width))?, tensor(lse, (heads, tokens))?))
 }
@@ -173,22 +217,18 @@ fn backward_in(
     bias: Option<&Tensor>,
     packing: &Packing,
     attention: &Attention,
-) -> Result<(Tensor, Tensor, Tensor, Tensor)> {
-    check(attention, packing, q, k, v)?;
-    let columns = columns(bias, attention)?;
+) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>)> {
+    let (columns, bias_shape) = (columns(bias), bias.map(Tensor::shape));
     let bias = bias.map(read::<f32>).transpose()?;
     let bias = bias.as_deref().unwrap_or_default();
     let (tokens, heads, width) = (packing.tokens(), attention.heads, attention.head_width);
-    expect_shape("o", o, &[tokens, heads * width])?;
-    expect_shape("d_o", d_o, &[tokens, heads * width])?;
-    expect_shape("lse", lse, &[heads, tokens])?;
     let kv_width = attention.kv_heads * width;
     let (q, k, v) = (read::<f32>(q)?, read::<f32>(k)?, read::<f32>(v)?);
     let (o, lse, d_o) = (read::<f32>(o)?, read::<f32>(lse)?, read::<f32>(d_o)?);
     let job = Job { attention, packing, tiles, q: &q, k: &k, v: &v, bias, columns };
     let mut dq = New::of(tokens * heads * width);
     let (mut dk, mut dv) = (New::of(tokens * kv_width), New::of(tokens * kv_width));
-    // Of each text and head.
+    // One gradient for each sequence and head.
     let mut dbias = New::zeros(packing.sequences() * bias.len());
     let (dq_shared, dk_shared, dv_shared) = (dq.shared(), dk.shared(), dv.shared());
     let dbias_shared = dbias.shared();
@@ -196,7 +236,8 @@ fn backward_in(
         let (dq, dk, dv, dbias) = (&dq_shared, &dk_shared, &dv_shared, &dbias_shared);
         simd::dispatch(Backward { job: &job, head, scratch, o: &o, lse: &lse, d_o: &d_o, dq, dk, dv, dbias });
     });
-    // SAFETY: every token of every head belongs to one task, which has written its rows of all three.
+    // SAFETY: each token and head belongs to exactly one task, which has written its rows of all three
+    // gradients.
     let (dq, dk, dv) = unsafe { (dq.written(), dk.written(), dv.written()) };
     let mut sum = vec![0f32; bias.len()];
     for text in dbias.elements.chunks_exact(bias.len().max(1)) {
@@ -206,14 +247,21 @@ fn backward_in(
         tensor(dq, (tokens, heads * width))?,
         tensor(dk, (tokens, kv_width))?,
         tensor(dv, (tokens, kv_width))?,
-        tensor(sum, (bias.len() / columns.max(1), columns))?,
+        bias_shape.map(|shape| tensor(sum, shape)).transpose()?,
     ))
 }
 
-fn check(attention: &Attention, packing: &Packing, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+fn check(
+    attention: &Attention,
+    packing: &Packing,
+    [q, k, v]: [&Tensor; 3],
+    bias: Option<&Tensor>,
+) -> Result<()> {
     let Attention { heads, kv_heads, head_width, .. } = *attention;
     if heads == 0 || kv_heads == 0 || head_width == 0 || heads % kv_heads != 0 {
-        bail!("{heads} heads of width {head_width} cannot share {kv_heads} key-value heads");
+        bail!(
+            "{heads} heads of size {head_width} cannot share {kv_heads} key-value heads, expected a multiple"
+        );
     }
     if let Some(dropout) = attention.dropout {
         dropout.check()?;
@@ -222,25 +270,24 @@ fn check(attention: &Attention, packing: &Packing, q: &Tensor, k: &Tensor, v: &T
     expect_shape("q", q, &[tokens, heads * head_width])?;
     expect_shape("k", k, &[tokens, kv_heads * head_width])?;
     expect_shape("v", v, &[tokens, kv_heads * head_width])?;
-    Ok(())
-}
-
-/// 2·W + 1 of a bias (H, 2·W + 1); 0 without.
-fn columns(bias: Option<&Tensor>, attention: &Attention) -> Result<usize> {
-    let Some(bias) = bias else { return Ok(0) };
-    let Attention { heads, kv_heads, .. } = *attention;
+    let Some(bias) = bias else { return Ok(()) };
     let (_, columns) = matrix("bias", bias)?;
     expect_shape("bias", bias, &[heads, columns])?;
     if columns.is_multiple_of(2) {
-        bail!("`bias` has {columns} columns, expected an odd number: as many distances back as ahead");
+        bail!("`bias` has {columns} columns, expected an odd number, 2·W + 1 for the distances −W to W");
     }
     if heads != kv_heads {
-        bail!("{heads} heads share {kv_heads} key-value heads, which a bias by distance does not support");
+        bail!("a relative position bias needs as many key-value heads as heads, got {kv_heads} and {heads}");
     }
-    Ok(columns)
+    Ok(())
 }
 
-/// What all tasks read.
+/// The number of columns of a bias `(H, 2·W + 1)`; 0 without a bias.
+fn columns(bias: Option<&Tensor>) -> usize {
+    bias.map_or(0, |bias| bias.dims()[1])
+}
+
+/// The inputs of all tasks of one call.
 struct Job<'a> {
     attention: &'a Attention,
     packing: &'a Packing,
@@ -248,12 +295,12 @@ struct Job<'a> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
-    /// (H, columns), empty without.
+    /// (H, columns), empty without a bias.
     bias: &'a [f32],
     columns: usize,
 }
 
-/// One task: key-value head `g` of sequence `n`, which starts at token `start`.
+/// One task: key-value head `g` of sequence `n`, which has `tokens` tokens from token `start` on.
 #[derive(Clone, Copy)]
 struct Head {
     n: usize,
@@ -262,14 +309,24 @@ struct Head {
     tokens: usize,
 }
 
+/// The queries of one tile of scores, and the keys that at least one of them sees.
+struct Block {
+    /// The first row of the head's queries.
+    first: usize,
+    /// The number of queries, which are the lanes of the tile's vectors.
+    lanes: usize,
+    keys: Range<usize>,
+}
+
 impl Job<'_> {
-    /// H/G.
+    /// H/G, the number of query heads that share a key-value head.
     #[inline(always)]
     fn group(&self) -> usize {
         self.attention.heads / self.attention.kv_heads
     }
 
-    /// Where row `r` of a head's queries lies in q: rows are the tokens, and for each the heads of the group.
+    /// The offset in q of row `r` of a head's queries. The rows are ordered by token, then by query head of
+    /// the group.
     #[inline(always)]
     fn query(&self, head: Head, r: usize) -> usize {
         let (token, member) = self.token_and_member(r);
@@ -277,32 +334,52 @@ impl Job<'_> {
         ((head.start + token) * a.heads + head.g * self.group() + member) * a.head_width
     }
 
-    /// Where row `r` of a head's queries lies in lse.
+    /// The offset in lse of row `r` of a head's queries.
     #[inline(always)]
     fn query_sum(&self, head: Head, r: usize) -> usize {
         let (token, member) = self.token_and_member(r);
         (head.g * self.group() + member) * self.packing.tokens() + head.start + token
     }
 
+    /// The token of row `r` of a head's queries, and its query head within the group.
     #[inline(always)]
     fn token_and_member(&self, r: usize) -> (usize, usize) {
         let group = self.group();
         if group == 1 { (r, 0) } else { (r / group, r % group) }
     }
 
-    /// Where key `j` of a head lies in k and v.
+    /// The offset of key `j` of a head in k and in v.
     #[inline(always)]
     fn key(&self, head: Head, j: usize) -> usize {
         ((head.start + j) * self.attention.kv_heads + head.g) * self.attention.head_width
     }
 
-    /// From one row of k to the next.
+    /// The distance between two rows of k, and of v, in elements.
     #[inline(always)]
     fn key_stride(&self) -> usize {
         self.attention.kv_heads * self.attention.head_width
     }
 
-    /// Runs `f` for every sequence and key-value head, the longest first; each thread takes the next when it is done.
+    /// The blocks that the queries of a head are cut into.
+    #[inline(always)]
+    fn blocks(&self, head: Head) -> impl Iterator<Item = Block> {
+        let rows = head.tokens * self.group();
+        (0..rows).step_by(self.tiles.queries).map(move |first| {
+            let lanes = self.tiles.queries.min(rows - first);
+            let visible = |r| self.attention.visible(self.token_and_member(r).0, head.tokens);
+            Block { first, lanes, keys: visible(first).start..visible(first + lanes - 1).end }
+        })
+    }
+
+    /// The keys of a block, one tile at a time.
+    #[inline(always)]
+    fn key_tiles(&self, block: &Block) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (end, step) = (block.keys.end, self.tiles.keys);
+        block.keys.clone().step_by(step).map(move |start| start..end.min(start + step))
+    }
+
+    /// Calls `f` for each sequence and key-value head, the longest sequences first. A thread that is done
+    /// takes the next task.
     fn for_each_head(&self, f: impl Fn(Head, &mut Vec<f32>) + Sync) {
         let kv_heads = self.attention.kv_heads;
         let mut sequences: Vec<(usize, Range<usize>)> =
@@ -321,7 +398,7 @@ impl Job<'_> {
                 }
             });
         };
-        // Below some microseconds of work, waking a thread takes longer.
+        // Waking a thread takes longer than a few microseconds of work.
         let threads = rayon::current_num_threads().min(tasks).min(total / (64 * simd::GRAIN) + 1);
         if threads < 2 {
             run();
@@ -331,19 +408,19 @@ impl Job<'_> {
     }
 }
 
-/// A new tensor, written in disjoint pieces by several tasks.
+/// The memory of a new tensor that several tasks write in disjoint pieces.
 struct New {
     elements: Vec<f32>,
     len: usize,
 }
 
-/// The place of a [`New`] tensor.
+/// The address of a [`New`] tensor, which the tasks share.
 struct Shared {
     start: *mut f32,
     len: usize,
 }
 
-// SAFETY: only `write` touches the memory, and its callers keep to pieces of their own.
+// SAFETY: only `write` accesses the memory, and its callers write disjoint pieces.
 unsafe impl Sync for Shared {}
 
 impl New {
@@ -359,25 +436,27 @@ impl New {
         Shared { start: self.elements.as_mut_ptr(), len: self.len }
     }
 
+    /// Returns the elements.
+    ///
     /// # Safety
-    /// Every element has been written.
+    /// Every element must have been written.
     unsafe fn written(mut self) -> Vec<f32> {
-        // SAFETY: the capacity is at least `len`, and the caller vouches for the elements.
+        // SAFETY: the capacity is at least `len`, and the caller guarantees that the elements are written.
         unsafe { self.elements.set_len(self.len) };
         self.elements
     }
 }
 
 impl Shared {
-    /// Writes `values`, each times `scale`, from element `at` on.
+    /// Writes `values`, multiplied by `scale`, from element `at` on.
     ///
     /// # Safety
-    /// No other thread reads or writes these elements.
+    /// No other thread may read or write these elements.
     #[inline(always)]
     unsafe fn write(&self, at: usize, values: &[f32], scale: f32) {
         assert!(at + values.len() <= self.len);
         for (i, value) in values.iter().enumerate() {
-            // SAFETY: inside the capacity by the assertion.
+            // SAFETY: the assertion has checked that the elements lie within the capacity.
             unsafe { self.start.add(at + i).write(value * scale) };
         }
     }

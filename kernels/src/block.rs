@@ -1,33 +1,35 @@
-//! The microkernel of the ops' products on a CPU, of `matmul` and of `tile`: a block of C stays in registers while rows of B stream past,
-//! and elements of A are broadcast from wherever they lie.
+//! The microkernel of the matrix products of `matmul` and `tile` on a CPU.
+//!
+//! It keeps a block of C in registers, loads the rows of B as vectors, and broadcasts the elements of A.
 
 use pulp::Simd;
 
-/// Rows of the highest block.
+/// The rows of the highest block.
 pub(crate) const MOST_ROWS: usize = 12;
-/// Rows of the highest block that is two vectors wide, where there are 16 registers.
+/// The rows of the highest block that is two vectors wide, on processors with 16 vector registers.
 pub(crate) const MOST_ROWS_OF_16: usize = 6;
 
-/// Rows of a block two vectors wide, as many as leave registers for a row of B and an element of A.
+/// The rows of the highest block that is two vectors wide. It leaves registers for a row of B and an element
+/// of A.
 pub(crate) const fn rows_of_pair<S: Simd>() -> usize {
     if S::REGISTER_COUNT >= 32 { MOST_ROWS } else { MOST_ROWS_OF_16 }
 }
 
-/// Whether this is the block that nearly all of a large product is made of.
+/// Whether a block has the size that is used for nearly all of a large product.
 const fn fills_the_registers<S: Simd>(height: usize, width: usize) -> bool {
     width == 2 && height == rows_of_pair::<S>()
 }
 
-/// What the sums of a block are added to.
+/// What the sums of a block are added to: `Start` of `matmul` as a pointer.
 #[derive(Clone, Copy)]
-pub(crate) enum Onto {
-    /// So many times C, which is not read if that is 0.
-    Kept(f32),
-    /// This row, in each row of C.
-    Row(*const f32),
+pub(crate) enum RawStart {
+    /// beta · C; C is not read if beta is 0.
+    Beta(f32),
+    /// The same row in each row of C.
+    Bias(*const f32),
 }
 
-/// A block of C with its rows of A and its columns of B. Rows of B and C are contiguous, A has any strides.
+/// A block of C with its rows of A and its columns of B. Rows of B and C are contiguous; A has any strides.
 #[derive(Clone, Copy)]
 pub(crate) struct Block {
     pub(crate) k: usize,
@@ -38,27 +40,27 @@ pub(crate) struct Block {
     pub(crate) b_row: usize,
     pub(crate) c: *mut f32,
     pub(crate) c_row: usize,
-    pub(crate) onto: Onto,
-    /// Times the sums, before they are added.
-    pub(crate) scale: f32,
+    pub(crate) start: RawStart,
+    /// The factor of the sums.
+    pub(crate) alpha: f32,
 }
 
 impl Block {
-    /// Computes `height` rows of WIDTH vectors.
+    /// Computes the block, which has `height` rows of WIDTH vectors.
     ///
     /// # Safety
-    /// That many rows of A and C, `k` columns of A and rows of B, and WIDTH vectors from the pointers of B, C and the row that
-    /// C starts as must lie in memory that is valid to read, and C's to write.
+    /// `height` rows and `k` columns of A, `k` rows of WIDTH vectors of B, `height` rows of WIDTH vectors of
+    /// C, and WIDTH vectors of a bias must be valid for reads, and those of C for writes.
     ///
     /// # Panics
-    /// If the block is higher than [`MOST_ROWS`] or, two vectors wide, than [`rows_of_pair`].
+    /// If the block is higher than [`MOST_ROWS`], or is two vectors wide and higher than [`rows_of_pair`].
     #[inline(always)]
     pub(crate) unsafe fn compute<S: Simd, const WIDTH: usize>(self, simd: S, height: usize) {
         macro_rules! height {
             ($($h:literal),*) => {
                 match height {
                     $($h if WIDTH == 1 || $h <= rows_of_pair::<S>() => {
-                        // SAFETY: handed on.
+                        // SAFETY: the caller guarantees the same.
                         unsafe { self.rows::<S, $h, WIDTH>(simd) }
                     })*
                     _ => unreachable!("a block of {height} rows"),
@@ -68,31 +70,33 @@ impl Block {
         height!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
     }
 
+    /// [`Self::compute`] for a constant height.
+    ///
     /// # Safety
-    /// As [`Self::compute`], of HEIGHT rows.
+    /// As [`Self::compute`].
     #[inline(always)]
     unsafe fn rows<S: Simd, const HEIGHT: usize, const WIDTH: usize>(self, simd: S) {
         self.fetch(HEIGHT, WIDTH * S::F32_LANES);
-        // SAFETY: handed on.
+        // SAFETY: the caller guarantees the same.
         let sums = unsafe {
             match self.a_row {
-                // The distances of rows that lie beside each other are then part of the instructions.
+                // A constant distance of the rows becomes part of the instructions.
                 1 if fills_the_registers::<S>(HEIGHT, WIDTH) => self.sums::<S, HEIGHT, WIDTH>(simd, 1),
                 a_row => self.sums::<S, HEIGHT, WIDTH>(simd, a_row),
             }
         };
-        // One loop for all that sums are added to: more would be most of the code.
-        let (base, base_row, keep) = match self.onto {
-            Onto::Kept(keep) => (self.c.cast_const(), self.c_row, keep),
-            Onto::Row(row) => (row, 0, 1.0),
+        // One loop for both variants of `start`, because two of them would double the code.
+        let (base, base_row, beta) = match self.start {
+            RawStart::Beta(beta) => (self.c.cast_const(), self.c_row, beta),
+            RawStart::Bias(row) => (row, 0, 1.0),
         };
-        let (factor, scale) = (simd.splat_f32s(keep), simd.splat_f32s(self.scale));
+        let (factor, alpha) = (simd.splat_f32s(beta), simd.splat_f32s(self.alpha));
         for (i, row) in sums.into_iter().enumerate() {
             for (j, sum) in row.into_iter().enumerate() {
-                let sum = simd.mul_f32s(scale, sum);
-                // SAFETY: C holds the block, as does the row; what is unaligned is read and written as such.
+                let sum = simd.mul_f32s(alpha, sum);
+                // SAFETY: the caller guarantees that C and the bias are valid; the accesses are unaligned.
                 unsafe {
-                    let value = if keep == 0.0 {
+                    let value = if beta == 0.0 {
                         sum
                     } else {
                         let base = base.add(i * base_row).cast::<S::f32s>().add(j).read_unaligned();
@@ -104,14 +108,15 @@ impl Block {
         }
     }
 
-    /// Has C brought to the first cache meanwhile: what is added to it would else wait for it.
+    /// Prefetches C into the L1 cache during the computation of the sums, which are added to it.
     #[inline(always)]
     fn fetch(self, rows: usize, columns: usize) {
         #[cfg(target_arch = "x86_64")]
         for i in 0..rows {
             use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             let row = self.c.wrapping_add(i * self.c_row);
-            // SAFETY: nothing is read, and any address is allowed. A row of a block begins and ends in two lines at most.
+            // SAFETY: a prefetch does not access memory, so any address is allowed. A row spans at most two
+            // cache lines.
             unsafe {
                 _mm_prefetch::<_MM_HINT_T0>(row.cast());
                 _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(columns - 1).cast());
@@ -121,8 +126,10 @@ impl Block {
         let _ = (rows, columns);
     }
 
+    /// Computes the sums of the block in registers.
+    ///
     /// # Safety
-    /// As [`Self::rows`], of A and B.
+    /// As [`Self::rows`], for A and B.
     #[inline(always)]
     unsafe fn sums<S: Simd, const HEIGHT: usize, const WIDTH: usize>(
         self,
@@ -131,10 +138,10 @@ impl Block {
     ) -> [[S::f32s; WIDTH]; HEIGHT] {
         let mut sums = [[simd.splat_f32s(0.0); WIDTH]; HEIGHT];
         let (mut column, mut b) = (0, self.b);
-        // Not a closure, which would be called rather than inlined.
+        // A macro, because the compiler does not inline a closure here.
         macro_rules! step {
             () => {
-                // SAFETY: see above; unaligned reads.
+                // SAFETY: the caller guarantees that A and B are valid; the reads are unaligned.
                 unsafe {
                     let mut vectors = [simd.splat_f32s(0.0); WIDTH];
                     for (j, vector) in vectors.iter_mut().enumerate() {
@@ -151,7 +158,7 @@ impl Block {
                 b = b.wrapping_add(self.b_row);
             };
         }
-        // Four at a time only in this block: of all they would take minutes to compile.
+        // Only this block size is unrolled by four; unrolling all sizes would take minutes to compile.
         let fours = if fills_the_registers::<S>(HEIGHT, WIDTH) { self.k / 4 } else { 0 };
         for _ in 0..fours {
             step!();
@@ -165,20 +172,21 @@ impl Block {
         sums
     }
 
-    /// Writes to the first elements of row `i` what [`Self::compute`] would with `sums`: for a block that reaches beyond C.
+    /// Writes the first elements of row `i` from `sums`, like [`Self::compute`], for a block that extends
+    /// beyond C.
     ///
     /// # Safety
-    /// As many elements of C, and of the row that it starts as, are valid.
+    /// `sums.len()` elements of row `i` of C and of a bias must be valid.
     pub(crate) unsafe fn write_row(self, i: usize, sums: &[f32]) {
         for (j, &sum) in sums.iter().enumerate() {
-            // SAFETY: see above.
+            // SAFETY: the caller guarantees that these elements are valid.
             unsafe {
                 let c = self.c.add(i * self.c_row + j);
-                let sum = self.scale * sum;
-                *c = match self.onto {
-                    Onto::Kept(0.0) => sum,
-                    Onto::Kept(keep) => keep * *c + sum,
-                    Onto::Row(row) => *row.add(j) + sum,
+                let sum = self.alpha * sum;
+                *c = match self.start {
+                    RawStart::Beta(0.0) => sum,
+                    RawStart::Beta(beta) => beta * *c + sum,
+                    RawStart::Bias(row) => *row.add(j) + sum,
                 };
             }
         }

@@ -1,7 +1,8 @@
-// What the kernels share: types, vectors of 16 bytes, sums over a block, tensor-core tiles, random numbers.
+// Definitions that all kernels use: element types, vector loads, sums over a block, random numbers.
 //
-// The same source runs on a GPU and, compiled by a C++ compiler, on the emulator. So shared memory is taken from an
-// `Arena` and reached through `Shared`, and the instructions that C++ does not have stand here, once for each machine.
+// The same source runs on a GPU and, compiled by a C++ compiler, on the emulator. So kernels allocate shared
+// memory from an `Arena` and access it through `Shared`. Instructions that C++ does not have are defined
+// twice: here and in emulator.hpp.
 #pragma once
 
 #include <stdint.h>
@@ -28,7 +29,7 @@ struct Shared {
 
 extern __shared__ __align__(16) char shared_memory[];
 
-// The dynamic shared memory of a block, handed out from its start.
+// Allocates the dynamic shared memory of a block from its start.
 struct Arena {
     size_t next = 0;
     template <class T>
@@ -63,10 +64,10 @@ int launch(const Launch& how, void (*kernel)(P...), A... arguments) {
 typedef __nv_bfloat16 bf16;
 typedef __half f16;
 
-// The element types, as they are numbered in the arguments of an entry.
+// The numbers of the element types in the arguments of an entry: `dtype_code` of gpu.rs.
 enum Type { F32, BF16, F16 };
 
-// Runs the expression with `T` the element type that `type` stands for.
+// Runs the statements with `T` defined as the element type with the number `type`.
 #define WITH_TYPE(type, ...)                  \
     switch (type) {                           \
         case F32: {                           \
@@ -87,13 +88,13 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 __host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks for `count` threads that go on with the next ones when they are done: enough to fill any GPU.
+// The number of blocks for `count` elements in a grid-stride loop; at most 4096, which fills any GPU.
 inline unsigned blocks_for(int64_t count, int threads) {
     const int64_t blocks = ceil_div(count, threads);
     return unsigned(blocks < 4096 ? blocks : 4096);
 }
 
-// f32 and back, rounded to nearest.
+// Conversion to f32 and back, rounded to nearest.
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
@@ -112,13 +113,14 @@ __device__ __forceinline__ f16 from_float<f16>(float x) {
     return __float2half_rn(x);
 }
 
-// N elements that are read or written by one instruction.
+// N elements that one instruction reads or writes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
     T at[N];
 };
 
-// N elements as f32, from an address that 16 bytes divide, or those of all N where that is less.
+// Loads N elements and converts them to f32. The address must be a multiple of 16 bytes, or of the size of
+// the N elements if that is less.
 template <int N, class T>
 __device__ __forceinline__ void load(const T* p, float (&x)[N]) {
     if constexpr (sizeof(T) * N > 16) {
@@ -136,6 +138,7 @@ __device__ __forceinline__ void load(const T* p, float (&x)[N]) {
     }
 }
 
+// Converts N elements from f32 and stores them. The address must be aligned as for `load`.
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const float (&x)[N]) {
     if constexpr (sizeof(T) * N > 16) {
@@ -154,20 +157,21 @@ __device__ __forceinline__ void store(T* p, const float (&x)[N]) {
     }
 }
 
-// How many elements of a row one access can take: 16 bytes where the rows of all pointers allow it, else one.
+// Whether rows of `width` elements at all these addresses can be accessed as vectors of 16 bytes.
 template <class T, class... Pointers>
 bool whole_vectors(int64_t width, const Pointers*... pointers) {
     return width % (16 / sizeof(T)) == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
+// The sum of x over the lanes of a warp.
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ALL_LANES, x, lanes);
     return x;
 }
 
-// The sums of N numbers over a block of one dimension, in a fixed order. `scratch` has 32 · N elements and is free again
-// afterwards.
+// The sums of N numbers over the threads of a one-dimensional block, in a fixed order. `scratch` has 32 · N
+// elements and can be reused afterwards.
 template <int N>
 __device__ __forceinline__ void sum_of_block(float (&x)[N], Shared<float> scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -185,7 +189,7 @@ __device__ __forceinline__ void sum_of_block(float (&x)[N], Shared<float> scratc
     __syncthreads();
 }
 
-// The four words of Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) of a counter.
+// The four words that Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) computes from a counter.
 struct Words {
     uint32_t at[4];
 };
@@ -205,13 +209,13 @@ __device__ __forceinline__ Words philox(uint32_t a, uint32_t b, uint32_t c, uint
     return {{a, b, c, d}};
 }
 
-// One dropout, as in dropout.rs; it keeps everything while `threshold` is 0.
+// One dropout, see dropout.rs. A `threshold` of 0 keeps every element.
 struct Dropout {
     uint32_t seed_low, seed_high, step, site;
     uint32_t threshold;  // p · 2^32
     float kept;          // 1/(1 − p)
 
-    // The random words of elements 4 · block to 4 · block + 3 of a sequence.
+    // The random words of the elements 4 · block to 4 · block + 3 of a sequence.
     __device__ __forceinline__ Words words(uint32_t sequence, uint32_t block) const {
         return philox(block, site, sequence, step, seed_low, seed_high);
     }
@@ -223,8 +227,8 @@ struct Dropout {
     }
 };
 
-// A chunk's sequences on the device: token t is at `positions[t]` of sequence `sequences[t]`, whose rows are
-// `offsets[n]..offsets[n + 1]` and whose number in the global batch is `numbers[n]`.
+// The packing of a chunk on the device. Token t is at position `positions[t]` of sequence `sequences[t]`.
+// Sequence n has the rows `offsets[n]..offsets[n + 1]` and the index `numbers[n]` in the global batch.
 struct Packing {
     const uint32_t* offsets;    // (N+1)
     const uint32_t* numbers;    // (N)

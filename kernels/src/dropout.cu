@@ -1,4 +1,4 @@
-// Dropout as a pure function of where an element stands; see dropout.rs. The same bits as on a CPU.
+// Dropout as a pure function of the element, with the same mask as on a CPU; see dropout.rs.
 
 #include "common.cuh"
 
@@ -7,10 +7,10 @@ struct DropoutApply {
     void* y;        // (T, D)
     Packing packing;
     Dropout dropout;
-    int32_t width, type, add;  // add: y += drop(x)
+    int32_t width, type, add;  // add: y += dropout(x)
 };
 
-// V is 1 or a multiple of 4: then it takes whole blocks of Philox.
+// V is 1, or a multiple of 4 to use all four words of a Philox counter.
 template <class T, int V>
 __global__ void dropout(DropoutApply a) {
     const int vectors = a.width / V;

@@ -1,9 +1,12 @@
-//! Dropout as a pure function: kept elements are multiplied by 1/(1 − p), the others by 0.
+//! Dropout as a pure function of the element: kept elements are multiplied by 1/(1 − p), dropped elements by
+//! 0.
 //!
-//! The random number of an element is Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy
-//! as 1, 2, 3") of the key `seed` and the counter (element/4, site, the sequence's number in the global batch, step), one of
-//! whose four words each of four elements takes. In a tensor `(T, D)` an element counts from its sequence's start: position·D
-//! + d. So nothing is stored for backward, and neither chunks nor ranks change a mask.
+//! The mask comes from the counter-based generator Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel
+//! random numbers: as easy as 1, 2, 3"). The key is `seed`; the counter is (element/4, site, index of the
+//! sequence in the global batch, step). A counter gives four words, one for each of four consecutive
+//! elements. Elements of a tensor `(T, D)` are numbered from the start of their sequence: position·D + d. So
+//! the backward pass computes the mask again instead of storing it, and the division of a batch into chunks
+//! and ranks does not change a mask.
 
 use crate::Packing;
 use crate::rows::new_rows;
@@ -14,30 +17,33 @@ use std::ops::Range;
 #[cfg(any(test, gpu))]
 pub(crate) mod gpu;
 
-/// One dropout: where it stands and when. Two of different `seed`, `step` or `site` are independent.
+/// The probability and the random key of one dropout. The masks of two different `seed`, `step` or `site` are
+/// independent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// The probability that an element is dropped, at least 0 and below 1.
+    /// The probability that an element is dropped: at least 0 and below 1.
     pub p: f32,
-    /// Of the run.
+    /// The seed of the run.
     pub seed: u64,
     /// The optimizer step.
     pub step: u32,
-    /// Which dropout of the model.
+    /// The index of this dropout in the model.
     pub site: u32,
 }
 
-/// The dropout `d` of x `(T, D)`; and its backward, of dy.
+/// Applies the dropout `d` to x `(T, D)` and returns a new tensor. The backward pass is the same function of
+/// dy.
 ///
 /// # Errors
-/// If `p` is not a probability below 1, `x` has not the packing's tokens, or is not contiguous f32.
+/// If `p` is not at least 0 and below 1, if `x` does not have as many rows as the packing has tokens, or if
+/// `x` is not contiguous f32 (on a GPU: contiguous).
 pub fn apply(x: &Tensor, packing: &Packing, d: &Dropout) -> Result<Tensor> {
+    let (tokens, width) = packed("x", x, packing)?;
+    d.check()?;
     #[cfg(gpu)]
     if crate::gpu::runs(x.device()) {
         return gpu::apply(x, packing, d);
     }
-    let (tokens, width) = packed("x", x, packing)?;
-    d.check()?;
     let xs = read::<f32>(x)?;
     let xs = &*xs;
     let [y] = new_rows(
@@ -62,12 +68,12 @@ impl Dropout {
         Ok(())
     }
 
-    /// A random word below it drops its element.
+    /// The threshold p·2³²: an element is dropped if its random word is below it.
     pub(crate) fn threshold(&self) -> u32 {
         (f64::from(self.p) * 4_294_967_296.0) as u32
     }
 
-    /// Multiplies row `t` of a packed tensor by its factors. Call it inside `vectorised`.
+    /// Multiplies row `t` of a packed tensor by its factors. Must be called inside `vectorised`.
     #[inline(always)]
     pub(crate) fn scale_row(&self, packing: &Packing, t: usize, row: &mut [f32]) {
         let (n, position) = packing.locate(t);
@@ -85,8 +91,9 @@ impl Dropout {
         );
     }
 
-    /// Calls `f(range, factors)` for some elements at a time until all of `first..first + count` of a sequence have been; `range`
-    /// counts from 0, and a factor is 0 or 1/(1 − p). Elements count up to 2³⁴. Call it inside `vectorised`.
+    /// Calls `f(range, factors)` with the factors, 0 or 1/(1 − p), of consecutive elements of a sequence,
+    /// until all of `first..first + count` are covered. `range` is relative to `first`. An element index must
+    /// be below 2³⁴. Must be called inside `vectorised`.
     #[inline(always)]
     pub(crate) fn factors(
         &self,
@@ -123,10 +130,10 @@ impl Dropout {
     }
 }
 
-/// Counters computed at once: the lanes of the widest vectors.
+/// The number of counters that are computed together: the lanes of the widest vectors.
 const WIDE: usize = 16;
 
-/// Philox4x32-10 of W counters: word i of each is in `counter[i]`.
+/// Philox4x32-10 of W counters: `counter[i]` holds word i of each counter.
 #[inline(always)]
 fn philox<const W: usize>(mut counter: [[u32; W]; 4], mut key: [u32; 2]) -> [[u32; W]; 4] {
     for _ in 0..10 {
@@ -169,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn an_element_takes_its_word_of_its_counter() {
+    fn an_element_uses_its_word_of_its_counter() {
         for width in [1, 3, 64, 101] {
             let packing = Packing::new(&[2, 3], vec![7, 1 << 31]);
             let got = numbers(&apply(&ones(5, width), &packing, &D).unwrap());
@@ -179,7 +186,7 @@ mod tests {
                     let element = position * width + d;
                     let counter = [element as u32 / 4, D.site, packing.number(n), D.step].map(|word| [word]);
                     let word = philox(counter, [0x89ab_cdef, 0x0123_4567])[element % 4][0];
-                    // A quarter of the numbers lies below 2³⁰.
+                    // A quarter of all words is below 2³⁰.
                     let want = if word < 1 << 30 { 0.0 } else { f64::from(1.0f32 / 0.75) };
                     assert_eq!(got, want, "{width} {t} {d}");
                 }
@@ -219,7 +226,7 @@ mod tests {
         for p in [0.0, 0.1, 0.5, 0.9] {
             let got = numbers(&apply(&ones(1000, 300), &packing, &Dropout { p, ..D }).unwrap());
             let dropped = got.iter().filter(|&&y| y == 0.0).count() as f64 / got.len() as f64;
-            // Five standard deviations of a mean of 300,000.
+            // Five standard deviations of the mean of 300,000 elements.
             assert!((dropped - f64::from(p)).abs() < 5.0 * 0.5 / 300_000f64.sqrt(), "{p}: {dropped}");
             assert!(got.iter().all(|&y| y == 0.0 || y == f64::from(1.0 / (1.0 - p))), "{p}");
         }

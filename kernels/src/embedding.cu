@@ -1,4 +1,4 @@
-// The input of an encoder; see embedding.rs.
+// The embedding layer; see embedding.rs.
 
 #include "common.cuh"
 
@@ -6,7 +6,7 @@ struct EmbeddingForward {
     const uint32_t* ids;   // (T)
     const void* word;      // (V, D)
     const void* position;  // (P, D) or null
-    const void* kind;      // (types, D) or null
+    const void* token_type;      // (types, D) or null
     void* x;               // (T, D)
     Packing packing;
     int32_t width, position_offset, type;
@@ -26,8 +26,8 @@ __global__ void embedding_forward(EmbeddingForward a) {
 #pragma unroll
             for (int i = 0; i < V; i++) x[i] += more[i];
         }
-        if (a.kind) {
-            load<V>(static_cast<const T*>(a.kind) + d, more);
+        if (a.token_type) {
+            load<V>(static_cast<const T*>(a.token_type) + d, more);
 #pragma unroll
             for (int i = 0; i < V; i++) x[i] += more[i];
         }
@@ -39,7 +39,7 @@ template <class T>
 static int embedding_of(const EmbeddingForward& a, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(T);
     const Launch how(unsigned(a.packing.tokens), 128, 0, stream);
-    if (whole_vectors<T>(a.width, a.word, a.position, a.kind, a.x)) return launch(how, embedding_forward<T, V>, a);
+    if (whole_vectors<T>(a.width, a.word, a.position, a.token_type, a.x)) return launch(how, embedding_forward<T, V>, a);
     return launch(how, embedding_forward<T, 1>, a);
 }
 
@@ -48,15 +48,16 @@ ENTRY(embedding_forward, EmbeddingForward) { WITH_TYPE(arguments->type, return e
 struct EmbeddingBackward {
     const void* dx;       // (T, D)
     const uint32_t* ids;  // (T)
-    float* dword;         // (V, D), added to, or null
-    float* dposition;     // (P, D), added to, or null
+    float* d_word;         // (V, D), added to, or null
+    float* d_position;     // (P, D), added to, or null
     Packing packing;
     int32_t width, position_offset, type;
 };
 
-// The block of a word's first token adds all of its tokens, in their order: no atomics, and no sorting.
+// The block of the first token with an id adds all tokens with that id, in their order, without atomics and
+// without sorting.
 template <class T>
-__global__ void add_words(EmbeddingBackward a) {
+__global__ void add_word_gradients(EmbeddingBackward a) {
     const int t = blockIdx.x;
     const uint32_t id = a.ids[t];
     for (int base = 0; base < t; base += 32) {
@@ -72,12 +73,12 @@ __global__ void add_words(EmbeddingBackward a) {
             if ((hits & 1) && d < a.width) sum += to_float(static_cast<const T*>(a.dx)[int64_t(base + i) * a.width + d]);
         }
     }
-    if (d < a.width) a.dword[int64_t(id) * a.width + d] += sum;
+    if (d < a.width) a.d_word[int64_t(id) * a.width + d] += sum;
 }
 
-// A block a position.
+// One block for each position.
 template <class T>
-__global__ void add_positions(EmbeddingBackward a) {
+__global__ void add_position_gradients(EmbeddingBackward a) {
     const uint32_t position = blockIdx.x;
     for (int d = threadIdx.x; d < a.width; d += blockDim.x) {
         float sum = 0;
@@ -85,19 +86,19 @@ __global__ void add_positions(EmbeddingBackward a) {
             const uint32_t t = a.packing.offsets[n] + position;
             if (t < a.packing.offsets[n + 1]) sum += to_float(static_cast<const T*>(a.dx)[int64_t(t) * a.width + d]);
         }
-        a.dposition[int64_t(a.position_offset + position) * a.width + d] += sum;
+        a.d_position[int64_t(a.position_offset + position) * a.width + d] += sum;
     }
 }
 
 template <class T>
 static int backward_of(const EmbeddingBackward& a, cudaStream_t stream) {
     int error = 0;
-    if (a.dword) {
+    if (a.d_word) {
         const dim3 grid(unsigned(a.packing.tokens), unsigned(ceil_div(a.width, 256)));
-        error = launch(Launch(grid, 256, 0, stream), add_words<T>, a);
+        error = launch(Launch(grid, 256, 0, stream), add_word_gradients<T>, a);
     }
-    if (!error && a.dposition) {
-        error = launch(Launch(unsigned(a.packing.longest), 256, 0, stream), add_positions<T>, a);
+    if (!error && a.d_position) {
+        error = launch(Launch(unsigned(a.packing.longest), 256, 0, stream), add_position_gradients<T>, a);
     }
     return error;
 }

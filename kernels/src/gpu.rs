@@ -1,12 +1,12 @@
-//! Where the kernels of the .cu files run: on a GPU (feature `cuda`), or on the emulator (tests, and feature `emulator`), of which
-//! CPU tensors are the memory. An op's `gpu` file calls them once for both.
+//! Calls of the kernels in the .cu files, on a GPU (feature `cuda`) or on the emulator (tests, and feature
+//! `emulator`).
 //!
-//! An entry takes a struct of pointers and sizes, which its .cu file declares once more, and a stream.
+//! The `gpu` file of an op is the same for both. The emulator runs on CPU tensors. An entry function of a .cu
+//! file takes a stream and a pointer to a struct of pointers and sizes, which the .cu file and the `gpu` file
+//! both declare.
 
 use candle_core::{DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::ffi::c_void;
-
-use crate::dropout;
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
@@ -16,7 +16,8 @@ pub(crate) mod emulated;
 pub(crate) mod libraries;
 pub(crate) mod product;
 
-/// Declares entries: `name(Arguments)` becomes a function that runs the kernel where `at` says.
+/// Declares entry functions: `name(Arguments)` becomes a function that runs the kernel on the device
+/// `device`.
 macro_rules! entries {
     ($($name:ident($arguments:ty);)*) => {
         #[cfg(feature = "cuda")]
@@ -36,19 +37,22 @@ macro_rules! entries {
             }
         }
         $(
+        /// Runs the kernel of the same name.
+        ///
         /// # Safety
-        /// Every pointer in `arguments` is null where the kernel allows it, or of the size that it says, in the memory of `at`.
-        unsafe fn $name(at: &candle_core::Device, arguments: &$arguments) -> candle_core::Result<()> {
-            match at {
+        /// Every pointer in `arguments` must be null, where the kernel allows it, or point to memory of the
+        /// device `device` of the size that the kernel expects.
+        unsafe fn $name(device: &candle_core::Device, arguments: &$arguments) -> candle_core::Result<()> {
+            match device {
                 #[cfg(feature = "cuda")]
                 candle_core::Device::Cuda(device) => {
                     let stream = $crate::gpu::cuda::stream(device)?;
-                    // SAFETY: the caller vouches for the arguments.
+                    // SAFETY: the caller guarantees that the arguments are valid.
                     $crate::gpu::cuda::check(unsafe { on_device::$name(arguments, stream) })
                 }
                 #[cfg(any(test, feature = "emulator"))]
                 candle_core::Device::Cpu => {
-                    // SAFETY: the caller vouches for the arguments.
+                    // SAFETY: the caller guarantees that the arguments are valid.
                     $crate::gpu::emulated::check(unsafe { on_emulator::$name(arguments, std::ptr::null_mut()) })
                 }
                 other => candle_core::bail!("no kernel runs on {:?}", other.location()),
@@ -59,7 +63,7 @@ macro_rules! entries {
 }
 pub(crate) use entries;
 
-/// Whether ops on tensors of `device` are kernels.
+/// Whether ops on tensors of `device` run as kernels.
 #[cfg(gpu)]
 pub(crate) fn runs(device: &Device) -> bool {
     #[cfg(feature = "emulator")]
@@ -72,33 +76,33 @@ pub(crate) fn runs(device: &Device) -> bool {
 #[cfg(feature = "emulator")]
 static EMULATED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
-/// From now on every op of this process runs as the kernel that a GPU would run, on the emulator: for tests.
+/// Makes every op of this process run its GPU kernel on the emulator, for tests.
 #[cfg(feature = "emulator")]
-pub fn emulate() {
+pub fn use_emulator() {
     EMULATED.store(true, std::sync::atomic::Ordering::Relaxed);
 }
 
-/// An element type, as kernels number it.
-pub(crate) fn type_of(tensor: &Tensor) -> Result<i32> {
-    number_of(tensor.dtype())
+/// The number of a tensor's element type in the arguments of a kernel: `Type` of common.cuh.
+pub(crate) fn dtype_code_of(tensor: &Tensor) -> Result<i32> {
+    dtype_code(tensor.dtype())
 }
 
-/// As [`type_of`].
-pub(crate) fn number_of(dtype: DType) -> Result<i32> {
+/// The number of an element type in the arguments of a kernel.
+pub(crate) fn dtype_code(dtype: DType) -> Result<i32> {
     match dtype {
         DType::F32 => Ok(0),
         DType::BF16 => Ok(1),
         DType::F16 => Ok(2),
-        other => bail!("kernels know f32, bf16 and f16, not {other:?}"),
+        other => bail!("the kernels support F32, BF16 and F16, not {other:?}"),
     }
 }
 
-/// Memory that a kernel reads or changes, alive as long as this is.
+/// Memory that a kernel reads or writes. It stays allocated as long as this value exists.
 pub(crate) struct Memory {
-    at: Place,
+    backend: Backend,
 }
 
-enum Place {
+enum Backend {
     #[cfg(feature = "cuda")]
     Device(cuda::Memory),
     #[cfg(any(test, feature = "emulator"))]
@@ -106,66 +110,67 @@ enum Place {
 }
 
 impl Memory {
-    /// The elements of a contiguous tensor, to be read, or on a GPU also changed.
+    /// The memory of a contiguous tensor, for reading; on a GPU a kernel may also write to it.
     pub(crate) fn of(tensor: &Tensor) -> Result<Self> {
-        let at = match tensor.device() {
+        let backend = match tensor.device() {
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Place::Device(cuda::Memory::of(tensor)?),
+            Device::Cuda(_) => Backend::Device(cuda::Memory::of(tensor)?),
             #[cfg(any(test, feature = "emulator"))]
-            Device::Cpu => Place::Emulated(emulated::Memory::of(tensor, false)?),
+            Device::Cpu => Backend::Emulated(emulated::Memory::of(tensor, false)?),
             other => bail!("no kernel runs on {:?}", other.location()),
         };
-        Ok(Self { at })
+        Ok(Self { backend })
     }
 
-    /// The elements of a contiguous tensor, to be changed; every view of the same storage sees that.
+    /// The memory of a contiguous tensor, for reading and writing. Every view of the same storage sees the
+    /// change.
     pub(crate) fn mutable(tensor: &Tensor) -> Result<Self> {
         #[cfg(any(test, feature = "emulator"))]
         if tensor.device().is_cpu() {
-            return Ok(Self { at: Place::Emulated(emulated::Memory::of(tensor, true)?) });
+            return Ok(Self { backend: Backend::Emulated(emulated::Memory::of(tensor, true)?) });
         }
         Self::of(tensor)
     }
 
-    /// New, unwritten elements.
+    /// Allocates uninitialised memory for `count` elements.
     pub(crate) fn new(device: &Device, dtype: DType, count: usize) -> Result<Self> {
-        let at = match device {
+        let backend = match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => Place::Device(cuda::Memory::new(device, dtype, count)?),
+            Device::Cuda(device) => Backend::Device(cuda::Memory::new(device, dtype, count)?),
             #[cfg(any(test, feature = "emulator"))]
-            Device::Cpu => Place::Emulated(emulated::Memory::new(dtype, count)),
+            Device::Cpu => Backend::Emulated(emulated::Memory::new(dtype, count)),
             other => bail!("no kernel runs on {:?}", other.location()),
         };
-        Ok(Self { at })
+        Ok(Self { backend })
     }
 
-    /// A copy of `elements`, which a kernel reads.
+    /// A copy of `elements` on the device, for reading.
     pub(crate) fn upload(device: &Device, elements: &[u32]) -> Result<Self> {
-        Self::of(&crate::upload(elements, device)?)
+        Self::of(&upload(elements, device)?)
     }
 
-    /// The tensor that owns what [`Memory::new`] made and a kernel has written.
+    /// Turns memory of [`Memory::new`], which a kernel has written, into a tensor.
     pub(crate) fn tensor(self, shape: impl Into<Shape>) -> Result<Tensor> {
-        match self.at {
+        match self.backend {
             #[cfg(feature = "cuda")]
-            Place::Device(memory) => memory.tensor(shape.into()),
+            Backend::Device(memory) => memory.tensor(shape.into()),
             #[cfg(any(test, feature = "emulator"))]
-            Place::Emulated(memory) => memory.tensor(&shape.into()),
+            Backend::Emulated(memory) => memory.tensor(&shape.into()),
         }
     }
 
-    /// The first element.
+    /// The address of the first element.
     pub(crate) fn pointer<T>(&self) -> *mut T {
-        match &self.at {
+        match &self.backend {
             #[cfg(feature = "cuda")]
-            Place::Device(memory) => memory.pointer().cast(),
+            Backend::Device(memory) => memory.pointer().cast(),
             #[cfg(any(test, feature = "emulator"))]
-            Place::Emulated(memory) => memory.pointer().cast(),
+            Backend::Emulated(memory) => memory.pointer().cast(),
         }
     }
 }
 
-/// Zeros: as `Tensor::zeros`, which cannot make an empty tensor on a GPU.
+/// A tensor of zeros. Unlike `Tensor::zeros` it can also create an empty tensor on a GPU.
 pub(crate) fn zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = shape.into();
     if shape.elem_count() == 0 {
@@ -175,12 +180,25 @@ pub(crate) fn zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> R
     }
 }
 
-/// The pointer of an optional [`Memory`], null without.
+/// Copies integers to a new tensor `(elements.len())` on `device`: see [`crate::upload`].
+pub(crate) fn upload(elements: &[u32], device: &Device) -> Result<Tensor> {
+    const PIECE: usize = (64 << 10) / size_of::<u32>();
+    match elements.len() {
+        0 => zeros(0, DType::U32, device),
+        count if count <= PIECE || device.is_cpu() => Tensor::from_slice(elements, count, device),
+        _ => {
+            let pieces = elements.chunks(PIECE).map(|piece| Tensor::new(piece, device));
+            Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 0)
+        }
+    }
+}
+
+/// The address of an optional [`Memory`]; null without one.
 pub(crate) fn pointer<T>(memory: Option<&Memory>) -> *mut T {
     memory.map_or(std::ptr::null_mut(), Memory::pointer)
 }
 
-/// [`Memory::of`] an optional tensor.
+/// [`Memory::of`] of an optional tensor.
 pub(crate) fn optional(tensor: Option<&Tensor>) -> Result<Option<Memory>> {
     tensor.map(Memory::of).transpose()
 }
@@ -190,7 +208,7 @@ pub(crate) fn optional_mutable(tensor: Option<&Tensor>) -> Result<Option<Memory>
     tensor.map(Memory::mutable).transpose()
 }
 
-/// The range of a contiguous tensor in its storage.
+/// The range of a contiguous tensor in its storage; an error if it is not contiguous.
 fn contiguous(layout: &Layout) -> Result<std::ops::Range<usize>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(start..end),
@@ -198,7 +216,9 @@ fn contiguous(layout: &Layout) -> Result<std::ops::Range<usize>> {
     }
 }
 
-/// Copies of small tables on a GPU, made when they are first used. All are equal: they follow from what they stand beside.
+/// GPU copies of the tables of the struct that contains it, created on first use.
+///
+/// All values compare equal, because the copies follow from the other fields of that struct.
 #[cfg(feature = "cuda")]
 #[derive(Clone, Debug)]
 pub(crate) struct Copies<const N: usize>(std::sync::OnceLock<[Tensor; N]>);
@@ -222,7 +242,7 @@ impl<const N: usize> Eq for Copies<N> {}
 
 #[cfg(feature = "cuda")]
 impl<const N: usize> Copies<N> {
-    /// The copies on `device`; `make` makes them.
+    /// Returns the copies on `device`, and calls `make` to create them if there are none.
     pub(crate) fn on(
         &self,
         device: &Device,
@@ -238,108 +258,10 @@ impl<const N: usize> Copies<N> {
     }
 }
 
-/// A [`crate::Packing`] where the kernels are.
-pub(crate) struct Packing {
-    offsets: Memory,
-    numbers: Memory,
-    sequences: Memory,
-    positions: Memory,
-    arguments: (i32, i32, i32),
-}
-
-impl Packing {
-    pub(crate) fn of(packing: &crate::Packing, device: &Device) -> Result<Self> {
-        let (tokens, count) = (packing.tokens(), packing.sequences());
-        if count > 65535 {
-            bail!("a chunk of {count} sequences; a GPU takes at most 65535, so lower training.chunk_tokens");
-        }
-        let make = || -> Result<[Tensor; 4]> {
-            let mut offsets = vec![0u32];
-            let (mut sequences, mut positions) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
-            for (n, range) in packing.ranges().enumerate() {
-                offsets.push(range.end as u32);
-                sequences.extend(range.clone().map(|_| n as u32));
-                positions.extend(0..range.len() as u32);
-            }
-            let numbers: Vec<u32> = (0..count).map(|n| packing.number(n)).collect();
-            let copy = |elements: &[u32]| crate::upload(elements, device);
-            Ok([copy(&offsets)?, copy(&numbers)?, copy(&sequences)?, copy(&positions)?])
-        };
-        #[cfg(feature = "cuda")]
-        let [offsets, numbers, sequences, positions] = packing.copies().on(device, make)?;
-        #[cfg(not(feature = "cuda"))]
-        let [offsets, numbers, sequences, positions] = make()?;
-        Ok(Self {
-            offsets: Memory::of(&offsets)?,
-            numbers: Memory::of(&numbers)?,
-            sequences: Memory::of(&sequences)?,
-            positions: Memory::of(&positions)?,
-            arguments: (tokens as i32, count as i32, packing.longest() as i32),
-        })
-    }
-
-    /// (T) of each token.
-    pub(crate) fn positions(&self) -> *const u32 {
-        self.positions.pointer()
-    }
-
-    /// As a kernel's argument.
-    pub(crate) fn arguments(&self) -> PackingArguments {
-        let (tokens, count, longest) = self.arguments;
-        PackingArguments {
-            offsets: self.offsets.pointer(),
-            numbers: self.numbers.pointer(),
-            sequences: self.sequences.pointer(),
-            positions: self.positions.pointer(),
-            tokens,
-            count,
-            longest,
-        }
-    }
-}
-
-/// `Packing` of common.cuh.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct PackingArguments {
-    offsets: *const u32,
-    numbers: *const u32,
-    sequences: *const u32,
-    positions: *const u32,
-    tokens: i32,
-    count: i32,
-    longest: i32,
-}
-
-/// `Dropout` of common.cuh.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct DropoutArguments {
-    seed: [u32; 2],
-    step: u32,
-    site: u32,
-    threshold: u32,
-    kept: f32,
-}
-
-impl DropoutArguments {
-    /// Without dropout everything is kept.
-    pub(crate) fn of(dropout: Option<dropout::Dropout>) -> Self {
-        let d = dropout.unwrap_or(dropout::Dropout { p: 0.0, seed: 0, step: 0, site: 0 });
-        Self {
-            seed: [d.seed as u32, (d.seed >> 32) as u32],
-            step: d.step,
-            site: d.site,
-            threshold: d.threshold(),
-            kept: 1.0 / (1.0 - d.p),
-        }
-    }
-}
-
 #[cfg(test)]
 pub(crate) use emulated::with_seed;
 
-/// A pointer without a type.
-pub(crate) type Any = *const c_void;
-/// As [`Any`], to what a kernel writes.
-pub(crate) type AnyMut = *mut c_void;
+/// A `const void*` argument of a kernel.
+pub(crate) type VoidPointer = *const c_void;
+/// A `void*` argument of a kernel, which writes to it.
+pub(crate) type VoidPointerMut = *mut c_void;

@@ -1,23 +1,24 @@
 // The softmax of InfoNCE and its gradient over rows of similarities; see infonce.rs for the formulas.
 //
-// The similarities of a tile are a product of cuBLASLt's and live until the next tile; of listed candidates they are computed here.
-// A row of scores is `columns` long in a tile, whose first column is `first`; of lists it is what its offsets say.
+// The similarities of a tile are computed by cuBLASLt and overwritten by the next tile. Those of listed
+// candidates are computed here. A row of a tile has `columns` scores, and its first column is `first`; a row
+// of lists has the length of its list.
 
 #include "common.cuh"
 
 struct Scores {
     float* scores;                 // (B, columns), or of all lists
     const uint32_t* offsets;       // (B+1) of lists, or null
-    const uint32_t* positives;     // (B) column of a row's positive; of lists its place in the row, or 2^32 − 1
-    const uint32_t* hidden_from;   // (B+1) offsets of the columns that do not count, sorted; or null
-    const uint32_t* hidden;
+    const uint32_t* positives;     // (B) column of the positive; with lists its index in the list, or 2^32 − 1
+    const uint32_t* excluded_offsets;   // (B+1) offsets of the excluded columns, which are sorted; or null
+    const uint32_t* excluded;
     const float* positive_scores;  // (B)
-    float* tops;                   // (B) with sums: Σ exp(z) so far is exp(top)·(exp(−top) + sum)
+    float* maxima;                   // (B) Σ exp(z) so far is exp(max)·(exp(−max) + sum)
     double* sums;                  // (B)
     float* losses;                 // (B)
     int64_t rows, first;
     int32_t columns;
-    float scale, margin, size;  // size: weight · scale
+    float scale, margin, gradient_factor;  // gradient_factor: weight · scale
 };
 
 struct Row {
@@ -30,11 +31,12 @@ __device__ __forceinline__ Row row_of(const Scores& a, int64_t i) {
     return {a.scores + i * a.columns, a.columns, a.first};
 }
 
-// Hides what does not count, as −∞, and the positive, which is summed apart. Returns where the positive is, or −1.
-__device__ __forceinline__ int64_t hide(const Scores& a, int64_t i, const Row& row) {
-    if (a.hidden_from) {
-        for (int64_t h = a.hidden_from[i] + threadIdx.x; h < a.hidden_from[i + 1]; h += blockDim.x) {
-            const int64_t at = int64_t(a.hidden[h]) - row.first;
+// Sets the excluded scores of a row to −∞. Returns the index of the positive, which the callers treat
+// separately, or −1.
+__device__ __forceinline__ int64_t mask(const Scores& a, int64_t i, const Row& row) {
+    if (a.excluded_offsets) {
+        for (int64_t h = a.excluded_offsets[i] + threadIdx.x; h < a.excluded_offsets[i + 1]; h += blockDim.x) {
+            const int64_t at = int64_t(a.excluded[h]) - row.first;
             if (at >= 0 && at < row.count) row.scores[at] = -INFINITY;
         }
     }
@@ -43,57 +45,57 @@ __device__ __forceinline__ int64_t hide(const Scores& a, int64_t i, const Row& r
     return at >= 0 && at < row.count ? at : -1;
 }
 
-// z = scale · (s − s of the positive), −∞ for what counts as an unlabelled positive.
+// z = scale · (s − score of the positive), or −∞ if the margin drops the column.
 __device__ __forceinline__ float logit(const Scores& a, int64_t i, float s) {
     const float positive = a.positive_scores[i];
     return s > positive + a.margin ? -INFINITY : a.scale * (s - positive);
 }
 
-// Adds a row to its running sum, a block a row.
+// Adds each row to its running sum, one block for each row.
 __global__ void infonce_sums(Scores a) {
     Arena arena;
     Shared<float> scratch = arena.take<float>(64);
     const int64_t i = blockIdx.x;
     const Row row = row_of(a, i);
-    const int64_t positive = hide(a, i, row);
-    float top = a.tops[i], sum[1] = {0};
-    const float before = top;
+    const int64_t positive = mask(a, i, row);
+    float row_max = a.maxima[i], sum[1] = {0};
+    const float before = row_max;
     for (int64_t j = threadIdx.x; j < row.count; j += blockDim.x) {
         const float z = j == positive ? -INFINITY : logit(a, i, row.scores[j]);
-        top = z > top ? z : top;  // a NaN reaches the sum instead
+        row_max = z > row_max ? z : row_max;  // a NaN makes the sum NaN instead
     }
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, lanes));
-    if (threadIdx.x % 32 == 0) scratch[32 + threadIdx.x / 32] = top;
+    for (int lanes = 16; lanes > 0; lanes /= 2) row_max = fmaxf(row_max, __shfl_xor_sync(ALL_LANES, row_max, lanes));
+    if (threadIdx.x % 32 == 0) scratch[32 + threadIdx.x / 32] = row_max;
     __syncthreads();
-    for (unsigned w = 0; w < blockDim.x / 32; w++) top = fmaxf(top, scratch[32 + w]);
+    for (unsigned w = 0; w < blockDim.x / 32; w++) row_max = fmaxf(row_max, scratch[32 + w]);
     for (int64_t j = threadIdx.x; j < row.count; j += blockDim.x) {
         const float z = j == positive ? -INFINITY : logit(a, i, row.scores[j]);
-        sum[0] += expf(z - top);
+        sum[0] += expf(z - row_max);
     }
     sum_of_block(sum, scratch);
     if (threadIdx.x == 0) {
-        a.sums[i] = a.sums[i] * exp(double(before - top)) + double(sum[0]);
-        a.tops[i] = top;
+        a.sums[i] = a.sums[i] * exp(double(before - row_max)) + double(sum[0]);
+        a.maxima[i] = row_max;
     }
 }
 
 __global__ void infonce_losses(Scores a) {
     const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
     if (i >= a.rows) return;
-    // 1 + rest, of which log1p keeps all digits where the positive is on top.
-    a.losses[i] = float(double(a.tops[i]) + log1p(a.sums[i] + expm1(-double(a.tops[i]))));
+    // The sum is 1 + others if the positive has the maximum, and log1p is accurate for small others.
+    a.losses[i] = float(double(a.maxima[i]) + log1p(a.sums[i] + expm1(-double(a.maxima[i]))));
 }
 
-// From scores to their gradients, in place.
+// Replaces the scores by their gradients.
 __global__ void infonce_gradients(Scores a) {
     const int64_t i = blockIdx.x;
     const Row row = row_of(a, i);
-    const int64_t positive = hide(a, i, row);
+    const int64_t positive = mask(a, i, row);
     const float loss = a.losses[i];
     for (int64_t j = threadIdx.x; j < row.count; j += blockDim.x) {
-        // softmax − 1 of the positive keeps its digits this way.
-        row.scores[j] = j == positive ? a.size * expm1f(-loss) : a.size * expf(logit(a, i, row.scores[j]) - loss);
+        // expm1(−loss) is softmax − 1 of the positive without cancellation.
+        row.scores[j] = j == positive ? a.gradient_factor * expm1f(-loss) : a.gradient_factor * expf(logit(a, i, row.scores[j]) - loss);
     }
 }
 
@@ -107,8 +109,8 @@ ENTRY(infonce_gradients, Scores) {
     return launch(Launch(unsigned(arguments->rows), 256, 0, stream), infonce_gradients, *arguments);
 }
 
-// Products along lists of pairs: entry e is in row r = rows[e] and names column `columns[e]`.
-struct Listed {
+// The similarities of listed pairs: entry e is the pair of row `rows[e]` and column `columns[e]`.
+struct ListedScores {
     const float* q;           // (B, D)
     const float* c;           // (M, D)
     const uint32_t* rows;     // (E)
@@ -118,8 +120,8 @@ struct Listed {
     int32_t width;
 };
 
-// values = q · c, a warp an entry
-__global__ void listed_scores(Listed a) {
+// values = q · c, one warp for each entry
+__global__ void listed_scores(ListedScores a) {
     const int64_t e = blockIdx.x * int64_t(blockDim.x / 32) + threadIdx.x / 32;
     if (e >= a.count) return;
     const float *q = a.q + int64_t(a.rows[e]) * a.width, *c = a.c + int64_t(a.columns[e]) * a.width;
@@ -129,23 +131,23 @@ __global__ void listed_scores(Listed a) {
     if (threadIdx.x % 32 == 0) a.values[e] = sum;
 }
 
-ENTRY(listed_scores, Listed) {
+ENTRY(listed_scores, ListedScores) {
     return launch(Launch(unsigned(ceil_div(arguments->count, 8)), 256, 0, stream), listed_scores, *arguments);
 }
 
-struct Gather {
+struct ListedSums {
     const float* from;        // (·, D)
     const float* values;
-    const uint32_t* offsets;  // (N+1) of the entries of each row of `to`
-    const uint32_t* rows;     // of `from`, by entry
-    const uint32_t* entries;  // where an entry's value is, or null: at its own place
+    const uint32_t* offsets;  // (N+1) row n of `to` has the entries offsets[n]..offsets[n + 1]
+    const uint32_t* rows;     // the row of `from` of each entry
+    const uint32_t* entries;  // the index of the value of each entry; null if they are in order
     float* to;                // (N, D)
     int64_t count;
     int32_t width;
 };
 
 // to = Σ value · row of `from`, in the order of the entries
-__global__ void listed_sums(Gather a) {
+__global__ void listed_sums(ListedSums a) {
     const int64_t n = blockIdx.x;
     for (int d = threadIdx.x; d < a.width; d += blockDim.x) {
         float sum = 0;
@@ -156,6 +158,6 @@ __global__ void listed_sums(Gather a) {
     }
 }
 
-ENTRY(listed_sums, Gather) {
+ENTRY(listed_sums, ListedSums) {
     return launch(Launch(unsigned(arguments->count), 256, 0, stream), listed_sums, *arguments);
 }

@@ -1,15 +1,16 @@
-//! InfoNCE: the cross-entropy of each query's positive among its candidates, and its gradient.
+//! InfoNCE: the cross-entropy of the positive of each query among its candidates, and its gradient.
 //!
 //! ```text
 //! s_ij = q_i · c_j    loss_i = log Σ_j exp(scale · s_ij) − scale · s_ip    p: the positive of row i
 //! dL/ds_ij = weight · scale · (softmax_j − 1[j = p])
 //! ```
 //!
-//! (van den Oord et al., 2018). The similarities exist one tile at a time, with an online log-sum-exp over the
-//! tiles; backward computes them again. All sums are relative to the positive's score: with z_ij =
-//! scale · (s_ij − s_ip) the loss is log Σ exp(z_ij), which keeps its digits when it is small and scale is large.
+//! (van den Oord et al., 2018). The matrix of similarities is never stored as a whole: it is computed tile by
+//! tile with an online log-sum-exp, and backward recomputes it. All sums are relative to the score of the
+//! positive: with z_ij = scale · (s_ij − s_ip) the loss is log Σ exp(z_ij), which is accurate for small
+//! losses and large scales.
 //!
-//! Which j count: see [`Candidates`] and [`InfoNce::margin`]. The positive itself always does.
+//! [`Candidates`] and [`InfoNce::margin`] select the columns j of the sum. The positive is always in the sum.
 
 use crate::matmul::{Matrix, Threads, multiply};
 use crate::simd::{dot, exp, vectorised};
@@ -21,45 +22,48 @@ use std::ops::Range;
 #[cfg(any(test, gpu))]
 mod gpu;
 
-/// For each of B rows a list of columns: those of row i are `columns[offsets[i]..offsets[i + 1]]`, in any order.
+/// A list of column indices for each of B rows, in compressed sparse row (CSR) format.
+///
+/// The columns of row i are `columns[offsets[i]..offsets[i + 1]]`, in any order.
 #[derive(Clone, Copy, Debug)]
-pub struct Lists<'a> {
-    /// (B+1), from 0 up to the number of columns.
+pub struct CsrIndices<'a> {
+    /// `(B+1)`, ascending from 0 to `columns.len()`.
     pub offsets: &'a [u32],
-    /// Columns, each below M.
+    /// The column indices of all rows, each below M.
     pub columns: &'a [u32],
 }
 
-/// The columns that a row's positive competes with.
+/// The columns that the positive of a row is compared with.
 #[derive(Clone, Copy, Debug)]
 pub enum Candidates<'a> {
-    /// All M.
+    /// All M columns.
     All,
-    /// All but those listed: known positives and duplicates.
-    AllBut(Lists<'a>),
-    /// Those listed, each once. Costs as much as there are in the lists, not B·M.
-    Only(Lists<'a>),
+    /// All columns except the listed ones, for example known positives and duplicates.
+    AllBut(CsrIndices<'a>),
+    /// Only the listed columns. The cost is proportional to the length of the lists, not to B·M.
+    Only(CsrIndices<'a>),
 }
 
-/// What the loss compares.
+/// The arguments of the loss, except for the embeddings.
 #[derive(Clone, Copy, Debug)]
 pub struct InfoNce<'a> {
-    /// (B) the column of each row's positive. It counts whatever the candidates say.
+    /// `(B)` the column of the positive of each row. It is in the sum even if `candidates` excludes it.
     pub positives: &'a [u32],
-    /// What else counts.
+    /// The columns in the sum beside the positive.
     pub candidates: Candidates<'a>,
     /// 1/temperature.
     pub scale: f32,
-    /// Drops columns with s_ij > s_ip + margin: probably unlabelled positives. In units of s, before the scale.
+    /// Drops the columns with s_ij > s_ip + margin, which are probably unlabelled positives. In units of s,
+    /// before `scale`.
     pub margin: Option<f32>,
 }
 
-/// What [`backward`] needs of [`forward`]; it stays where the embeddings are.
+/// The result of [`forward`], which [`backward`] needs. The tensors are on the device of the embeddings.
 #[derive(Clone, Debug)]
 pub struct Tape {
-    /// (B) loss of each row.
+    /// `(B)` the loss of each row.
     pub losses: Tensor,
-    /// (B) s_ip.
+    /// `(B)` s_ip, the similarity of each query and its positive.
     pub positive_scores: Tensor,
 }
 
@@ -70,7 +74,10 @@ impl Tape {
     }
 }
 
-/// The loss of each row of q (B, D) among the candidates c (M, D).
+/// Computes the loss of each of the queries q `(B, D)` among the candidates c `(M, D)`.
+///
+/// # Errors
+/// If a shape differs from the above, an index is out of range, or a tensor is not contiguous f32.
 pub fn forward(q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
     #[cfg(gpu)]
     if crate::gpu::runs(q.device()) {
@@ -79,7 +86,10 @@ pub fn forward(q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<Tape> {
     forward_in(TILE, q, c, infonce)
 }
 
-/// dq (B, D) and dc (M, D) of Σ weight · loss_i.
+/// Backward pass of [`forward`]: returns the gradients dq `(B, D)` and dc `(M, D)` of Σ weight · loss_i.
+///
+/// # Errors
+/// As [`forward`].
 pub fn backward(
     q: &Tensor,
     c: &Tensor,
@@ -94,7 +104,8 @@ pub fn backward(
     backward_in(TILE, q, c, infonce, tape, weight)
 }
 
-/// The size of a tile of similarities. A product of this size runs at full speed on many threads; it takes 4 MiB.
+/// The size of a tile of similarities. Its 4 MiB are enough for a matrix product to run at full speed on many
+/// threads.
 #[derive(Clone, Copy)]
 struct Tile {
     rows: usize,
@@ -107,7 +118,7 @@ fn forward_in(tile: Tile, q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<T
     let problem = Problem::new(tile, q, c, infonce)?;
     let (q, c) = (read::<f32>(q)?, read::<f32>(c)?);
     let positive_scores = problem.positive_scores(&q, &c);
-    let mut sums = vec![Sum::default(); problem.rows];
+    let mut sums = vec![LogSumExp::default(); problem.rows];
     if let Some(lists) = &problem.only {
         sums.par_iter_mut().enumerate().for_each(|(i, sum)| {
             let mut scores = problem.listed_scores(i, lists, &q, &c);
@@ -123,13 +134,13 @@ fn forward_in(tile: Tile, q: &Tensor, c: &Tensor, infonce: &InfoNce) -> Result<T
             sums[rows.clone()].par_iter_mut().zip(scores.par_chunks_mut(width)).zip(rows).for_each(
                 |((sum, scores), i)| {
                     problem.make_logits(positive_scores[i], scores);
-                    problem.hide(i, &columns, scores);
+                    problem.mask(i, &columns, scores);
                     vectorised(|| sum.add(scores));
                 },
             );
         });
     }
-    let losses = sums.iter().map(Sum::loss).collect();
+    let losses = sums.iter().map(LogSumExp::loss).collect();
     let rows = problem.rows;
     Ok(Tape { losses: tensor(losses, rows)?, positive_scores: tensor(positive_scores, rows)? })
 }
@@ -149,13 +160,13 @@ fn backward_in(
     let (losses, positive_scores) = (read::<f32>(&tape.losses)?, read::<f32>(&tape.positive_scores)?);
     let (losses, positive_scores) = (&*losses, &*positive_scores);
     let (mut dq, mut dc) = (vec![0f32; b * d], vec![0f32; m * d]);
-    let size = weight * infonce.scale;
-    let differentiate = |i: usize, logits: &mut [f32]| {
+    let factor = weight * infonce.scale;
+    let to_gradients = |i: usize, logits: &mut [f32]| {
         let loss = losses[i];
-        vectorised(|| logits.iter_mut().for_each(|z| *z = size * exp(*z - loss)));
+        vectorised(|| logits.iter_mut().for_each(|z| *z = factor * exp(*z - loss)));
     };
-    // softmax − 1 of the positive keeps its digits this way.
-    let of_positive = |i: usize| size * (-losses[i]).exp_m1();
+    // expm1(−loss) is softmax − 1 of the positive without cancellation.
+    let gradient_of_positive = |i: usize| factor * (-losses[i]).exp_m1();
 
     if let Some(lists) = &problem.only {
         let gradients: Vec<Vec<f32>> = (0..b)
@@ -163,9 +174,9 @@ fn backward_in(
             .map(|i| {
                 let mut scores = problem.listed_scores(i, lists, &q, &c);
                 problem.make_logits(positive_scores[i], &mut scores);
-                differentiate(i, &mut scores);
+                to_gradients(i, &mut scores);
                 if let Some(at) = problem.positive_in(lists, i) {
-                    scores[at] = of_positive(i);
+                    scores[at] = gradient_of_positive(i);
                 }
                 scores
             })
@@ -175,7 +186,8 @@ fn backward_in(
                 vectorised(|| add_scaled(dq, g, &c[j as usize * d..][..d]));
             }
         });
-        // The lists by column: each row of dc is one task's, and adds its rows in order.
+        // The entries by column: one task computes a row of dc, and adds its entries in the order of the
+        // rows.
         let mut by_column: Vec<Vec<(usize, f32)>> = vec![Vec::new(); m];
         for (i, gradients) in gradients.iter().enumerate() {
             for (&j, &g) in lists.of(i).iter().zip(gradients) {
@@ -192,11 +204,11 @@ fn backward_in(
             let width = columns.len();
             scores.par_chunks_mut(width).zip(rows.clone()).for_each(|(scores, i)| {
                 problem.make_logits(positive_scores[i], scores);
-                problem.hide(i, &columns, scores);
-                differentiate(i, scores);
+                problem.mask(i, &columns, scores);
+                to_gradients(i, scores);
                 let positive = infonce.positives[i] as usize;
                 if columns.contains(&positive) {
-                    scores[positive - columns.start] = of_positive(i);
+                    scores[positive - columns.start] = gradient_of_positive(i);
                 }
             });
             let gradient = Matrix::new(scores, rows.len(), width);
@@ -209,45 +221,45 @@ fn backward_in(
     Ok((tensor(dq, (b, d))?, tensor(dc, (m, d))?))
 }
 
-/// Σ exp(z) over what was added so far and the positive, whose z is 0, as exp(top) · (exp(-top) + rest).
+/// The running sum Σ exp(z) of a row, including the positive, whose z is 0, as exp(max) · (exp(−max) + rest).
 #[derive(Clone, Copy, Default)]
-struct Sum {
-    top: f32,
+struct LogSumExp {
+    max: f32,
     rest: f64,
 }
 
-impl Sum {
+impl LogSumExp {
     #[inline(always)]
     fn add(&mut self, z: &[f32]) {
-        let top = highest(z).max(self.top);
-        self.rest = self.rest * f64::from(self.top - top).exp() + f64::from(sum_of_powers(z, top));
-        self.top = top;
+        let max = max_element(z).max(self.max);
+        self.rest = self.rest * f64::from(self.max - max).exp() + f64::from(sum_exp(z, max));
+        self.max = max;
     }
 
     fn loss(&self) -> f32 {
-        // 1 + rest, of which `ln_1p` keeps all digits where the positive is on top.
-        let others = self.rest + f64::from(-self.top).exp_m1();
-        (f64::from(self.top) + others.ln_1p()) as f32
+        // The sum is 1 + others if the positive has the maximum, and `ln_1p` is accurate for small others.
+        let others = self.rest + f64::from(-self.max).exp_m1();
+        (f64::from(self.max) + others.ln_1p()) as f32
     }
 }
 
-/// Σ exp(z − top) in sixteen lanes.
+/// Σ exp(z − max), with sixteen accumulators.
 #[inline(always)]
-fn sum_of_powers(z: &[f32], top: f32) -> f32 {
+fn sum_exp(z: &[f32], max: f32) -> f32 {
     let mut lanes = [0f32; 16];
     let pieces = z.chunks_exact(16);
-    let rest: f32 = pieces.remainder().iter().map(|z| exp(z - top)).sum();
+    let rest: f32 = pieces.remainder().iter().map(|z| exp(z - max)).sum();
     for piece in pieces {
         for (lane, z) in lanes.iter_mut().zip(piece) {
-            *lane += exp(z - top);
+            *lane += exp(z - max);
         }
     }
     crate::simd::sum(&lanes) + rest
 }
 
-/// The greatest element, NaN aside: a NaN reaches the sum instead.
+/// The maximum of the elements that are not NaN. A NaN makes the sum NaN instead.
 #[inline(always)]
-fn highest(z: &[f32]) -> f32 {
+fn max_element(z: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
     let pieces = z.chunks_exact(16);
     let rest = pieces.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -259,6 +271,7 @@ fn highest(z: &[f32]) -> f32 {
     lanes.into_iter().fold(rest, f32::max)
 }
 
+/// `to += factor · from`.
 #[inline(always)]
 fn add_scaled(to: &mut [f32], factor: f32, from: &[f32]) {
     for (to, from) in to.iter_mut().zip(from) {
@@ -266,34 +279,38 @@ fn add_scaled(to: &mut [f32], factor: f32, from: &[f32]) {
     }
 }
 
-/// The checked problem.
+/// The checked arguments, and the sizes B, M and D.
 struct Problem<'a> {
     infonce: &'a InfoNce<'a>,
     tile: Tile,
     rows: usize,
     candidates: usize,
     width: usize,
-    only: Option<Columns>,
-    excluded: Option<Columns>,
+    only: Option<SortedIndices>,
+    excluded: Option<SortedIndices>,
 }
 
 impl<'a> Problem<'a> {
     fn new(tile: Tile, q: &Tensor, c: &Tensor, infonce: &'a InfoNce<'a>) -> Result<Self> {
         let ((rows, width), (candidates, c_width)) = (matrix("q", q)?, matrix("c", c)?);
         if width != c_width || width == 0 {
-            bail!("queries of width {width} cannot be compared with candidates of width {c_width}");
+            bail!(
+                "the queries have {width} columns and the candidates {c_width}, expected as many and not 0"
+            );
         }
         let positives = infonce.positives;
         if positives.len() != rows {
-            bail!("{} positives for {rows} queries", positives.len());
+            bail!("there are {} positives for {rows} queries", positives.len());
         }
         if let Some(i) = positives.iter().position(|&p| p as usize >= candidates) {
-            bail!("row {i}: its positive is column {} of {candidates}", positives[i]);
+            bail!("row {i}: the positive is column {}, but there are {candidates} columns", positives[i]);
         }
         let (only, excluded) = match infonce.candidates {
             Candidates::All => (None, None),
-            Candidates::AllBut(lists) => (None, Some(Columns::new(lists, rows, candidates, None)?)),
-            Candidates::Only(lists) => (Some(Columns::new(lists, rows, candidates, Some(positives))?), None),
+            Candidates::AllBut(lists) => (None, Some(SortedIndices::new(lists, rows, candidates, None)?)),
+            Candidates::Only(lists) => {
+                (Some(SortedIndices::new(lists, rows, candidates, Some(positives))?), None)
+            }
         };
         Ok(Self { infonce, tile, rows, candidates, width, only, excluded })
     }
@@ -304,18 +321,19 @@ impl<'a> Problem<'a> {
         q.par_chunks_exact(d).zip(self.infonce.positives).map(score).collect()
     }
 
-    fn listed_scores(&self, i: usize, lists: &Columns, q: &[f32], c: &[f32]) -> Vec<f32> {
+    fn listed_scores(&self, i: usize, lists: &SortedIndices, q: &[f32], c: &[f32]) -> Vec<f32> {
         let d = self.width;
         let q = &q[i * d..][..d];
         vectorised(|| lists.of(i).iter().map(|&j| dot(q, &c[j as usize * d..][..d])).collect())
     }
 
-    /// Where in row `i`'s list its positive is.
-    fn positive_in(&self, lists: &Columns, i: usize) -> Option<usize> {
+    /// The index of the positive in the list of row `i`.
+    fn positive_in(&self, lists: &SortedIndices, i: usize) -> Option<usize> {
         lists.of(i).binary_search(&self.infonce.positives[i]).ok()
     }
 
-    /// Hands the similarities to `f` one tile (rows, columns) at a time, all tiles of a row in order.
+    /// Calls `f(rows, columns, similarities)` for one tile at a time. The tiles of a row come in the order of
+    /// the columns.
     fn for_each_tile(&self, q: &[f32], c: &[f32], mut f: impl FnMut(Range<usize>, Range<usize>, &mut [f32])) {
         let (Tile { rows, columns }, d) = (self.tile, self.width);
         let mut scores = vec![0f32; rows.min(self.rows) * columns.min(self.candidates)];
@@ -332,8 +350,9 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// Sets the logits of row `i` that do not count, and its positive's, which is summed apart, to -∞.
-    fn hide(&self, i: usize, columns: &Range<usize>, logits: &mut [f32]) {
+    /// Sets the excluded logits of row `i` to −∞, and the logit of its positive, which [`LogSumExp`] adds by
+    /// itself.
+    fn mask(&self, i: usize, columns: &Range<usize>, logits: &mut [f32]) {
         if let Some(excluded) = &self.excluded {
             let listed = excluded.of(i);
             let start = listed.partition_point(|&j| (j as usize) < columns.start);
@@ -347,7 +366,7 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// From s to z, in place, with -∞ for those that the margin drops.
+    /// Replaces the similarities s by z, and by −∞ where the margin drops a column.
     fn make_logits(&self, positive: f32, scores: &mut [f32]) {
         let scale = self.infonce.scale;
         let limit = self.infonce.margin.map_or(f32::INFINITY, |margin| positive + margin);
@@ -360,28 +379,28 @@ impl<'a> Problem<'a> {
     }
 }
 
-/// [`Lists`], checked, each sorted and without repetitions.
-struct Columns {
+/// Checked [`CsrIndices`], with the columns of each row sorted and without repetitions.
+struct SortedIndices {
     offsets: Vec<usize>,
     columns: Vec<u32>,
 }
 
-impl Columns {
-    /// `with`: one more column for each row.
-    fn new(lists: Lists, rows: usize, candidates: usize, with: Option<&[u32]>) -> Result<Self> {
-        let Lists { offsets, columns } = lists;
+impl SortedIndices {
+    /// Checks and sorts `lists`. `with` adds one column to each row.
+    fn new(lists: CsrIndices, rows: usize, candidates: usize, with: Option<&[u32]>) -> Result<Self> {
+        let CsrIndices { offsets, columns } = lists;
         let ends = (offsets.first(), offsets.last());
         if offsets.len() != rows + 1
             || ends != (Some(&0), Some(&(columns.len() as u32)))
             || !offsets.is_sorted()
         {
-            bail!("the lists of {rows} rows need {} rising offsets from 0 to {}", rows + 1, columns.len());
+            bail!("expected {} ascending offsets from 0 to {}, one more than rows", rows + 1, columns.len());
         }
         let mut sorted = Self { offsets: vec![0], columns: Vec::with_capacity(columns.len() + rows) };
         for (i, range) in offsets.windows(2).enumerate() {
             let mut row = columns[range[0] as usize..range[1] as usize].to_vec();
             if let Some(j) = row.iter().find(|&&j| j as usize >= candidates) {
-                bail!("row {i}: its list names column {j} of {candidates}");
+                bail!("row {i}: its list has column {j}, but there are {candidates} columns");
             }
             row.extend(with.map(|columns| columns[i]));
             row.sort_unstable();

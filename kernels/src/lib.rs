@@ -1,16 +1,16 @@
-//! The ops of a training step, each forward and backward, on packed sequences.
+//! The ops of a training step on packed sequences, each with its forward and its backward pass.
 //!
-//! Tensors in, tensors out; nothing here knows of models, batches or ranks. Every op is one stem, a file or a
-//! folder: its formula, its forward, its backward and its tests, and the CUDA kernel beside it. Activations are
-//! `(T, D)`: the T tokens of a chunk's N sequences end to end, without padding; [`Packing`] says where each
-//! sequence lies.
+//! An op takes tensors and returns tensors. It knows nothing about models, batches or ranks. Each op is one
+//! file or one folder that holds its formula, forward, backward and tests; the CUDA kernel (`.cu`) has the
+//! same name. Activations have the shape `(T, D)`: the T tokens of a chunk's N sequences are concatenated
+//! without padding, and [`Packing`] holds the boundaries of the sequences.
 //!
-//! Gradients of parameters are *added* to the tensor that is given (`dw`), because the chunks of a batch
-//! share it; gradients of activations are returned.
+//! A backward function returns the gradients of activations. It *adds* the gradients of parameters to tensors
+//! that the caller passes (`dw`), because the chunks of a batch accumulate into the same buffer.
 //!
-//! Letters in shapes: T tokens, N sequences, B rows, M candidates, D width, H heads, G key-value heads,
-//! K head width, F feed-forward width, V vocabulary, P positions, R rank of LoRA, I and O a linear's
-//! input and output width.
+//! Letters in shapes: T tokens, N sequences, B rows, M candidates, D hidden size, H heads, G key-value heads,
+//! K head size, F feed-forward size, V vocabulary, P positions, R rank of LoRA, I and O the input and output
+//! size of a linear layer.
 
 pub mod activation;
 pub mod adamw;
@@ -28,6 +28,7 @@ pub mod rope;
 pub mod topk;
 
 mod block;
+mod device;
 #[cfg(any(test, gpu))]
 mod gpu;
 mod matmul;
@@ -38,19 +39,11 @@ mod tensor;
 mod testing;
 mod tile;
 
+pub use device::{on_gpu, upload, zeros};
 #[cfg(feature = "cuda")]
-pub use gpu::cuda::{devices, forget_peak, free, memory, open};
+pub use gpu::cuda::{device_count, free_memory, memory_usage, open_device, reset_peak_memory};
+#[cfg(feature = "cuda")]
+pub use gpu::libraries::{cuda_version, open_nccl};
 #[cfg(feature = "emulator")]
-pub use gpu::emulate;
-#[cfg(feature = "cuda")]
-pub use gpu::libraries::{open_nccl, toolkit};
+pub use gpu::use_emulator;
 pub use packing::Packing;
-pub use tensor::{upload, zeros};
-
-/// Whether ops on tensors of `device` run as kernels of a GPU, which take and give tensors of half precision.
-pub fn on_gpu(device: &candle_core::Device) -> bool {
-    #[cfg(gpu)]
-    return gpu::runs(device);
-    #[cfg(not(gpu))]
-    device.is_cuda()
-}

@@ -1,4 +1,4 @@
-// What a linear layer needs beside its products, which are cuBLASLt's; see linear.rs.
+// The operations of a linear layer beside its matrix products, which cuBLASLt computes; see linear.rs.
 
 #include "partials.cuh"
 
@@ -10,7 +10,7 @@ struct BiasBackward {
     int32_t width, type;
 };
 
-// A thread a column; blocks of one column of the grid take every gridDim.y-th row.
+// One thread for each column; block y of the grid sums every gridDim.y-th row from row y on.
 template <class T>
 __global__ void sum_columns(BiasBackward a) {
     const int d = blockIdx.x * blockDim.x + threadIdx.x;
@@ -30,7 +30,7 @@ static int bias_of(const BiasBackward& a, cudaStream_t stream) {
 
 ENTRY(bias_backward, BiasBackward) { WITH_TYPE(arguments->type, return bias_of<T>(*arguments, stream);) }
 
-// y (T, O) += bias (O), where cuBLASLt's own epilogue does not apply.
+// y (T, O) += bias (O).
 struct BiasForward {
     void* y;
     const float* bias;
@@ -65,7 +65,8 @@ static int add_bias_of(const BiasForward& a, cudaStream_t stream) {
 
 ENTRY(add_bias, BiasForward) { WITH_TYPE(arguments->type, return add_bias_of<T>(*arguments, stream);) }
 
-// y (count) of another type, rounded to nearest: the compute type's copy of f32 parameters, and back.
+// Converts `count` elements to another type, rounded to nearest: for example f32 parameters to the compute
+// type.
 struct Convert {
     const void* x;
     void* y;

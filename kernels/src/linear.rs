@@ -1,7 +1,7 @@
-//! A linear layer: y = x·Wᵀ + bias, with W `(O, I)` as checkpoints keep it.
+//! A linear layer: y = x·Wᵀ + bias, with W `(O, I)` in the layout of PyTorch and of checkpoints.
 //!
-//! Backward: dx = dy·W, dW = dyᵀ·x, dbias = Σ_t dy. Each is asked for alone, because a frozen weight has no gradient
-//! and nothing is computed for it.
+//! Backward: dx = dy·W, dW = dyᵀ·x, dbias = Σ_t dy. Each gradient has its own function, because nothing is
+//! computed for a frozen parameter.
 
 use crate::matmul::{Matrix, Threads, multiply, product, product_and_bias};
 use crate::rows::{add, new_rows_and_sums};
@@ -11,94 +11,94 @@ use candle_core::{Result, Tensor};
 #[cfg(any(test, gpu))]
 pub(crate) mod gpu;
 
-/// y `(T, O)` of x `(T, I)`, W `(O, I)` and the bias `(O)`.
+/// Returns y `(T, O)` for x `(T, I)`, W `(O, I)` and the bias `(O)`.
 ///
 /// # Errors
-/// If a shape is not as said, or a tensor is not contiguous f32.
+/// If a shape differs from the above, or a tensor is not contiguous f32.
 pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (tokens, inputs) = matrix("x", x)?;
+    let (outputs, _) = matrix("w", w)?;
+    expect_shape("w", w, &[outputs, inputs])?;
+    if let Some(bias) = bias {
+        expect_shape("bias", bias, &[outputs])?;
+    }
     #[cfg(gpu)]
     if crate::gpu::runs(x.device()) {
         return gpu::forward(x, w, bias);
     }
-    let (tokens, inputs) = matrix("x", x)?;
-    let (outputs, _) = matrix("w", w)?;
-    expect_shape("w", w, &[outputs, inputs])?;
     let (xs, ws) = (read::<f32>(x)?, read::<f32>(w)?);
     let (a, b) = (Matrix::new(&xs, tokens, inputs), Matrix::new(&ws, outputs, inputs).transposed());
     let y = match bias {
-        Some(bias) => {
-            expect_shape("bias", bias, &[outputs])?;
-            product_and_bias(a, b, &read::<f32>(bias)?)
-        }
+        Some(bias) => product_and_bias(a, b, &read::<f32>(bias)?),
         None => product(a, b),
     };
     tensor(y, (tokens, outputs))
 }
 
-/// dx `(T, I)` of dy `(T, O)` and W `(O, I)`.
+/// Returns dx `(T, I)` for dy `(T, O)` and W `(O, I)`.
 ///
 /// # Errors
-/// If a shape is not as said, or a tensor is not contiguous f32.
+/// If a shape differs from the above, or a tensor is not contiguous f32.
 pub fn backward_input(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let (tokens, _) = matrix("dy", dy)?;
+    let (outputs, inputs) = matrix("w", w)?;
+    expect_shape("dy", dy, &[tokens, outputs])?;
     #[cfg(gpu)]
     if crate::gpu::runs(dy.device()) {
         return gpu::backward_input(dy, w);
     }
-    let (tokens, _) = matrix("dy", dy)?;
-    let (outputs, inputs) = matrix("w", w)?;
-    expect_shape("dy", dy, &[tokens, outputs])?;
     let (dys, ws) = (read::<f32>(dy)?, read::<f32>(w)?);
     let dx = product(Matrix::new(&dys, tokens, outputs), Matrix::new(&ws, outputs, inputs));
     tensor(dx, (tokens, inputs))
 }
 
-/// As [`backward_input`], added to `dx`: query, key and value share one input.
+/// Like [`backward_input`], but adds to `dx` `(T, I)`: the query, key and value projections share one input.
 ///
 /// # Errors
-/// If a shape is not as said, or a tensor is not contiguous f32.
+/// If a shape differs from the above, or a tensor is not contiguous f32.
 pub fn add_backward_input(dy: &Tensor, w: &Tensor, dx: &Tensor) -> Result<()> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(dy.device()) {
-        return gpu::add_backward_input(dy, w, dx);
-    }
     let (tokens, _) = matrix("dy", dy)?;
     let (outputs, inputs) = matrix("w", w)?;
     expect_shape("dy", dy, &[tokens, outputs])?;
     expect_shape("dx", dx, &[tokens, inputs])?;
+    #[cfg(gpu)]
+    if crate::gpu::runs(dy.device()) {
+        return gpu::add_backward_input(dy, w, dx);
+    }
     let (dys, ws) = (read::<f32>(dy)?, read::<f32>(w)?);
     let (a, b) = (Matrix::new(&dys, tokens, outputs), Matrix::new(&ws, outputs, inputs));
     write(dx, |dx| multiply(dx, inputs, 1.0, 1.0, a, b, Threads::All))
 }
 
-/// Adds the gradient of W to `dw` `(O, I)`, from x `(T, I)` and dy `(T, O)`.
+/// Adds the gradient of W to `dw` `(O, I)`, for x `(T, I)` and dy `(T, O)`.
 ///
 /// # Errors
-/// If a shape is not as said, or a tensor is not contiguous f32.
+/// If a shape differs from the above, or a tensor is not contiguous f32.
 pub fn backward_weight(x: &Tensor, dy: &Tensor, dw: &Tensor) -> Result<()> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(x.device()) {
-        return gpu::backward_weight(x, dy, dw);
-    }
     let (tokens, inputs) = matrix("x", x)?;
     let (_, outputs) = matrix("dy", dy)?;
     expect_shape("dy", dy, &[tokens, outputs])?;
     expect_shape("dw", dw, &[outputs, inputs])?;
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
+        return gpu::backward_weight(x, dy, dw);
+    }
     let (xs, dys) = (read::<f32>(x)?, read::<f32>(dy)?);
     let (a, b) = (Matrix::new(&dys, tokens, outputs).transposed(), Matrix::new(&xs, tokens, inputs));
     write(dw, |dw| multiply(dw, inputs, 1.0, 1.0, a, b, Threads::All))
 }
 
-/// Adds the gradient of the bias to `db` `(O)`, from dy `(T, O)`.
+/// Adds the gradient of the bias to `db` `(O)`, for dy `(T, O)`.
 ///
 /// # Errors
-/// If a shape is not as said, or a tensor is not contiguous f32.
+/// If a shape differs from the above, or a tensor is not contiguous f32.
 pub fn backward_bias(dy: &Tensor, db: &Tensor) -> Result<()> {
+    let (tokens, outputs) = matrix("dy", dy)?;
+    expect_shape("db", db, &[outputs])?;
     #[cfg(gpu)]
     if crate::gpu::runs(dy.device()) {
         return gpu::backward_bias(dy, db);
     }
-    let (tokens, outputs) = matrix("dy", dy)?;
-    expect_shape("db", db, &[outputs])?;
     let dys = read::<f32>(dy)?;
     let dys = &*dys;
     let ([], sum) = new_rows_and_sums(
@@ -135,7 +135,7 @@ mod tests {
         for (t, i, o) in [(0, 3, 2), (3, 2, 0), (1, 1, 1), (3, 7, 5), (7, 1023, 33), (65, 48, 130)] {
             let (x, w, bias) = (random(1, (t, i)), random(2, (o, i)), random(3, o));
             let (xs, ws) = (numbers(&x), numbers(&w));
-            // i additions in f32 err by about √i half ulp of the result.
+            // i additions in f32 have an error of about √i half ulps of the result.
             let y = forward(&x, &w, Some(&bias)).unwrap();
             assert!(relative_error(&y, &reference(&xs, &ws, &numbers(&bias), i)) < 1e-6, "{t} {i} {o}");
             let y = forward(&x, &w, None).unwrap();
@@ -163,7 +163,7 @@ mod tests {
             add_backward_input(&dy, &w, &dx).unwrap();
             backward_weight(&x, &dy, &dw).unwrap();
             backward_bias(&dy, &db).unwrap();
-            // Up to 130 additions in f32; the differences are good to 1e-8.
+            // Up to 130 additions in f32; the finite differences are accurate to 1e-8.
             assert!(relative_error(&backward_input(&dy, &w).unwrap(), &want_x) < 1e-6, "{t} {i} {o}");
             assert!(relative_error(&dx, &want_dx) < 1e-6, "{t} {i} {o}");
             assert!(relative_error(&dw, &want_dw) < 1e-6, "{t} {i} {o}");

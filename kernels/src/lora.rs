@@ -1,10 +1,11 @@
-//! Low-rank adaptation of a frozen linear layer (Hu et al. 2021): y += scale·drop(x)·Aᵀ·Bᵀ.
+//! Low-rank adaptation (LoRA) of a frozen linear layer (Hu et al. 2021): y += scale·dropout(x)·Aᵀ·Bᵀ.
 //!
-//! With `xa = drop(x)·Aᵀ` and `g = scale·dy·B`, both `(T, R)`: dA = gᵀ·drop(x), dB = scale·dyᵀ·xa, dx += drop(g·A). No
-//! product is wider than R but those that end in y and dx.
+//! With `xa = dropout(x)·Aᵀ` and `g = scale·dy·B`, both `(T, R)`: dA = gᵀ·dropout(x), dB = scale·dyᵀ·xa,
+//! dx += dropout(g·A).
 //!
-//! Forward and backward are one pass over memory each: a block of tokens goes through all its products while it lies in
-//! the cache, where drop(x) is drawn and forgotten. Blocks are fixed, so sums over tokens do not depend on threads.
+//! Forward and backward read and write memory once. All products of a block of tokens are computed while the
+//! block is in the cache, where dropout(x) is computed and discarded. The size of a block is fixed, so sums
+//! over tokens do not depend on the number of threads.
 
 use crate::Packing;
 use crate::dropout::Dropout;
@@ -19,29 +20,30 @@ use std::ops::Range;
 #[cfg(any(test, gpu))]
 mod gpu;
 
-/// What is trained beside a frozen W `(O, I)`.
+/// The trained low-rank matrices of a frozen linear layer with the weight W `(O, I)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Adapter<'a> {
-    /// A `(R, I)`.
+    /// A `(R, I)`, `lora_A` in PEFT.
     pub a: &'a Tensor,
-    /// B `(O, R)`.
+    /// B `(O, R)`, `lora_B` in PEFT.
     pub b: &'a Tensor,
-    /// α/r, or α/√r.
+    /// The factor of the product: α/R, or α/√R with rsLoRA.
     pub scale: f32,
-    /// Of the adapter's input only: the frozen path sees all of x.
+    /// Dropout of the adapter's input. The frozen layer gets x without dropout.
     pub dropout: Option<Dropout>,
 }
 
-/// Adds the adapter's part to y `(T, O)` where it lies, and returns `xa` `(T, R)`, which backward needs, of x `(T, I)`.
+/// Adds the adapter's output for x `(T, I)` to y `(T, O)` in place, and returns `xa` `(T, R)`, which
+/// [`backward`] needs.
 ///
 /// # Errors
-/// If a shape is not as said or 0 but for T, or a tensor is not contiguous f32.
+/// If a shape differs from the above, a dimension other than T is 0, or a tensor is not contiguous f32.
 pub fn forward(x: &Tensor, y: &Tensor, adapter: &Adapter, packing: &Packing) -> Result<Tensor> {
+    let shape = Shape::of(x, y, "y", adapter, packing)?;
     #[cfg(gpu)]
     if crate::gpu::runs(x.device()) {
-        return gpu::forward(x, y, adapter, packing);
+        return gpu::forward(shape, x, y, adapter, packing);
     }
-    let shape = Shape::of(x, y, "y", adapter, packing)?;
     let Shape { tokens, inputs, outputs, rank } = shape;
     let (xs, a, b) = (read::<f32>(x)?, read::<f32>(adapter.a)?, read::<f32>(adapter.b)?);
     let (xs, a, b) = (&*xs, Matrix::new(&a, rank, inputs), Matrix::new(&b, outputs, rank));
@@ -73,11 +75,14 @@ pub fn forward(x: &Tensor, y: &Tensor, adapter: &Adapter, packing: &Packing) -> 
     tensor(xa, (tokens, rank))
 }
 
-/// Adds the gradients of A to `da` `(R, I)`, of B to `db` `(O, R)`, and of x to `dx` `(T, I)` unless nothing before it
-/// trains; from x `(T, I)`, the `xa` of forward and dy `(T, O)`.
+/// Backward pass of [`forward`]: adds the gradient of A to `da` `(R, I)`, of B to `db` `(O, R)` and of x to
+/// `dx` `(T, I)`.
+///
+/// `xa` `(T, R)` is the result of [`forward`], `dy` `(T, O)` the gradient of y. Pass `None` for `dx` if no
+/// parameter before the layer is trained.
 ///
 /// # Errors
-/// If a shape is not as said or 0 but for T, or a tensor is not contiguous f32.
+/// If a shape differs from the above, a dimension other than T is 0, or a tensor is not contiguous f32.
 pub fn backward(
     x: &Tensor,
     xa: &Tensor,
@@ -88,21 +93,24 @@ pub fn backward(
     da: &Tensor,
     db: &Tensor,
 ) -> Result<()> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(x.device()) {
-        return gpu::backward(x, xa, dy, adapter, packing, dx, da, db);
-    }
     let shape = Shape::of(x, dy, "dy", adapter, packing)?;
     let Shape { tokens, inputs, outputs, rank } = shape;
     expect_shape("xa", xa, &[tokens, rank])?;
     expect_shape("da", da, &[rank, inputs])?;
     expect_shape("db", db, &[outputs, rank])?;
+    if let Some(dx) = dx {
+        expect_shape("dx", dx, &[tokens, inputs])?;
+    }
+    #[cfg(gpu)]
+    if crate::gpu::runs(x.device()) {
+        return gpu::backward(shape, x, xa, dy, adapter, packing, dx, da, db);
+    }
     let (xs, xas, dys) = (read::<f32>(x)?, read::<f32>(xa)?, read::<f32>(dy)?);
     let (xs, xas, dys) = (&*xs, &*xas, &*dys);
     let (a, b) = (read::<f32>(adapter.a)?, read::<f32>(adapter.b)?);
     let (a, b) = (Matrix::new(&a, rank, inputs), Matrix::new(&b, outputs, rank));
 
-    // Of each block: dA and dB.
+    // dA and dB of each block.
     let (of_a, of_b) = (rank * inputs, outputs * rank);
     let mut partial = vec![0f32; tokens.div_ceil(BLOCK) * (of_a + of_b)];
     let run = |block: usize, partial: &mut [f32], dx: Option<&mut [f32]>, scratch: &mut Vec<f32>| {
@@ -123,7 +131,7 @@ pub fn backward(
             (None, _) => {}
             (Some(dx), None) => multiply(dx, inputs, 1.0, 1.0, g, a, Threads::One),
             (Some(dx), Some(dropout)) => {
-                // x's copy is done with, and has the size.
+                // The copy of x in `scratch` is no longer needed, and has the right size.
                 multiply(scratch, inputs, 0.0, 1.0, g, a, Threads::One);
                 scale_rows(scratch, inputs, &rows, dropout, packing);
                 vectorised(
@@ -136,7 +144,6 @@ pub fn backward(
     let partials = partial.par_chunks_mut(of_a + of_b);
     match dx {
         Some(dx) => {
-            expect_shape("dx", dx, &[tokens, inputs])?;
             write(dx, |dx| {
                 let blocks = partials.zip(dx.par_chunks_mut(BLOCK * inputs)).enumerate();
                 blocks.for_each_init(Vec::new, |scratch, (block, (partial, dx))| {
@@ -149,7 +156,7 @@ pub fn backward(
         }),
     }
 
-    // One after the other: both may lie in one flat buffer, which one writer locks.
+    // One after the other: both may be views of one flat buffer, and `write` locks the buffer.
     for (to, width, start) in [(da, inputs, 0), (db, rank, of_a)] {
         write(to, |to| {
             fill_rows(
@@ -167,9 +174,10 @@ pub fn backward(
     Ok(())
 }
 
-/// Tokens that go through all products together. Also the tokens of one partial sum.
+/// The number of tokens of a block, which is also the number of tokens of one partial sum.
 const BLOCK: usize = 128;
 
+/// The checked sizes of a call: T, I, O and R.
 #[derive(Clone, Copy)]
 struct Shape {
     tokens: usize,
@@ -187,19 +195,21 @@ impl Shape {
         expect_shape("b", adapter.b, &[outputs, rank])?;
         expect_shape(name, y, &[tokens, outputs])?;
         if inputs == 0 || outputs == 0 || rank == 0 {
-            bail!("an adapter of rank {rank} from {inputs} to {outputs} elements, expected none of them 0");
+            bail!(
+                "an adapter of rank {rank} from {inputs} to {outputs} features; expected none of them to be 0"
+            );
         }
         adapter.dropout.map_or(Ok(()), |dropout| dropout.check())?;
         Ok(Self { tokens, inputs, outputs, rank })
     }
 
-    /// The rows of a block.
+    /// The rows of block `block`.
     fn block(&self, block: usize) -> Range<usize> {
         block * BLOCK..self.tokens.min((block + 1) * BLOCK)
     }
 }
 
-/// drop(x) of some rows: `x` itself without dropout, else a copy in `scratch`.
+/// dropout(x) of some rows: `x` itself without dropout, otherwise a copy in `scratch`.
 fn dropped<'a>(
     x: &'a [f32],
     width: usize,
@@ -235,7 +245,7 @@ mod tests {
     use std::iter::zip;
 
     const DROPOUT: Dropout = Dropout { p: 0.25, seed: 1, step: 2, site: 3 };
-    /// T of two sequences each, I, O, R.
+    /// T (divided into two sequences), I, O, R.
     const SHAPES: [(usize, usize, usize, usize); 6] =
         [(0, 4, 3, 2), (1, 1, 1, 1), (3, 7, 5, 2), (7, 1023, 33, 8), (128, 5, 3, 1), (300, 6, 4, 3)];
 
@@ -245,7 +255,7 @@ mod tests {
         y: Tensor,
         a: Tensor,
         b: Tensor,
-        /// What drop multiplies x by.
+        /// The dropout factors of x.
         mask: Vec<f64>,
         dropout: Option<Dropout>,
     }
@@ -266,7 +276,7 @@ mod tests {
             Adapter { a: &self.a, b: &self.b, scale: 0.7, dropout: self.dropout }
         }
 
-        /// scale·drop(x)·Aᵀ·Bᵀ in f64.
+        /// scale·dropout(x)·Aᵀ·Bᵀ in f64.
         fn reference(&self, x: &[f64], a: &[f64], b: &[f64]) -> Vec<f64> {
             let (rank, inputs) = self.a.dims2().unwrap();
             let x: Vec<f64> = zip(x, &self.mask).map(|(x, mask)| x * mask).collect();
@@ -290,7 +300,7 @@ mod tests {
                 let c = Case::new(shape, dropout);
                 let want = plus(&c.y, c.reference(&numbers(&c.x), &numbers(&c.a), &numbers(&c.b)));
                 let xa = forward(&c.x, &c.y, &c.adapter(), &c.packing).unwrap();
-                // Up to 1023 additions in f32, then R.
+                // Sums of up to 1023 terms, then of R terms, in f32.
                 assert!(relative_error(&c.y, &want) < 1e-6, "{shape:?} {dropout:?}");
                 assert_eq!(xa.dims(), [shape.0, shape.3]);
             }
@@ -314,7 +324,8 @@ mod tests {
 
                 let xa = forward(&c.x, &c.y, &c.adapter(), &c.packing).unwrap();
                 backward(&c.x, &xa, &dy, &c.adapter(), &c.packing, Some(&dx), &da, &db).unwrap();
-                // Sums over up to 300 tokens in f32; the differences of a sum this large are good to 1e-7.
+                // Sums over up to 300 tokens in f32; finite differences of sums this large are accurate to
+                // 1e-7.
                 assert!(relative_error(&dx, &want_x) < 2e-6, "dx {shape:?} {dropout:?}");
                 assert!(relative_error(&da, &want_a) < 2e-6, "da {shape:?} {dropout:?}");
                 assert!(relative_error(&db, &want_b) < 2e-6, "db {shape:?} {dropout:?}");
@@ -337,7 +348,7 @@ mod tests {
         );
         let xa = forward(&c.x, &c.y, &c.adapter(), &c.packing).unwrap();
         backward(&c.x, &xa, &dy, &c.adapter(), &c.packing, Some(&dx), &da, &db).unwrap();
-        // As three linear layers, which have their own reference.
+        // The same gradients by three linear layers, which have their own reference.
         let g = linear::backward_input(&dy, &c.b).unwrap().affine(f64::from(0.7f32), 0.0).unwrap();
         let (want_a, want_b) = (da.zeros_like().unwrap(), db.zeros_like().unwrap());
         linear::backward_weight(&c.x, &g, &want_a).unwrap();

@@ -1,4 +1,4 @@
-//! The matrix product: cut into pieces for the threads, each of which is computed panel by panel.
+//! The matrix product: divides it into pieces for the threads; `panel` computes a piece.
 
 mod panel;
 
@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use self::panel::{Geometry, Panels, Piece};
 
-/// A matrix in a slice, read by strides, one of which is 1.
+/// A view of a slice as a matrix. One of its two strides is 1.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
     elements: &'a [f32],
@@ -19,36 +19,37 @@ pub(crate) struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// `rows` rows of `columns` elements, end to end.
+    /// A matrix of `rows` rows of `columns` elements, without gaps.
     pub(crate) fn new(elements: &'a [f32], rows: usize, columns: usize) -> Self {
         Self::strided(elements, rows, columns, columns)
     }
 
-    /// Rows whose starts are `stride` elements apart: some columns of a wider matrix.
+    /// A matrix whose rows are `stride` elements apart, such as some columns of a wider matrix.
     ///
     /// # Panics
-    /// If the slice is shorter than the matrix: ops check the shapes that input can reach.
+    /// If the slice is shorter than the matrix. No input can cause that, because the ops check the shapes of
+    /// their tensors.
     pub(crate) fn strided(elements: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
-        assert!(extent(rows, columns, stride) <= elements.len(), "a matrix inside its slice");
+        assert!(extent(rows, columns, stride) <= elements.len(), "the slice is shorter than the matrix");
         Self { elements, rows, columns, row_stride: stride, column_stride: 1 }
     }
 
-    /// Some of its rows.
+    /// The rows `range`.
     fn rows(self, range: Range<usize>) -> Self {
         Self { elements: self.from(range.start * self.row_stride), rows: range.len(), ..self }
     }
 
-    /// Some of its columns.
+    /// The columns `range`.
     fn columns(self, range: Range<usize>) -> Self {
         Self { elements: self.from(range.start * self.column_stride), columns: range.len(), ..self }
     }
 
-    /// A matrix without rows or columns has nothing at any offset.
+    /// The elements from `offset` on; none if the matrix is empty.
     fn from(self, offset: usize) -> &'a [f32] {
         &self.elements[offset.min(self.elements.len())..]
     }
 
-    /// The same elements with rows and columns exchanged.
+    /// The transpose, without a copy.
     pub(crate) fn transposed(self) -> Self {
         Self {
             elements: self.elements,
@@ -60,53 +61,57 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Who computes a product.
+/// The threads that compute a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Threads {
-    /// The caller alone: it is already one of many tasks.
+    /// Only the calling thread, for a caller that is one of many tasks.
     One,
-    /// All threads of the pool.
+    /// All threads of the current thread pool.
     All,
 }
 
-/// `dst = keep·dst + scale·a·b`, where the starts of dst's rows are `stride` elements apart. With `keep` 0, dst is
-/// not read: a NaN in it does not stay.
+/// Computes `dst = beta·dst + alpha·a·b`, where the rows of `dst` are `stride` elements apart.
+///
+/// As in BLAS, `dst` is not read if `beta` is 0, so that a NaN in it has no effect.
 ///
 /// # Panics
-/// If the inner dimensions differ, rows of `dst` overlap, or it is shorter than the result: ops check the shapes that input can reach.
+/// If the inner dimensions differ, the rows of `dst` overlap, or `dst` is shorter than the result. No input
+/// can cause that, because the ops check the shapes of their tensors.
 pub(crate) fn multiply(
     dst: &mut [f32],
     stride: usize,
-    keep: f32,
-    scale: f32,
+    beta: f32,
+    alpha: f32,
     a: Matrix,
     b: Matrix,
     threads: Threads,
 ) {
-    assert!(extent(a.rows, b.columns, stride) <= dst.len(), "a product inside its slice");
-    assert!(a.rows < 2 || b.columns <= stride, "rows of a product that do not overlap");
-    // SAFETY: the result lies in `dst`, as just checked, and its elements are initialised, so they may be read.
-    unsafe { write(Target(dst.as_mut_ptr()), stride, Start::Kept(keep), scale, a, b, threads) }
+    assert!(extent(a.rows, b.columns, stride) <= dst.len(), "`dst` is shorter than the product");
+    assert!(a.rows < 2 || b.columns <= stride, "the rows of `dst` overlap");
+    // SAFETY: the assertions have checked that the result lies in `dst`, whose elements are initialised and
+    // may be read.
+    unsafe { write(Target(dst.as_mut_ptr()), stride, Start::Beta(beta), alpha, a, b, threads) }
 }
 
-/// `a·b`, rows end to end, on all threads.
+/// Returns `a·b` without gaps between the rows, computed on all threads.
 pub(crate) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
-    new_product(a, b, Start::Kept(0.0))
+    new_product(a, b, Start::Beta(0.0))
 }
 
-/// As [`product`], with `bias` added to each row.
+/// Like [`product`], with `bias` added to each row.
 ///
 /// # Panics
-/// If the bias has not an element for each column.
+/// If `bias` does not have an element for each column.
 pub(crate) fn product_and_bias(a: Matrix, b: Matrix, bias: &[f32]) -> Vec<f32> {
-    assert_eq!(bias.len(), b.columns, "the bias of a product");
-    new_product(a, b, Start::Row(bias))
+    assert_eq!(bias.len(), b.columns, "the bias has an element for each column");
+    new_product(a, b, Start::Bias(bias))
 }
 
 fn new_product(a: Matrix, b: Matrix, start: Start) -> Vec<f32> {
     let len = a.rows * b.columns;
     let mut dst = Vec::with_capacity(len);
-    // SAFETY: the capacity holds the result; with such a start its elements are only written, and each of them is.
+    // SAFETY: the capacity is the size of the result. With these two starts `write` reads no element and
+    // writes all of them.
     unsafe {
         write(Target(dst.as_mut_ptr()), b.columns, start, 1.0, a, b, Threads::All);
         dst.set_len(len);
@@ -114,43 +119,46 @@ fn new_product(a: Matrix, b: Matrix, start: Start) -> Vec<f32> {
     dst
 }
 
-/// What a product is added to.
+/// What the product is added to.
 #[derive(Clone, Copy)]
 enum Start<'a> {
-    /// So many times what is there; with 0 that is not read.
-    Kept(f32),
-    /// This, in each row.
-    Row(&'a [f32]),
+    /// beta times the present values of the result; with 0 they are not read.
+    Beta(f32),
+    /// The same bias in each row.
+    Bias(&'a [f32]),
 }
 
 impl Start<'_> {
     fn columns(self, range: Range<usize>) -> Self {
         match self {
-            Self::Kept(_) => self,
-            Self::Row(row) => Self::Row(&row[range]),
+            Self::Beta(_) => self,
+            Self::Bias(row) => Self::Bias(&row[range]),
         }
     }
 }
 
+/// Computes a product into `dst`.
+///
 /// # Safety
-/// `dst` is valid for writes of the whole result, whose rows do not overlap, and also for reads if some of what is there is kept.
+/// `dst` must be valid for writes of the whole result, and for reads unless `start` is a bias or a beta of 0.
+/// The rows of the result must not overlap.
 unsafe fn write(
     dst: Target,
     stride: usize,
     start: Start,
-    scale: f32,
+    alpha: f32,
     a: Matrix,
     b: Matrix,
     threads: Threads,
 ) {
-    assert_eq!(a.columns, b.rows, "the inner dimensions of a product");
+    assert_eq!(a.columns, b.rows, "the inner dimensions of a product are equal");
     let threads = match threads {
         Threads::All if a.rows * b.columns * a.columns >= WORTH_A_THREAD => rayon::current_num_threads(),
         _ => 1,
     };
     let geometry = Geometry::of_processor();
     for k in cut(a.columns, geometry.depth, 1) {
-        let start = if k.start == 0 { start } else { Start::Kept(1.0) };
+        let start = if k.start == 0 { start } else { Start::Beta(1.0) };
         let (a, b) = (a.columns(k.clone()), b.rows(k.clone()));
         for columns in cut(b.columns, PACKED / k.len().max(1), geometry.columns()) {
             let start = start.columns(columns.clone());
@@ -161,8 +169,9 @@ unsafe fn write(
                     let (rows, columns) = grid.piece(i);
                     let c = dst.at(rows.start * stride + columns.start);
                     let start = start.columns(columns.clone());
-                    // SAFETY: the caller vouches for `dst`, and no other piece has these rows and columns of it.
-                    unsafe { Piece::write(c, stride, start, scale, a.rows(rows), b, columns) };
+                    // SAFETY: the caller guarantees that `dst` is valid, and no other piece has the same rows
+                    // and columns.
+                    unsafe { Piece::write(c, stride, start, alpha, a.rows(rows), b, columns) };
                 };
                 if threads > 1 {
                     (0..grid.pieces()).into_par_iter().with_max_len(1).for_each(piece);
@@ -174,16 +183,16 @@ unsafe fn write(
     }
 }
 
-/// Multiplications below which a second thread costs more than it saves.
+/// The number of multiplications below which a second thread costs more time than it saves.
 const WORTH_A_THREAD: usize = 1 << 18;
-/// Elements of b that are packed at a time: 4 MiB.
+/// The number of elements of b that are packed at a time: 4 MiB.
 const PACKED: usize = 1 << 20;
-/// Rows of a piece, at least so many blocks: a panel of b that was brought to the first cache is used again. At most, because panels of
-/// a stay in the second cache.
+/// A piece has at least the rows of `LEAST_BLOCKS` blocks, to reuse a panel of b that is in the L1 cache, and
+/// at most `MOST_ROWS` rows, so that its panels of a fit into the L2 cache.
 const LEAST_BLOCKS: usize = 4;
 const MOST_ROWS: usize = 128;
 
-/// The pieces of a product, each the work of one task.
+/// The division of a product into pieces, one for each task.
 struct Grid {
     rows: usize,
     columns: usize,
@@ -192,8 +201,8 @@ struct Grid {
 }
 
 impl Grid {
-    /// Several pieces for every thread, so that one that is held up leaves some of its share to the others. Each packs its rows of a,
-    /// so columns are cut only where there are too few rows.
+    /// Divides a product into several pieces per thread, so that other threads can take over the pieces of a
+    /// slow one. Each piece packs its rows of a, so the columns are divided only if there are too few rows.
     fn new(geometry: Geometry, rows: usize, columns: usize, threads: usize) -> Self {
         let (height, width) = (geometry.height, geometry.columns());
         let wanted = if threads > 1 { 4 * threads } else { 1 };
@@ -217,17 +226,18 @@ impl Grid {
     }
 }
 
-/// `0..length` in even pieces, about `most` long, of whole `unit`s; at least one, which may be empty.
+/// Divides `0..length` into pieces of equal length, a multiple of `unit` near `most`. There is at least one,
+/// maybe empty, piece.
 fn cut(length: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
     let step = length.div_ceil(length.div_ceil(most.max(1)).max(1)).max(1).next_multiple_of(unit);
     (0..length.max(1)).step_by(step).map(move |start| start..length.min(start + step))
 }
 
-/// Where a product goes, in several pieces at once.
+/// The address of a result that several tasks write to.
 #[derive(Clone, Copy)]
 struct Target(*mut f32);
 
-// SAFETY: only an address; who writes through it vouches for that.
+// SAFETY: it is only an address. Every write through it has its own justification.
 unsafe impl Send for Target {}
 // SAFETY: see above.
 unsafe impl Sync for Target {}
@@ -238,7 +248,7 @@ impl Target {
     }
 }
 
-/// Elements from the first to one past the last of a matrix.
+/// The number of elements from the first one of a matrix to the last one, including both.
 fn extent(rows: usize, columns: usize, stride: usize) -> usize {
     if rows == 0 || columns == 0 { 0 } else { (rows - 1) * stride + columns }
 }
@@ -261,7 +271,7 @@ mod tests {
     fn products_equal_the_reference_for_odd_and_empty_shapes() {
         let small = [(1, 1, 1), (3, 7, 5), (7, 1023, 3), (65, 33, 17), (3, 0, 2), (0, 3, 2), (2, 3, 0)];
         let empty = [(0, 3100, 2), (2, 3100, 0), (300, 0, 2), (300, 0, 70)];
-        // Several pieces, and of b more rows than are packed at a time, or more columns.
+        // Several pieces, and a b with more rows, or more columns, than are packed at a time.
         for (m, k, n) in
             small.into_iter().chain(empty).chain([(300, 20, 70), (140, 1700, 33), (2, 1500, 1500)])
         {
@@ -278,7 +288,7 @@ mod tests {
             ];
             for (way, (a, b)) in ways.into_iter().enumerate() {
                 let c = Tensor::from_vec(product(a, b), (m, n), &Device::Cpu).unwrap();
-                // k additions in f32 err by about √k half ulp of the result.
+                // k additions in f32 have an error of about √k half ulps of the result.
                 assert!(relative_error(&c, &wanted) < 1e-6, "{m} {k} {n}, way {way}");
             }
         }
@@ -292,21 +302,21 @@ mod tests {
             let elements = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let [x, y, bias] = [&a, &b, &bias].map(elements);
             let (x, y) = (Matrix::new(&x, m, k), Matrix::new(&y, k, n));
-            for (keep, scale) in [(0.0, 1.0), (1.0, 1.0), (0.0, 0.5), (-2.0, 0.5)] {
+            for (beta, alpha) in [(0.0, 1.0), (1.0, 1.0), (0.0, 0.5), (-2.0, 0.5)] {
                 let wanted: Vec<f64> =
-                    numbers(&c).iter().zip(&sums).map(|(c, sum)| keep * c + scale * sum).collect();
+                    numbers(&c).iter().zip(&sums).map(|(c, sum)| beta * c + alpha * sum).collect();
                 for threads in [Threads::One, Threads::All] {
-                    // In a window of a wider matrix, whose other elements stay as they are.
+                    // In a window of a wider matrix, whose other elements must not change.
                     let mut wide = vec![9.0; m * (n + 3)];
                     for (wide, c) in wide.chunks_exact_mut(n + 3).zip(elements(&c).chunks_exact(n)) {
                         wide[1..=n].copy_from_slice(c);
                     }
-                    multiply(&mut wide[1..], n + 3, keep as f32, scale as f32, x, y, threads);
+                    multiply(&mut wide[1..], n + 3, beta as f32, alpha as f32, x, y, threads);
                     let rows = wide.chunks_exact(n + 3);
                     assert!(rows.clone().all(|row| [row[0], row[n + 1], row[n + 2]] == [9.0; 3]));
                     let dst: Vec<f32> = rows.flat_map(|row| row[1..=n].to_vec()).collect();
                     let dst = Tensor::from_vec(dst, (m, n), &Device::Cpu).unwrap();
-                    assert!(relative_error(&dst, &wanted) < 1e-6, "{m} {k} {n}, {keep} {scale} {threads:?}");
+                    assert!(relative_error(&dst, &wanted) < 1e-6, "{m} {k} {n}, {beta} {alpha} {threads:?}");
                 }
             }
             let wanted: Vec<f64> =

@@ -1,13 +1,14 @@
-// Tensor-core tiles of 16-bit elements, and the copies that feed them.
+// Tensor-core products of 16-bit elements, and asynchronous copies to shared memory.
 //
-// A warp multiplies a 16 × 16 tile by a 16 × 8 tile into a 16 × 8 tile of f32 (mma.sync.m16n8k16). With g = lane / 4 and
-// t = lane % 4 a lane holds: of the result rows g and g + 8, columns 2t and 2t + 1; of A rows g and g + 8, columns 2t, 2t + 1,
-// 2t + 8 and 2t + 9; of B column g, rows 2t, 2t + 1, 2t + 8 and 2t + 9 (PTX ISA, "Matrix fragments").
+// A warp multiplies a 16 × 16 tile A by a 16 × 8 tile B into a 16 × 8 tile of f32 (mma.sync.m16n8k16). With g
+// = lane / 4 and t = lane % 4, a lane holds rows g and g + 8, columns 2t and 2t + 1 of the result; rows g and
+// g + 8, columns 2t, 2t + 1, 2t + 8 and 2t + 9 of A; and column g, rows 2t, 2t + 1, 2t + 8 and 2t + 9 of B
+// (PTX ISA, "Matrix fragments").
 #pragma once
 
 #include "common.cuh"
 
-// Two elements in one register, the first one in the low half.
+// Two elements in one register; the first one is in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pair(float low, float high) {
     Pack<T, 2> both = {{from_float<T>(low), from_float<T>(high)}};
@@ -31,12 +32,12 @@ template <class T>
 inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct {
         uint32_t a[4], b[2];
-    } mine, of[32];
-    memcpy(mine.a, a, sizeof(mine.a));
-    memcpy(mine.b, b, sizeof(mine.b));
-    const char* deposits = emulator::meet(emulator::MMA, &mine, sizeof(mine));
-    for (int l = 0; l < 32; l++) memcpy(&of[l], deposits + l * emulator::DEPOSIT, sizeof(mine));
-    const int g = emulator::place.lane / 4, t = emulator::place.lane % 4;
+    } local, of[32];
+    memcpy(local.a, a, sizeof(local.a));
+    memcpy(local.b, b, sizeof(local.b));
+    const char* contributions = emulator::exchange(emulator::MMA, &local, sizeof(local));
+    for (int l = 0; l < 32; l++) memcpy(&of[l], contributions + l * emulator::CONTRIBUTION_BYTES, sizeof(local));
+    const int g = emulator::coordinates.lane / 4, t = emulator::coordinates.lane % 4;
     for (int i = 0; i < 4; i++) {
         const int column = 2 * t + i % 2;
         double sum = 0;
@@ -48,19 +49,20 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     }
 }
 
-// Four 8 × 8 matrices, of which lane l names row l % 8 of matrix l / 8 by the index of its first element. A lane gets
-// of each matrix row g, columns 2t and 2t + 1; transposed it gets column g, rows 2t and 2t + 1.
+// Loads four 8 × 8 matrices (ldmatrix). Lane l passes the index of the first element of row l % 8 of matrix l
+// / 8. A lane receives row g, columns 2t and 2t + 1 of each matrix, or column g, rows 2t and 2t + 1 if
+// TRANSPOSED.
 template <bool TRANSPOSED, class T>
 inline void load_matrices(uint32_t (&registers)[4], const Shared<T>& tile, int index) {
     if (tile.at(index, 8) % 16) emulator::fail("a row of a matrix at byte %zu of shared memory", tile.at(index, 8));
-    const char* deposits = emulator::meet(emulator::LDMATRIX, &index, sizeof(index));
-    const int g = emulator::place.lane / 4, t = emulator::place.lane % 4;
+    const char* contributions = emulator::exchange(emulator::LDMATRIX, &index, sizeof(index));
+    const int g = emulator::coordinates.lane / 4, t = emulator::coordinates.lane % 4;
     for (int m = 0; m < 4; m++) {
         uint16_t halves[2];
         for (int i = 0; i < 2; i++) {
             const int row = TRANSPOSED ? 2 * t + i : g, column = TRANSPOSED ? g : 2 * t + i;
             int start;
-            memcpy(&start, deposits + (m * 8 + row) * emulator::DEPOSIT, sizeof(start));
+            memcpy(&start, contributions + (m * 8 + row) * emulator::CONTRIBUTION_BYTES, sizeof(start));
             T element = tile[start + column];
             memcpy(&halves[i], &element, 2);
         }
@@ -68,7 +70,8 @@ inline void load_matrices(uint32_t (&registers)[4], const Shared<T>& tile, int i
     }
 }
 
-// Starts a copy of 16 bytes to element `index` of shared memory, or of zeros.
+// Starts an asynchronous copy of 16 bytes, or of zeros, to element `index` of an array in shared memory
+// (cp.async).
 template <class T>
 inline void copy_async(const Shared<T>& to, int index, const T* from, bool zeros) {
     emulator::copy_async(to.at(index, 16 / sizeof(T)), from, 16, zeros ? 16 : 0);

@@ -1,7 +1,7 @@
-// Layer norm and RMS norm of x + residual, a block a row; see norm.rs for the formulas.
+// LayerNorm and RMSNorm of x + residual, one block for each row; see norm.rs for the formulas.
 //
-// A thread keeps its elements of the row in registers: at most VECTORS accesses of V elements each. Memory is read and
-// written once.
+// A thread keeps its elements of the row in registers: at most VECTORS vectors of V elements. Memory is read
+// and written once.
 
 #include "partials.cuh"
 
@@ -14,14 +14,14 @@ struct NormForward {
     const float* b;        // (D) or null
     void* y;               // (T, D)
     void* sum;             // (T, D), written with a residual
-    float* mean;           // (T), of layer norm
+    float* mean;           // (T), only of LayerNorm
     float* rstd;           // (T)
     int64_t rows;
     int32_t width, type, centred;
     float eps;
 };
 
-// Row `row` of what is normalised, scaled and shifted.
+// Writes row `row` of y = (s − mean)·rstd·w + b.
 template <int V, class T>
 __device__ __forceinline__ void write_row(const NormForward& a, int64_t row, const float (&s)[VECTORS][V], float mean,
                                           float rstd) {
@@ -52,7 +52,7 @@ __global__ void norm_forward(NormForward a) {
         if (a.residual) {
             float r[V];
             load<V>(static_cast<const T*>(a.residual) + row * a.width + d, r);
-            // What is normalised is what the tape keeps: the rounded sum.
+            // The kernel normalises the rounded sum, because backward reads that sum from the tape.
 #pragma unroll
             for (int i = 0; i < V; i++) s[n][i] = to_float(from_float<T>(s[n][i] + r[i]));
             store<V>(static_cast<T*>(a.sum) + row * a.width + d, s[n]);
@@ -81,9 +81,9 @@ __global__ void norm_forward(NormForward a) {
     write_row<V, T>(a, row, s, mean, rstd);
 }
 
-// y once more, from the tape: `x` is its sum.
+// Recomputes y from the tape, whose sum is `x`.
 template <class T, int V>
-__global__ void norm_again(NormForward a) {
+__global__ void norm_recompute(NormForward a) {
     const int64_t row = blockIdx.x;
     float s[VECTORS][V];
 #pragma unroll
@@ -96,7 +96,7 @@ __global__ void norm_again(NormForward a) {
 
 struct NormBackward {
     const void* sum;    // (T, D)
-    const float* mean;  // (T), of layer norm
+    const float* mean;  // (T), only of LayerNorm
     const float* rstd;  // (T)
     const float* w;     // (D)
     const void* dy;     // (T, D)
@@ -104,12 +104,13 @@ struct NormBackward {
     void* dx;           // (T, D)
     float* dw;          // (D), added to, or null
     float* db;          // (D), added to, or null
-    float* partials;    // (PARTIALS, 2, D), if either is asked for
+    float* partials;    // (PARTIALS, 2, D) if dw or db is not null
     int64_t rows;
     int32_t width, type, centred;
 };
 
-// Blocks take every gridDim-th row; with PARAMETERS they leave what their rows add to dw and db.
+// A block processes every gridDim.x-th row. With PARAMETERS it stores the partial sums of dw and db over its
+// rows.
 template <class T, int V, bool PARAMETERS>
 __global__ void norm_backward(NormBackward a) {
     Arena arena;
@@ -139,7 +140,7 @@ __global__ void norm_backward(NormBackward a) {
             }
         }
         sum_of_block(sums, scratch);
-        const float of_g = a.centred ? sums[0] / a.width : 0.0f, of_gn = sums[1] / a.width;
+        const float mean_g = a.centred ? sums[0] / a.width : 0.0f, mean_gn = sums[1] / a.width;
 #pragma unroll
         for (int n = 0; n < VECTORS; n++) {
             const int d = (n * blockDim.x + threadIdx.x) * V;
@@ -148,7 +149,7 @@ __global__ void norm_backward(NormBackward a) {
             if (a.dsum) load<V>(static_cast<const T*>(a.dsum) + row * a.width + d, dx);
 #pragma unroll
             for (int i = 0; i < V; i++) {
-                dx[i] = (a.dsum ? dx[i] : 0.0f) + rstd * (g[n][i] - of_g - n_[n][i] * of_gn);
+                dx[i] = (a.dsum ? dx[i] : 0.0f) + rstd * (g[n][i] - mean_g - n_[n][i] * mean_gn);
             }
             store<V>(static_cast<T*>(a.dx) + row * a.width + d, dx);
         }
@@ -165,27 +166,27 @@ __global__ void norm_backward(NormBackward a) {
     }
 }
 
-// Threads for rows of `width` in accesses of V elements; 0 if a row is too wide.
+// The number of threads for rows of `width` elements in vectors of `vector` elements; 0 if a row is too wide.
 static unsigned threads_for(int width, int vector) {
     const int64_t threads = ceil_div(ceil_div(width, vector * VECTORS), 32) * 32;
     return threads > 1024 ? 0 : unsigned(threads);
 }
 
 template <class T, int V>
-static int forward_in(const NormForward& a, bool again, cudaStream_t stream) {
+static int forward_in(const NormForward& a, bool recompute, cudaStream_t stream) {
     const Launch how(unsigned(a.rows), threads_for(a.width, V), 32 * sizeof(float), stream);
-    return again ? launch(how, norm_again<T, V>, a) : launch(how, norm_forward<T, V>, a);
+    return recompute ? launch(how, norm_recompute<T, V>, a) : launch(how, norm_forward<T, V>, a);
 }
 
 template <class T>
-static int forward_of(const NormForward& a, bool again, cudaStream_t stream) {
+static int forward_of(const NormForward& a, bool recompute, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(T);
-    if (whole_vectors<T>(a.width, a.x, a.residual, a.w, a.b, a.y, a.sum)) return forward_in<T, V>(a, again, stream);
-    return forward_in<T, 1>(a, again, stream);
+    if (whole_vectors<T>(a.width, a.x, a.residual, a.w, a.b, a.y, a.sum)) return forward_in<T, V>(a, recompute, stream);
+    return forward_in<T, 1>(a, recompute, stream);
 }
 
 ENTRY(norm_forward, NormForward) { WITH_TYPE(arguments->type, return forward_of<T>(*arguments, false, stream);) }
-ENTRY(norm_again, NormForward) { WITH_TYPE(arguments->type, return forward_of<T>(*arguments, true, stream);) }
+ENTRY(norm_recompute, NormForward) { WITH_TYPE(arguments->type, return forward_of<T>(*arguments, true, stream);) }
 
 template <class T, int V>
 static int backward_in(const NormBackward& a, cudaStream_t stream) {

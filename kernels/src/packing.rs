@@ -1,10 +1,14 @@
-//! Where the sequences of a chunk lie in its packed tensors.
+//! Boundaries of the sequences in the packed tensors of a chunk.
 
 use std::ops::Range;
 
-/// How the T tokens of a chunk divide into N sequences, laid end to end without padding.
+#[cfg(any(test, gpu))]
+pub(crate) mod gpu;
+
+/// Boundaries of the N sequences in the T tokens of a chunk, which are concatenated without padding.
 ///
-/// There is no attention mask anywhere: an op that must not look across sequences takes the packing.
+/// It takes the place of an attention mask: an op that must not mix sequences takes the packing as an
+/// argument. flash-attn calls the same offsets `cu_seqlens`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packing {
     offsets: Vec<usize>, // (N+1)
@@ -14,13 +18,20 @@ pub struct Packing {
 }
 
 impl Packing {
-    /// `lengths` are the tokens of each sequence; `numbers` its number in the global batch, which is what
-    /// dropout depends on, so that neither chunks nor ranks change a mask.
+    /// Creates a packing from the number of tokens of each sequence and from its index in the global batch.
+    ///
+    /// Dropout depends on the index in the global batch, so that a mask is the same for all chunk sizes and
+    /// rank counts.
     ///
     /// # Panics
-    /// If the two differ in length: that is a bug of the caller, no input reaches it.
+    /// If `lengths` and `numbers` have different lengths. Only a bug of the caller can cause that, no input
+    /// can.
     pub fn new(lengths: &[usize], numbers: Vec<u32>) -> Self {
-        assert_eq!(lengths.len(), numbers.len(), "one number a sequence");
+        assert_eq!(
+            lengths.len(),
+            numbers.len(),
+            "`lengths` and `numbers` have one element for each sequence"
+        );
         let mut offsets = Vec::with_capacity(lengths.len() + 1);
         offsets.push(0);
         let mut end = 0;
@@ -36,18 +47,18 @@ impl Packing {
         }
     }
 
-    /// What kernels need of it, where they are.
+    /// Copies of the index arrays on the GPU.
     #[cfg(feature = "cuda")]
     pub(crate) fn copies(&self) -> &crate::gpu::Copies<4> {
         &self.copies
     }
 
-    /// T, the tokens of all sequences.
+    /// T, the number of tokens of all sequences.
     pub fn tokens(&self) -> usize {
         self.offsets[self.numbers.len()]
     }
 
-    /// N.
+    /// N, the number of sequences.
     pub fn sequences(&self) -> usize {
         self.numbers.len()
     }
@@ -62,19 +73,19 @@ impl Packing {
         self.offsets.windows(2).map(|w| w[0]..w[1])
     }
 
-    /// The number of sequence `n` in the global batch.
+    /// The index of sequence `n` in the global batch.
     pub fn number(&self, n: usize) -> u32 {
         self.numbers[n]
     }
 
-    /// The tokens of the longest sequence; 0 without sequences.
+    /// The number of tokens of the longest sequence; 0 without sequences.
     pub fn longest(&self) -> usize {
         self.ranges().map(|r| r.len()).max().unwrap_or(0)
     }
 
-    /// The sequence that holds token `t`, and the token's position in it.
+    /// The sequence that contains token `t`, and the position of the token in that sequence, both from 0.
     pub fn locate(&self, t: usize) -> (usize, usize) {
-        // Empty sequences share an offset: the last one that starts at or before t holds it.
+        // Empty sequences share an offset, so the last sequence that starts at or before t contains it.
         let n = self.offsets.partition_point(|&start| start <= t) - 1;
         (n, t - self.offsets[n])
     }

@@ -1,10 +1,10 @@
-// Sums over rows: blocks leave what they have summed, and a second kernel adds that up in the order of the blocks. So the
-// result does not depend on which block came first.
+// Sums over rows: each block stores a partial sum, and a second kernel adds the partial sums in the order of
+// the blocks. So the result does not depend on the order in which the blocks run.
 #pragma once
 
 #include "common.cuh"
 
-// Blocks that share the rows of one sum. A constant, so that results do not depend on the GPU either.
+// The maximum number of partial sums. It is a constant, so that the result does not depend on the GPU either.
 constexpr int PARTIALS = 512;
 
 // to (width) += Σ_b partial (count, stride)

@@ -1,9 +1,9 @@
-// Pooling with normalisation, a block a sequence; see pool.rs.
+// Pooling with normalisation, one block for each sequence; see pool.rs.
 
 #include "common.cuh"
 
-constexpr float FLOOR = 1e-12f;
-constexpr int ROWS = 16;  // that a block writes in backward
+constexpr float MIN_NORM = 1e-12f;
+constexpr int ROWS = 16;  // rows that a block writes in backward
 
 struct PoolForward {
     const void* x;           // (T, D)
@@ -42,8 +42,8 @@ __global__ void pool_forward(PoolForward a) {
     const float norm = sqrtf(square[0]);
     if (threadIdx.x == 0) a.norms[n] = norm;
     if (!a.normalize) return;
-    const float divisor = norm < FLOOR ? FLOOR : norm;  // a NaN stays
-    // Each thread's own elements.
+    const float divisor = norm < MIN_NORM ? MIN_NORM : norm;  // NaN stays NaN
+    // Each thread reads only elements that it has written itself.
     for (int d = threadIdx.x * V; d < a.width; d += blockDim.x * V) {
         float x[V];
         load<V>(e + d, x);
@@ -60,7 +60,7 @@ struct PoolBackward {
     const uint32_t* starts;  // (N)
     const uint32_t* ends;    // (N)
     void* dx;                // (T, D), zeros
-    int32_t count, width, longest, type, normalize;  // longest: rows of a span
+    int32_t count, width, longest, type, normalize;  // longest: rows of the longest span
 };
 
 template <class T, int V>
@@ -70,22 +70,22 @@ __global__ void pool_backward(PoolBackward a) {
     const int64_t n = blockIdx.x, start = a.starts[n], end = a.ends[n], first = start + int64_t(blockIdx.y) * ROWS;
     const float* e = a.e + n * a.width;
     const float* de = a.de + n * a.width;
-    const bool radially = a.normalize && !(a.norms[n] < FLOOR);  // below the floor the divisor is a constant
+    const bool radially = a.normalize && !(a.norms[n] < MIN_NORM);  // below the limit the divisor is a constant
     float radial[1] = {0};
     if (radially) {
         for (int d = threadIdx.x; d < a.width; d += blockDim.x) radial[0] += e[d] * de[d];
     }
     sum_of_block(radial, scratch);
-    const float norm = !a.normalize ? 1.0f : a.norms[n] < FLOOR ? FLOOR : a.norms[n];
+    const float norm = !a.normalize ? 1.0f : a.norms[n] < MIN_NORM ? MIN_NORM : a.norms[n];
     const float divisor = norm * float(end - start);
     const int64_t last = first + ROWS < end ? first + ROWS : end;
     for (int d = threadIdx.x * V; d < a.width; d += blockDim.x * V) {
-        float x[V], share[V];
+        float x[V], gradient[V];
         load<V>(e + d, x);
-        load<V>(de + d, share);
+        load<V>(de + d, gradient);
 #pragma unroll
-        for (int i = 0; i < V; i++) share[i] = (share[i] - x[i] * radial[0]) / divisor;
-        for (int64_t t = first; t < last; t++) store<V>(static_cast<T*>(a.dx) + t * a.width + d, share);
+        for (int i = 0; i < V; i++) gradient[i] = (gradient[i] - x[i] * radial[0]) / divisor;
+        for (int64_t t = first; t < last; t++) store<V>(static_cast<T*>(a.dx) + t * a.width + d, gradient);
     }
 }
 

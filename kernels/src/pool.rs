@@ -1,11 +1,12 @@
-//! Pooling: a sequence's embedding is the mean of some of its rows, then perhaps scaled to length 1.
+//! Pooling: the embedding of a sequence is the mean of some of its token rows, optionally normalised to
+//! length 1.
 //!
 //! ```text
 //! e = x̄ / max(‖x̄‖, 1e-12)        x̄ = 1/|span| Σ x_t over t in the span
 //! ```
 //!
-//! All tokens of a sequence, its first or its last are three choices of spans. The floor is the one of torch's
-//! `normalize`: a row of zeros stays zeros.
+//! The span selects the kind of pooling: all tokens of a sequence (mean), the first one (CLS) or the last
+//! one. The lower limit of the norm is that of `torch.nn.functional.normalize`; a row of zeros stays zero.
 
 use crate::rows::{add, new_rows};
 use crate::simd::{GRAIN, dot, vectorised};
@@ -17,17 +18,21 @@ use std::ops::Range;
 #[cfg(any(test, gpu))]
 mod gpu;
 
-/// The shortest length that is divided by.
-const FLOOR: f32 = 1e-12;
+/// The lower limit of the norm that a mean is divided by.
+const MIN_NORM: f32 = 1e-12;
 
-/// Embeddings (N, D) and the lengths of the means (N), from x (T, D) and the rows of each sequence (N).
+/// Returns the embeddings `(N, D)` and the norms of the means `(N)`. x is `(T, D)`; `spans` are the rows to
+/// pool for each of the N sequences.
+///
+/// # Errors
+/// If a span is empty or ends behind T, or x is not contiguous f32.
 pub fn forward(x: &Tensor, spans: &[Range<usize>], normalize: bool) -> Result<(Tensor, Tensor)> {
+    let (tokens, width) = matrix("x", x)?;
+    check(spans, tokens)?;
     #[cfg(gpu)]
     if crate::gpu::runs(x.device()) {
         return gpu::forward(x, spans, normalize);
     }
-    let (tokens, width) = matrix("x", x)?;
-    check(spans, tokens)?;
     let x = read::<f32>(x)?;
     let mut e = vec![0f32; spans.len() * width];
     let mut norms = vec![0f32; spans.len()];
@@ -40,7 +45,13 @@ pub fn forward(x: &Tensor, spans: &[Range<usize>], normalize: bool) -> Result<(T
     Ok((tensor(e, (spans.len(), width))?, tensor(norms, spans.len())?))
 }
 
-/// dx (T, D), zero outside the spans, from what [`forward`] returned and dL/de (N, D).
+/// Backward pass of [`forward`]: returns dx `(T, D)`, which is zero outside the spans.
+///
+/// `e` `(N, D)` and `norms` `(N)` are the results of [`forward`], `de` `(N, D)` is the gradient of e, and
+/// `tokens` is T.
+///
+/// # Errors
+/// If a shape differs from the above, two spans share a row, or as [`forward`].
 pub fn backward(
     e: &Tensor,
     norms: &Tensor,
@@ -49,32 +60,32 @@ pub fn backward(
     tokens: usize,
     normalize: bool,
 ) -> Result<Tensor> {
-    #[cfg(gpu)]
-    if crate::gpu::runs(e.device()) {
-        return gpu::backward(e, norms, spans, de, tokens, normalize, e.dtype());
-    }
     let (_, width) = matrix("e", e)?;
     expect_shape("e", e, &[spans.len(), width])?;
     expect_shape("de", de, &[spans.len(), width])?;
     expect_shape("norms", norms, &[spans.len()])?;
     check(spans, tokens)?;
     let owners = owners(spans, tokens)?;
+    #[cfg(gpu)]
+    if crate::gpu::runs(e.device()) {
+        return gpu::backward(e, norms, spans, de, tokens, normalize, e.dtype());
+    }
     let (e, norms, de) = (read::<f32>(e)?, read::<f32>(norms)?, read::<f32>(de)?);
-    // What each row of a span receives: the same for all of them.
-    let [shares] = new_rows(
+    // The gradient of each row of a span, which is the same for all its rows.
+    let [row_gradients] = new_rows(
         spans.len(),
         [width],
         #[inline(always)]
-        |n, [share]| {
+        |n, [gradient]| {
             let (e, de) = (&e[n * width..][..width], &de[n * width..][..width]);
             let count = spans[n].len() as f32;
             if !normalize {
-                return [share.fill(de.iter().map(|de| de / count))];
+                return [gradient.fill(de.iter().map(|de| de / count))];
             }
-            // Below the floor the divisor is a constant.
-            let radial = if norms[n] < FLOOR { 0.0 } else { dot(e, de) };
-            let divisor = norms[n].max(FLOOR) * count;
-            [share.fill(e.iter().zip(de).map(|(e, de)| (de - e * radial) / divisor))]
+            // Below the limit the divisor is a constant.
+            let radial = if norms[n] < MIN_NORM { 0.0 } else { dot(e, de) };
+            let divisor = norms[n].max(MIN_NORM) * count;
+            [gradient.fill(e.iter().zip(de).map(|(e, de)| (de - e * radial) / divisor))]
         },
     );
     let [dx] = new_rows(
@@ -82,14 +93,14 @@ pub fn backward(
         [width],
         #[inline(always)]
         |t, [dx]| match owners[t] {
-            Some(n) => [dx.fill(shares[n * width..][..width].iter().copied())],
+            Some(n) => [dx.fill(row_gradients[n * width..][..width].iter().copied())],
             None => [dx.fill(std::iter::repeat_n(0.0, width))],
         },
     );
     tensor(dx, (tokens, width))
 }
 
-/// Writes one embedding, returns the length of its mean.
+/// Writes one embedding, and returns the norm of the mean.
 #[inline(always)]
 fn pool(x: &[f32], width: usize, span: &Range<usize>, normalize: bool, e: &mut [f32]) -> f32 {
     for t in span.clone() {
@@ -99,20 +110,20 @@ fn pool(x: &[f32], width: usize, span: &Range<usize>, normalize: bool, e: &mut [
     e.iter_mut().for_each(|e| *e /= count);
     let norm = dot(e, e).sqrt();
     if normalize {
-        // Not `max`, which would lose a NaN.
-        let divisor = if norm < FLOOR { FLOOR } else { norm };
+        // `max` would lose a NaN.
+        let divisor = if norm < MIN_NORM { MIN_NORM } else { norm };
         e.iter_mut().for_each(|e| *e /= divisor);
     }
     norm
 }
 
-/// The span that holds each row, if any.
+/// The index of the span that contains each row; an error if two spans share a row.
 fn owners(spans: &[Range<usize>], tokens: usize) -> Result<Vec<Option<usize>>> {
     let mut owners = vec![None; tokens];
     for (n, span) in spans.iter().enumerate() {
         for owner in &mut owners[span.clone()] {
             if let Some(other) = owner.replace(n) {
-                bail!("spans {other} and {n} share rows: a row is pooled into one sequence");
+                bail!("spans {other} and {n} share a row, but a row belongs to one sequence");
             }
         }
     }
@@ -125,14 +136,14 @@ fn check(spans: &[Range<usize>], tokens: usize) -> Result<()> {
             bail!("sequence {n} has no rows to pool");
         }
         if span.end > tokens {
-            bail!("sequence {n} pools rows {span:?} of {tokens}");
+            bail!("sequence {n} pools the rows {span:?}, but there are {tokens} rows");
         }
     }
     Ok(())
 }
 
 #[cfg(test)]
-#[expect(clippy::single_range_in_vec_init, reason = "a span of one sequence")]
+#[expect(clippy::single_range_in_vec_init, reason = "a list of one span")]
 mod tests {
     use super::*;
     use crate::testing::{finite_difference, inner, numbers, random, relative_error};
@@ -169,7 +180,7 @@ mod tests {
                 let dx = backward(&e, &norms, &spans, &de, tokens, normalize).unwrap();
                 let loss = |x: &[f64]| inner(&reference(x, width, &spans, normalize), &numbers(&de));
                 let want = finite_difference(&numbers(&x), loss);
-                // Width 1 normalised is ±1 everywhere: the gradient is zero.
+                // A normalised embedding of one element is ±1, so its gradient is zero.
                 assert!(relative_error(&dx, &want) < TOLERANCE || width == 1);
             }
         }
@@ -209,16 +220,16 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::reversed_empty_ranges, reason = "that is what is refused")]
+    #[expect(clippy::reversed_empty_ranges, reason = "the test needs an invalid span")]
     fn spans_that_do_not_fit_are_refused() {
         let x = random(1, (4, 3));
         let error = |spans: &[Range<usize>]| forward(&x, spans, true).unwrap_err().to_string();
         assert!(error(&[0..1, 2..2]).contains("sequence 1 has no rows"));
         assert!(error(&[3..1]).contains("sequence 0 has no rows"));
-        assert!(error(&[0..1, 2..5]).contains("sequence 1 pools rows 2..5 of 4"));
+        assert!(error(&[0..1, 2..5]).contains("sequence 1 pools the rows 2..5, but there are 4 rows"));
         let (e, norms) = forward(&x, &[0..2, 1..3], true).unwrap();
         let error = backward(&e, &norms, &[0..2, 1..3], &e, 4, true).unwrap_err();
-        assert!(error.to_string().contains("spans 0 and 1 share rows"));
+        assert!(error.to_string().contains("spans 0 and 1 share a row"));
         assert!(backward(&e, &norms, &[0..2, 2..3], &x, 4, true).is_err());
     }
 }

@@ -1,26 +1,27 @@
-//! Rounding to half precision: on a CPU of tensors that stay f32, on a GPU to tensors of the half type.
+//! Rounding to bf16 and f16: a GPU converts the tensor, a CPU rounds the values and keeps f32 tensors.
 //!
-//! A CPU computes in f32 either way: bf16 and f16 there mean that what goes from one op to the next has the values that a
-//! half could hold, so that a run on a CPU sees what a GPU's sees. Sums inside an op stay f32.
+//! A CPU always computes in f32. With bf16 or f16 it rounds the tensors that go from one op to the next to
+//! values that the 16-bit type can represent, so that a run on a CPU has the rounding of a run on a GPU. Sums
+//! inside an op stay f32.
 
 use crate::rows::new_rows;
 use crate::tensor::{read, tensor};
 use candle_core::{Result, Tensor};
 use half::f16;
 
-/// What activations and weights are rounded to, ties to even.
+/// The type that activations and weights are rounded to (to nearest, ties to even).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// Not at all.
+    /// No rounding.
     #[default]
     F32,
-    /// bfloat16: 8 bits of precision, the range of f32.
+    /// bfloat16: 8 bits of precision and the range of f32.
     Bf16,
-    /// IEEE half: 11 bits of precision, up to 65,504; beyond is infinite.
+    /// IEEE half precision: 11 bits of precision, and infinite above 65,504.
     F16,
 }
 
-/// The nearest values of `precision`, of the shape of `x`; with [`Precision::F32`] `x` itself.
+/// Rounds `x` to `precision`. With [`Precision::F32`] it returns `x` itself.
 ///
 /// # Errors
 /// If `x` is not a contiguous f32 tensor.

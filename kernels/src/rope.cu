@@ -1,9 +1,9 @@
-// Rotary positions of queries and keys in one launch; see rope.rs.
+// Rotary position embedding of queries and keys in one launch; see rope.rs.
 
 #include "common.cuh"
 
 struct Rope {
-    const void* x[2];  // (T, heads[i] · K); the second one may be absent
+    const void* x[2];  // (T, heads[i] · K); heads[1] is 0 if there is only one
     void* y[2];
     const float* cos;  // (P, K/2)
     const float* sin;  // (P, K/2)
@@ -14,7 +14,7 @@ struct Rope {
     float direction;
 };
 
-// A thread turns V neighbouring pairs.
+// A thread rotates V adjacent pairs.
 template <class T, int V>
 __global__ void rope(Rope a) {
     const int half = a.head_width / 2, vectors = half / V, heads = a.heads[0] + a.heads[1];
@@ -22,7 +22,7 @@ __global__ void rope(Rope a) {
     for (int64_t at = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
         const int i = int(at % vectors) * V;
         const int64_t t = at / vectors / heads;
-        // Not by an index into the arguments, which would have them copied to local memory.
+        // A dynamic index into the arguments would make the compiler copy them to local memory.
         int head = int(at / vectors % heads);
         const bool second = head >= a.heads[0];
         if (second) head -= a.heads[0];

@@ -1,7 +1,7 @@
-//! Rotary position embedding (Su et al. 2021), by halves as in transformers' Llama.
+//! Rotary position embedding, RoPE (Su et al. 2021), with the pairs of transformers' Llama (`rotate_half`).
 //!
-//! With θ = position·base^(−2i/K), each head's elements i and i + K/2 are a pair that turns by θ:
-//! y_i = x_i·cos θ − x_{i+K/2}·sin θ, y_{i+K/2} = x_{i+K/2}·cos θ + x_i·sin θ. Backward turns by −θ.
+//! With θ = position·base^(−2i/K), each head's elements i and i + K/2 are a pair rotated by θ:
+//! y_i = x_i·cos θ − x_{i+K/2}·sin θ, y_{i+K/2} = x_{i+K/2}·cos θ + x_i·sin θ. Backward rotates by −θ.
 
 use crate::Packing;
 use crate::rows::new_rows;
@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor, bail};
 #[cfg(any(test, gpu))]
 mod gpu;
 
-/// Cosines and sines of every position's angles.
+/// The cosines and sines of the angles of all positions.
 #[derive(Clone, Debug)]
 pub struct Table {
     positions: usize,
@@ -23,14 +23,19 @@ pub struct Table {
 }
 
 impl Table {
-    /// For `positions` positions and heads of `head_width`; `base` is a checkpoint's `rope_theta`.
+    /// A table for `positions` positions and heads of `head_width` elements. `base` is `rope_theta` of
+    /// config.json.
     pub fn new(positions: usize, head_width: usize, base: f64) -> Self {
         let frequency = |i: usize| base.powf(-(2.0 * i as f64) / head_width as f64);
-        Self { head_width, ..Self::of(positions, &(0..head_width / 2).map(frequency).collect::<Vec<_>>()) }
+        Self {
+            head_width,
+            ..Self::from_frequencies(positions, &(0..head_width / 2).map(frequency).collect::<Vec<_>>())
+        }
     }
 
-    /// For `positions` positions, pair i of a head turning by position·`frequencies[i]`: K/2 of them.
-    pub fn of(positions: usize, frequencies: &[f64]) -> Self {
+    /// A table for `positions` positions, where pair i of a head is rotated by position·`frequencies[i]`.
+    /// There are K/2 pairs.
+    pub fn from_frequencies(positions: usize, frequencies: &[f64]) -> Self {
         let angles: Vec<f64> =
             (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
         Self {
@@ -43,7 +48,7 @@ impl Table {
         }
     }
 
-    /// Cosines and sines where the kernels are.
+    /// Copies of the cosines and sines on `device`, each `(P·K/2)`.
     #[cfg(any(test, gpu))]
     fn on(&self, device: &candle_core::Device) -> Result<[Tensor; 2]> {
         let make =
@@ -55,29 +60,29 @@ impl Table {
     }
 }
 
-/// x `(T, H·K)` with every head turned by its token's position.
+/// Rotates every head of x `(T, H·K)` by the position of its token, and returns a new tensor.
 ///
 /// # Errors
-/// If the width is no multiple of K, K is odd, a sequence is longer than the table, or `x` has not the packing's tokens or
-/// is not contiguous f32.
+/// If the width of x is not a multiple of K, K is odd or 0, a sequence is longer than the table, or `x` does
+/// not have as many rows as the packing has tokens or is not contiguous f32.
 pub fn forward(x: &Tensor, packing: &Packing, table: &Table) -> Result<Tensor> {
-    turn(x, packing, table, 1.0)
+    rotate(x, packing, table, 1.0)
 }
 
-/// The gradient of x, from that of y: both `(T, H·K)`.
+/// Backward pass of [`forward`]: returns dx `(T, H·K)` for dy `(T, H·K)`.
 ///
 /// # Errors
 /// As [`forward`].
 pub fn backward(dy: &Tensor, packing: &Packing, table: &Table) -> Result<Tensor> {
-    turn(dy, packing, table, -1.0)
+    rotate(dy, packing, table, -1.0)
 }
 
-/// (T, width) of what the table can turn.
+/// Checks that the table can rotate `x`, and returns (T, width).
 fn check(x: &Tensor, packing: &Packing, table: &Table) -> Result<(usize, usize)> {
     let (tokens, width) = packed("x", x, packing)?;
     let Table { positions, head_width, .. } = *table;
     if head_width == 0 || !head_width.is_multiple_of(2) || !width.is_multiple_of(head_width) {
-        bail!("rows of {width} are no heads of an even width of {head_width}");
+        bail!("{width} elements cannot be divided into heads of {head_width}, expected an even divisor");
     }
     if packing.longest() > positions {
         bail!(
@@ -88,23 +93,23 @@ fn check(x: &Tensor, packing: &Packing, table: &Table) -> Result<(usize, usize)>
     Ok((tokens, width))
 }
 
-/// [`forward`] of queries `(T, H·K)` and keys `(T, G·K)`, which on a GPU is one launch.
+/// [`forward`] of queries `(T, H·K)` and keys `(T, G·K)`, with one kernel launch on a GPU.
 ///
 /// # Errors
 /// As [`forward`].
 pub fn forward_both(q: &Tensor, k: &Tensor, packing: &Packing, table: &Table) -> Result<(Tensor, Tensor)> {
-    turn_both(q, k, packing, table, 1.0)
+    rotate_both(q, k, packing, table, 1.0)
 }
 
-/// [`backward`] of both.
+/// Backward pass of [`forward_both`].
 ///
 /// # Errors
 /// As [`forward`].
 pub fn backward_both(dq: &Tensor, dk: &Tensor, packing: &Packing, table: &Table) -> Result<(Tensor, Tensor)> {
-    turn_both(dq, dk, packing, table, -1.0)
+    rotate_both(dq, dk, packing, table, -1.0)
 }
 
-fn turn_both(
+fn rotate_both(
     q: &Tensor,
     k: &Tensor,
     packing: &Packing,
@@ -113,17 +118,19 @@ fn turn_both(
 ) -> Result<(Tensor, Tensor)> {
     #[cfg(gpu)]
     if crate::gpu::runs(q.device()) {
-        return gpu::turn([q, k], packing, table, direction).map(|[q, k]| (q, k));
+        check(q, packing, table)?;
+        check(k, packing, table)?;
+        return gpu::rotate([q, k], packing, table, direction).map(|[q, k]| (q, k));
     }
-    Ok((turn(q, packing, table, direction)?, turn(k, packing, table, direction)?))
+    Ok((rotate(q, packing, table, direction)?, rotate(k, packing, table, direction)?))
 }
 
-fn turn(x: &Tensor, packing: &Packing, table: &Table, direction: f32) -> Result<Tensor> {
+fn rotate(x: &Tensor, packing: &Packing, table: &Table, direction: f32) -> Result<Tensor> {
+    let (tokens, width) = check(x, packing, table)?;
     #[cfg(gpu)]
     if crate::gpu::runs(x.device()) {
-        return Ok(gpu::turn([x], packing, table, direction)?[0].clone());
+        return Ok(gpu::rotate([x], packing, table, direction)?[0].clone());
     }
-    let (tokens, width) = check(x, packing, table)?;
     let Table { head_width, ref cos, ref sin, .. } = *table;
     let half = head_width / 2;
     let xs = read::<f32>(x)?;
@@ -192,7 +199,7 @@ mod tests {
             let table = Table::new(1023, head_width, 10_000.0);
             let y = forward(&x, &packing, &table).unwrap();
             let want = reference(&numbers(&x), &packing, heads * head_width, head_width, 10_000.0);
-            // A product and a sum each, of a cosine and sine rounded once.
+            // Two products and a sum, with a cosine and a sine that are rounded once.
             assert!(relative_error(&y, &want) < 2e-7, "{lengths:?} {heads} {head_width}");
         }
     }

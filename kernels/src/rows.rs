@@ -1,8 +1,10 @@
-//! New tensors, written once: row by row, on all threads, vectorised.
+//! New tensors that are computed row by row, on all threads and vectorised, in memory that is written only
+//! once.
 //!
-//! An op that returns a tensor says how one row of it comes about. The memory is never filled with zeros first,
-//! which for most ops would cost as much as the op itself. That every element is written is proven by types: the
-//! only way from an [`Unwritten`] row to the [`Row`] that an op must return is [`Unwritten::fill`].
+//! An op passes a closure that computes one row. The memory is not filled with zeros first, because for most
+//! ops that costs as much as the op itself. The types prove that every element is written:
+//! [`Unwritten::fill`] is the only way to turn an [`Unwritten`] row into the [`Row`] that the closure must
+//! return.
 
 use crate::simd::{rows_per_task, vectorised};
 use rayon::prelude::*;
@@ -11,23 +13,24 @@ use std::marker::PhantomData;
 use std::mem::{self, MaybeUninit};
 use std::ops::{Deref, DerefMut, Range};
 
-// `assert_eq` would take the counter's address: it would be stored in every turn of the loop, whose vectors then are half as wide.
-const NOT_ALL: &str = "a value for every element of a new row";
+// A plain `assert`: `assert_eq` takes the address of the counter, which is then stored in every iteration of
+// the loop, and the compiler vectorises the loop with vectors of half the width.
+const NOT_ALL: &str = "a new row needs a value for every element";
 
-/// A row of a new tensor, before it is written. No other row has the same `'r`.
+/// A row of a new tensor before it is written. The lifetime `'r` is a brand that is unique to the row.
 pub(crate) struct Unwritten<'r> {
     elements: &'r mut [MaybeUninit<f32>],
     brand: PhantomData<fn(&'r ()) -> &'r ()>,
 }
 
-/// A row of a new tensor, written.
+/// A row of a new tensor after all of its elements were written.
 pub(crate) struct Row<'r> {
     elements: &'r mut [f32],
     brand: PhantomData<fn(&'r ()) -> &'r ()>,
 }
 
 impl<'r> Unwritten<'r> {
-    /// Writes `values`, one an element.
+    /// Writes one value to each element.
     ///
     /// # Panics
     /// If there are fewer values than elements.
@@ -39,12 +42,12 @@ impl<'r> Unwritten<'r> {
             written += 1;
         }
         assert!(written == self.elements.len(), "{NOT_ALL}");
-        // SAFETY: as many elements as there are have just been written, each once.
+        // SAFETY: the loop has written each element once, and the assertion has checked their number.
         Row { elements: unsafe { self.elements.assume_init_mut() }, brand: PhantomData }
     }
 }
 
-/// Writes two rows of one width at once, from pairs of values.
+/// Writes two rows of the same width from pairs of values.
 ///
 /// # Panics
 /// If there are fewer pairs than elements, or the widths differ.
@@ -54,7 +57,7 @@ pub(crate) fn fill_both<'r>(
     values: impl IntoIterator<Item = (f32, f32)>,
 ) -> [Row<'r>; 2] {
     let [a, b] = new.map(|row| row.elements);
-    assert_eq!(a.len(), b.len(), "new rows of one width");
+    assert_eq!(a.len(), b.len(), "both rows have the same width");
     let mut written = 0;
     for ((a, b), values) in a.iter_mut().zip(b.iter_mut()).zip(values) {
         a.write(values.0);
@@ -62,7 +65,8 @@ pub(crate) fn fill_both<'r>(
         written += 1;
     }
     assert!(written == a.len(), "{NOT_ALL}");
-    // SAFETY: as many elements of both as there are have just been written, each once.
+    // SAFETY: the loop has written each element of both rows once, and the assertion has checked their
+    // number.
     unsafe { [a.assume_init_mut(), b.assume_init_mut()] }.map(|elements| Row { elements, brand: PhantomData })
 }
 
@@ -82,7 +86,8 @@ impl DerefMut for Row<'_> {
     }
 }
 
-/// N new tensors of `rows` rows, of `widths` elements each: `f(row number, rows)` fills a row of every one.
+/// Computes N new tensors with `rows` rows of `widths[i]` elements: `f(row index, rows)` fills one row of
+/// each tensor.
 #[inline(always)]
 pub(crate) fn new_rows<const N: usize>(
     rows: usize,
@@ -101,11 +106,12 @@ pub(crate) fn new_rows<const N: usize>(
     .0
 }
 
-/// Rows that share one partial sum in [`new_rows_and_sums`]. Fixed, so that a sum is the same for any number of threads.
+/// The number of rows that are added to one partial sum in [`new_rows_and_sums`]. It is a constant, so that a
+/// sum has the same bits for any number of threads.
 const ROWS_PER_SUM: usize = 64;
 
-/// As [`new_rows`], and `f(row number, rows, sums)` also adds to `sums` (as many as told), which are returned.
-/// The order of addition depends on the number of rows only.
+/// Like [`new_rows`], and also accumulates `sums` sums: `f(row index, rows, sums)` adds the terms of its row
+/// to `sums`. The order of the additions depends only on the number of rows.
 #[inline(always)]
 pub(crate) fn new_rows_and_sums<const N: usize>(
     rows: usize,
@@ -129,7 +135,7 @@ pub(crate) fn add(to: &mut [f32], from: &[f32]) {
     }
 }
 
-/// One task for every `step` rows, each with `sums` zeros of its own to add to.
+/// Runs one task for every `step` rows. Each task has its own `sums` partial sums, which start at zero.
 #[inline(always)]
 fn in_pieces<const N: usize>(
     rows: usize,
@@ -165,15 +171,16 @@ fn in_pieces<const N: usize>(
         );
     });
     for (tensor, width) in new.iter_mut().zip(widths) {
-        // SAFETY: the capacity is `rows * width`, and each row of it was handed to `f` exactly once. `f` returned N
-        // rows that bear the brand of the N unwritten rows it was given; those cannot be copied, and become `Row`s only in
-        // `fill`, which writes all of one. Had `f` panicked in any thread, this line would not be reached.
+        // SAFETY: the capacity is `rows * width`, and `f` was called with each row exactly once. `f` returned
+        // N rows with the brand of its N unwritten rows. An unwritten row cannot be copied, and only `fill`,
+        // which writes all of its elements, turns it into a `Row`. If `f` panics in any thread, the program
+        // does not reach this line.
         unsafe { tensor.set_len(rows * width) };
     }
     (new, partial)
 }
 
-/// Cuts the first `count` elements off `rest`.
+/// Removes the first `count` elements from `rest` and returns them.
 #[inline(always)]
 pub(crate) fn take<'a, T>(rest: &mut &'a mut [T], count: usize) -> &'a mut [T] {
     let (head, tail) = mem::take(rest).split_at_mut(count);

@@ -1,8 +1,9 @@
-//! Vector instructions chosen when the program runs, threads, and the functions that vectorise.
+//! Run-time choice of the vector instructions, division of work among threads, and vectorised functions.
 //!
-//! Loops are plain Rust that the compiler vectorises; [`vectorised`] compiles them for AVX2 and AVX-512 beside
-//! the baseline and takes the best that the processor has. What a loop calls must be `#[inline(always)]`, closures
-//! included. `mul_add` is one instruction wherever AVX2 is; older processors get the same bits, slowly.
+//! Loops are plain Rust that the compiler vectorises. [`vectorised`] compiles a loop for the baseline, for
+//! AVX2 and for AVX-512, and runs the best version that the processor supports. Every function and closure
+//! that such a loop calls must be `#[inline(always)]`. `mul_add` is one instruction on processors with AVX2;
+//! older processors compute the same bits more slowly.
 
 use rayon::prelude::*;
 use std::array;
@@ -10,28 +11,30 @@ use std::sync::LazyLock;
 
 static ARCH: LazyLock<pulp::Arch> = LazyLock::new(pulp::Arch::new);
 
-/// Runs `f` compiled for the widest vectors of this processor.
+/// Runs `f`, compiled for the widest vectors that this processor supports.
 #[inline(always)]
 pub(crate) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
     ARCH.dispatch(f)
 }
 
-/// Runs `op`, written for vectors of any width, with the widest of this processor.
+/// Runs `op`, which is generic over the vector width, with the widest vectors that this processor supports.
 #[inline(always)]
 pub(crate) fn dispatch<Op: pulp::WithSimd>(op: Op) -> Op::Output {
     ARCH.dispatch(op)
 }
 
-/// Elements below which a second thread costs more than it saves.
+/// The number of elements below which a second thread costs more time than it saves.
 pub(crate) const GRAIN: usize = 16 * 1024;
 
-/// Splits `rows` rows of `width` elements into pieces of whole rows, one task each, large enough to be worth it.
+/// Returns how many rows of `width` elements one task gets: about a quarter of a thread's part, but at least
+/// [`GRAIN`] elements.
 pub(crate) fn rows_per_task(rows: usize, width: usize) -> usize {
     let fair = rows.div_ceil(4 * rayon::current_num_threads()).max(1);
     fair.max(GRAIN.div_ceil(width.max(1)))
 }
 
-/// Fills each row of `out` (rows of `width`) by `f(row number, row)`, on all threads, vectorised.
+/// Calls `f(row index, row)` for each row of `out`, whose rows have `width` elements, on all threads and
+/// vectorised.
 pub(crate) fn fill_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     if out.is_empty() {
         return;
@@ -49,12 +52,13 @@ pub(crate) fn fill_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f
     });
 }
 
-/// eˣ within 2 ulp, for x in the whole range (0 below -87.3, which is under the smallest normal f32; x above 88.7 is taken as 88.7).
+/// eˣ within 2 ulp. The result is 0 for x below -87.3, where eˣ is no normal f32; x above 88.7 is replaced by
+/// 88.7.
 ///
-/// Reduction to |r| ≤ ln2/2 and the polynomial of Cephes' `expf` (S. Moshier).
+/// Range reduction to |r| ≤ ln2/2, then the polynomial of `expf` of Cephes (S. Moshier).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the nearest integer in the low bits
+    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to the nearest integer, in the low bits
     let clamped = x.clamp(-87.336_54, 88.722_83);
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
@@ -66,7 +70,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 0.166_666_66);
     let p = p.mul_add(r, 0.5);
     let mantissa = (p * r).mul_add(r, r) + 1.0;
-    // n = 128 has no exponent of its own: two halves reach it.
+    // 2¹²⁸ is no f32, so 2ⁿ is the product of two powers.
     let bits = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     let half = bits >> 1;
     let power = |e: i32| f32::from_bits(((e + 127) << 23) as u32);
@@ -96,8 +100,8 @@ pub(crate) fn sum(a: &[f32]) -> f32 {
     sum
 }
 
-/// N sums over the elements of K rows of one length, Σ f(aᵢ, bᵢ, …), in sixteen lanes: an order of addition that does
-/// not depend on the processor.
+/// Computes N sums Σ f(aᵢ, bᵢ, …) over the elements of K rows of the same length. It uses sixteen
+/// accumulators on every processor, so the order of the additions does not depend on the processor.
 #[inline(always)]
 pub(crate) fn sums_by<const K: usize, const N: usize>(
     rows: [&[f32]; K],

@@ -1,12 +1,13 @@
-//! What the tests of the ops share: random tensors, the measure of error, finite differences.
+//! Helpers of the tests of the ops: random tensors, errors relative to a reference, finite differences.
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-/// About standard normal elements, the same for the same seed.
+/// A tensor of approximately standard normal elements, which depend only on `seed` and `shape`.
 pub(crate) fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
     let shape = shape.into();
-    // SplitMix64 (Steele, Lea, Flood 2014); the sum of twelve uniforms has variance 1.
-    // Seeds must not start a few steps from each other: their tensors would be correlated.
+    // SplitMix64 (Steele, Lea, Flood 2014). The sum of twelve uniform numbers has the variance 1. The
+    // multiplication keeps the sequences of consecutive seeds from overlapping, which would make their
+    // tensors correlated.
     let mut state = seed.wrapping_mul(0xd134_2543_de82_ef95);
     let mut uniform = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -20,45 +21,45 @@ pub(crate) fn random(seed: u64, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_vec(elements, shape, &Device::Cpu).unwrap()
 }
 
-/// The element types of a GPU's kernels, and the relative error of what a few roundings leave: f32 by some 6e-8 each, bf16 by
-/// half of 2⁻⁸ in the result, f16 by half of 2⁻¹¹.
+/// The element types of the GPU kernels, with the tolerated relative error: a few roundings of 6e-8 for f32,
+/// and one rounding of the result for bf16 (2⁻⁹) and f16 (2⁻¹²).
 pub(crate) const TYPES: [(DType, f64); 3] = [(DType::F32, 2e-6), (DType::BF16, 4e-3), (DType::F16, 5e-4)];
 
-/// Where the tests of kernels run: on a GPU if `LODESTONE_GPU` is set, which needs the feature `cuda`; else on the emulator,
-/// whose memory is the CPU's.
-pub(crate) fn place() -> &'static Device {
+/// The device for the tests of kernels: a GPU if `LODESTONE_GPU` is set, which needs the feature `cuda`;
+/// otherwise the CPU, where the emulator runs the kernels.
+pub(crate) fn test_device() -> &'static Device {
     static PLACE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
     PLACE.get_or_init(|| match std::env::var_os("LODESTONE_GPU") {
         #[cfg(feature = "cuda")]
-        Some(_) => crate::open(0).expect("LODESTONE_GPU asks for a GPU"),
+        Some(_) => crate::open_device(0).expect("LODESTONE_GPU needs a GPU"),
         #[cfg(not(feature = "cuda"))]
-        Some(_) => panic!("LODESTONE_GPU asks for a GPU, which needs the feature `cuda`"),
+        Some(_) => panic!("LODESTONE_GPU needs the feature `cuda`"),
         None => Device::Cpu,
     })
 }
 
-/// [`random`] elements where the tests of kernels run.
-pub(crate) fn placed(seed: u64, shape: impl Into<Shape>) -> Tensor {
-    moved(&random(seed, shape))
+/// [`random`] on [`test_device`].
+pub(crate) fn random_on_device(seed: u64, shape: impl Into<Shape>) -> Tensor {
+    to_test_device(&random(seed, shape))
 }
 
-/// `tensor` where the tests of kernels run.
-pub(crate) fn moved(tensor: &Tensor) -> Tensor {
+/// Copies `tensor` to [`test_device`].
+pub(crate) fn to_test_device(tensor: &Tensor) -> Tensor {
     match tensor.elem_count() {
-        0 => crate::gpu::zeros(tensor.shape(), tensor.dtype(), place()).unwrap(),
-        _ => tensor.to_device(place()).unwrap(),
+        0 => crate::gpu::zeros(tensor.shape(), tensor.dtype(), test_device()).unwrap(),
+        _ => tensor.to_device(test_device()).unwrap(),
     }
 }
 
-/// `tensor`, rounded to `dtype`.
-pub(crate) fn each_type(tensor: &Tensor, dtype: DType) -> Tensor {
+/// Converts `tensor` to `dtype`.
+pub(crate) fn cast(tensor: &Tensor, dtype: DType) -> Tensor {
     match tensor.elem_count() {
         0 => crate::gpu::zeros(tensor.shape(), dtype, tensor.device()).unwrap(),
         _ => tensor.to_dtype(dtype).unwrap(),
     }
 }
 
-/// The elements of a tensor, row by row.
+/// The elements of a tensor in row-major order.
 pub(crate) fn numbers(tensor: &Tensor) -> Vec<f64> {
     if tensor.elem_count() == 0 {
         return Vec::new();
@@ -67,21 +68,22 @@ pub(crate) fn numbers(tensor: &Tensor) -> Vec<f64> {
     tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect()
 }
 
-/// ‖got − want‖ / ‖want‖; ‖got‖ when `want` is all zeros.
+/// ‖got − want‖ / ‖want‖, or ‖got‖ if `want` is all zeros.
 pub(crate) fn relative_error(got: &Tensor, want: &[f64]) -> f64 {
     relative_error_f64(&numbers(got), want)
 }
 
-/// As [`relative_error`], between two references.
+/// [`relative_error`] of f64 elements.
 pub(crate) fn relative_error_f64(got: &[f64], want: &[f64]) -> f64 {
-    assert_eq!(got.len(), want.len(), "as many elements as expected");
+    assert_eq!(got.len(), want.len(), "the tensors have the same number of elements");
     let norm = |squares: f64| squares.sqrt();
     let difference = norm(got.iter().zip(want).map(|(a, b)| (a - b) * (a - b)).sum());
     let size = norm(want.iter().map(|b| b * b).sum());
     if size == 0.0 { difference } else { difference / size }
 }
 
-/// The gradient of `f` at `x` by central differences; good to about 1e-9 for functions of size and curvature 1.
+/// The gradient of `f` at `x` by central differences, accurate to about 1e-9 for functions with values and
+/// derivatives near 1.
 pub(crate) fn finite_difference(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
     const STEP: f64 = 1e-5;
     let mut x = x.to_vec();
@@ -98,8 +100,8 @@ pub(crate) fn finite_difference(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64
         .collect()
 }
 
-/// Σ aᵢbᵢ: with `b` the gradient of a loss, this loss as a function of `a`.
+/// The inner product Σ aᵢbᵢ: a loss as a function of `a` whose gradient is `b`.
 pub(crate) fn inner(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len(), "as many elements on both sides");
+    assert_eq!(a.len(), b.len(), "both vectors have the same length");
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

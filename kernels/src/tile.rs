@@ -1,14 +1,14 @@
-//! Work on tiles that lie in the cache: products of a few dozen rows, transposes, powers, scratch memory.
+//! Operations on tiles that are in the cache: small matrix products, transposes, exp2, scratch memory.
 //!
-//! Copying factors into panels, as `matmul` does, pays from a few hundred rows on. Attention multiplies tiles that are in the cache
-//! already and often have ten rows: a [`Product`] reads them where they lie.
+//! Packing factors into panels, as `matmul` does, pays off from a few hundred rows on. Attention multiplies
+//! tiles that are already in the cache and often have about ten rows, so [`Product`] reads them in place.
 
-use crate::block::{Block, MOST_ROWS, Onto, rows_of_pair};
+use crate::block::{Block, MOST_ROWS, RawStart, rows_of_pair};
 use pulp::{Simd, WithSimd};
 use std::cell::RefCell;
 use std::f32::consts::LN_2;
 
-/// C (m, n) = A (m, k) · B (k, n), or added to C. Rows of B and C are contiguous, A has any strides.
+/// C (m, n) = A (m, k) · B (k, n), or C += A · B if `add`. Rows of B and C are contiguous; A has any strides.
 pub(crate) struct Product<'a> {
     pub(crate) m: usize,
     /// A multiple of the lanes of a vector.
@@ -33,8 +33,8 @@ impl WithSimd for Product<'_> {
         if m == 0 || n == 0 {
             return;
         }
-        // The pointers below rely on these.
-        assert!(n.is_multiple_of(S::F32_LANES), "{n} columns are no whole vectors");
+        // The unsafe code below relies on these assertions.
+        assert!(n.is_multiple_of(S::F32_LANES), "{n} columns are not whole vectors");
         assert!((m - 1) * c_row + n <= self.c.len());
         assert!(k == 0 || (m - 1) * a_row + (k - 1) * a_column < self.a.len());
         assert!(k == 0 || (k - 1) * b_row + n <= self.b.len());
@@ -43,7 +43,7 @@ impl WithSimd for Product<'_> {
         let mut column = 0;
         while column < vectors {
             let pair = column + 1 < vectors;
-            // Blocks of equal height: a last one of two rows would leave the multipliers waiting.
+            // Blocks of equal height, because a last block of two rows would leave the multipliers idle.
             let blocks = m.div_ceil(if pair { rows_of_pair::<S>() } else { MOST_ROWS });
             let mut row = 0;
             for block in 0..blocks {
@@ -53,10 +53,10 @@ impl WithSimd for Product<'_> {
                     self.b.as_ptr().wrapping_add(column * S::F32_LANES),
                     self.c.as_mut_ptr().wrapping_add(row * c_row + column * S::F32_LANES),
                 );
-                let onto = Onto::Kept(if add { 1.0 } else { 0.0 });
-                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, onto, scale: 1.0 };
-                // SAFETY: rows row..row+height of A and C and this block's columns of B and C lie inside
-                // their slices by the assertions above.
+                let start = RawStart::Beta(if add { 1.0 } else { 0.0 });
+                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, start, alpha: 1.0 };
+                // SAFETY: the assertions above have checked that rows row..row+height of A and C and the
+                // columns of this block in B and C lie inside their slices.
                 unsafe {
                     if pair {
                         block.compute::<S, 2>(simd, height)
@@ -71,9 +71,11 @@ impl WithSimd for Product<'_> {
     }
 }
 
-/// `out` (width, rows) = the transpose of `rows` rows of `width`, each multiplied by `scale`; `row(r)` gives row r.
+/// Writes the transpose of `rows` rows of `width` elements, multiplied by `scale`, to `out` (width, rows).
+/// `row(r)` returns row r.
 ///
-/// `out`'s rows are `stride` apart; columns up to the next multiple of `lanes`, itself one of four, are zeros.
+/// The rows of `out` are `stride` apart. Its columns are padded with zeros to a multiple of `lanes`, which
+/// must be a multiple of four.
 #[inline(always)]
 pub(crate) fn transpose<'a>(
     out: &mut [f32],
@@ -102,7 +104,7 @@ pub(crate) fn transpose<'a>(
     }
 }
 
-/// Four rows of one width; an empty one stands for zeros.
+/// Transposes four rows of the same width; an empty row stands for zeros.
 #[inline(always)]
 pub(crate) fn transpose_four(out: &mut [f32], stride: usize, scale: f32, rows: [&[f32]; 4]) {
     let width = rows[0].len();
@@ -127,8 +129,8 @@ pub(crate) fn transpose_four(out: &mut [f32], stride: usize, scale: f32, rows: [
 #[inline(always)]
 fn transpose4(rows: [[f32; 4]; 4], scale: f32) -> [[f32; 4]; 4] {
     use core::arch::x86_64::*;
-    // The compiler takes the elements one at a time, at a third of the speed. SSE is part of x86-64.
-    // SAFETY: an array of four f32 and a vector of four have the same bits.
+    // The compiler moves single elements, which is three times slower. Every x86-64 processor has SSE.
+    // SAFETY: an array of four f32 and a vector of four f32 have the same representation.
     unsafe {
         let scale = _mm_set1_ps(scale);
         let [a, b, c, d]: [__m128; 4] = core::mem::transmute(rows);
@@ -151,14 +153,14 @@ fn transpose4(rows: [[f32; 4]; 4], scale: f32) -> [[f32; 4]; 4] {
     std::array::from_fn(|y| std::array::from_fn(|r| rows[r][y] * scale))
 }
 
-/// 2ˣ within 2 ulp for x ≤ 127; 0 below -126, where f32 has no normal numbers. NaN stays NaN.
+/// 2ˣ within 2 ulp for x ≤ 127. The result is 0 below −126, where 2ˣ is no normal f32. NaN stays NaN.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    // Adding 1.5·2²³ leaves the nearest integer in the low bits; with 127 more it is already an exponent.
+    // Adding 1.5·2²³ rounds to the nearest integer, in the low bits; adding 127 makes it a biased exponent.
     let shift = simd.splat_f32s(12_582_912.0 + 127.0);
     let shifted = simd.add_f32s(x, shift);
     let r = simd.sub_f32s(x, simd.sub_f32s(shifted, shift));
-    // 2ʳ on |r| ≤ 1/2 by Cephes' `exp2f` (S. Moshier).
+    // 2ʳ for |r| ≤ 1/2 by the polynomial of `exp2f` of Cephes (S. Moshier).
     let mut power = simd.splat_f32s(1.535_336_2e-4);
     for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, LN_2, 1.0] {
         power = simd.mul_add_e_f32s(power, r, simd.splat_f32s(c));
@@ -173,7 +175,10 @@ thread_local! {
     static SCRATCH: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Hands `f` memory of this thread that stays allocated between calls. Its contents are arbitrary. `f` may ask for more.
+/// Calls `f` with a buffer of this thread that stays allocated between calls. Its contents are arbitrary, and
+/// `f` may resize it.
+///
+/// A nested call gets another buffer.
 pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
     let mut scratch = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
     let result = f(&mut scratch);
@@ -181,12 +186,12 @@ pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
     result
 }
 
-/// Pieces of the scratch of these sizes, each on a cache line of its own.
+/// Divides the scratch buffer into pieces of `sizes` elements, which start on different cache lines.
 pub(crate) fn split<const N: usize>(scratch: &mut Vec<f32>, sizes: [usize; N]) -> [&mut [f32]; N] {
     const LINE: usize = 64 / size_of::<f32>();
     let total = sizes.iter().map(|size| size.next_multiple_of(LINE)).sum::<usize>() + LINE;
     if scratch.len() < total {
-        // Neither more than is asked for nor a copy of what was there.
+        // Allocates no more than needed, and does not copy the old contents.
         scratch.clear();
         scratch.reserve_exact(total);
         scratch.resize(total, 0.0);

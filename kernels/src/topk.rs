@@ -1,12 +1,13 @@
-//! The best documents of each query by inner product, without the matrix of all scores.
+//! Exact top-k search by inner product, without storing the matrix of all scores.
 //!
 //! ```text
-//! s_ij = q_i · c_j      order: s descending, then j ascending; a score that is no number is behind all others
+//! s_ij = q_i · c_j      order: s descending, then j ascending; NaN comes last
 //! ```
 //!
-//! Scores exist one tile at a time. Most of them lie below a query's k-th best so far: a vectorised comparison with that
-//! threshold passes over them. What passes goes into a list of 2k, and a full list is cut down to its k best in linear time,
-//! which raises the threshold. Memory is O(Q·k); time beside the products is O(k log C) a query for documents in random order.
+//! Scores are computed tile by tile. Most of them are below the k-th best score of their query so far, and a
+//! vectorised comparison with that threshold skips them. The others are appended to a list of at most 2k; a
+//! full list is reduced to its k best in linear time, which raises the threshold. Memory is O(Q·k). Beside
+//! the matrix products, a query takes O(k log C) time for C documents in random order.
 
 use rayon::prelude::*;
 
@@ -14,48 +15,50 @@ use crate::matmul::{Matrix, Threads, multiply};
 use crate::simd::vectorised;
 use crate::tile::with_scratch;
 
-/// A document among a query's best.
+/// A document among the best ones of a query.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Hit {
-    /// q · c; −∞ where that is no number.
+    /// The score q · c; −∞ if that is NaN.
     pub score: f32,
-    /// The document's number.
+    /// The index of the document.
     pub document: u32,
 }
 
-/// The k best documents of each of Q queries, among all that were pushed so far.
+/// The k best documents of each of Q queries among all documents that were pushed so far.
 #[derive(Clone, Debug)]
 pub struct TopK {
     k: usize,
     lists: Vec<List>,
 }
 
-/// Rows and columns of a tile of scores: 512 KiB, and a product of this size runs at nearly full speed on one thread.
+/// The size of a tile of scores. Its 512 KiB are enough for a matrix product to run at nearly full speed on
+/// one thread.
 const ROWS: usize = 256;
 const COLUMNS: usize = 512;
 
-/// Scores that are compared with the threshold at once.
+/// The number of scores that are compared with the threshold together.
 const LANES: usize = 32;
 
 impl TopK {
-    /// For `queries` queries.
+    /// Creates an empty result for `queries` queries.
     pub fn new(queries: usize, k: usize) -> Self {
         Self { k, lists: vec![List { threshold: f32::NEG_INFINITY, keys: Vec::new() }; queries] }
     }
 
-    /// Looks at more documents (C, D) for all queries (Q, D), rows end to end. The documents' numbers begin with `first`; portions
-    /// may come in any order.
+    /// Searches more documents `(C, D)` for all queries `(Q, D)`, both row by row. D is `width`.
+    ///
+    /// The first document has the index `first`. Portions of the documents may be pushed in any order.
     ///
     /// # Panics
-    /// If the slices are not whole rows, or not a row a query.
+    /// If a slice does not consist of whole rows, or `queries` does not have a row for each query.
     pub fn push(&mut self, queries: &[f32], documents: &[f32], width: usize, first: u32) {
-        assert_eq!(queries.len(), self.lists.len() * width, "a row for each query");
-        assert!(width > 0 && documents.len().is_multiple_of(width), "whole rows of documents");
+        assert_eq!(queries.len(), self.lists.len() * width, "`queries` has one row for each query");
+        assert!(width > 0 && documents.len().is_multiple_of(width), "`documents` consists of whole rows");
         if self.k == 0 || documents.is_empty() {
             return;
         }
         let k = self.k;
-        // Where queries are few, every thread has some of them.
+        // With few queries, each thread still gets some of them.
         let rows = self.lists.len().div_ceil(rayon::current_num_threads()).clamp(1, ROWS);
         self.lists.par_chunks_mut(rows).zip(queries.par_chunks(rows * width)).for_each(|(lists, queries)| {
             let queries = Matrix::new(queries, lists.len(), width);
@@ -79,7 +82,7 @@ impl TopK {
         });
     }
 
-    /// Each query's best, best first: k of them, or as many documents as there were.
+    /// Returns the best documents of each query, best first: k of them, or all if there were fewer.
     pub fn finish(self) -> Vec<Vec<Hit>> {
         let k = self.k;
         self.lists
@@ -93,10 +96,10 @@ impl TopK {
     }
 }
 
-/// A query's best so far, and some that may prove not to be.
+/// The best documents of a query so far, and candidates that may still turn out to be worse.
 #[derive(Clone, Debug)]
 struct List {
-    /// The score of the k-th best when the list was cut last.
+    /// The k-th best score when the list was last reduced.
     threshold: f32,
     keys: Vec<u64>, // at most 2k
 }
@@ -106,7 +109,7 @@ impl List {
     fn scan(&mut self, scores: &[f32], first: u32, k: usize) {
         let (groups, rest) = scores.as_chunks::<LANES>();
         for (group, scores) in groups.iter().enumerate() {
-            // `!(s < threshold)` instead of `s >= threshold`: what is no number is looked at too.
+            // Not `score >= threshold`, which is false for NaN.
             let mut below = true;
             for &score in scores {
                 below &= score < self.threshold;
@@ -137,9 +140,9 @@ impl List {
     }
 }
 
-/// A number that is greater for a better hit.
+/// An integer that is greater for a better hit.
 fn key(score: f32, document: u32) -> u64 {
-    // −0 and 0 are equal scores.
+    // Adding 0 turns −0 into 0, because both are equal scores.
     let bits = if score.is_nan() { f32::NEG_INFINITY.to_bits() } else { (score + 0.0).to_bits() };
     let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     u64::from(ordered) << 32 | u64::from(!document)
@@ -160,7 +163,7 @@ mod tests {
         random(seed, (count, width)).flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// All scores in f64, sorted.
+    /// The k best of all scores in f64.
     fn reference(queries: &[f32], documents: &[f32], width: usize, k: usize) -> Vec<Vec<(f64, u32)>> {
         let dot = |a: &[f32], b: &[f32]| -> f64 {
             a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
@@ -186,14 +189,14 @@ mod tests {
             let expected = reference(&queries, &documents, width, k);
             for portion in [1, 100, 5000] {
                 let mut best = TopK::new(q, k);
-                // Backwards: the order of the portions does not matter either.
+                // In reverse, because the order of the portions must not matter.
                 for (number, documents) in documents.chunks(portion * width).enumerate().rev() {
                     best.push(&queries, documents, width, (number * portion) as u32);
                 }
                 for (hits, expected) in best.finish().iter().zip(&expected) {
                     assert_eq!(hits.len(), expected.len());
                     for (hit, (score, document)) in hits.iter().zip(expected) {
-                        // Width additions of products below 100 in f32.
+                        // Sums of `width` products below 100 in f32.
                         assert!((f64::from(hit.score) - score).abs() < 1e-4, "{hit:?}, expected {score}");
                         assert_eq!(hit.document, *document, "{q} {c} {width} {k} {portion}");
                     }
@@ -203,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_scores_are_ordered_by_number_and_what_is_no_number_is_last() {
+    fn equal_scores_are_ordered_by_index_and_nan_is_last() {
         let documents: Vec<f32> = (0..1000)
             .map(|j| match j % 4 {
                 0 => f32::NAN,

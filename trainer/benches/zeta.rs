@@ -85,7 +85,7 @@ fn measure() -> Result<()> {
     let start = Instant::now();
     let model = Model::open(ModelFolder::open(place.path())?, &options)?;
     device.synchronize()?;
-    let (weights, _) = kernels::memory(&device)?;
+    let (weights, _) = kernels::memory_usage(&device)?;
     println!(
         "Mistral-7B's shape, {layers} layers: {:.2} G parameters, {} on the GPU, drawn in {:.0} s",
         model.parameter_count() as f64 / 1e9,
@@ -121,12 +121,12 @@ fn measure() -> Result<()> {
     // Work that a run does once: loading kernels, building tables, allocating memory.
     stepper.step(&self::batch(rows.div_ceil(32))?, 1)?;
     device.synchronize()?;
-    kernels::forget_peak(&device)?;
+    kernels::reset_peak_memory(&device)?;
     let start = Instant::now();
     let outcome = stepper.step(&batch, 2)?;
     device.synchronize()?;
     let seconds = start.elapsed().as_secs_f64();
-    let (_, peak) = kernels::memory(&device)?;
+    let (_, peak) = kernels::memory_usage(&device)?;
 
     let tokens = batch.tokens() as f64;
     // Query, key, value, output; gate, up, down.

@@ -1,2 +1,4 @@
-//! The CUDA kernels of the crate `kernels`, compiled for a CPU: see `emulator.hpp`. The build script does the work; `kernels`
-//! declares the entries, because it also declares those of the GPU.
+//! The CUDA kernels of the crate `kernels`, compiled for a CPU; see `emulator.hpp`.
+//!
+//! The build script compiles them. The crate `kernels` declares their entry functions together with those of
+//! the GPU.

@@ -1,17 +1,16 @@
-//! Calls activation.cu.
+//! The GPU version of the activation functions: calls activation.cu.
 
 use super::Activation;
-use crate::gpu::{Any, AnyMut, Memory, entries, optional, pointer, type_of};
-use crate::tensor::expect_shape;
+use crate::gpu::{Memory, VoidPointer, VoidPointerMut, dtype_code_of, entries, optional, pointer};
 use candle_core::{Result, Tensor, bail};
 
 #[repr(C)]
 struct Arguments {
-    gate: Any,
-    up: Any,
-    dy: Any,
-    y: AnyMut,
-    dup: AnyMut,
+    gate: VoidPointer,
+    up: VoidPointer,
+    dy: VoidPointer,
+    y: VoidPointerMut,
+    dup: VoidPointerMut,
     count: i64,
     function: i32,
     dtype: i32,
@@ -21,7 +20,8 @@ entries! {
     activation(Arguments);
 }
 
-/// act(gate)·up, or with `dy` the gradient of gate, and with both that of up.
+/// Computes act(gate), or act(gate)·up if there is an `up`. With `dy` it computes the gradient of `gate`, and
+/// of `up`, instead.
 pub(super) fn activate(
     gate: &Tensor,
     up: Option<&Tensor>,
@@ -29,11 +29,8 @@ pub(super) fn activate(
     function: Activation,
 ) -> Result<(Tensor, Option<Tensor>)> {
     for (name, other) in [("up", up), ("dy", dy)] {
-        if let Some(other) = other {
-            expect_shape(name, other, gate.dims())?;
-            if other.dtype() != gate.dtype() {
-                bail!("`{name}` is of {:?}, expected {:?}", other.dtype(), gate.dtype());
-            }
+        if let Some(other) = other.filter(|other| other.dtype() != gate.dtype()) {
+            bail!("`{name}` is of {:?}, expected {:?}", other.dtype(), gate.dtype());
         }
     }
     let (device, count) = (gate.device(), gate.elem_count());
@@ -54,9 +51,9 @@ pub(super) fn activate(
                 Activation::Silu => 2,
                 Activation::Relu => 3,
             },
-            dtype: type_of(gate)?,
+            dtype: dtype_code_of(gate)?,
         };
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked that all tensors have the same shape.
         unsafe { activation(device, &arguments)? };
     }
     Ok((y.tensor(gate.shape())?, dup.map(|dup| dup.tensor(gate.shape())).transpose()?))
@@ -66,14 +63,16 @@ pub(super) fn activate(
 mod tests {
     use super::super::tests::{ALL, reference};
     use super::*;
-    use crate::testing::{TYPES, each_type, finite_difference, numbers, place, placed, relative_error};
+    use crate::testing::{
+        TYPES, cast, finite_difference, numbers, random_on_device, relative_error, test_device,
+    };
 
     #[test]
     fn kernels_equal_the_reference_for_odd_and_empty_shapes() {
         for (dtype, rounding) in TYPES {
             for function in ALL {
                 for shape in [(0, 3), (3, 0), (1, 1), (3, 7), (7, 1023), (33, 64)] {
-                    let [x, up, dy] = [1, 2, 3].map(|seed| each_type(&placed(seed, shape), dtype));
+                    let [x, up, dy] = [1, 2, 3].map(|seed| cast(&random_on_device(seed, shape), dtype));
                     let (xs, ups, dys) = (numbers(&x), numbers(&up), numbers(&dy));
                     let name = format!("{dtype:?} {function:?} {shape:?}");
                     let check = |what: &str, got: &Tensor, want: &dyn Fn(usize) -> f64| {
@@ -100,7 +99,7 @@ mod tests {
 
     #[test]
     fn far_from_zero_nothing_overflows_and_a_nan_stays() {
-        let x = Tensor::new(&[-1e4f32, -100.0, -20.0, 20.0, 100.0, 1e4, f32::NAN], place()).unwrap();
+        let x = Tensor::new(&[-1e4f32, -100.0, -20.0, 20.0, 100.0, 1e4, f32::NAN], test_device()).unwrap();
         for function in ALL {
             let y = numbers(&activate(&x, None, None, function).unwrap().0);
             for (y, want) in y.iter().zip([0.0, 0.0, 0.0, 20.0, 100.0, 1e4]) {

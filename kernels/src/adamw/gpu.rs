@@ -1,4 +1,4 @@
-//! Calls adamw.cu.
+//! The GPU version of AdamW and gradient clipping: calls adamw.cu.
 
 use super::{Clip, Factors};
 use crate::gpu::{Memory, entries};
@@ -25,24 +25,24 @@ struct AdamW {
     scale: *const f32,
     count: i64,
     decayed: i64,
-    keep: f32,
-    weight1: f32,
+    decay: f32,
+    one_minus_beta1: f32,
     beta2: f32,
-    weight2: f32,
-    correction2: f32,
+    one_minus_beta2: f32,
+    sqrt_bias_correction2: f32,
     epsilon: f32,
-    size: f32,
+    step_size: f32,
 }
 
 entries! {
-    clip_of(ClipArguments);
+    clip_scale(ClipArguments);
     adamw(AdamW);
 }
 
-/// Blocks that share a norm: `NORM_BLOCKS` of adamw.cu.
+/// The number of partial sums of the norm: `NORM_BLOCKS` of adamw.cu.
 const NORM_BLOCKS: usize = 1024;
 
-/// As [`super::step`], whose checks have been made.
+/// [`super::step`], after its checks.
 pub(super) fn step(
     params: &Tensor,
     grads: &Tensor,
@@ -53,7 +53,7 @@ pub(super) fn step(
     factors: &Factors,
 ) -> Result<()> {
     if [params, grads, m, v, scale].iter().any(|tensor| tensor.dtype() != DType::F32) {
-        bail!("parameters, gradients, moments and their scale are f32");
+        bail!("expected parameters, gradients, moments and scale of F32");
     }
     if params.elem_count() == 0 {
         return Ok(());
@@ -69,22 +69,22 @@ pub(super) fn step(
         scale: scale.pointer(),
         count: params.elem_count() as i64,
         decayed: decayed as i64,
-        keep: factors.keep,
-        weight1: factors.weight1,
+        decay: factors.decay,
+        one_minus_beta1: factors.one_minus_beta1,
         beta2: factors.beta2,
-        weight2: factors.weight2,
-        correction2: factors.correction2,
+        one_minus_beta2: factors.one_minus_beta2,
+        sqrt_bias_correction2: factors.sqrt_bias_correction2,
         epsilon: factors.epsilon,
-        size: factors.size,
+        step_size: factors.step_size,
     };
-    // SAFETY: four tensors of one size.
+    // SAFETY: the caller has checked that the four tensors have the same size.
     unsafe { adamw(params.device(), &arguments) }
 }
 
-/// As [`super::clip`].
-pub(super) fn clip(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Result<Clip> {
+/// [`super::clip_grad_norm`].
+pub(super) fn clip_grad_norm(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Result<Clip> {
     if grads.dtype() != DType::F32 || losses.dtype() != DType::F32 {
-        bail!("gradients and losses are f32");
+        bail!("`grads` is of {:?} and `losses` of {:?}, expected F32", grads.dtype(), losses.dtype());
     }
     let device = grads.device();
     let new = |dtype, count| Memory::new(device, dtype, count);
@@ -100,8 +100,8 @@ pub(super) fn clip(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Re
         rows: losses.elem_count() as i64,
         max_norm: max_norm.unwrap_or(f64::INFINITY),
     };
-    // SAFETY: the sizes that adamw.cu has.
-    unsafe { clip_of(device, &arguments)? };
+    // SAFETY: the buffers have the sizes that adamw.cu expects.
+    unsafe { clip_scale(device, &arguments)? };
     Ok(Clip { norm: norm.tensor(1)?, scale: scale.tensor(1)? })
 }
 
@@ -109,7 +109,7 @@ pub(super) fn clip(grads: &Tensor, losses: &Tensor, max_norm: Option<f64>) -> Re
 mod tests {
     use super::super::AdamW;
     use super::*;
-    use crate::testing::{moved, numbers, random, relative_error};
+    use crate::testing::{numbers, random, relative_error, to_test_device};
     use candle_core::Device;
 
     #[test]
@@ -118,12 +118,12 @@ mod tests {
         for (count, decayed) in [(0, 0), (1, 1), (7, 3), (1024, 513), (4099, 4099)] {
             let start = || [random(1, count), random(2, count), random(3, count).abs().unwrap()];
             let [want_p, want_m, want_v] = start();
-            let [p, m, v] = start().map(|x| moved(&x));
+            let [p, m, v] = start().map(|x| to_test_device(&x));
             for (n, seed) in (1..4).zip(10..) {
                 let g = random(seed, count);
                 let scale = Tensor::new(&[0.5f32], &Device::Cpu).unwrap();
                 super::super::step(&want_p, &g, &want_m, &want_v, decayed, n, &scale, &adamw).unwrap();
-                let (g, scale) = (moved(&g), moved(&scale));
+                let (g, scale) = (to_test_device(&g), to_test_device(&scale));
                 step(&p, &g, &m, &v, decayed, &scale, &Factors::new(&adamw, n)).unwrap();
             }
             for (got, want) in [(&p, &want_p), (&m, &want_m), (&v, &want_v)] {
@@ -138,10 +138,11 @@ mod tests {
             let (g, losses) = (random(1, count), random(2, 1000));
             let want = numbers(&g).iter().map(|g| g * g).sum::<f64>().sqrt();
             for max in [None, Some(0.5), Some(1e9)] {
-                let Clip { norm, scale } = clip(&moved(&g), &moved(&losses), max).unwrap();
+                let Clip { norm, scale } =
+                    clip_grad_norm(&to_test_device(&g), &to_test_device(&losses), max).unwrap();
                 let norm: f64 = norm.get(0).unwrap().to_scalar().unwrap();
                 assert!((norm - want).abs() <= 1e-12 * want, "{count}");
-                let want = super::super::clip(&g, &losses, max).unwrap().scale;
+                let want = super::super::clip_grad_norm(&g, &losses, max).unwrap().scale;
                 assert!(relative_error(&scale, &numbers(&want)) < 1e-7, "{count} {max:?}");
             }
         }
@@ -159,12 +160,12 @@ mod tests {
         for none in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for (g, losses) in [(&with(&good, none), &losses), (&good, &with(&losses, none))] {
                 for max in [None, Some(0.5)] {
-                    let g = moved(g);
-                    let Clip { norm, scale } = clip(&g, &moved(losses), max).unwrap();
+                    let g = to_test_device(g);
+                    let Clip { norm, scale } = clip_grad_norm(&g, &to_test_device(losses), max).unwrap();
                     let of_good: f64 = norm.get(0).unwrap().to_scalar().unwrap();
                     assert_eq!(of_good.is_finite(), numbers(&g)[8].is_finite());
                     let start = [3, 4, 5].map(|seed| random(seed, 9));
-                    let [p, m, v] = [0, 1, 2].map(|n| moved(&start[n]));
+                    let [p, m, v] = [0, 1, 2].map(|n| to_test_device(&start[n]));
                     step(&p, &g, &m, &v, 9, &scale, &Factors::new(&adamw, 1)).unwrap();
                     assert_eq!([&p, &m, &v].map(numbers), [0, 1, 2].map(|n| numbers(&start[n])));
                 }

@@ -1,26 +1,26 @@
-//! Calls attention.cu.
+//! The GPU version of attention: calls attention.cu. The callers have checked the shapes.
 
-use super::{Attention, check};
-use crate::gpu::{
-    self, Any, AnyMut, DropoutArguments, Memory, PackingArguments, entries, optional, pointer, type_of,
-};
-use crate::tensor::{expect_shape, matrix};
+use super::Attention;
+use crate::Packing;
+use crate::dropout::gpu::DropoutArguments;
+use crate::gpu::{Memory, VoidPointer, VoidPointerMut, dtype_code_of, entries, optional, pointer};
+use crate::packing::gpu::{DevicePacking, PackingArguments};
 use candle_core::{DType, Result, Tensor, bail};
 use std::ptr::{null, null_mut};
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Arguments {
-    q: Any,
-    k: Any,
-    v: Any,
-    o: AnyMut,
+    q: VoidPointer,
+    k: VoidPointer,
+    v: VoidPointer,
+    o: VoidPointerMut,
     lse: *mut f32,
-    d_o: Any,
+    d_o: VoidPointer,
     delta: *mut f32,
-    dq: AnyMut,
-    dk: AnyMut,
-    dv: AnyMut,
+    dq: VoidPointerMut,
+    dk: VoidPointerMut,
+    dv: VoidPointerMut,
     bias: *const f32,
     dbias: *mut f32,
     packing: PackingArguments,
@@ -31,8 +31,8 @@ struct Arguments {
     dtype: i32,
     left: i32,
     right: i32,
-    drops: i32,
-    reach: i32,
+    has_dropout: i32,
+    max_distance: i32,
     scale: f32,
 }
 
@@ -41,19 +41,18 @@ entries! {
     attention_backward(Arguments);
 }
 
-/// Of a head, for which a block has registers.
-const WIDEST: usize = 256;
+/// The largest size of a head for which a block has enough registers.
+const MAX_HEAD_WIDTH: usize = 256;
 
-/// As [`super::forward`], with the bias of [`super::forward_biased`] if there is one.
+/// [`super::forward`], or [`super::forward_biased`] if there is a bias.
 pub(super) fn forward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     bias: Option<&Tensor>,
-    packing: &crate::Packing,
+    packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor)> {
-    check(attention, packing, q, k, v)?;
     expect_types(attention, q, &[("k", k), ("v", v)], bias)?;
     let (tokens, heads) = (packing.tokens(), attention.heads);
     let device = q.device();
@@ -61,27 +60,25 @@ pub(super) fn forward(
     let lse = Memory::new(device, DType::F32, heads * tokens)?;
     if tokens > 0 {
         let inputs = [Memory::of(q)?, Memory::of(k)?, Memory::of(v)?];
-        let (bias_memory, packing) = (optional(bias)?, gpu::Packing::of(packing, device)?);
-        let mut arguments = arguments(attention, &inputs, bias, bias_memory.as_ref(), &packing, type_of(q)?);
+        let (bias_memory, packing) = (optional(bias)?, DevicePacking::of(packing, device)?);
+        let mut arguments =
+            arguments(attention, &inputs, bias, bias_memory.as_ref(), &packing, dtype_code_of(q)?);
         (arguments.o, arguments.lse) = (o.pointer(), lse.pointer());
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked the shapes.
         unsafe { attention_forward(device, &arguments)? };
     }
     Ok((o.tensor(q.shape())?, lse.tensor((heads, tokens))?))
 }
 
-/// As [`super::backward`]; with a bias its gradient is the fourth.
+/// [`super::backward`], or [`super::backward_biased`] if there is a bias, whose gradient is the fourth
+/// result.
 pub(super) fn backward(
     [q, k, v, o, lse, d_o]: [&Tensor; 6],
     bias: Option<&Tensor>,
-    packing: &crate::Packing,
+    packing: &Packing,
     attention: &Attention,
 ) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>)> {
-    check(attention, packing, q, k, v)?;
-    let (tokens, heads) = (packing.tokens(), attention.heads);
-    expect_shape("o", o, q.dims())?;
-    expect_shape("d_o", d_o, q.dims())?;
-    expect_shape("lse", lse, &[heads, tokens])?;
+    let tokens = packing.tokens();
     expect_types(attention, q, &[("k", k), ("v", v), ("o", o), ("d_o", d_o)], bias)?;
     let device = q.device();
     let new = |like: &Tensor| Memory::new(device, like.dtype(), like.elem_count());
@@ -89,12 +86,13 @@ pub(super) fn backward(
     if tokens > 0 {
         let inputs = [Memory::of(q)?, Memory::of(k)?, Memory::of(v)?];
         let (o, lse, d_o, delta) = (Memory::of(o)?, Memory::of(lse)?, Memory::of(d_o)?, new(lse)?);
-        let (bias_memory, packing) = (optional(bias)?, gpu::Packing::of(packing, device)?);
-        let mut arguments = arguments(attention, &inputs, bias, bias_memory.as_ref(), &packing, type_of(q)?);
+        let (bias_memory, packing) = (optional(bias)?, DevicePacking::of(packing, device)?);
+        let mut arguments =
+            arguments(attention, &inputs, bias, bias_memory.as_ref(), &packing, dtype_code_of(q)?);
         (arguments.o, arguments.lse, arguments.d_o) = (o.pointer(), lse.pointer(), d_o.pointer());
         (arguments.dq, arguments.dk, arguments.dv) = (dq.pointer(), dk.pointer(), dv.pointer());
         (arguments.delta, arguments.dbias) = (delta.pointer(), pointer(dbias.as_ref()));
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked the shapes.
         unsafe { attention_backward(device, &arguments)? };
     }
     let dbias = match (dbias, bias) {
@@ -110,12 +108,12 @@ fn arguments(
     [q, k, v]: &[Memory; 3],
     bias: Option<&Tensor>,
     bias_memory: Option<&Memory>,
-    packing: &gpu::Packing,
+    packing: &DevicePacking,
     dtype: i32,
 ) -> Arguments {
-    // Farther than any sequence reaches; the kernels add it to positions.
+    // Longer than any sequence, and small enough for the kernels to add it to a position.
     const NO_LIMIT: usize = 1 << 28;
-    let limit = |sight: Option<usize>| sight.unwrap_or(NO_LIMIT).min(NO_LIMIT) as i32;
+    let limit = |limit: Option<usize>| limit.unwrap_or(NO_LIMIT).min(NO_LIMIT) as i32;
     Arguments {
         q: q.pointer(),
         k: k.pointer(),
@@ -137,8 +135,8 @@ fn arguments(
         dtype,
         left: limit(attention.left),
         right: limit(attention.right),
-        drops: i32::from(attention.dropout.is_some()),
-        reach: bias.map_or(0, |bias| bias.dims()[1] / 2) as i32,
+        has_dropout: i32::from(attention.dropout.is_some()),
+        max_distance: bias.map_or(0, |bias| bias.dims()[1] / 2) as i32,
         scale: attention.scale,
     }
 }
@@ -154,15 +152,11 @@ fn expect_types(
             bail!("`{name}` is of {:?}, expected {:?}", tensor.dtype(), q.dtype());
         }
     }
-    if let Some(bias) = bias {
-        let (_, columns) = matrix("bias", bias)?;
-        expect_shape("bias", bias, &[attention.heads, columns])?;
-        if columns.is_multiple_of(2) || bias.dtype() != DType::F32 {
-            bail!("`bias` is {columns} columns of {:?}, expected an odd number of F32", bias.dtype());
-        }
+    if let Some(bias) = bias.filter(|bias| bias.dtype() != DType::F32) {
+        bail!("`bias` is of {:?}, expected F32", bias.dtype());
     }
-    if attention.head_width > WIDEST {
-        bail!("heads of width {}; a GPU takes at most {WIDEST}", attention.head_width);
+    if attention.head_width > MAX_HEAD_WIDTH {
+        bail!("heads of size {}; the GPU kernel supports at most {MAX_HEAD_WIDTH}", attention.head_width);
     }
     Ok(())
 }

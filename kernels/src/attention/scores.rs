@@ -1,7 +1,7 @@
-//! What happens to a tile of scores between its products: hiding, the bias by distance, dropout, softmax and its gradient.
+//! Operations on a tile of scores between its matrix products: mask, bias, dropout, softmax and their
+//! gradients.
 
-use super::head::Block;
-use super::{Head, Job, Shared};
+use super::{Block, Head, Job, Shared};
 use crate::rows::add;
 use crate::tile::{exp2, transpose};
 use pulp::Simd;
@@ -9,9 +9,9 @@ use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 impl Job<'_> {
-    /// Sets the scores that a query must not see to -∞.
+    /// Sets the scores of keys that are not visible to a query to −∞.
     #[inline(always)]
-    pub(super) fn hide(
+    pub(super) fn mask(
         &self,
         head: Head,
         block: &Block,
@@ -26,7 +26,7 @@ impl Job<'_> {
         }
         let group = self.group();
         for (row, j) in scores.chunks_exact_mut(self.tiles.queries).zip(keys.clone()) {
-            // Key j is seen by the queries from j − right to j + left.
+            // Key j is visible to the queries from j − right to j + left.
             let start = self.attention.right.map_or(0, |right| j.saturating_sub(right) * group);
             let end = self.attention.left.map_or(usize::MAX, |left| (j + left.min(head.tokens) + 1) * group);
             row[..columns.min(start.saturating_sub(block.first))].fill(f32::NEG_INFINITY);
@@ -35,22 +35,26 @@ impl Job<'_> {
     }
 }
 
-/// The bias by distance. A line holds one head's bias for all distances inside one text, the farthest key ahead first:
-/// element x at the distance S − 1 − x, so that a row of scores, the queries of one key, is a piece of it.
+/// The relative position bias.
+///
+/// A bias line holds the bias of one head for all distances in a sequence of S tokens in descending order:
+/// element x belongs to the distance S − 1 − x. A row of scores, the queries of one key, then adds a
+/// contiguous piece of the line.
 impl Job<'_> {
-    /// Elements of a line; 0 without a bias.
-    pub(super) fn line(&self, head: Head) -> usize {
+    /// The number of elements of a bias line; 0 without a bias.
+    pub(super) fn bias_line_len(&self, head: Head) -> usize {
         if self.columns == 0 { 0 } else { 2 * head.tokens - 1 }
     }
 
-    /// The column of element `x` of a line.
+    /// The column of the bias for element `x` of a bias line.
     #[inline(always)]
     fn column(&self, head: Head, x: usize) -> usize {
-        let reach = self.columns / 2;
-        (head.tokens - 1 + reach).saturating_sub(x).min(2 * reach)
+        let max_distance = self.columns / 2;
+        (head.tokens - 1 + max_distance).saturating_sub(x).min(2 * max_distance)
     }
 
-    pub(super) fn fill_line(&self, head: Head, line: &mut [f32]) {
+    /// Fills the bias line of a head, in units of log₂.
+    pub(super) fn fill_bias_line(&self, head: Head, line: &mut [f32]) {
         for (x, element) in line.iter_mut().enumerate() {
             *element = self.bias[head.g * self.columns + self.column(head, x)] * LOG2_E;
         }
@@ -74,57 +78,58 @@ impl Job<'_> {
         }
     }
 
-    /// Adds dL/d(scores) of a tile to the gradient of a line.
+    /// Adds dL/d(scores) of a tile to the gradient of the bias line.
     #[inline(always)]
-    pub(super) fn add_to_line(
+    pub(super) fn add_to_bias_line(
         &self,
         head: Head,
         block: &Block,
         keys: &Range<usize>,
         ds: &[f32],
-        dline: &mut [f32],
+        d_line: &mut [f32],
     ) {
         if self.columns == 0 {
             return;
         }
         for (row, j) in ds.chunks_exact(self.tiles.queries).zip(keys.clone()) {
-            add(&mut dline[head.tokens - 1 + block.first - j..], &row[..block.lanes]);
+            add(&mut d_line[head.tokens - 1 + block.first - j..], &row[..block.lanes]);
         }
     }
 
-    /// Writes the gradient of one head's bias in one text.
+    /// Writes the gradient of the bias of one head for one sequence.
     ///
     /// # Safety
-    /// No other thread reads or writes that row of `dbias`.
-    pub(super) unsafe fn write_bias(&self, head: Head, dline: &[f32], dbias: &Shared) {
+    /// No other thread may read or write that row of `dbias`.
+    pub(super) unsafe fn write_bias_gradient(&self, head: Head, d_line: &[f32], dbias: &Shared) {
         if self.columns == 0 {
             return;
         }
         let mut row = vec![0f32; self.columns];
-        for (x, d) in dline.iter().enumerate() {
+        for (x, d) in d_line.iter().enumerate() {
             row[self.column(head, x)] += d;
         }
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees it.
         unsafe { dbias.write((head.n * self.attention.heads + head.g) * self.columns, &row, 1.0) };
     }
 }
 
 /// Dropout of the probabilities.
 impl Job<'_> {
-    /// Scratch for [`Self::draw`]: a row of factors for each query, and for those of the tokens that a block cuts.
-    pub(super) fn factor_rows(&self) -> usize {
+    /// Length of the first scratch of [`Self::dropout_factors`]: a row for each query, and for those of the
+    /// tokens that the block cuts at its ends.
+    pub(super) fn dropout_rows_len(&self) -> usize {
         let rows = self.tiles.queries + 2 * self.group();
         if self.attention.dropout.is_some() { rows * self.tiles.keys } else { 0 }
     }
 
-    /// Scratch for [`Self::draw`]: the factors of a tile.
-    pub(super) fn factors(&self) -> usize {
+    /// Length of the second scratch of [`Self::dropout_factors`]: the factors of a tile.
+    pub(super) fn dropout_factors_len(&self) -> usize {
         if self.attention.dropout.is_some() { self.tiles.queries * self.tiles.keys } else { 0 }
     }
 
-    /// Draws the factors of a tile, 0 or 1/(1 − p); false without dropout.
+    /// Computes the dropout factors of a tile, 0 or 1/(1 − p), in `factors`; returns false without dropout.
     #[inline(always)]
-    pub(super) fn draw(
+    pub(super) fn dropout_factors(
         &self,
         head: Head,
         block: &Block,
@@ -141,7 +146,8 @@ impl Job<'_> {
             let element =
                 |i: usize| (h * head.tokens + first + i) as u64 * head.tokens as u64 + keys.start as u64;
             let rows = &mut rows[member * tokens * width..][..tokens * width];
-            // Rows of all keys are one run of elements: few of them make a block of Philox each.
+            // Rows of all keys are one run of elements, which wastes fewer words of Philox than many short
+            // runs.
             let (runs, run) = if width == head.tokens { (1, tokens * width) } else { (tokens, width) };
             for i in 0..runs {
                 let rows = &mut rows[i * run..][..run];
@@ -170,77 +176,82 @@ impl Job<'_> {
     }
 }
 
-/// Online softmax of a tile of scores (in powers of two), which become weights relative to the highest score so far.
-/// `shrink` is by how much what was summed before the tile has to shrink.
+/// One step of the online softmax: replaces the scores s of a tile, in units of log₂, by 2^(s − maximum so
+/// far).
+///
+/// `row_max` and `row_sum` are updated; `rescale` receives the factor for the sums of the tiles before.
 #[inline(always)]
-pub(super) fn weigh<S: Simd>(
+pub(super) fn online_softmax<S: Simd>(
     simd: S,
     scores: &mut [f32],
     stride: usize,
     keys: usize,
     columns: usize,
-    [top, total, shrink]: [&mut [f32]; 3],
+    [row_max, row_sum, rescale]: [&mut [f32]; 3],
 ) {
     let scores = S::as_mut_simd_f32s(scores).0;
-    let (top, total) = (S::as_mut_simd_f32s(top).0, S::as_mut_simd_f32s(total).0);
-    let shrink = S::as_mut_simd_f32s(shrink).0;
+    let (row_max, row_sum) = (S::as_mut_simd_f32s(row_max).0, S::as_mut_simd_f32s(row_sum).0);
+    let rescale = S::as_mut_simd_f32s(rescale).0;
     let (stride, vectors) = (stride / S::F32_LANES, columns / S::F32_LANES);
     let scores = &mut scores[..keys * stride];
     for w in 0..vectors {
-        // Four chains: one alone would wait for each maximum.
-        let mut tops = [top[w]; 4];
+        // Four independent chains hide the latency of the maximum.
+        let mut maxima = [row_max[w]; 4];
         let mut rows = scores.chunks_exact(4 * stride);
         for four in &mut rows {
-            for (i, top) in tops.iter_mut().enumerate() {
-                *top = simd.max_f32s(*top, four[i * stride + w]);
+            for (i, max) in maxima.iter_mut().enumerate() {
+                *max = simd.max_f32s(*max, four[i * stride + w]);
             }
         }
         for row in rows.remainder().chunks_exact(stride) {
-            tops[0] = simd.max_f32s(tops[0], row[w]);
+            maxima[0] = simd.max_f32s(maxima[0], row[w]);
         }
-        let [a, b, c, d] = tops;
-        let highest = simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d));
-        shrink[w] = exp2(simd, simd.sub_f32s(top[w], highest));
-        top[w] = highest;
-        let mut sum = simd.mul_f32s(total[w], shrink[w]);
+        let [a, b, c, d] = maxima;
+        let new_max = simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d));
+        rescale[w] = exp2(simd, simd.sub_f32s(row_max[w], new_max));
+        row_max[w] = new_max;
+        let mut sum = simd.mul_f32s(row_sum[w], rescale[w]);
         for row in scores.chunks_exact_mut(stride) {
-            row[w] = exp2(simd, simd.sub_f32s(row[w], highest));
+            row[w] = exp2(simd, simd.sub_f32s(row[w], new_max));
             sum = simd.add_f32s(sum, row[w]);
         }
-        total[w] = sum;
+        row_sum[w] = sum;
     }
 }
 
-/// From scores (in powers of two) and dL/dp: the probabilities, and dL/d(scores). With dropout the probabilities are
-/// those that it leaves, and so was the p of dL/dp.
+/// Replaces the scores of a tile (in units of log₂) in `p` by the probabilities, and dL/dp in `dp` by
+/// dL/d(scores).
+///
+/// `delta` is rowsum(do ∘ o) and `lse_log2` the log-sum-exp in units of log₂. With dropout, `factors` are
+/// multiplied into the probabilities, and `dp` is the gradient of the product.
 #[inline(always)]
-pub(super) fn differentiate<S: Simd>(
+pub(super) fn softmax_backward<S: Simd>(
     simd: S,
     [p, dp]: [&mut [f32]; 2],
     stride: usize,
     keys: usize,
     columns: usize,
-    [own, base]: [&[f32]; 2],
+    [delta, lse_log2]: [&[f32]; 2],
     factors: Option<&[f32]>,
 ) {
     let (p, dp) = (S::as_mut_simd_f32s(p).0, S::as_mut_simd_f32s(dp).0);
-    let (own, base) = (S::as_simd_f32s(own).0, S::as_simd_f32s(base).0);
+    let (delta, lse_log2) = (S::as_simd_f32s(delta).0, S::as_simd_f32s(lse_log2).0);
     let (stride, vectors) = (stride / S::F32_LANES, columns / S::F32_LANES);
     let rows = p.chunks_exact_mut(stride).zip(dp.chunks_exact_mut(stride)).take(keys);
     let Some(factors) = factors else {
         for (p, dp) in rows {
             for w in 0..vectors {
-                p[w] = exp2(simd, simd.sub_f32s(p[w], base[w]));
-                dp[w] = simd.mul_f32s(p[w], simd.sub_f32s(dp[w], own[w]));
+                p[w] = exp2(simd, simd.sub_f32s(p[w], lse_log2[w]));
+                dp[w] = simd.mul_f32s(p[w], simd.sub_f32s(dp[w], delta[w]));
             }
         }
         return;
     };
     for ((p, dp), factors) in rows.zip(S::as_simd_f32s(factors).0.chunks_exact(stride)) {
         for w in 0..vectors {
-            let (probability, factor) = (exp2(simd, simd.sub_f32s(p[w], base[w])), factors[w]);
+            let (probability, factor) = (exp2(simd, simd.sub_f32s(p[w], lse_log2[w])), factors[w]);
             p[w] = simd.mul_f32s(probability, factor);
-            dp[w] = simd.mul_f32s(probability, simd.sub_f32s(simd.mul_f32s(dp[w], factor), own[w]));
+            dp[w] = simd.mul_f32s(probability, simd.sub_f32s(simd.mul_f32s(dp[w], factor), delta[w]));
         }
     }
 }

@@ -1,10 +1,10 @@
-//! Attention against softmax(scale·q kᵀ) v in f64, one query at a time.
+//! Compares attention with softmax(scale·q kᵀ) v in f64, one query at a time.
 
 use super::*;
 use crate::testing::{finite_difference, inner, numbers, random, relative_error, relative_error_f64};
 use candle_core::Device;
 
-/// Products of up to 128 terms, then sums of up to 1023: each errs by some √n half ulp (6e-8).
+/// Sums of up to 128 products, then of up to 1023: each has an error of about √n half ulps (6e-8).
 const TOLERANCE: f64 = 1e-6;
 
 fn attention(heads: usize, kv_heads: usize, head_width: usize) -> Attention {
@@ -22,10 +22,10 @@ fn inputs(a: &Attention, tokens: usize) -> [Tensor; 4] {
     [(1, wide), (2, narrow), (3, narrow), (4, wide)].map(|(seed, width)| random(seed, (tokens, width)))
 }
 
-/// 0 or 1/(1 − p) for a probability.
+/// The dropout factor of a probability, 0 or 1/(1 − p), by sequence, its tokens, head, query and key.
 type Factor<'a> = &'a dyn Fn(usize, usize, usize, usize, usize) -> f64;
 
-/// Added to a score: by head, query and key.
+/// The bias of a score, by head, query and key.
 type Bias<'a> = &'a dyn Fn(usize, usize, usize) -> f64;
 
 struct Reference {
@@ -34,7 +34,7 @@ struct Reference {
     dq: Vec<f64>,
     dk: Vec<f64>,
     dv: Vec<f64>,
-    /// (head, key − query, dL/d(score)) of every pair.
+    /// (head, key − query, dL/d(score)) of each pair.
     pairs: Vec<(usize, isize, f64)>,
 }
 
@@ -84,10 +84,10 @@ fn reference_biased(
             let kept: Vec<f64> = seen.iter().map(|&j| factor(n, tokens, h, i, j)).collect();
             let dp: Vec<f64> =
                 seen.iter().zip(&kept).map(|(&j, f)| f * dot(gradient, &v[key(j)..key(j) + width])).collect();
-            let own = dot(&p, &dp);
+            let delta = dot(&p, &dp);
             for (x, &j) in seen.iter().enumerate() {
-                r.pairs.push((h, j as isize - i as isize, p[x] * (dp[x] - own)));
-                let ds = p[x] * (dp[x] - own) * scale;
+                r.pairs.push((h, j as isize - i as isize, p[x] * (dp[x] - delta)));
+                let ds = p[x] * (dp[x] - delta) * scale;
                 for d in 0..width {
                     r.o[at + d] += p[x] * kept[x] * v[key(j) + d];
                     r.dv[key(j) + d] += p[x] * kept[x] * gradient[d];
@@ -165,16 +165,16 @@ fn grouped_heads_causal_and_windowed_texts_equal_the_reference() {
 
 #[test]
 fn a_bias_by_distance_and_its_gradient_equal_the_reference() {
-    for (reach, right, width) in [(0, None, 8), (3, None, 16), (40, None, 7), (3, Some(0), 8)] {
+    for (max_distance, right, width) in [(0, None, 8), (3, None, 16), (40, None, 7), (3, Some(0), 8)] {
         let a = Attention { right, ..attention(3, 3, width) };
         let packing = packing(&[1, 3, 0, 7, 47, 300, 32]);
         let [q, k, v, d_o] = inputs(&a, packing.tokens());
-        let columns = 2 * reach + 1;
+        let columns = 2 * max_distance + 1;
         let bias = random(5, (3, columns));
         let numbers_of_bias = numbers(&bias);
         let column = |distance: isize| {
-            let reach = reach as isize;
-            (distance.clamp(-reach, reach) + reach) as usize
+            let max_distance = max_distance as isize;
+            (distance.clamp(-max_distance, max_distance) + max_distance) as usize
         };
         let added =
             |h: usize, i: usize, j: usize| numbers_of_bias[h * columns + column(j as isize - i as isize)];
@@ -194,20 +194,23 @@ fn a_bias_by_distance_and_its_gradient_equal_the_reference() {
             ("dv", &dv, &want.dv),
             ("dbias", &dbias, &want_bias),
         ] {
-            // With one column the bias cancels out of the softmax, and its gradient is a sum of what is left of nothing.
-            let error = if name == "dbias" && reach == 0 {
+            // A bias of one column does not change the softmax: its gradient is 0 up to rounding.
+            let error = if name == "dbias" && max_distance == 0 {
                 numbers(got).iter().fold(0.0, |most: f64, x| most.max(x.abs())) / 1e2
             } else {
                 relative_error(got, want)
             };
-            assert!(error < TOLERANCE, "{name}, reach {reach}, {right:?}: {error:.1e}");
+            assert!(error < TOLERANCE, "{name}, max_distance {max_distance}, {right:?}: {error:.1e}");
         }
     }
     let (a, packing) = (attention(4, 2, 8), packing(&[5]));
     let [q, k, v, _] = inputs(&a, 5);
     let error =
         |bias: &Tensor, a: &Attention| forward_biased(&q, &k, &v, bias, &packing, a).unwrap_err().to_string();
-    assert!(error(&random(1, (4, 3)), &a).contains("which a bias by distance does not support"));
+    assert!(
+        error(&random(1, (4, 3)), &a)
+            .contains("a relative position bias needs as many key-value heads as heads")
+    );
     assert!(error(&random(1, (4, 4)), &a).contains("expected an odd number"));
     assert!(error(&random(1, (3, 3)), &a).contains("`bias` has the shape [3, 3], expected [4, 3]"));
 }
@@ -270,7 +273,8 @@ fn scores_of_any_size_do_not_overflow() {
     }
 }
 
-/// At a scale of 1e4 scores are near 1e5: an ulp there is 8e-3, and so is the error of a probability's logarithm.
+/// At a scale of 1e4 scores are near 1e5, where an ulp is 8e-3; the logarithm of a probability has that
+/// error.
 fn compare_loosely(lengths: &[usize], a: &Attention) {
     let packing = packing(lengths);
     let [q, k, v, d_o] = inputs(a, packing.tokens());
@@ -326,8 +330,7 @@ fn shapes_that_do_not_fit_are_refused_by_name() {
     assert!(error(&q, &k, &[4], &a).contains("`q` has the shape [5, 32], expected [4, 32]"));
     assert!(error(&q, &q, &[5], &a).contains("`k` has the shape [5, 32], expected [5, 16]"));
     assert!(
-        error(&q, &k, &[5], &attention(4, 3, 8))
-            .contains("4 heads of width 8 cannot share 3 key-value heads")
+        error(&q, &k, &[5], &attention(4, 3, 8)).contains("4 heads of size 8 cannot share 3 key-value heads")
     );
     assert!(error(&q, &k, &[5], &attention(0, 0, 8)).contains("0 heads"));
     assert!(

@@ -1,20 +1,20 @@
-//! Calls embedding.cu.
+//! The GPU version of the embedding layer: calls embedding.cu.
 
-use super::{Tables, expect_kinds, expect_positions};
+use super::Tables;
 use crate::gpu::{
-    self, Any, AnyMut, Memory, PackingArguments, entries, optional, optional_mutable, pointer, type_of,
+    Memory, VoidPointer, VoidPointerMut, dtype_code_of, entries, optional, optional_mutable, pointer,
 };
-use crate::linear;
-use crate::tensor::{expect_shape, matrix, packed};
+use crate::packing::gpu::{DevicePacking, PackingArguments};
+use crate::{Packing, linear};
 use candle_core::{IndexOp, Result, Tensor};
 
 #[repr(C)]
 struct Forward {
     ids: *const u32,
-    word: Any,
-    position: Any,
-    kind: Any,
-    x: AnyMut,
+    word: VoidPointer,
+    position: VoidPointer,
+    token_type: VoidPointer,
+    x: VoidPointerMut,
     packing: PackingArguments,
     width: i32,
     position_offset: i32,
@@ -23,10 +23,10 @@ struct Forward {
 
 #[repr(C)]
 struct Backward {
-    dx: Any,
+    dx: VoidPointer,
     ids: *const u32,
-    dword: *mut f32,
-    dposition: *mut f32,
+    d_word: *mut f32,
+    d_position: *mut f32,
     packing: PackingArguments,
     width: i32,
     position_offset: i32,
@@ -38,78 +38,64 @@ entries! {
     embedding_backward(Backward);
 }
 
-/// As [`super::forward`], but ids are not looked at: that would take a copy to the host, and the tokenizer has checked them.
-pub(super) fn forward(ids: &Tensor, packing: &crate::Packing, tables: &Tables) -> Result<Tensor> {
+/// [`super::forward`] after its checks of the shapes. It does not check the ids, which would need a copy to
+/// the host: the caller has to check them.
+pub(super) fn forward(ids: &Tensor, packing: &Packing, tables: &Tables) -> Result<Tensor> {
     let tokens = packing.tokens();
-    let (_, width) = matrix("word", tables.word)?;
-    expect_shape("ids", ids, &[tokens])?;
-    if let Some(position) = tables.position {
-        expect_positions(position, packing, tables.position_offset, width)?;
-    }
-    if let Some(kind) = tables.kind {
-        expect_kinds(kind, width)?;
-    }
-    let (device, dtype) = (tables.word.device(), tables.word.dtype());
+    let (_, width) = tables.word_embeddings.dims2()?;
+    let (device, dtype) = (tables.word_embeddings.device(), tables.word_embeddings.dtype());
     let x = Memory::new(device, dtype, tokens * width)?;
     if tokens * width > 0 {
-        let (ids, word) = (Memory::of(ids)?, Memory::of(tables.word)?);
-        let (position, kind) = (optional(tables.position)?, optional(tables.kind)?);
-        let packing = gpu::Packing::of(packing, device)?;
+        let (ids, word) = (Memory::of(ids)?, Memory::of(tables.word_embeddings)?);
+        let (position, token_type) =
+            (optional(tables.position_embeddings)?, optional(tables.token_type_embeddings)?);
+        let packing = DevicePacking::of(packing, device)?;
         let arguments = Forward {
             ids: ids.pointer(),
             word: word.pointer(),
             position: pointer(position.as_ref()),
-            kind: pointer(kind.as_ref()),
+            token_type: pointer(token_type.as_ref()),
             x: x.pointer(),
             packing: packing.arguments(),
             width: width as i32,
             position_offset: tables.position_offset as i32,
-            dtype: type_of(tables.word)?,
+            dtype: dtype_code_of(tables.word_embeddings)?,
         };
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked the shapes.
         unsafe { embedding_forward(device, &arguments)? };
     }
     x.tensor((tokens, width))
 }
 
-/// As [`super::backward`].
+/// [`super::backward`] after its checks of the shapes.
 pub(super) fn backward(
     dx: &Tensor,
     ids: &Tensor,
-    packing: &crate::Packing,
+    packing: &Packing,
     position_offset: usize,
-    dword: Option<&Tensor>,
-    dposition: Option<&Tensor>,
-    dkind: Option<&Tensor>,
+    d_word: Option<&Tensor>,
+    d_position: Option<&Tensor>,
+    d_token_type: Option<&Tensor>,
 ) -> Result<()> {
-    let (tokens, width) = packed("dx", dx, packing)?;
-    if let Some(dword) = dword {
-        let (words, _) = matrix("dword", dword)?;
-        expect_shape("dword", dword, &[words, width])?;
-        expect_shape("ids", ids, &[tokens])?;
+    let (tokens, width) = dx.dims2()?;
+    if let Some(d_token_type) = d_token_type {
+        linear::gpu::backward_bias(dx, &d_token_type.i(0)?)?;
     }
-    if let Some(dposition) = dposition {
-        expect_positions(dposition, packing, position_offset, width)?;
-    }
-    if let Some(dkind) = dkind {
-        expect_kinds(dkind, width)?;
-        linear::gpu::backward_bias(dx, &dkind.i(0)?)?;
-    }
-    if tokens * width > 0 && (dword.is_some() || dposition.is_some()) {
+    if tokens * width > 0 && (d_word.is_some() || d_position.is_some()) {
         let device = dx.device();
-        let (dxs, ids, packing) = (Memory::of(dx)?, Memory::of(ids)?, gpu::Packing::of(packing, device)?);
-        let (dword, dposition) = (optional_mutable(dword)?, optional_mutable(dposition)?);
+        let (dxs, ids, packing) = (Memory::of(dx)?, Memory::of(ids)?, DevicePacking::of(packing, device)?);
+        let (d_word, d_position) = (optional_mutable(d_word)?, optional_mutable(d_position)?);
         let arguments = Backward {
             dx: dxs.pointer(),
             ids: ids.pointer(),
-            dword: pointer(dword.as_ref()),
-            dposition: pointer(dposition.as_ref()),
+            d_word: pointer(d_word.as_ref()),
+            d_position: pointer(d_position.as_ref()),
             packing: packing.arguments(),
             width: width as i32,
             position_offset: position_offset as i32,
-            dtype: type_of(dx)?,
+            dtype: dtype_code_of(dx)?,
         };
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked the shapes.
         unsafe { embedding_backward(device, &arguments)? };
     }
     Ok(())
@@ -119,8 +105,7 @@ pub(super) fn backward(
 mod tests {
     use super::super::tests::{id_tensor, ids, reference};
     use super::*;
-    use crate::Packing;
-    use crate::testing::{TYPES, each_type, moved, numbers, placed, relative_error};
+    use crate::testing::{TYPES, cast, numbers, random_on_device, relative_error, to_test_device};
 
     #[test]
     fn kernels_equal_the_reference_for_odd_and_empty_shapes() {
@@ -136,23 +121,24 @@ mod tests {
                 let packing = Packing::new(&lengths, vec![0; lengths.len()]);
                 let (tokens, offset) = (packing.tokens(), 2);
                 let ids = ids(tokens);
-                let [word, position, kind] = [(1, 11), (2, 72), (3, 2)]
-                    .map(|(seed, rows)| each_type(&placed(seed, (rows, width)), dtype));
+                let [word, position, token_type] = [(1, 11), (2, 72), (3, 2)]
+                    .map(|(seed, rows)| cast(&random_on_device(seed, (rows, width)), dtype));
                 let tables = Tables {
-                    word: &word,
-                    position: Some(&position),
+                    word_embeddings: &word,
+                    position_embeddings: Some(&position),
                     position_offset: offset,
-                    kind: Some(&kind),
+                    token_type_embeddings: Some(&token_type),
                 };
                 let name = format!("{dtype:?} {lengths:?} {width}");
-                let ids_there = moved(&id_tensor(&ids));
+                let ids_there = to_test_device(&id_tensor(&ids));
                 let x = forward(&ids_there, &packing, &tables).unwrap();
-                let (w, p, k) = (numbers(&word), numbers(&position), numbers(&kind));
+                let (w, p, k) = (numbers(&word), numbers(&position), numbers(&token_type));
                 let want = reference(&ids, &packing, width, offset, &w, &p, &k);
                 assert!(relative_error(&x, &want) < rounding, "{name}");
 
-                let dx = each_type(&placed(4, (tokens, width)), dtype);
-                let got = [(5, 11), (6, 72), (7, 2)].map(|(seed, rows)| placed(seed, (rows, width)));
+                let dx = cast(&random_on_device(4, (tokens, width)), dtype);
+                let got =
+                    [(5, 11), (6, 72), (7, 2)].map(|(seed, rows)| random_on_device(seed, (rows, width)));
                 let mut want = got.each_ref().map(numbers);
                 for (t, row) in numbers(&dx).chunks(width.max(1)).enumerate() {
                     let places = [ids[t] as usize, packing.locate(t).1 + offset, 0];
@@ -160,9 +146,17 @@ mod tests {
                         row.iter().enumerate().for_each(|(d, dx)| want[place * width + d] += dx);
                     }
                 }
-                let [dword, dposition, dkind] = &got;
-                backward(&dx, &ids_there, &packing, offset, Some(dword), Some(dposition), Some(dkind))
-                    .unwrap();
+                let [d_word, d_position, d_token_type] = &got;
+                backward(
+                    &dx,
+                    &ids_there,
+                    &packing,
+                    offset,
+                    Some(d_word),
+                    Some(d_position),
+                    Some(d_token_type),
+                )
+                .unwrap();
                 for (got, want) in got.iter().zip(&want) {
                     // Up to 70 additions in f32.
                     assert!(relative_error(got, want) < 1e-6, "{name}");

@@ -1,4 +1,4 @@
-//! A GPU's memory, stream and products.
+//! Devices, memory, streams and matrix products of CUDA.
 
 use candle_core::cuda::cudarc::cublaslt::{result as lt, sys};
 use candle_core::cuda::cudarc::driver::{
@@ -16,19 +16,19 @@ use std::sync::{Mutex, PoisonError};
 use super::libraries;
 use super::product::Matrix;
 
-/// How many GPUs CUDA shows to this process.
+/// The number of GPUs that are visible to this process.
 ///
 /// # Errors
-/// If there is no driver, or one for an older CUDA than this program was built with.
-pub fn devices() -> Result<usize> {
+/// If there is no driver, or it supports only an older CUDA than this program was built with.
+pub fn device_count() -> Result<usize> {
     libraries::driver()?;
     let mut version = 0i32;
-    // SAFETY: the place is for the version.
+    // SAFETY: the pointer is that of a local i32.
     unsafe { driver_sys::cuDriverGetVersion(&raw mut version) }.result().map_err(candle_core::Error::wrap)?;
-    let (major, minor) = libraries::toolkit();
+    let (major, minor) = libraries::cuda_version();
     if version < (1000 * major + 10 * minor) as i32 {
         bail!(
-            "the NVIDIA driver is for CUDA {}.{}, this program for CUDA {major}.{minor}\nhint: update the driver",
+            "the driver supports CUDA {}.{}, this program needs {major}.{minor}\nhint: update the driver",
             version / 1000,
             version % 1000 / 10
         );
@@ -37,19 +37,20 @@ pub fn devices() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// GPU `ordinal`, ready for training: memory that is freed stays in its pool, and no events are recorded, because one stream
-/// does all the work.
+/// Opens GPU number `ordinal` for training.
+///
+/// Its memory pool keeps freed memory, and no events are recorded, because a single stream does all the work.
 ///
 /// # Errors
-/// If there is no such GPU, or no driver.
-pub fn open(ordinal: usize) -> Result<Device> {
-    let count = devices()?;
+/// If there is no such GPU or no driver.
+pub fn open_device(ordinal: usize) -> Result<Device> {
+    let count = device_count()?;
     if ordinal >= count {
-        bail!("there are {count} GPUs to be seen, numbered from 0");
+        bail!("GPU {ordinal} does not exist: {count} GPUs are visible, numbered from 0");
     }
     libraries::device()?;
     let device = CudaDevice::new_with_stream(ordinal)?;
-    // SAFETY: one stream, so no use of a tensor can overtake another.
+    // SAFETY: all work is in one stream, so the uses of a tensor are ordered.
     unsafe { device.disable_event_tracking() };
     let keep = u64::MAX;
     pool(&device, |pool| {
@@ -60,11 +61,11 @@ pub fn open(ordinal: usize) -> Result<Device> {
     Ok(Device::Cuda(device))
 }
 
-/// Bytes in use on a GPU, now and at most since [`forget_peak`].
+/// The bytes of GPU memory in use now, and the peak since the last [`reset_peak_memory`].
 ///
 /// # Errors
 /// If `device` is no GPU.
-pub fn memory(device: &Device) -> Result<(u64, u64)> {
+pub fn memory_usage(device: &Device) -> Result<(u64, u64)> {
     let device = device.as_cuda_device()?;
     let read = |attribute| {
         let mut bytes = 0u64;
@@ -78,25 +79,25 @@ pub fn memory(device: &Device) -> Result<(u64, u64)> {
     Ok((read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?, read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
 }
 
-/// Bytes that are free on a GPU.
+/// The free bytes of GPU memory.
 ///
 /// # Errors
 /// If `device` is no GPU.
-pub fn free(device: &Device) -> Result<u64> {
+pub fn free_memory(device: &Device) -> Result<u64> {
     let context = device.as_cuda_device()?.cuda_stream().context().clone();
     context.bind_to_thread().map_err(candle_core::Error::wrap)?;
     Ok(driver::mem_get_info().map_err(candle_core::Error::wrap)?.0 as u64)
 }
 
-/// From now on [`memory`] reports a new peak.
+/// Resets the peak that [`memory_usage`] reports.
 ///
 /// # Errors
 /// If `device` is no GPU.
-pub fn forget_peak(device: &Device) -> Result<()> {
+pub fn reset_peak_memory(device: &Device) -> Result<()> {
     let zero = 0u64;
     pool(device.as_cuda_device()?, |pool| {
         let attribute = driver_sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-        // SAFETY: the attribute is a u64, of which 0 alone can be set.
+        // SAFETY: the attribute is a u64, and 0 is the only value that can be set.
         unsafe { driver::mem_pool::set_attribute(pool, attribute, (&raw const zero).cast_mut().cast()) }
     })
 }
@@ -107,7 +108,7 @@ fn pool(
 ) -> Result<()> {
     let context = device.cuda_stream().context().clone();
     context.bind_to_thread().map_err(candle_core::Error::wrap)?;
-    // SAFETY: the device of a living context.
+    // SAFETY: the context of the device exists.
     let pool = unsafe { driver::device::get_default_mem_pool(context.cu_device()) }
         .map_err(candle_core::Error::wrap)?;
     f(pool).map_err(candle_core::Error::wrap)
@@ -117,24 +118,24 @@ unsafe extern "C" {
     fn cudaGetErrorString(error: i32) -> *const c_char;
 }
 
-/// What a launch has returned, as a result.
+/// Converts the status of a launch to a result.
 pub(crate) fn check(status: i32) -> Result<()> {
     if status == 0 {
         return Ok(());
     }
-    // SAFETY: a static string for every number.
+    // SAFETY: CUDA returns a static string for every number.
     let words = unsafe { CStr::from_ptr(cudaGetErrorString(status)) };
     bail!("a kernel could not be launched: {}", words.to_string_lossy())
 }
 
-/// The one stream of a device, whose context becomes this thread's: launches look there.
+/// The stream of a device. Its context becomes current on this thread, as a launch requires.
 pub(crate) fn stream(device: &CudaDevice) -> Result<*mut c_void> {
     let stream = device.cuda_stream();
     stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
     Ok(stream.cu_stream().cast())
 }
 
-/// A tensor's memory.
+/// The memory of a tensor on a GPU.
 pub(super) struct Memory {
     tensor: Tensor,
     pointer: u64,
@@ -152,7 +153,7 @@ impl Memory {
             CudaStorageSlice::F16(slice) => slice.device_ptr(&stream).0,
             CudaStorageSlice::F64(slice) => slice.device_ptr(&stream).0,
             CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
-            _ => bail!("kernels know no {:?}", tensor.dtype()),
+            _ => bail!("the kernels do not support {:?}", tensor.dtype()),
         };
         let pointer = start + (range.start * tensor.dtype().size_in_bytes()) as u64;
         Ok(Self { tensor: tensor.clone(), pointer })
@@ -165,7 +166,7 @@ impl Memory {
             DType::F16 => allocate::<f16>(device, count)?,
             DType::F64 => allocate::<f64>(device, count)?,
             DType::U32 => allocate::<u32>(device, count)?,
-            other => bail!("kernels know no {other:?}"),
+            other => bail!("the kernels do not support {other:?}"),
         };
         Self::of(&Tensor::from_storage(Storage::Cuda(storage), count, BackpropOp::none(), false))
     }
@@ -180,15 +181,16 @@ impl Memory {
 }
 
 fn allocate<T: DeviceRepr + CudaDType>(device: &CudaDevice, count: usize) -> Result<CudaStorage> {
-    // The driver allocates no nothing.
-    // SAFETY: a kernel writes every element before another reads it; plain numbers may hold any bits until then.
+    // The driver rejects an allocation of 0 bytes.
+    // SAFETY: a kernel writes every element before it is read, and any bits are valid numbers until then.
     let slice = unsafe { device.alloc::<T>(count.max(1))? };
     Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
 }
 
-/// What cuBLASLt chose for a product, which asking for would take longer than some products do.
+/// The properties of a product that determine the algorithm of cuBLASLt. The algorithm is cached, because the
+/// heuristic takes longer than a small product.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Kind {
+struct MatmulKey {
     ordinal: usize,
     shape: [usize; 3],
     transposed: [bool; 2],
@@ -203,26 +205,27 @@ struct Handle {
     workspace: Memory,
 }
 
-// SAFETY: the handle may be used from any thread, the workspace is used under the lock, in the order of one stream.
+// SAFETY: any thread may use the handle. The workspace is used only under the lock, and in the order of one
+// stream.
 unsafe impl Send for Handle {}
 
 struct Cache {
     handles: BTreeMap<usize, Handle>,
-    choices: BTreeMap<Kind, sys::cublasLtMatmulAlgo_t>,
+    algorithms: BTreeMap<MatmulKey, sys::cublasLtMatmulAlgo_t>,
 }
 
-static CACHE: Mutex<Cache> = Mutex::new(Cache { handles: BTreeMap::new(), choices: BTreeMap::new() });
+static CACHE: Mutex<Cache> = Mutex::new(Cache { handles: BTreeMap::new(), algorithms: BTreeMap::new() });
 
-/// What NVIDIA recommends for Hopper.
+/// The workspace size in bytes that NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// [`super::product::multiply`]. cuBLASLt counts columns first: c's transpose is the product of b's and a's.
+/// [`super::product::multiply`]. cuBLASLt is column-major, so it computes cᵀ = bᵀ·aᵀ.
 pub(super) fn multiply(
     device: &CudaDevice,
     tf32: bool,
     c: Matrix,
-    keep: f32,
-    scale: f32,
+    beta: f32,
+    alpha: f32,
     a: Matrix,
     b: Matrix,
 ) -> Result<()> {
@@ -230,7 +233,7 @@ pub(super) fn multiply(
     let ordinal = device.cuda_stream().context().ordinal();
     let stream = stream(device)?;
     let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
-    let Cache { handles, choices } = &mut *cache;
+    let Cache { handles, algorithms } = &mut *cache;
     let Handle { handle, workspace } = match handles.entry(ordinal) {
         Entry::Occupied(made) => made.into_mut(),
         Entry::Vacant(place) => {
@@ -241,25 +244,26 @@ pub(super) fn multiply(
     let (m, k) = a.shape();
     let (_, n) = b.shape();
     let reduced = tf32 && candle_core::cuda::gemm_reduced_precision_f32();
-    let kind = Kind {
+    let key = MatmulKey {
         ordinal,
         shape: [m, n, k],
         transposed: [a.transposed, b.transposed],
-        types: [super::number_of(a.dtype)?, super::number_of(c.dtype)?],
+        types: [super::dtype_code(a.dtype)?, super::dtype_code(c.dtype)?],
         alignment: [&a, &b, &c].map(alignment),
-        adds: keep != 0.0,
+        adds: beta != 0.0,
         reduced,
     };
     let compute = match (a.dtype, reduced) {
         (DType::F32, true) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
     };
-    // SAFETY: descriptors live until the end of this function, and callers check that matrices lie in their memory.
+    // SAFETY: the descriptors exist until the end of this function, and callers check that the matrices lie
+    // in their memory.
     unsafe {
-        let description = Description::new(compute, [&b, &a, &c])?;
-        let Description { matmul, layouts: [of_b, of_a, of_c], preference } = &description;
-        let choice = match choices.get(&kind) {
-            Some(choice) => *choice,
+        let descriptors = Descriptors::new(compute, [&b, &a, &c])?;
+        let Descriptors { matmul, layouts: [of_b, of_a, of_c], preference } = &descriptors;
+        let algorithm = match algorithms.get(&key) {
+            Some(algorithm) => *algorithm,
             None => {
                 lt::get_matmul_algo_heuristic(*handle, *matmul, *of_b, *of_a, *of_c, *of_c, *preference)
                     .map_err(wrap)?
@@ -269,8 +273,8 @@ pub(super) fn multiply(
         lt::matmul(
             *handle,
             *matmul,
-            (&raw const scale).cast(),
-            (&raw const keep).cast(),
+            (&raw const alpha).cast(),
+            (&raw const beta).cast(),
             b.address(),
             *of_b,
             a.address(),
@@ -279,52 +283,54 @@ pub(super) fn multiply(
             *of_c,
             c.address(),
             *of_c,
-            &choice,
+            &algorithm,
             workspace.pointer(),
             WORKSPACE,
             stream.cast(),
         )
         .map_err(wrap)?;
-        choices.insert(kind, choice);
+        algorithms.insert(key, algorithm);
     }
     Ok(())
 }
 
-/// Makes all elements of a matrix 0.
+/// Sets all elements of a matrix to 0.
 pub(super) fn clear(device: &CudaDevice, x: Matrix) -> Result<()> {
     let stream = stream(device)?;
-    // SAFETY: callers check that a matrix lies in its memory.
+    // SAFETY: callers check that the matrix lies in its memory.
     unsafe { driver::memset_d8_async(x.address().addr() as u64, 0, x.bytes(), stream.cast()) }
         .map_err(candle_core::Error::wrap)
 }
 
-/// The power of two that divides a matrix's address, up to 256: vectors of memory are read only from their multiples.
+/// The largest power of two, up to 256, that divides the address of a matrix: vector loads need aligned
+/// addresses.
 fn alignment(x: &Matrix) -> u32 {
     1 << x.address().addr().trailing_zeros().min(8)
 }
 
-/// A product's descriptors, freed when this goes.
-struct Description {
+/// The descriptors of a product, which are freed on drop.
+struct Descriptors {
     matmul: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     preference: sys::cublasLtMatmulPreference_t,
 }
 
-impl Description {
-    /// Of left factor, right factor and result, as cuBLASLt sees them.
+impl Descriptors {
+    /// Creates the descriptors of the left factor, the right factor and the result, in the order of cuBLASLt.
     ///
     /// # Safety
-    /// None of its own: the descriptors are used by the caller.
+    /// The result is only valid for products of matrices with these shapes and types.
     unsafe fn new(compute: sys::cublasComputeType_t, all: [&Matrix; 3]) -> Result<Self> {
         let wrap = |error: lt::CublasError| candle_core::Error::wrap(error);
         let matmul = lt::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(wrap)?;
         let layout = |x: &Matrix| {
-            let kind = match x.dtype {
+            let data_type = match x.dtype {
                 DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
                 DType::F16 => sys::cudaDataType::CUDA_R_16F,
                 _ => sys::cudaDataType::CUDA_R_32F,
             };
-            lt::create_matrix_layout(kind, x.columns as u64, x.rows as u64, x.columns as i64).map_err(wrap)
+            lt::create_matrix_layout(data_type, x.columns as u64, x.rows as u64, x.columns as i64)
+                .map_err(wrap)
         };
         let layouts = [layout(all[0])?, layout(all[1])?, layout(all[2])?];
         let preference = lt::create_matmul_pref().map_err(wrap)?;
@@ -335,7 +341,7 @@ impl Description {
             (Attribute::CUBLASLT_MATMUL_DESC_TRANSB, all[1]),
         ] {
             let operation = i32::from(x.transposed);
-            // SAFETY: the attribute is an i32: 0 as it is, 1 transposed.
+            // SAFETY: the attribute is an i32; 0 means not transposed, 1 transposed.
             unsafe {
                 lt::set_matmul_desc_attribute(matmul, attribute, (&raw const operation).cast(), 4)
                     .map_err(wrap)?;
@@ -371,9 +377,10 @@ impl Description {
     }
 }
 
-impl Drop for Description {
+impl Drop for Descriptors {
     fn drop(&mut self) {
-        // SAFETY: each was made by `new` and is freed once; nothing is left to do if that fails.
+        // SAFETY: `new` has created each of them, and each is freed once. A failure to free has no
+        // consequence.
         unsafe {
             let _ = lt::destroy_matmul_desc(self.matmul);
             for layout in self.layouts {

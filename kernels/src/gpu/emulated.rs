@@ -1,4 +1,4 @@
-//! The emulator's memory: guarded copies of CPU tensors.
+//! Memory and matrix products of the emulator: kernels work on guarded copies of CPU tensors.
 
 use super::product::Matrix;
 use crate::matmul;
@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
 
-// Links the compiled kernels.
+// Links the kernels that the crate `emulator` has compiled.
 use emulator as _;
 
 unsafe extern "C" {
@@ -21,29 +21,30 @@ unsafe extern "C" {
     fn emulated_seed(seed: u64);
 }
 
-/// Fibers and blocks of this thread's next launches run in another order for each seed.
+/// Sets the seed of the order in which the launches of this thread run their blocks and threads.
 #[cfg(test)]
 pub(crate) fn with_seed(seed: u64) {
-    // SAFETY: sets a number of this thread.
+    // SAFETY: it sets a thread-local number.
     unsafe { emulated_seed(seed) }
 }
 
-/// What a launch has returned, as a result.
+/// Converts the status of a launch to a result.
 pub(crate) fn check(status: i32) -> Result<()> {
     if status == 0 {
         return Ok(());
     }
-    // SAFETY: a string of this thread, which stays until its next launch.
+    // SAFETY: the string is thread-local and valid until the next launch of this thread.
     bail!("{}", unsafe { CStr::from_ptr(emulated_error()) }.to_string_lossy())
 }
 
-/// A buffer between guards; with `back` it is copied back into its tensor in the end.
+/// A buffer between guard pages. If `back` is a tensor, the buffer is copied to it on drop.
 pub(super) struct Memory {
     pointer: *mut u8,
     bytes: usize,
     dtype: DType,
     back: Option<Tensor>,
-    /// As much again of Rust's memory, never touched, where a GPU would allocate: tests that count allocations see it.
+    /// An allocation of the same size that is never accessed. Tests that count allocations see it in place of
+    /// the buffer, which does not come from Rust's allocator. It is empty where a GPU would not allocate.
     counted: Vec<u8>,
 }
 
@@ -54,10 +55,10 @@ impl Memory {
         memory
     }
 
-    /// Of what a GPU has already.
+    /// A buffer that stands for memory that is already on the GPU.
     fn copy(dtype: DType, count: usize) -> Self {
         let bytes = count * dtype.size_in_bytes();
-        // SAFETY: allocates; `drop` frees.
+        // SAFETY: `drop` frees the buffer.
         let pointer = unsafe { emulated_allocate(bytes) }.cast();
         Self { pointer, bytes, dtype, back: None, counted: Vec::new() }
     }
@@ -68,7 +69,7 @@ impl Memory {
         let range = super::contiguous(layout)?;
         let Storage::Cpu(cpu) = &*storage else { bail!("expected a tensor on the CPU") };
         let from = first(cpu)?;
-        // SAFETY: the range lies in the storage, and the buffer has its size.
+        // SAFETY: the range lies in the storage, and the buffer has the same size.
         unsafe {
             let from = from.add(range.start * tensor.dtype().size_in_bytes());
             std::ptr::copy_nonoverlapping(from, memory.pointer, memory.bytes);
@@ -79,8 +80,12 @@ impl Memory {
 
     pub(super) fn tensor(mut self, shape: &Shape) -> Result<Tensor> {
         self.counted = Vec::new();
-        assert_eq!(shape.elem_count() * self.dtype.size_in_bytes(), self.bytes, "the size of the new tensor");
-        // SAFETY: `bytes` of them, which are initialised: the emulator fills them with NaNs.
+        assert_eq!(
+            shape.elem_count() * self.dtype.size_in_bytes(),
+            self.bytes,
+            "the tensor has the size of its memory"
+        );
+        // SAFETY: the buffer has `bytes` bytes, which the emulator has initialised with NaNs.
         let bytes = unsafe { std::slice::from_raw_parts(self.pointer, self.bytes) };
         if bytes.is_empty() {
             return Tensor::zeros(shape, self.dtype, &Device::Cpu);
@@ -96,11 +101,11 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if let Some(tensor) = self.back.take().filter(|_| self.bytes > 0) {
-            tensor.inplace_op1(&*self).expect("a tensor that has been read is written");
+            tensor.inplace_op1(&*self).expect("a tensor that was read can be written");
         }
-        // SAFETY: allocated by `new`, and freed once.
+        // SAFETY: `copy` has allocated the buffer, and it is freed only here.
         let changed = unsafe { emulated_free(self.pointer.cast()) };
-        assert!(changed == 0 || std::thread::panicking(), "a kernel has written beside a buffer");
+        assert!(changed == 0 || std::thread::panicking(), "a kernel has written outside of its buffer");
     }
 }
 
@@ -112,7 +117,8 @@ impl InplaceOp1 for Memory {
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let range = super::contiguous(layout)?;
         let to = first(storage)?.cast_mut();
-        // SAFETY: the range lies in the storage, which this call has to itself, and the buffer has its size.
+        // SAFETY: the range lies in the storage, to which this call has exclusive access, and the buffer has
+        // the same size.
         unsafe {
             let to = to.add(range.start * storage.dtype().size_in_bytes());
             std::ptr::copy_nonoverlapping(self.pointer, to, self.bytes);
@@ -121,29 +127,29 @@ impl InplaceOp1 for Memory {
     }
 }
 
-/// [`super::product::multiply`] in f32, block by block: a GPU has no second copy of what it multiplies, so there is none here.
-pub(super) fn multiply(c: Matrix, keep: f32, scale: f32, a: Matrix, b: Matrix) -> Result<()> {
+/// [`super::product::multiply`] in f32, block by block: like a GPU it makes no second copy of its factors.
+pub(super) fn multiply(c: Matrix, beta: f32, alpha: f32, a: Matrix, b: Matrix) -> Result<()> {
     const BLOCK: usize = 512;
     let blocks =
         |length: usize| (0..length).step_by(BLOCK).map(move |start| start..length.min(start + BLOCK));
     let ((m, k), (_, n)) = (a.shape(), b.shape());
     for (rows, columns) in blocks(m).flat_map(|rows| blocks(n).map(move |columns| (rows.clone(), columns))) {
-        let mut sum = match keep {
+        let mut sum = match beta {
             0.0 => vec![0.0; rows.len() * columns.len()],
             _ => block(&c, &rows, &columns),
         };
-        sum.iter_mut().for_each(|x| *x *= keep);
+        sum.iter_mut().for_each(|x| *x *= beta);
         for inner in blocks(k) {
             let (a, b) = (block(&a, &rows, &inner), block(&b, &inner, &columns));
             let (a, b) = (
                 matmul::Matrix::new(&a, rows.len(), inner.len()),
                 matmul::Matrix::new(&b, inner.len(), columns.len()),
             );
-            matmul::multiply(&mut sum, columns.len(), 1.0, scale, a, b, matmul::Threads::One);
+            matmul::multiply(&mut sum, columns.len(), 1.0, alpha, a, b, matmul::Threads::One);
         }
         let places = rows.flat_map(|i| columns.clone().map(move |j| (i, j)));
         for ((i, j), x) in places.zip(sum) {
-            // SAFETY: callers check that a matrix lies in its memory, which this call alone writes to.
+            // SAFETY: callers check that the matrix lies in its memory, and nothing else writes to it.
             unsafe {
                 match element(&c, i, j) {
                     Element::F32(at) => *at = x,
@@ -156,9 +162,9 @@ pub(super) fn multiply(c: Matrix, keep: f32, scale: f32, a: Matrix, b: Matrix) -
     Ok(())
 }
 
-/// Makes all elements of a matrix 0.
+/// Sets all elements of a matrix to 0.
 pub(super) fn clear(x: Matrix) {
-    // SAFETY: callers check that a matrix lies in its memory, which this call alone writes to.
+    // SAFETY: callers check that the matrix lies in its memory, and nothing else writes to it.
     unsafe { std::ptr::write_bytes(x.address().cast::<u8>(), 0, x.bytes()) }
 }
 
@@ -168,7 +174,7 @@ enum Element {
     F16(*mut f16),
 }
 
-/// Where the element in row i and column j of a factor lies.
+/// The address of the element in row i and column j of a factor.
 fn element(x: &Matrix, i: usize, j: usize) -> Element {
     let at = x.offset + if x.transposed { j * x.columns + i } else { i * x.columns + j };
     match x.dtype {
@@ -178,10 +184,10 @@ fn element(x: &Matrix, i: usize, j: usize) -> Element {
     }
 }
 
-/// Some rows and columns of a factor, row by row.
+/// Some rows and columns of a factor, in row-major order.
 fn block(x: &Matrix, rows: &Range<usize>, columns: &Range<usize>) -> Vec<f32> {
     let places = rows.clone().flat_map(|i| columns.clone().map(move |j| (i, j)));
-    // SAFETY: callers check that a matrix lies in its memory, and the emulator's guard would tell.
+    // SAFETY: callers check that a matrix lies in its memory.
     let number = |(i, j)| unsafe {
         match element(x, i, j) {
             Element::F32(at) => *at,
@@ -199,7 +205,7 @@ fn first(storage: &CpuStorage) -> Result<*const u8> {
         CpuStorage::F16(all) => all.as_ptr().cast(),
         CpuStorage::U32(all) => all.as_ptr().cast(),
         CpuStorage::F64(all) => all.as_ptr().cast(),
-        other => bail!("kernels know no {:?}", other.dtype()),
+        other => bail!("the kernels do not support {:?}", other.dtype()),
     })
 }
 

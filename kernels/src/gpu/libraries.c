@@ -1,7 +1,9 @@
-// NVIDIA's libraries, opened when a GPU is and not when a program starts: one program for machines with a GPU and without.
+// Opens NVIDIA's libraries when a GPU is opened, not when the program starts, so that one program runs with
+// and without a GPU.
 //
-// build.rs lists what they export. Each name becomes a jump to an address that `lodestone_open` finds. The names are hidden, so
-// that the libraries, which call each other, do not find them here.
+// build.rs lists the functions that the libraries export. Each function is defined here as a jump to an
+// address that `lodestone_open` looks up. The definitions are hidden, so that the libraries, which call each
+// other, do not find them.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stddef.h>
@@ -17,7 +19,8 @@
 #error "the feature `cuda` is for x86-64 and aarch64"
 #endif
 
-// Until a library is open, and where it is too old to have a name, that name returns its status for what is not supported.
+// A function returns the status "not supported" until its library is open, and if the library is too old to
+// have it.
 #define LIBRARY(number, file, status) \
     static int missing_##number(void) { return status; }
 #define ENTRY(number, name)                                          \
@@ -45,13 +48,13 @@ static const struct {
 #include "libraries.inc"
 };
 
-// Opens a library: null, or what the loader says of it.
+// Opens a library. Returns null, or the error message of the loader.
 const char* lodestone_open(int number) {
     void* library = dlopen(files[number], RTLD_NOW | RTLD_GLOBAL);
     if (!library) return dlerror();
     for (size_t i = 0; i < sizeof entries / sizeof *entries; i++) {
         if (entries[i].library != number) continue;
-        // Preloaded libraries, which count calls, come first.
+        // Preloaded libraries, such as the one that counts waits (benches/count.c), have priority.
         void* at = dlsym(RTLD_DEFAULT, entries[i].name);
         if (!at) at = dlsym(library, entries[i].name);
         if (at) *entries[i].at = at;

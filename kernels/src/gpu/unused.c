@@ -1,11 +1,20 @@
-// Stands for candle's kernels for quantised weights and for mixtures of experts, which nothing here calls: they are most of what
-// candle compiles, and would be most of a program. scripts/cuda.sh leaves them out of the build too.
+// Stubs for candle's CUDA kernels for quantised weights and mixtures of experts, which this program never
+// calls.
+//
+// Why they exist: candle-core with the feature `cuda` refers to these symbols, so the linker needs a
+// definition of each. The real kernels are most of the build time and would be most of the program, so
+// scripts/cuda.sh leaves them out of the build, and these stubs take their place. A call of one ends the
+// program with a message.
+//
+// The list is kept by hand, because candle has no feature that leaves these kernels out. It has to match the
+// version of candle in Cargo.lock. After an update of candle, the linker reports each missing symbol
+// (undefined reference): add it here. A stub that candle no longer refers to does no harm.
 #include <stdio.h>
 #include <stdlib.h>
 
 #define UNUSED(name)                                                                    \
     __attribute__((visibility("hidden"))) void name(void) {                             \
-        fputs("candle's kernel " #name " is not part of this program\n", stderr);       \
+        fputs("candle's kernel " #name " is not part of this program: see kernels/src/gpu/unused.c\n", stderr);       \
         abort();                                                                        \
     }
 #define EACH_TYPE(of, before, after)                                                    \

@@ -2,7 +2,7 @@ use super::*;
 use crate::testing::{finite_difference, numbers, random, relative_error, relative_error_f64};
 use candle_core::{DType, Device};
 
-/// Similarities of up to 384 terms in f32, times a scale of 20: their error is that of the logarithms.
+/// The error of similarities, which are sums of up to 384 terms in f32, is multiplied by a scale of 20.
 const TOLERANCE: f64 = 1e-5;
 
 pub(super) fn unit(seed: u64, rows: usize, width: usize) -> Tensor {
@@ -13,7 +13,7 @@ pub(super) fn unit(seed: u64, rows: usize, width: usize) -> Tensor {
 
 fn counts(infonce: &InfoNce, i: usize, j: usize, scores: &[f64]) -> bool {
     let p = infonce.positives[i] as usize;
-    let listed = |lists: &Lists| {
+    let listed = |lists: &CsrIndices| {
         lists.columns[lists.offsets[i] as usize..lists.offsets[i + 1] as usize].contains(&(j as u32))
     };
     let candidate = match &infonce.candidates {
@@ -89,8 +89,9 @@ fn plain(positives: &[u32]) -> InfoNce<'_> {
     InfoNce { positives, candidates: Candidates::All, scale: 20.0, margin: None }
 }
 
-/// Lists with repetitions, in no order, some empty, and one that names its row's positive (the row's number).
-const LISTS: Lists = Lists { offsets: &[0, 3, 3, 5, 9], columns: &[6, 0, 4, 5, 5, 3, 8, 1, 8] };
+/// Lists that are not sorted and have repetitions. Two are empty, and one has the positive of its row (the
+/// row's index).
+const LISTS: CsrIndices = CsrIndices { offsets: &[0, 3, 3, 5, 9], columns: &[6, 0, 4, 5, 5, 3, 8, 1, 8] };
 
 #[test]
 fn the_reference_gradient_is_the_derivative_of_its_loss() {
@@ -137,8 +138,8 @@ fn the_size_of_the_tiles_does_not_matter() {
 #[test]
 fn a_positive_counts_even_if_it_is_excluded_or_alone() {
     let (q, c) = (unit(1, 1, 4), unit(2, 3, 4));
-    let all = Lists { offsets: &[0, 3], columns: &[0, 1, 2] };
-    let none = Lists { offsets: &[0, 0], columns: &[] };
+    let all = CsrIndices { offsets: &[0, 3], columns: &[0, 1, 2] };
+    let none = CsrIndices { offsets: &[0, 0], columns: &[] };
     for candidates in [Candidates::AllBut(all), Candidates::Only(none)] {
         let infonce = InfoNce { candidates, ..plain(&[1]) };
         let tape = forward(&q, &c, &infonce).unwrap();
@@ -152,13 +153,13 @@ fn a_positive_counts_even_if_it_is_excluded_or_alone() {
 fn high_scales_do_not_overflow_and_small_losses_keep_their_digits() {
     let x = unit(1, 6, 32);
     let positives = [0, 1, 2, 3, 4, 5];
-    // Each text against itself: losses down to e^-30, of which an ulp of the logits would leave nothing.
+    // Each text is its own positive: losses down to e^-30, far below an ulp of the logits.
     for scale in [10.0, 30.0] {
         compare(TILE, &x, &x, &InfoNce { scale, ..plain(&positives) }, TOLERANCE);
     }
     let tape = forward(&x, &x, &InfoNce { scale: 1e5, ..plain(&positives) }).unwrap();
     assert_eq!(numbers(&tape.losses), [0.0; 6]);
-    // The farthest as the positive, vectors of length 50: logits up to 5e5.
+    // Another text as the positive, and vectors of length 50: logits up to 5e5.
     let long = (x * 50.0).unwrap();
     let infonce = InfoNce { scale: 100.0, ..plain(&[1, 2, 3, 4, 5, 0]) };
     compare(TILE, &long, &long, &infonce, TOLERANCE);
@@ -195,16 +196,20 @@ fn what_does_not_fit_is_refused() {
     let (q, c) = (unit(1, 2, 4), unit(2, 3, 4));
     let error = |infonce: InfoNce| forward(&q, &c, &infonce).unwrap_err().to_string();
     assert!(error(plain(&[0])).contains("1 positives for 2 queries"));
-    assert!(error(plain(&[0, 3])).contains("row 1: its positive is column 3 of 3"));
+    assert!(error(plain(&[0, 3])).contains("row 1: the positive is column 3, but there are 3 columns"));
     let lists = |offsets, columns| InfoNce {
-        candidates: Candidates::AllBut(Lists { offsets, columns }),
+        candidates: Candidates::AllBut(CsrIndices { offsets, columns }),
         ..plain(&[0, 1])
     };
-    assert!(error(lists(&[0, 1, 2], &[0, 7])).contains("row 1: its list names column 7 of 3"));
+    assert!(
+        error(lists(&[0, 1, 2], &[0, 7])).contains("row 1: its list has column 7, but there are 3 columns")
+    );
     for offsets in [&[0, 1][..], &[0, 2, 1], &[1, 1, 1], &[0, 1, 2]] {
-        assert!(error(lists(offsets, &[0])).contains("3 rising offsets from 0 to 1"), "{offsets:?}");
+        assert!(error(lists(offsets, &[0])).contains("3 ascending offsets from 0 to 1"), "{offsets:?}");
     }
-    assert!(forward(&q, &unit(1, 3, 5), &plain(&[0, 1])).unwrap_err().to_string().contains("width 5"));
+    assert!(
+        forward(&q, &unit(1, 3, 5), &plain(&[0, 1])).unwrap_err().to_string().contains("the candidates 5")
+    );
     let tape = forward(&q, &c, &plain(&[0, 1])).unwrap();
     assert!(backward(&unit(1, 3, 4), &c, &plain(&[0, 1, 2]), &tape, 1.0).is_err());
 }

@@ -1,13 +1,14 @@
-//! Products of cuBLASLt, and linear.cu.
+//! The GPU version of a linear layer: matrix products by cuBLASLt, the rest by linear.cu.
+//!
+//! The callers have checked the shapes.
 
 use crate::gpu::product::{Matrix, multiply};
-use crate::gpu::{Any, AnyMut, Memory, entries, number_of, type_of, zeros};
-use crate::tensor::{expect_shape, matrix};
+use crate::gpu::{Memory, VoidPointer, VoidPointerMut, dtype_code, dtype_code_of, entries, zeros};
 use candle_core::{DType, Result, Tensor, bail};
 
 #[repr(C)]
 struct BiasBackward {
-    dy: Any,
+    dy: VoidPointer,
     db: *mut f32,
     partials: *mut f32,
     rows: i64,
@@ -17,7 +18,7 @@ struct BiasBackward {
 
 #[repr(C)]
 struct BiasForward {
-    y: AnyMut,
+    y: VoidPointerMut,
     bias: *const f32,
     rows: i64,
     width: i32,
@@ -26,8 +27,8 @@ struct BiasForward {
 
 #[repr(C)]
 struct Convert {
-    x: Any,
-    y: AnyMut,
+    x: VoidPointer,
+    y: VoidPointerMut,
     count: i64,
     from: i32,
     to: i32,
@@ -39,17 +40,12 @@ entries! {
     convert(Convert);
 }
 
-/// Rows that blocks share a sum of columns over: `PARTIALS` of partials.cuh.
+/// The number of partial sums of a column sum: `PARTIALS` of partials.cuh.
 const PARTIALS: usize = 512;
 
-/// As [`super::forward`]: W is rounded to x's type, the bias is added in f32.
+/// [`super::forward`]. W is rounded to the type of x; the bias is added in f32.
 pub(super) fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (tokens, inputs) = matrix("x", x)?;
-    let (outputs, _) = matrix("w", w)?;
-    expect_shape("w", w, &[outputs, inputs])?;
-    if let Some(bias) = bias {
-        expect_shape("bias", bias, &[outputs])?;
-    }
+    let ((tokens, inputs), (outputs, _)) = (x.dims2()?, w.dims2()?);
     let (device, dtype) = (x.device(), x.dtype());
     let w = converted(w, dtype)?;
     let y = Memory::new(device, dtype, tokens * outputs)?;
@@ -64,47 +60,42 @@ pub(super) fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<T
             bias: bias.pointer(),
             rows: tokens as i64,
             width: outputs as i32,
-            dtype: type_of(x)?,
+            dtype: dtype_code_of(x)?,
         };
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked the shapes.
         unsafe { add_bias(device, &arguments)? };
     }
     y.tensor((tokens, outputs))
 }
 
-/// As [`super::backward_input`].
+/// [`super::backward_input`].
 pub(super) fn backward_input(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let ((tokens, _), (_, inputs)) = (matrix("dy", dy)?, matrix("w", w)?);
+    let ((tokens, _), (_, inputs)) = (dy.dims2()?, w.dims2()?);
     let dx = Memory::new(dy.device(), dy.dtype(), tokens * inputs)?;
     product_with_weight(dy, w, &dx, 0.0)?;
     dx.tensor((tokens, inputs))
 }
 
-/// As [`super::add_backward_input`].
+/// [`super::add_backward_input`].
 pub(super) fn add_backward_input(dy: &Tensor, w: &Tensor, dx: &Tensor) -> Result<()> {
-    let ((tokens, _), (_, inputs)) = (matrix("dy", dy)?, matrix("w", w)?);
-    expect_shape("dx", dx, &[tokens, inputs])?;
     if dx.dtype() != dy.dtype() {
         bail!("`dx` is of {:?}, expected {:?}", dx.dtype(), dy.dtype());
     }
     product_with_weight(dy, w, &Memory::mutable(dx)?, 1.0)
 }
 
-fn product_with_weight(dy: &Tensor, w: &Tensor, dx: &Memory, keep: f32) -> Result<()> {
-    let ((tokens, _), (outputs, inputs)) = (matrix("dy", dy)?, matrix("w", w)?);
-    expect_shape("dy", dy, &[tokens, outputs])?;
+fn product_with_weight(dy: &Tensor, w: &Tensor, dx: &Memory, beta: f32) -> Result<()> {
+    let ((tokens, _), (outputs, inputs)) = (dy.dims2()?, w.dims2()?);
     let w = converted(w, dy.dtype())?;
     let (dys, ws) = (Memory::of(dy)?, Memory::of(&w)?);
     let a = Matrix::new(&dys, tokens, outputs, dy.dtype());
     let b = Matrix::new(&ws, outputs, inputs, w.dtype());
-    multiply(dy.device(), Matrix::new(dx, tokens, inputs, dy.dtype()), keep, 1.0, a, b)
+    multiply(dy.device(), Matrix::new(dx, tokens, inputs, dy.dtype()), beta, 1.0, a, b)
 }
 
-/// As [`super::backward_weight`]: dW is f32.
+/// [`super::backward_weight`]. dW is f32.
 pub(super) fn backward_weight(x: &Tensor, dy: &Tensor, dw: &Tensor) -> Result<()> {
-    let ((tokens, inputs), (_, outputs)) = (matrix("x", x)?, matrix("dy", dy)?);
-    expect_shape("dy", dy, &[tokens, outputs])?;
-    expect_shape("dw", dw, &[outputs, inputs])?;
+    let ((tokens, inputs), (_, outputs)) = (x.dims2()?, dy.dims2()?);
     expect_f32("dw", dw)?;
     if tokens == 0 {
         return Ok(());
@@ -115,10 +106,9 @@ pub(super) fn backward_weight(x: &Tensor, dy: &Tensor, dw: &Tensor) -> Result<()
     multiply(x.device(), Matrix::new(&to, outputs, inputs, DType::F32), 1.0, 1.0, a, b)
 }
 
-/// As [`super::backward_bias`]: db is f32.
+/// [`super::backward_bias`]. db is f32.
 pub(crate) fn backward_bias(dy: &Tensor, db: &Tensor) -> Result<()> {
-    let (tokens, outputs) = matrix("dy", dy)?;
-    expect_shape("db", db, &[outputs])?;
+    let (tokens, outputs) = dy.dims2()?;
     expect_f32("db", db)?;
     if tokens * outputs == 0 {
         return Ok(());
@@ -131,13 +121,13 @@ pub(crate) fn backward_bias(dy: &Tensor, db: &Tensor) -> Result<()> {
         partials: partials.pointer(),
         rows: tokens as i64,
         width: outputs as i32,
-        dtype: type_of(dy)?,
+        dtype: dtype_code_of(dy)?,
     };
-    // SAFETY: all shapes have been checked.
+    // SAFETY: the caller has checked the shapes.
     unsafe { bias_backward(dy.device(), &arguments) }
 }
 
-/// `x` rounded to `dtype`; itself if it is of it.
+/// Converts `x` to `dtype`, rounding to nearest. Returns `x` itself if it already has that type.
 pub(crate) fn converted(x: &Tensor, dtype: DType) -> Result<Tensor> {
     if x.dtype() == dtype {
         return Ok(x.clone());
@@ -150,10 +140,10 @@ pub(crate) fn converted(x: &Tensor, dtype: DType) -> Result<Tensor> {
         x: from.pointer(),
         y: to.pointer(),
         count: x.elem_count() as i64,
-        from: type_of(x)?,
-        to: number_of(dtype)?,
+        from: dtype_code_of(x)?,
+        to: dtype_code(dtype)?,
     };
-    // SAFETY: both have the count.
+    // SAFETY: both buffers have `count` elements.
     unsafe { convert(x.device(), &arguments)? };
     to.tensor(x.shape())
 }
@@ -169,7 +159,7 @@ fn expect_f32(name: &str, tensor: &Tensor) -> Result<()> {
 mod tests {
     use super::super::tests::reference;
     use super::*;
-    use crate::testing::{TYPES, each_type, numbers, placed, relative_error};
+    use crate::testing::{TYPES, cast, numbers, random_on_device, relative_error};
 
     #[test]
     fn layers_equal_the_reference_for_odd_and_empty_shapes() {
@@ -177,10 +167,10 @@ mod tests {
             for (t, i, o) in [(0, 3, 2), (3, 2, 0), (1, 1, 1), (3, 7, 5), (7, 130, 33), (515, 48, 130)] {
                 let name = format!("{dtype:?} {t} {i} {o}");
                 let [x, w, dy] = [(1, t, i), (2, o, i), (4, t, o)]
-                    .map(|(seed, rows, columns)| each_type(&placed(seed, (rows, columns)), dtype));
-                let bias = placed(3, o);
+                    .map(|(seed, rows, columns)| cast(&random_on_device(seed, (rows, columns)), dtype));
+                let bias = random_on_device(3, o);
                 let (xs, ws, bs, dys) = (numbers(&x), numbers(&w), numbers(&bias), numbers(&dy));
-                // y is rounded before the bias is added, and after.
+                // y is rounded before and after the addition of the bias.
                 let y = forward(&x, &w, Some(&bias)).unwrap();
                 assert!(relative_error(&y, &reference(&xs, &ws, &bs, i)) < 2.0 * rounding, "y {name}");
                 let y = forward(&x, &w, None).unwrap();
@@ -193,20 +183,20 @@ mod tests {
                         .collect()
                 };
                 let want = sum(t, i, &|t, d| (0..o).map(|k| dys[t * o + k] * ws[k * i + d]).sum());
-                let dx = each_type(&placed(5, (t, i)), dtype);
+                let dx = cast(&random_on_device(5, (t, i)), dtype);
                 let want_more: Vec<f64> = numbers(&dx).iter().zip(&want).map(|(a, b)| a + b).collect();
                 assert!(relative_error(&backward_input(&dy, &w).unwrap(), &want) < rounding, "dx {name}");
                 add_backward_input(&dy, &w, &dx).unwrap();
                 assert!(relative_error(&dx, &want_more) < rounding, "dx {name}");
 
-                let (dw, db) = (placed(6, (o, i)), placed(7, o));
+                let (dw, db) = (random_on_device(6, (o, i)), random_on_device(7, o));
                 let (dws, dbs) = (numbers(&dw), numbers(&db));
                 backward_weight(&x, &dy, &dw).unwrap();
                 backward_bias(&dy, &db).unwrap();
                 let want = sum(o, i, &|k, d| {
                     dws[k * i + d] + (0..t).map(|t| dys[t * o + k] * xs[t * i + d]).sum::<f64>()
                 });
-                // Gradients of parameters are f32.
+                // Gradients of parameters are f32 for every type.
                 assert!(relative_error(&dw, &want) < 2e-6, "dw {name}");
                 let want = sum(1, o, &|_, k| dbs[k] + (0..t).map(|t| dys[t * o + k]).sum::<f64>());
                 assert!(relative_error(&db, &want) < 2e-6, "db {name}");
@@ -216,28 +206,21 @@ mod tests {
 
     #[test]
     fn conversions_round_to_nearest() {
-        let x = placed(1, 1023);
+        let x = random_on_device(1, 1023);
         for (from, _) in TYPES {
             for (to, _) in TYPES {
-                let x = each_type(&x, from);
-                assert_eq!(
-                    numbers(&converted(&x, to).unwrap()),
-                    numbers(&each_type(&x, to)),
-                    "{from:?} {to:?}"
-                );
+                let x = cast(&x, from);
+                assert_eq!(numbers(&converted(&x, to).unwrap()), numbers(&cast(&x, to)), "{from:?} {to:?}");
             }
         }
     }
 
     #[test]
-    fn misshaped_tensors_are_an_error() {
-        let (x, w, dy) = (placed(1, (4, 3)), placed(2, (2, 3)), placed(3, (4, 2)));
-        let wrong = placed(4, (5, 5));
-        assert!(forward(&x, &wrong, None).is_err());
-        assert!(forward(&x, &w, Some(&wrong)).is_err());
-        assert!(backward_input(&wrong, &w).is_err());
-        assert!(add_backward_input(&dy, &w, &wrong).is_err());
-        assert!(backward_weight(&x, &dy, &each_type(&w, DType::BF16)).is_err());
-        assert!(backward_bias(&dy, &wrong).is_err());
+    fn gradients_of_parameters_of_other_types_are_an_error() {
+        let (x, dy) = (random_on_device(1, (4, 3)), random_on_device(3, (4, 2)));
+        let [dw, db] =
+            [cast(&random_on_device(2, (2, 3)), DType::BF16), cast(&random_on_device(4, 2), DType::BF16)];
+        assert!(backward_weight(&x, &dy, &dw).is_err());
+        assert!(backward_bias(&dy, &db).is_err());
     }
 }

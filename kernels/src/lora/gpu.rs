@@ -1,16 +1,21 @@
-//! Four products of cuBLASLt each way: what ends in y and in dx is added by the product itself.
+//! The GPU version of LoRA: matrix products by cuBLASLt, which also add their results to y and dx.
 
 use super::{Adapter, Shape};
 use crate::gpu::Memory;
 use crate::gpu::product::{Matrix, multiply};
 use crate::linear::gpu::converted;
-use crate::tensor::expect_shape;
 use crate::{Packing, dropout};
 use candle_core::{DType, Result, Tensor, bail};
 
-/// As [`super::forward`]: A and B are f32, and rounded to x's type, which is that of y and xa.
-pub(super) fn forward(x: &Tensor, y: &Tensor, adapter: &Adapter, packing: &Packing) -> Result<Tensor> {
-    let Shape { tokens, inputs, outputs, rank } = Shape::of(x, y, "y", adapter, packing)?;
+/// [`super::forward`]. A and B are f32 and rounded to the type of x; y and xa have that type too.
+pub(super) fn forward(
+    shape: Shape,
+    x: &Tensor,
+    y: &Tensor,
+    adapter: &Adapter,
+    packing: &Packing,
+) -> Result<Tensor> {
+    let Shape { tokens, inputs, outputs, rank } = shape;
     expect_types(x, &[("y", y)])?;
     let (device, dtype) = (x.device(), x.dtype());
     let (a, b) = (converted(adapter.a, dtype)?, converted(adapter.b, dtype)?);
@@ -25,8 +30,9 @@ pub(super) fn forward(x: &Tensor, y: &Tensor, adapter: &Adapter, packing: &Packi
     xa.tensor((tokens, rank))
 }
 
-/// As [`super::backward`]: da and db are f32.
+/// [`super::backward`]. da and db are f32.
 pub(super) fn backward(
+    shape: Shape,
     x: &Tensor,
     xa: &Tensor,
     dy: &Tensor,
@@ -36,13 +42,10 @@ pub(super) fn backward(
     da: &Tensor,
     db: &Tensor,
 ) -> Result<()> {
-    let Shape { tokens, inputs, outputs, rank } = Shape::of(x, dy, "dy", adapter, packing)?;
-    expect_shape("xa", xa, &[tokens, rank])?;
-    expect_shape("da", da, &[rank, inputs])?;
-    expect_shape("db", db, &[outputs, rank])?;
+    let Shape { tokens, inputs, outputs, rank } = shape;
     expect_types(x, &[("xa", xa), ("dy", dy)])?;
     if da.dtype() != DType::F32 || db.dtype() != DType::F32 {
-        bail!("the gradients of an adapter are f32");
+        bail!("`da` is of {:?} and `db` of {:?}, expected F32", da.dtype(), db.dtype());
     }
     if tokens == 0 {
         return Ok(());
@@ -52,7 +55,7 @@ pub(super) fn backward(
     let (a, b, dys, xas) = (Memory::of(&a)?, Memory::of(&b)?, Memory::of(dy)?, Memory::of(xa)?);
     let (of_a, of_b) = (Matrix::new(&a, rank, inputs, dtype), Matrix::new(&b, outputs, rank, dtype));
     let (of_dy, of_xa) = (Matrix::new(&dys, tokens, outputs, dtype), Matrix::new(&xas, tokens, rank, dtype));
-    // One after the other: both may lie in one flat buffer.
+    // One after the other: both may be views of one flat buffer.
     {
         let to = Memory::mutable(db)?;
         multiply(device, Matrix::new(&to, outputs, rank, DType::F32), 1.0, scale, of_dy.transposed(), of_xa)?;
@@ -67,7 +70,6 @@ pub(super) fn backward(
         multiply(device, Matrix::new(&to, rank, inputs, DType::F32), 1.0, 1.0, of_g.transposed(), of_x)?;
     }
     let Some(dx) = dx else { return Ok(()) };
-    expect_shape("dx", dx, &[tokens, inputs])?;
     expect_types(x, &[("dx", dx)])?;
     match &adapter.dropout {
         None => {
@@ -102,10 +104,10 @@ fn expect_types(x: &Tensor, others: &[(&str, &Tensor)]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::dropout::Dropout;
-    use crate::testing::{TYPES, each_type, numbers, placed, random, relative_error};
+    use crate::testing::{TYPES, cast, numbers, random, random_on_device, relative_error};
     use candle_core::IndexOp;
 
-    /// Against the CPU's adapter in f32, which has a reference of its own.
+    /// Compares with the CPU version in f32, which is compared with a reference in its own tests.
     #[test]
     fn adapters_are_those_of_the_cpu() {
         let dropout = Dropout { p: 0.25, seed: 1, step: 2, site: 3 };
@@ -115,17 +117,17 @@ mod tests {
                     let name = format!("{dtype:?} {t} {i} {o} {r} {dropout:?}");
                     let packing = Packing::new(&[t / 2, t - t / 2], vec![4, 9]);
                     let [x, y, dy, dx] = [(1, i), (2, o), (5, o), (6, i)]
-                        .map(|(seed, width)| each_type(&placed(seed, (t, width)), dtype));
-                    // Exact in every type, as they are rounded to it.
+                        .map(|(seed, width)| cast(&random_on_device(seed, (t, width)), dtype));
+                    // Values that the type represents exactly, because the kernels round A and B to it.
                     let [a, b] = [(3, r, i), (4, o, r)].map(|(seed, rows, columns)| {
-                        each_type(&each_type(&placed(seed, (rows, columns)), dtype), DType::F32)
+                        cast(&cast(&random_on_device(seed, (rows, columns)), dtype), DType::F32)
                     });
                     let adapter = Adapter { a: &a, b: &b, scale: 0.7, dropout };
                     let wide = |x: &Tensor| {
-                        let x = each_type(x, DType::F32).to_device(&candle_core::Device::Cpu).unwrap();
+                        let x = cast(x, DType::F32).to_device(&candle_core::Device::Cpu).unwrap();
                         x.copy().unwrap()
                     };
-                    let flats = [placed(7, r * i + o * r), random(7, r * i + o * r)];
+                    let flats = [random_on_device(7, r * i + o * r), random(7, r * i + o * r)];
                     let parts = |flat: &Tensor| {
                         let (da, db) = (flat.i(..r * i).unwrap(), flat.i(r * i..).unwrap());
                         (da.reshape((r, i)).unwrap(), db.reshape((o, r)).unwrap())
@@ -147,15 +149,16 @@ mod tests {
                     )
                     .unwrap();
 
-                    let xa = forward(&x, &y, &adapter, &packing).unwrap();
-                    backward(&x, &xa, &dy, &adapter, &packing, Some(&dx), &da, &db).unwrap();
+                    let shape = Shape::of(&x, &y, "y", &adapter, &packing).unwrap();
+                    let xa = forward(shape, &x, &y, &adapter, &packing).unwrap();
+                    backward(shape, &x, &xa, &dy, &adapter, &packing, Some(&dx), &da, &db).unwrap();
                     for (what, got, want) in [
                         ("xa", &xa, &want_xa),
                         ("y", &y, &want_y),
                         ("dx", &dx, &want_dx),
                         ("da and db", &flats[0], &flats[1]),
                     ] {
-                        // drop(x), xa and g are rounded to the type on the way.
+                        // dropout(x), xa and g are rounded to the type as well.
                         let error = relative_error(got, &numbers(want));
                         assert!(error < 2.0 * rounding, "{what} {name}: {error:.1e}");
                     }

@@ -1,8 +1,9 @@
-//! The inside of a product: both factors are copied into panels that the microkernel reads from end to end.
+//! One piece of a matrix product: copies both factors into panels, which the microkernel reads sequentially.
 //!
-//! As in Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a panel of b, two vectors wide, stays in
-//! the first cache while panels of a, as high as a block of the microkernel, stream past it from the second. Where a has few rows, packing
-//! b costs more than the product; nothing here is made for one token alone.
+//! The method is that of Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008). A
+//! panel of b is two vectors wide and stays in the L1 cache, while panels of a, as high as a block of the
+//! microkernel, are streamed from the L2 cache. If a has few rows, packing b takes longer than the product:
+//! this code is not meant for single tokens.
 
 use std::ops::Range;
 
@@ -10,21 +11,22 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{Matrix, Start};
-use crate::block::{Block, MOST_ROWS, MOST_ROWS_OF_16, Onto, rows_of_pair};
+use crate::block::{Block, MOST_ROWS, MOST_ROWS_OF_16, RawStart, rows_of_pair};
 use crate::simd;
 use crate::tile::{split, transpose, transpose_four, with_scratch};
 
-/// The shape of panels, by the vectors of this processor.
+/// The sizes of the panels, which depend on the vector width of the processor.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Geometry {
     lanes: usize,
-    /// Rows of a panel of a.
+    /// The rows of a panel of a.
     pub(super) height: usize,
-    /// Rows of b, and columns of a, at most: they are summed up in registers before C is touched.
+    /// The maximum number of rows of b that are packed, which the microkernel sums in registers before it
+    /// updates C.
     pub(super) depth: usize,
 }
 
-/// Of a panel of b: five eighths of a first cache of 32 KiB, which leaves room for rows of a and of C.
+/// The size of a panel of b: five eighths of an L1 cache of 32 KiB, which leaves room for rows of a and of C.
 const PANEL_BYTES: usize = 20 << 10;
 
 impl Geometry {
@@ -46,14 +48,14 @@ impl Geometry {
         Self { lanes, height: rows_of_pair::<S>(), depth: PANEL_BYTES / size_of::<f32>() / (2 * lanes) }
     }
 
-    /// Columns of a panel of b.
+    /// The columns of a panel of b.
     pub(super) fn columns(self) -> usize {
         2 * self.lanes
     }
 }
 
-/// A factor b (k, n) in panels of some of its columns and all of its rows, one after another. The last one is filled up with zeros to
-/// whole vectors.
+/// A factor b (k, n), packed into consecutive panels. A panel has some of the columns and all rows of b; the
+/// last one is padded with zeros to whole vectors.
 pub(super) struct Panels<'a> {
     geometry: Geometry,
     rows: usize,
@@ -62,7 +64,7 @@ pub(super) struct Panels<'a> {
 }
 
 impl Panels<'_> {
-    /// Hands `then` the panels of `b`.
+    /// Packs `b` and calls `then` with the panels.
     pub(super) fn pack(geometry: Geometry, b: Matrix, on_all_threads: bool, then: impl FnOnce(&Panels)) {
         let (rows, columns) = (b.rows, b.columns);
         with_scratch(|scratch| {
@@ -90,10 +92,12 @@ impl Panels<'_> {
     }
 }
 
-/// Panels of b that are packed together: of a row of b several lines of the cache are then read at once.
+/// The number of panels of b that are packed together, so that several cache lines of a row of b are read at
+/// once.
 const GROUP: usize = 8;
 
-/// Panels of b, one after another: two vectors of columns, or what is left of them, beside each other in each of its rows.
+/// Packs columns of b into consecutive panels. A row of a panel holds two vectors of columns, or the
+/// remaining ones.
 #[inline(always)]
 fn pack_columns(panels: &mut [f32], b: Matrix, geometry: Geometry) {
     let lanes = geometry.lanes;
@@ -122,7 +126,7 @@ fn pack_columns(panels: &mut [f32], b: Matrix, geometry: Geometry) {
             let width = columns.next_multiple_of(lanes);
             let row = &mut panels[first * b.rows + l * width..][..width];
             if b.column_stride == 1 && columns == width && lanes.is_multiple_of(4) {
-                // In fours, because the copy of a run whose length is not known is a call.
+                // Four elements at a time: for a copy of unknown length the compiler emits a function call.
                 let (row, from) = (row.as_chunks_mut::<4>().0, from[first..][..width].as_chunks::<4>().0);
                 row.iter_mut().zip(from).for_each(|(row, from)| *row = *from);
                 continue;
@@ -134,8 +138,8 @@ fn pack_columns(panels: &mut [f32], b: Matrix, geometry: Geometry) {
     }
 }
 
-/// Panels of a, one after another: `HEIGHT` rows, beside each other in each column. Rows that the last one lacks are arbitrary.
-/// `panels` is [`SPILL`] elements longer than they.
+/// Packs rows of a into consecutive panels. A column of a panel holds `HEIGHT` rows; missing rows of the last
+/// panel have arbitrary values. `panels` must be [`SPILL`] elements longer than all panels.
 #[inline(always)]
 fn pack_rows<const HEIGHT: usize>(panels: &mut [f32], a: Matrix) {
     let size = HEIGHT * a.columns;
@@ -143,7 +147,7 @@ fn pack_rows<const HEIGHT: usize>(panels: &mut [f32], a: Matrix) {
         return;
     }
     if a.row_stride == 1 {
-        // Column by column as they lie, not panel by panel: columns may be far apart.
+        // Column by column in the order of memory, not panel by panel, because columns may be far apart.
         for l in 0..a.columns {
             let column = &a.elements[l * a.column_stride..][..a.rows];
             let (whole, rest) = column.as_chunks::<HEIGHT>();
@@ -159,7 +163,7 @@ fn pack_rows<const HEIGHT: usize>(panels: &mut [f32], a: Matrix) {
     for first in (0..a.rows).step_by(HEIGHT) {
         let panel = &mut panels[first / HEIGHT * size..][..size + SPILL];
         let rows = HEIGHT.min(a.rows - first);
-        // From the last row up: of four rows beyond the height, what spills into the next column is then overwritten.
+        // In reverse, so that rows beyond the height, which spill into the next column, are overwritten.
         for four in (0..rows).step_by(4).rev() {
             let row = |r: usize| match four + r < rows {
                 true => &a.elements[(first + four + r) * a.row_stride..][..a.columns],
@@ -170,7 +174,7 @@ fn pack_rows<const HEIGHT: usize>(panels: &mut [f32], a: Matrix) {
     }
 }
 
-/// Elements that four rows can reach beyond the end of a panel, if only one of them is in it.
+/// The number of elements that a group of four rows can write behind the end of a panel.
 const SPILL: usize = 3;
 
 /// Some rows and columns of a product.
@@ -178,7 +182,7 @@ pub(super) struct Piece<'a> {
     c: *mut f32,
     stride: usize,
     start: Start<'a>,
-    scale: f32,
+    alpha: f32,
     a: Matrix<'a>,
     b: &'a Panels<'a>,
     columns: Range<usize>,
@@ -186,26 +190,27 @@ pub(super) struct Piece<'a> {
 }
 
 impl Piece<'_> {
-    /// `a` times `columns`, which start with a panel, of `b`: to `c`, whose rows are `stride` apart.
+    /// Multiplies `a` by the columns `columns` of `b`, which must start with a panel, into `c`, whose rows
+    /// are `stride` apart.
     ///
     /// # Safety
-    /// `c` is valid for writes of the piece, and also for reads if some of what is there is kept.
+    /// `c` must be valid for writes of the piece, and for reads unless `start` is a bias or a beta of 0.
     ///
     /// # Panics
-    /// If the row that it starts as is not as long as the piece.
+    /// If `start` is a bias that does not have an element for each column of the piece.
     pub(super) unsafe fn write(
         c: *mut f32,
         stride: usize,
         start: Start,
-        scale: f32,
+        alpha: f32,
         a: Matrix,
         b: &Panels,
         columns: Range<usize>,
     ) {
-        if let Start::Row(row) = start {
-            assert_eq!(row.len(), columns.len(), "the row that a piece starts as");
+        if let Start::Bias(row) = start {
+            assert_eq!(row.len(), columns.len(), "the bias has an element for each column of the piece");
         }
-        with_scratch(|scratch| simd::dispatch(Piece { c, stride, start, scale, a, b, columns, scratch }));
+        with_scratch(|scratch| simd::dispatch(Piece { c, stride, start, alpha, a, b, columns, scratch }));
     }
 }
 
@@ -214,11 +219,11 @@ impl WithSimd for Piece<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { c, stride, start, scale, a, b, columns, scratch } = self;
+        let Self { c, stride, start, alpha, a, b, columns, scratch } = self;
         let Geometry { lanes, height, .. } = b.geometry;
         let (depth, width) = (b.rows, b.geometry.columns());
-        assert!(lanes == S::F32_LANES && depth == a.columns, "panels for these vectors and for this a");
-        // Where few columns read it, a is read in place.
+        assert!(lanes == S::F32_LANES && depth == a.columns, "the panels fit the vectors and a");
+        // With few columns, packing a takes longer than it saves.
         let in_place = columns.len() <= 2 * width;
         let packed = if in_place { 0 } else { a.rows.next_multiple_of(height) * depth + SPILL };
         let [panels, corner] = split(scratch, [packed, MOST_ROWS * width]);
@@ -233,11 +238,11 @@ impl WithSimd for Piece<'_> {
             let valid = width.min(columns.end - first);
             let panel = &b.elements[first * depth..][..depth * whole];
             let first = first - columns.start;
-            let onto = match start {
-                Start::Kept(keep) => Onto::Kept(keep),
-                Start::Row(row) => Onto::Row(row[first..].as_ptr()),
+            let start = match start {
+                Start::Beta(beta) => RawStart::Beta(beta),
+                Start::Bias(row) => RawStart::Bias(row[first..].as_ptr()),
             };
-            // A block one vector wide may be higher, and must be to keep the multipliers busy.
+            // A block that is one vector wide can and must be higher to keep the multipliers busy.
             let step = if in_place && whole == lanes { MOST_ROWS } else { height };
             for row in (0..a.rows).step_by(step) {
                 let rows = step.min(a.rows - row);
@@ -248,15 +253,22 @@ impl WithSimd for Piece<'_> {
                 };
                 let (a, b, c) = (a.as_ptr(), panel.as_ptr(), c.wrapping_add(row * stride + first));
                 let (k, b_row, c_row) = (depth, whole, stride);
-                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, onto, scale };
-                // What would reach beyond C goes to `corner` first.
+                let block = Block { k, a, a_row, a_column, b, b_row, c, c_row, start, alpha };
+                // A block that extends beyond C is computed in `corner` first.
                 let inside = if valid == whole {
                     block
                 } else {
-                    Block { c: corner.as_mut_ptr(), c_row: whole, onto: Onto::Kept(0.0), scale: 1.0, ..block }
+                    Block {
+                        c: corner.as_mut_ptr(),
+                        c_row: whole,
+                        start: RawStart::Beta(0.0),
+                        alpha: 1.0,
+                        ..block
+                    }
                 };
-                // SAFETY: a `Matrix` lies inside its slice, and a panel has `whole` elements, one vector or two, in each row; the
-                // caller vouches for C, and a row that it starts as has an element for each of its columns.
+                // SAFETY: a `Matrix` lies inside its slice, and a row of the panel has `whole` elements, one
+                // or two vectors. The caller guarantees that C is valid, and a bias has an element for each
+                // of its columns.
                 unsafe {
                     if whole == lanes {
                         inside.compute::<S, 1>(simd, rows);
@@ -278,20 +290,20 @@ impl WithSimd for Piece<'_> {
 mod tests {
     use super::*;
 
-    /// What processors with other vectors run.
+    /// Checks products for one vector width, including those of other processors.
     fn products_are_right<S: Simd>(simd: S) {
         for (m, k, n) in [(14, 5, 9), (25, 30, 70), (3, 2, 40)] {
             let a: Vec<f32> = (0..m * k).map(|i| (i * 7 % 11) as f32 - 5.0).collect();
             let b: Vec<f32> = (0..k * n).map(|i| (i * 5 % 13) as f32 - 6.0).collect();
             let mut c = vec![f32::NAN; m * n];
             Panels::pack(Geometry::of::<S>(), Matrix::new(&b, k, n), false, |panels| {
-                let start = Start::Kept(0.0);
+                let start = Start::Beta(0.0);
                 let (a, columns, mut scratch) = (Matrix::new(&a, m, k), 0..n, Vec::new());
                 let (c, scratch) = (c.as_mut_ptr(), &mut scratch);
-                Piece { c, stride: n, start, scale: 1.0, a, b: panels, columns, scratch }.with_simd(simd);
+                Piece { c, stride: n, start, alpha: 1.0, a, b: panels, columns, scratch }.with_simd(simd);
             });
             let sum = |i: usize, j: usize| (0..k).map(|l| a[i * k + l] * b[l * n + j]).sum::<f32>();
-            // Whole numbers, exact in f32.
+            // Integers, which are exact in f32.
             assert!((0..m).all(|i| (0..n).all(|j| c[i * n + j] == sum(i, j))), "{m} {k} {n}");
         }
     }

@@ -1,19 +1,20 @@
-//! Calls norm.cu.
+//! The GPU version of the norms: calls norm.cu. The callers have checked the shapes.
 
 use super::Tape;
-use crate::gpu::{Any, AnyMut, Memory, entries, optional, optional_mutable, pointer, type_of};
+use crate::gpu::{
+    Memory, VoidPointer, VoidPointerMut, dtype_code_of, entries, optional, optional_mutable, pointer,
+};
 use crate::linear::gpu::converted;
-use crate::tensor::{expect_shape, matrix};
 use candle_core::{DType, Result, Tensor, bail};
 
 #[repr(C)]
 struct NormForward {
-    x: Any,
-    residual: Any,
+    x: VoidPointer,
+    residual: VoidPointer,
     w: *const f32,
     b: *const f32,
-    y: AnyMut,
-    sum: AnyMut,
+    y: VoidPointerMut,
+    sum: VoidPointerMut,
     mean: *mut f32,
     rstd: *mut f32,
     rows: i64,
@@ -25,13 +26,13 @@ struct NormForward {
 
 #[repr(C)]
 struct NormBackward {
-    sum: Any,
+    sum: VoidPointer,
     mean: *const f32,
     rstd: *const f32,
     w: *const f32,
-    dy: Any,
-    dsum: Any,
-    dx: AnyMut,
+    dy: VoidPointer,
+    dsum: VoidPointer,
+    dx: VoidPointerMut,
     dw: *mut f32,
     db: *mut f32,
     partials: *mut f32,
@@ -43,14 +44,15 @@ struct NormBackward {
 
 entries! {
     norm_forward(NormForward);
-    norm_again(NormForward);
+    norm_recompute(NormForward);
     norm_backward(NormBackward);
 }
 
-/// Rows that blocks share their gradients of w and b over: `PARTIALS` of partials.cuh.
+/// The number of partial sums for the gradients of w and b: `PARTIALS` of partials.cuh.
 const PARTIALS: usize = 512;
 
-/// Threads of a block, and accesses to memory of which a thread keeps the elements in registers: of norm.cu.
+/// The maximum number of threads of a block, and `VECTORS` of norm.cu: the vectors that a thread keeps in
+/// registers.
 const THREADS: usize = 1024;
 const ACCESSES: usize = 4;
 
@@ -61,12 +63,11 @@ pub(super) fn forward<const CENTRED: bool>(
     b: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, Tape)> {
-    let (rows, width) = matrix("x", x)?;
+    let (rows, width) = x.dims2()?;
     expect_width("a norm", width, x.dtype(), THREADS)?;
     if let Some(residual) = residual {
-        expect_like("residual", residual, x)?;
+        expect_type("residual", residual, x.dtype())?;
     }
-    super::expect_vectors(&[("w", Some(w)), ("b", b)], width)?;
     let (w, b) = (&wide(w)?, b.map(wide).transpose()?);
     let device = x.device();
     let y = Memory::new(device, x.dtype(), rows * width)?;
@@ -87,11 +88,11 @@ pub(super) fn forward<const CENTRED: bool>(
             rstd: rstd.pointer(),
             rows: rows as i64,
             width: width as i32,
-            dtype: type_of(x)?,
+            dtype: dtype_code_of(x)?,
             centred: i32::from(CENTRED),
             eps: eps as f32,
         };
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked the shapes.
         unsafe { norm_forward(device, &arguments)? };
     }
     let sum = sum.map_or_else(|| Ok(x.clone()), |sum| sum.tensor((rows, width)))?;
@@ -99,10 +100,9 @@ pub(super) fn forward<const CENTRED: bool>(
     Ok((y.tensor((rows, width))?, Tape { sum, mean, rstd: rstd.tensor(rows)? }))
 }
 
-pub(super) fn again<const CENTRED: bool>(tape: &Tape, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    let (rows, width) = tape.shape::<CENTRED>()?;
+pub(super) fn recompute<const CENTRED: bool>(tape: &Tape, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, width) = tape.sum.dims2()?;
     expect_width("a norm", width, tape.sum.dtype(), THREADS)?;
-    super::expect_vectors(&[("w", Some(w)), ("b", b)], width)?;
     let (w, b) = (&wide(w)?, b.map(wide).transpose()?);
     let device = tape.sum.device();
     let y = Memory::new(device, tape.sum.dtype(), rows * width)?;
@@ -121,12 +121,12 @@ pub(super) fn again<const CENTRED: bool>(tape: &Tape, w: &Tensor, b: Option<&Ten
             rstd: rstd.pointer(),
             rows: rows as i64,
             width: width as i32,
-            dtype: type_of(&tape.sum)?,
+            dtype: dtype_code_of(&tape.sum)?,
             centred: i32::from(CENTRED),
             eps: 0.0,
         };
-        // SAFETY: all shapes have been checked.
-        unsafe { norm_again(device, &arguments)? };
+        // SAFETY: the caller has checked the shapes.
+        unsafe { norm_recompute(device, &arguments)? };
     }
     y.tensor((rows, width))
 }
@@ -139,17 +139,12 @@ pub(super) fn backward<const CENTRED: bool>(
     dw: Option<&Tensor>,
     db: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let (rows, width) = tape.shape::<CENTRED>()?;
+    let (rows, width) = tape.sum.dims2()?;
     expect_backward_width(width, dy.dtype(), dw.is_some() || db.is_some())?;
-    expect_like("dy", dy, &tape.sum)?;
-    if let Some(dsum) = dsum {
-        expect_like("dsum", dsum, dy)?;
-    }
-    super::expect_vectors(&[("w", Some(w)), ("dw", dw), ("db", db)], width)?;
-    for (name, gradient) in [("dw", dw), ("db", db)] {
-        if let Some(gradient) = gradient.filter(|gradient| gradient.dtype() != DType::F32) {
-            bail!("`{name}` is of {:?}, expected F32", gradient.dtype());
-        }
+    expect_type("dy", dy, tape.sum.dtype())?;
+    for (name, tensor, dtype) in [("dsum", dsum, dy.dtype()), ("dw", dw, DType::F32), ("db", db, DType::F32)]
+    {
+        tensor.map_or(Ok(()), |tensor| expect_type(name, tensor, dtype))?;
     }
     let w = &wide(w)?;
     let device = dy.device();
@@ -174,47 +169,50 @@ pub(super) fn backward<const CENTRED: bool>(
             partials: partials.pointer(),
             rows: rows as i64,
             width: width as i32,
-            dtype: type_of(dy)?,
+            dtype: dtype_code_of(dy)?,
             centred: i32::from(CENTRED),
         };
-        // SAFETY: all shapes have been checked.
+        // SAFETY: the caller has checked the shapes.
         unsafe { norm_backward(device, &arguments)? };
     }
     dx.tensor((rows, width))
 }
 
-/// `threads` are those of a block for rows of whole vectors, which have more room.
+/// Fails if a row does not fit into the registers of one block. `threads` limits the block for rows of whole
+/// vectors.
 fn expect_width(what: &str, width: usize, dtype: DType, threads: usize) -> Result<()> {
     let vector = 16 / dtype.size_in_bytes();
     let widest = ACCESSES * if width.is_multiple_of(vector) { threads * vector } else { THREADS };
     if width > widest {
-        bail!("{what} of rows of {width} {dtype:?}; a block of a GPU takes at most {widest}");
+        bail!("{what} has rows of {width} {dtype:?} elements; a GPU kernel supports at most {widest}");
     }
     Ok(())
 }
 
-/// A block has 65,536 registers, which a launch counts by four warps: fewer threads than [`THREADS`] where each needs many, as
-/// target/debug/ptxas.txt says.
+/// Like [`expect_width`], for the backward pass.
+///
+/// A block has 65,536 registers, so it has fewer than [`THREADS`] threads where a thread needs many
+/// registers. The comments below give the registers of a thread, as `ptxas.txt` in the target folder reports
+/// them.
 fn expect_backward_width(width: usize, dtype: DType, parameters: bool) -> Result<()> {
     let (what, threads) = match (dtype, parameters) {
-        (DType::F32, false) => ("the backward of a norm", 896), // 72 registers
-        (_, false) => ("the backward of a norm", 512),          // 104
-        (DType::F32, true) => ("the backward of a trained norm", 512), // 102
-        (_, true) => ("the backward of a trained norm", 384),   // 165
+        (DType::F32, false) => ("the backward pass of a norm", 896), // 72 registers
+        (_, false) => ("the backward pass of a norm", 512),          // 104
+        (DType::F32, true) => ("the backward pass of a trained norm", 512), // 102
+        (_, true) => ("the backward pass of a trained norm", 384),   // 165
     };
     expect_width(what, width, dtype, threads)
 }
 
-/// Fails unless the tensor called `name` has the shape and the element type of another.
-fn expect_like(name: &str, tensor: &Tensor, like: &Tensor) -> Result<()> {
-    expect_shape(name, tensor, like.dims())?;
-    if tensor.dtype() != like.dtype() {
-        bail!("`{name}` is of {:?}, expected {:?}", tensor.dtype(), like.dtype());
+/// Fails unless the tensor called `name` has the element type `dtype`.
+fn expect_type(name: &str, tensor: &Tensor, dtype: DType) -> Result<()> {
+    if tensor.dtype() != dtype {
+        bail!("`{name}` is of {:?}, expected {dtype:?}", tensor.dtype());
     }
     Ok(())
 }
 
-/// Weights are few, and f32 in a kernel.
+/// A weight or bias as f32, the type in which the kernels read it.
 fn wide(vector: &Tensor) -> Result<Tensor> {
     converted(vector, DType::F32)
 }
@@ -223,13 +221,13 @@ fn wide(vector: &Tensor) -> Result<Tensor> {
 pub(crate) mod tests {
     use super::super::tests::{analytic, reference};
     use super::*;
-    use crate::testing::{TYPES, each_type, numbers, placed, relative_error};
+    use crate::testing::{TYPES, cast, numbers, random_on_device, relative_error};
 
     const EPS: f64 = 1e-5;
     const SHAPES: [(usize, usize); 8] =
         [(0, 8), (3, 0), (1, 3), (3, 7), (2, 1023), (65, 384), (3, 136), (514, 16)];
 
-    /// Hands the arguments of a norm_forward of x `(T, D)` to `f`.
+    /// Calls `f` with the arguments of the entry `norm_forward` for x `(T, D)`.
     pub(crate) fn with_arguments(x: &Tensor, w: &Tensor, f: impl FnOnce(*const std::ffi::c_void)) {
         let (rows, width) = x.dims2().unwrap();
         let new = |count| Memory::new(x.device(), DType::F32, count).unwrap();
@@ -262,9 +260,9 @@ pub(crate) mod tests {
         for (dtype, rounding) in TYPES {
             for (tokens, width) in SHAPES {
                 let [x, residual, dy, dsum] =
-                    [1, 2, 5, 6].map(|seed| each_type(&placed(seed, (tokens, width)), dtype));
-                let [w, b] = [3, 4].map(|seed| placed(seed, width));
-                let (dw, db) = (placed(7, width), placed(8, width));
+                    [1, 2, 5, 6].map(|seed| cast(&random_on_device(seed, (tokens, width)), dtype));
+                let [w, b] = [3, 4].map(|seed| random_on_device(seed, width));
+                let (dw, db) = (random_on_device(7, width), random_on_device(8, width));
                 let (ws, bs, dws, dbs) = (numbers(&w), numbers(&b), numbers(&dw), numbers(&db));
                 let zero = vec![0.0; width];
                 let name = format!("{dtype:?} {tokens} {width}");
@@ -272,10 +270,10 @@ pub(crate) mod tests {
                 let (y, tape) = forward::<true>(&x, Some(&residual), &w, Some(&b), EPS).unwrap();
                 let sum = plus(&numbers(&x), numbers(&residual));
                 assert!(relative_error(&tape.sum, &sum) < rounding, "{name}");
-                // The tape's sum is rounded, and what is normalised.
+                // The kernel normalises the sum that it has rounded for the tape.
                 let sum = numbers(&tape.sum);
                 assert!(relative_error(&y, &reference(&sum, &ws, &bs, EPS, true)) < rounding, "{name}");
-                assert_eq!(numbers(&again::<true>(&tape, &w, Some(&b)).unwrap()), numbers(&y), "{name}");
+                assert_eq!(numbers(&recompute::<true>(&tape, &w, Some(&b)).unwrap()), numbers(&y), "{name}");
                 let dx = backward::<true>(&tape, &w, &dy, Some(&dsum), Some(&dw), Some(&db)).unwrap();
                 let want = plus(&numbers(&dsum), analytic(&sum, &ws, &numbers(&dy), true));
                 assert!(relative_error(&dx, &want) < rounding, "dx {name}");
@@ -285,14 +283,14 @@ pub(crate) mod tests {
                     want_w[at % width] += dy * n;
                     want_b[at % width] += dy;
                 }
-                // Sums in f32, whatever the type.
+                // Sums are f32 for every type.
                 assert!(relative_error(&dw, &want_w) < 2e-6, "dw {name}");
                 assert!(relative_error(&db, &want_b) < 2e-6, "db {name}");
 
                 let (y, tape) = forward::<false>(&x, None, &w, None, EPS).unwrap();
                 let xs = numbers(&x);
                 assert!(relative_error(&y, &reference(&xs, &ws, &zero, EPS, false)) < rounding, "{name}");
-                assert_eq!(numbers(&again::<false>(&tape, &w, None).unwrap()), numbers(&y), "{name}");
+                assert_eq!(numbers(&recompute::<false>(&tape, &w, None).unwrap()), numbers(&y), "{name}");
                 let dx = backward::<false>(&tape, &w, &dy, None, None, None).unwrap();
                 let want = analytic(&xs, &ws, &numbers(&dy), false);
                 assert!(relative_error(&dx, &want) < rounding, "dx {name}");
@@ -301,12 +299,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_an_error() {
-        let (x, w) = (placed(1, (2, 8)), placed(2, 8));
-        assert!(forward::<true>(&x, None, &placed(2, 7), None, EPS).is_err());
-        assert!(forward::<true>(&x, Some(&each_type(&x, DType::BF16)), &w, None, EPS).is_err());
-        let wide = placed(1, (1, 4097));
-        let error = forward::<true>(&wide, None, &placed(2, 4097), None, EPS).unwrap_err().to_string();
+    fn other_types_and_rows_that_are_too_wide_are_an_error() {
+        let (x, w) = (random_on_device(1, (2, 8)), random_on_device(2, 8));
+        assert!(forward::<true>(&x, Some(&cast(&x, DType::BF16)), &w, None, EPS).is_err());
+        let wide = random_on_device(1, (1, 4097));
+        let error =
+            forward::<true>(&wide, None, &random_on_device(2, 4097), None, EPS).unwrap_err().to_string();
         assert!(error.contains("4097"), "{error}");
     }
 
@@ -319,8 +317,8 @@ pub(crate) mod tests {
             (DType::F16, true, 12_288),
         ] {
             let backward = |width: usize| {
-                let [x, dy] = [1, 2].map(|seed| each_type(&placed(seed, (1, width)), dtype));
-                let (w, dw) = (placed(3, width), placed(4, width));
+                let [x, dy] = [1, 2].map(|seed| cast(&random_on_device(seed, (1, width)), dtype));
+                let (w, dw) = (random_on_device(3, width), random_on_device(4, width));
                 let (_, tape) = forward::<false>(&x, None, &w, None, EPS).unwrap();
                 super::backward::<false>(&tape, &w, &dy, None, trained.then_some(&dw), None)
             };

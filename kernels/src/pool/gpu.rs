@@ -1,14 +1,12 @@
-//! Calls pool.cu.
+//! The GPU version of pooling: calls pool.cu.
 
-use super::check;
-use crate::gpu::{Any, AnyMut, Memory, entries, number_of, type_of, zeros};
-use crate::tensor::{expect_shape, matrix};
+use crate::gpu::{Memory, VoidPointer, VoidPointerMut, dtype_code, dtype_code_of, entries, zeros};
 use candle_core::{DType, Result, Tensor};
 use std::ops::Range;
 
 #[repr(C)]
 struct Forward {
-    x: Any,
+    x: VoidPointer,
     starts: *const u32,
     ends: *const u32,
     e: *mut f32,
@@ -26,7 +24,7 @@ struct Backward {
     de: *const f32,
     starts: *const u32,
     ends: *const u32,
-    dx: AnyMut,
+    dx: VoidPointerMut,
     count: i32,
     width: i32,
     longest: i32,
@@ -39,10 +37,9 @@ entries! {
     pool_backward(Backward);
 }
 
-/// As [`super::forward`]: embeddings are f32 whatever x is.
+/// [`super::forward`] after its checks. The embeddings are f32 for every type of x.
 pub(super) fn forward(x: &Tensor, spans: &[Range<usize>], normalize: bool) -> Result<(Tensor, Tensor)> {
-    let (tokens, width) = matrix("x", x)?;
-    check(spans, tokens)?;
+    let (_, width) = x.dims2()?;
     let (device, count) = (x.device(), spans.len());
     let (e, norms) =
         (Memory::new(device, DType::F32, count * width)?, Memory::new(device, DType::F32, count)?);
@@ -56,16 +53,16 @@ pub(super) fn forward(x: &Tensor, spans: &[Range<usize>], normalize: bool) -> Re
             norms: norms.pointer(),
             count: count as i32,
             width: width as i32,
-            dtype: type_of(x)?,
+            dtype: dtype_code_of(x)?,
             normalize: i32::from(normalize),
         };
-        // SAFETY: all shapes have been checked, and so have the spans.
+        // SAFETY: the caller has checked the shapes and the spans.
         unsafe { pool_forward(device, &arguments)? };
     }
     Ok((e.tensor((count, width))?, norms.tensor(count)?))
 }
 
-/// As [`super::backward`]: dx is of `dtype`.
+/// [`super::backward`] after its checks. dx has the type `dtype`.
 pub(super) fn backward(
     e: &Tensor,
     norms: &Tensor,
@@ -75,13 +72,7 @@ pub(super) fn backward(
     normalize: bool,
     dtype: DType,
 ) -> Result<Tensor> {
-    let (_, width) = matrix("e", e)?;
-    let count = spans.len();
-    expect_shape("e", e, &[count, width])?;
-    expect_shape("de", de, &[count, width])?;
-    expect_shape("norms", norms, &[count])?;
-    check(spans, tokens)?;
-    super::owners(spans, tokens)?;
+    let (count, width) = e.dims2()?;
     let device = e.device();
     let dx = zeros((tokens, width), dtype, device)?;
     if count > 0 && width > 0 {
@@ -97,10 +88,10 @@ pub(super) fn backward(
             count: count as i32,
             width: width as i32,
             longest: spans.iter().map(Range::len).max().unwrap_or(0) as i32,
-            dtype: number_of(dtype)?,
+            dtype: dtype_code(dtype)?,
             normalize: i32::from(normalize),
         };
-        // SAFETY: all shapes have been checked, and so have the spans.
+        // SAFETY: the caller has checked the shapes and the spans.
         unsafe { pool_backward(device, &arguments)? };
     }
     Ok(dx)
@@ -116,7 +107,7 @@ fn upload(spans: &[Range<usize>], device: &candle_core::Device) -> Result<[Memor
 mod tests {
     use super::super::tests::reference;
     use super::*;
-    use crate::testing::{TYPES, each_type, finite_difference, inner, numbers, placed, relative_error};
+    use crate::testing::{TYPES, cast, finite_difference, inner, numbers, random_on_device, relative_error};
 
     #[test]
     fn means_and_their_gradients_equal_the_reference() {
@@ -130,17 +121,17 @@ mod tests {
             ] {
                 for normalize in [false, true] {
                     let name = format!("{dtype:?} {tokens} {width} {normalize}");
-                    let x = each_type(&placed(1, (tokens, width)), dtype);
+                    let x = cast(&random_on_device(1, (tokens, width)), dtype);
                     let (e, norms) = forward(&x, &spans, normalize).unwrap();
                     let want = reference(&numbers(&x), width, &spans, normalize);
-                    // Embeddings are f32.
+                    // Embeddings are f32 for every type.
                     assert!(relative_error(&e, &want) < 1e-6, "{name}");
-                    let de = placed(2, (spans.len(), width));
+                    let de = random_on_device(2, (spans.len(), width));
                     let dx = backward(&e, &norms, &spans, &de, tokens, normalize, dtype).unwrap();
                     let loss = |x: &[f64]| inner(&reference(x, width, &spans, normalize), &numbers(&de));
                     let want = finite_difference(&numbers(&x), loss);
                     assert_eq!(dx.dtype(), dtype);
-                    // Width 1 normalised is ±1 everywhere: the gradient is zero.
+                    // A normalised embedding of one element is ±1, so its gradient is zero.
                     assert!(relative_error(&dx, &want) < rounding || width == 1, "{name}");
                 }
             }
@@ -148,11 +139,11 @@ mod tests {
     }
 
     #[test]
-    fn a_wide_row_is_one_blocks() {
-        let x = placed(3, (3, 4096));
+    fn rows_wider_than_a_block_equal_the_reference() {
+        let x = random_on_device(3, (3, 4096));
         let (e, norms) = forward(&x, &[0..3], true).unwrap();
         assert!(relative_error(&e, &reference(&numbers(&x), 4096, &[0..3], true)) < 1e-6);
-        let de = placed(4, (1, 4096));
+        let de = random_on_device(4, (1, 4096));
         let dx = backward(&e, &norms, &[0..3], &de, 3, true, DType::F32).unwrap();
         let [e, norms, de] = [e, norms, de].map(|x| x.to_device(&candle_core::Device::Cpu).unwrap());
         let want = super::super::backward(&e, &norms, &[0..3], &de, 3, true).unwrap();
@@ -161,10 +152,10 @@ mod tests {
 
     #[test]
     fn zeros_stay_zeros_and_nan_stays_nan() {
-        let zeros = placed(1, (2, 3)).zeros_like().unwrap();
+        let zeros = random_on_device(1, (2, 3)).zeros_like().unwrap();
         let (e, norms) = forward(&zeros, &[0..2], true).unwrap();
         assert_eq!(numbers(&e), [0.0; 3]);
-        let dx = backward(&e, &norms, &[0..2], &placed(1, (1, 3)), 2, true, DType::F32).unwrap();
+        let dx = backward(&e, &norms, &[0..2], &random_on_device(1, (1, 3)), 2, true, DType::F32).unwrap();
         assert!(numbers(&dx).iter().all(|x| x.is_finite()));
         let nan = (zeros.ones_like().unwrap() * f64::NAN).unwrap();
         assert!(numbers(&forward(&nan, &[0..2], true).unwrap().0).iter().all(|x| x.is_nan()));

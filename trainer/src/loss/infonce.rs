@@ -43,7 +43,7 @@ impl InfoNce {
         let q = embeddings.index_select(&queries, 0)?; // (B, D)
         let c = embeddings.index_select(&candidates, 0)?; // (M, D)
         let lists = if self.in_batch_negatives { &table.excluded } else { &table.own }.of(rows.clone());
-        let lists = infonce::Lists { offsets: &lists.offsets, columns: &lists.columns };
+        let lists = infonce::CsrIndices { offsets: &lists.offsets, columns: &lists.columns };
         let forward = infonce::InfoNce {
             positives: &table.positives[rows.clone()],
             candidates: match (self.in_batch_negatives, lists.columns.is_empty()) {
@@ -72,7 +72,7 @@ impl InfoNce {
             let excluded = transposed(table).of(rows);
             let backward = infonce::InfoNce {
                 positives: &diagonal,
-                candidates: Candidates::AllBut(infonce::Lists {
+                candidates: Candidates::AllBut(infonce::CsrIndices {
                     offsets: &excluded.offsets,
                     columns: &excluded.columns,
                 }),

@@ -180,10 +180,10 @@ impl Encoder for Bert {
 
     fn forward(&self, ids: &Tensor, pass: &Pass, save: Saved) -> Result<(Tensor, Option<encoder::Tape>)> {
         let tables = embedding::Tables {
-            word: self.word_embeddings.value(),
-            position: Some(self.position_embeddings.value()),
+            word_embeddings: self.word_embeddings.value(),
+            position_embeddings: Some(self.position_embeddings.value()),
             position_offset: self.config.position_offset,
-            kind: self.token_type_embeddings.as_ref().map(Parameter::value),
+            token_type_embeddings: self.token_type_embeddings.as_ref().map(Parameter::value),
         };
         let sum = pass.round(embedding::forward(ids, pass.packing, &tables)?)?;
         let (x, embeddings_layer_norm) = self.embeddings_layer_norm.forward(&sum, None, pass)?;

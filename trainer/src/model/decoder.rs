@@ -375,7 +375,12 @@ impl Encoder for Decoder {
 
     fn forward(&self, ids: &Tensor, pass: &Pass, save: Saved) -> Result<(Tensor, Option<encoder::Tape>)> {
         let word = self.embed_tokens.value();
-        let tables = embedding::Tables { word, position: None, position_offset: 0, kind: None };
+        let tables = embedding::Tables {
+            word_embeddings: word,
+            position_embeddings: None,
+            position_offset: 0,
+            token_type_embeddings: None,
+        };
         let x = self.scale_embeddings(embedding::forward(ids, pass.packing, &tables)?)?;
         let mut stream = ResidualStream { residual: None, block_output: pass.round(x)? };
         let mut layers = Vec::new();

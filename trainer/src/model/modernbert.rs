@@ -386,7 +386,12 @@ impl Encoder for ModernBert {
 
     fn forward(&self, ids: &Tensor, pass: &Pass, save: Saved) -> Result<(Tensor, Option<encoder::Tape>)> {
         let word = self.tok_embeddings.value();
-        let tables = embedding::Tables { word, position: None, position_offset: 0, kind: None };
+        let tables = embedding::Tables {
+            word_embeddings: word,
+            position_embeddings: None,
+            position_offset: 0,
+            token_type_embeddings: None,
+        };
         let x = pass.round(embedding::forward(ids, pass.packing, &tables)?)?;
         let (x, embeddings_norm) = self.embeddings_norm.forward(&x, None, pass)?;
         let x = self.drop_embeddings(x, pass)?;

@@ -44,7 +44,7 @@ impl LayerNorm {
 
     /// Recomputes the result of [`Self::forward`] from its tape.
     pub fn recompute(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
-        pass.round(norm::layer_norm_again(tape, &pass.value(&self.weight)?, self.bias(pass)?.as_ref())?)
+        pass.round(norm::layer_norm_recompute(tape, &pass.value(&self.weight)?, self.bias(pass)?.as_ref())?)
     }
 
     /// Maps dy (T, D) to d(x + residual) (T, D). `dsum` is added to it: the gradient of the sum from its
@@ -118,7 +118,7 @@ impl RmsNorm {
 
     /// Recomputes the result of [`Self::forward`] from its tape.
     pub fn recompute(&self, tape: &norm::Tape, pass: &Pass) -> Result<Tensor> {
-        pass.round(norm::rms_norm_again(tape, &self.factor(pass)?)?)
+        pass.round(norm::rms_norm_recompute(tape, &self.factor(pass)?)?)
     }
 
     /// Recomputes the result of [`Self::forward_heads`] from its tape.

@@ -272,7 +272,7 @@ impl Gradients {
 
     /// Sets all gradients to zero.
     pub fn clear(&self) -> Result<()> {
-        Ok(adamw::clear(&self.flat)?)
+        Ok(adamw::zero(&self.flat)?)
     }
 
     /// Multiplies all gradients by `factor` (1).

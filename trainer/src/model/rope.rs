@@ -97,7 +97,7 @@ impl RopeParameters {
     pub fn table(&self, positions: usize, head_dim: usize) -> Table {
         let frequency = |i: usize| self.base.powf(-(2.0 * i as f64) / head_dim as f64);
         let frequencies: Vec<f64> = (0..head_dim / 2).map(|i| self.scale(frequency(i))).collect();
-        Table::of(positions, &frequencies)
+        Table::from_frequencies(positions, &frequencies)
     }
 
     fn scale(&self, frequency: f64) -> f64 {

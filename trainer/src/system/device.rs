@@ -13,7 +13,7 @@ pub const VARIABLE: &str = "LODESTONE_DEVICE";
 /// Major and minor version of CUDA of this build; `None` without the feature `cuda`.
 pub fn cuda_version() -> Option<(u32, u32)> {
     #[cfg(feature = "cuda")]
-    return Some(kernels::toolkit());
+    return Some(kernels::cuda_version());
     #[cfg(not(feature = "cuda"))]
     None
 }
@@ -37,7 +37,7 @@ pub fn current() -> Result<Device> {
         })?,
         #[cfg(feature = "emulator")]
         Some("emulator") => {
-            kernels::emulate();
+            kernels::use_emulator();
             Device::Cpu
         }
         None | Some("") if cuda_version().is_none() => Device::Cpu,
@@ -62,7 +62,7 @@ pub(crate) fn without_backtrace(error: &candle_core::Error) -> String {
 
 #[cfg(feature = "cuda")]
 fn gpu() -> candle_core::Result<Device> {
-    kernels::open(ordinal()?)
+    kernels::open_device(ordinal()?)
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -76,5 +76,5 @@ fn gpu() -> candle_core::Result<Device> {
 pub(crate) fn ordinal() -> candle_core::Result<usize> {
     let names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
     let local: Option<usize> = names.iter().find_map(|name| std::env::var(name).ok()?.parse().ok());
-    Ok(local.unwrap_or(0) % kernels::devices()?.max(1))
+    Ok(local.unwrap_or(0) % kernels::device_count()?.max(1))
 }

@@ -10,7 +10,7 @@ use crate::model::pass::Saved;
 pub fn available(ranks: usize) -> u64 {
     #[cfg(feature = "cuda")]
     if let Ok(device) = crate::system::device::current()
-        && let Ok(free) = kernels::free(&device)
+        && let Ok(free) = kernels::free_memory(&device)
     {
         return free;
     }

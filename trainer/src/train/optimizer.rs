@@ -35,7 +35,7 @@ impl Optimizer {
         step: u64,
         rate: f64,
     ) -> Result<Tensor> {
-        let clip = adamw::clip(gradients.flat(), losses, self.max_norm)?;
+        let clip = adamw::clip_grad_norm(gradients.flat(), losses, self.max_norm)?;
         self.rule.learning_rate = rate;
         adamw::step(
             flat.values(),

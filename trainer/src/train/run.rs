@@ -274,7 +274,7 @@ fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, e
     let buffers = [flat.values(), &optimizer.exp_avg, &optimizer.exp_avg_sq];
     for (what, buffer) in ["a parameter", "a first moment", "a second moment"].into_iter().zip(buffers) {
         // A finite gradient can still lead there, and the last good checkpoint is worth more than this one.
-        if !adamw::finite(buffer)? {
+        if !adamw::all_finite(buffer)? {
             let rows = "hint: a smaller `training.learning_rate`, or `training.max_grad_norm`".to_owned();
             return Err(Error::NonFinite { step: state.step, what, rows });
         }

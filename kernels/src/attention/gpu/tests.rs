@@ -1,8 +1,8 @@
-//! The kernels against softmax(scale·q kᵀ + bias) v in f64, whole matrices of one head at a time.
+//! Compares the kernels with softmax(scale·q kᵀ + bias) v in f64, one query at a time.
 
 use super::*;
 use crate::dropout::{self, Dropout};
-use crate::testing::{TYPES, each_type, inner, numbers, placed, relative_error};
+use crate::testing::{TYPES, cast, inner, numbers, random_on_device, relative_error};
 use candle_core::Device;
 
 fn attention(heads: usize, kv_heads: usize, head_width: usize) -> Attention {
@@ -17,17 +17,18 @@ fn packing(lengths: &[usize]) -> crate::Packing {
 /// q, k, v and dL/do.
 fn inputs(a: &Attention, tokens: usize) -> [Tensor; 4] {
     let (wide, narrow) = (a.heads * a.head_width, a.kv_heads * a.head_width);
-    [(1, wide), (2, narrow), (3, narrow), (4, wide)].map(|(seed, width)| placed(seed, (tokens, width)))
+    [(1, wide), (2, narrow), (3, narrow), (4, wide)]
+        .map(|(seed, width)| random_on_device(seed, (tokens, width)))
 }
 
-/// Hands the arguments of a forward and of a backward pass over two sequences to `f`.
-pub(crate) fn with_arguments(f: impl FnOnce(Any, Any)) {
+/// Calls `f` with the arguments of a forward and of a backward pass over two sequences.
+pub(crate) fn with_arguments(f: impl FnOnce(VoidPointer, VoidPointer)) {
     let a = attention(1, 1, 16);
     let packing = packing(&[150, 5]);
-    // The emulator's, wherever the other tests run.
-    let of = |x: Tensor| Memory::of(&each_type(&x.to_device(&Device::Cpu).unwrap(), DType::BF16)).unwrap();
+    // Always in the emulator, also where the other tests run on a GPU.
+    let of = |x: Tensor| Memory::of(&cast(&x.to_device(&Device::Cpu).unwrap(), DType::BF16)).unwrap();
     let [q, k, v, d_o] = inputs(&a, 155).map(of);
-    let packing = gpu::Packing::of(&packing, &Device::Cpu).unwrap();
+    let packing = DevicePacking::of(&packing, &Device::Cpu).unwrap();
     let new = |dtype| Memory::new(&Device::Cpu, dtype, 155 * 16).unwrap();
     let [o, dq, dk, dv] = [DType::BF16; 4].map(new);
     let (lse, delta) = (new(DType::F32), new(DType::F32));
@@ -68,8 +69,9 @@ fn reference(
             let at = row(i, a.heads, h);
             let key = |j: usize| row(j, a.kv_heads, h / (a.heads / a.kv_heads));
             let column = |j: usize| {
-                let reach = columns as isize / 2;
-                h * columns + (reach + (j as isize - i as isize).clamp(-reach, reach)) as usize
+                let max_distance = columns as isize / 2;
+                h * columns
+                    + (max_distance + (j as isize - i as isize).clamp(-max_distance, max_distance)) as usize
             };
             let seen: Vec<usize> = a.visible(i, tokens).collect();
             let of = |x: &[f64], j: usize, y: &[f64]| inner(&x[at..at + width], &y[key(j)..key(j) + width]);
@@ -83,9 +85,9 @@ fn reference(
             let factor = |j: usize| masks.get(n).map_or(1.0, |mask| mask[(h * tokens + i) * tokens + j]);
             let p: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
             let dp: Vec<f64> = seen.iter().map(|&j| factor(j) * of(d_o, j, v)).collect();
-            let own = inner(&p, &dp);
+            let delta = inner(&p, &dp);
             for (x, &j) in seen.iter().enumerate() {
-                let ds = p[x] * (dp[x] - own);
+                let ds = p[x] * (dp[x] - delta);
                 if columns > 0 {
                     r.dbias[column(j)] += ds;
                 }
@@ -101,11 +103,11 @@ fn reference(
     r
 }
 
-/// All outputs for one type, with a bias of so many columns.
+/// Compares all results for one type, with a bias of `columns` columns, or without one if that is 0.
 fn compare(lengths: &[usize], a: &Attention, columns: usize, dtype: DType, rounding: f64) {
     let packing = packing(lengths);
-    let [q, k, v, d_o] = inputs(a, packing.tokens()).map(|x| each_type(&x, dtype));
-    let bias = (columns > 0).then(|| placed(9, (a.heads, columns)));
+    let [q, k, v, d_o] = inputs(a, packing.tokens()).map(|x| cast(&x, dtype));
+    let bias = (columns > 0).then(|| random_on_device(9, (a.heads, columns)));
     let (o, lse) = forward(&q, &k, &v, bias.as_ref(), &packing, a).unwrap();
     let (dq, dk, dv, dbias) = backward([&q, &k, &v, &o, &lse, &d_o], bias.as_ref(), &packing, a).unwrap();
 
@@ -119,14 +121,15 @@ fn compare(lengths: &[usize], a: &Attention, columns: usize, dtype: DType, round
     let all = [("o", &o, &want.o), ("dq", &dq, &want.dq), ("dk", &dk, &want.dk), ("dv", &dv, &want.dv)];
     for (name, got, want) in all.into_iter().chain(dbias) {
         let error = relative_error(got, want);
-        // Probabilities and their gradients are rounded before they are multiplied, o before it is used, results once more.
+        // Probabilities and their gradients are rounded before they are multiplied, and so are o and the
+        // results.
         assert!(error < 2.0 * rounding, "{name} of {dtype:?} {lengths:?}, {a:?}: {error:.1e}");
     }
-    // In f32 from the first product on.
+    // The log-sum-exp is computed in f32 for every type.
     assert!(relative_error(&lse, &want.lse) < 2e-6, "lse of {dtype:?} {lengths:?}, {a:?}");
 }
 
-/// The factors of a sequence's probabilities, by head, query and key.
+/// The dropout factors of the probabilities of a sequence, by head, query and key.
 fn mask(d: &Dropout, number: u32, tokens: usize, heads: usize) -> Vec<f64> {
     let ones = Tensor::ones((1, heads * tokens * tokens), DType::F32, &Device::Cpu).unwrap();
     numbers(&dropout::apply(&ones, &crate::Packing::new(&[1], vec![number]), d).unwrap())
@@ -135,7 +138,7 @@ fn mask(d: &Dropout, number: u32, tokens: usize, heads: usize) -> Vec<f64> {
 #[test]
 fn kernels_equal_the_reference_in_both_directions() {
     for (dtype, rounding) in TYPES {
-        // Odd lengths and widths, several tiles of either side, empty sequences, none at all.
+        // Odd lengths and sizes, several tiles of queries and of keys, empty sequences, no sequence.
         for (lengths, heads, kv_heads, head_width) in [
             (vec![], 2, 1, 8),
             (vec![1], 1, 1, 1),
@@ -177,12 +180,13 @@ fn heads_wider_than_the_tiles() {
 }
 
 #[test]
-fn what_does_not_fit_is_an_error() {
+fn other_types_and_heads_that_are_too_large_are_an_error() {
     let (packing, a) = (packing(&[2]), attention(1, 1, 300));
     let [q, k, v, _] = inputs(&a, 2);
     assert!(forward(&q, &k, &v, None, &packing, &a).unwrap_err().to_string().contains("300"));
     let a = attention(1, 1, 4);
     let [q, k, v, _] = inputs(&a, 2);
-    assert!(forward(&q, &each_type(&k, DType::F16), &v, None, &packing, &a).is_err());
-    assert!(forward(&q, &k, &v, Some(&placed(1, (1, 4))), &packing, &a).is_err());
+    assert!(forward(&q, &cast(&k, DType::F16), &v, None, &packing, &a).is_err());
+    let bias = cast(&random_on_device(1, (1, 3)), DType::F16);
+    assert!(forward(&q, &k, &v, Some(&bias), &packing, &a).is_err());
 }

@@ -1,4 +1,4 @@
-//! What the emulator must find, and must not.
+//! Tests that the emulator finds each kind of fault, and none in a correct kernel.
 
 use super::super::{entries, with_seed};
 use super::Memory;
@@ -17,7 +17,7 @@ entries! {
 
 fn run(kind: i32) -> Result<()> {
     let memory = Memory::new(DType::F32, 64);
-    // SAFETY: the emulator guards the buffer.
+    // SAFETY: the emulator detects accesses outside of the buffer.
     unsafe { fault(&Device::Cpu, &Fault { buffer: memory.pointer().cast(), count: 64, kind }) }
 }
 
@@ -34,15 +34,15 @@ fn every_fault_is_found_in_every_order_of_the_threads() {
         (8, "elements 64..65 of a shared array of 64"),
         (9, "where a copy is in flight"),
         (10, "copy is in flight"),
-        (11, "meet at different instructions"),
+        (11, "wait at different instructions"),
         (12, "waits for lanes of its warp"),
-        (13, "260 bytes of shared memory are used, the launch has 256"),
-        (14, "an access of 16 bytes at an address that is no multiple"),
+        (13, "uses 260 bytes of shared memory, but the launch has 256"),
+        (14, "an access of 16 bytes at an address that is not a multiple"),
     ] {
         for seed in 0..8 {
             with_seed(seed);
             let error = run(kind).expect_err(&format!("fault {kind}")).to_string();
-            // A thread may find that nothing was written before another finds the race.
+            // In some orders a thread reads before anything is written.
             let written = kind == 4 && error.contains("which nothing has written");
             assert!(error.contains(message) || written, "fault {kind}: {error}");
             assert!(error.starts_with("emulated_fault, thread "), "{error}");
@@ -59,11 +59,11 @@ fn a_kernel_without_a_fault_runs_in_any_order() {
 }
 
 mod mutants {
-    //! Kernels of this crate from which the build script has taken a barrier: each must be found out.
+    //! Kernels of this crate without one of their barriers: the emulator must report each of them.
 
     use crate::testing::random;
 
-    /// What the kernel of a whole source would have accepted.
+    /// The error of a launch that must fail.
     fn found(status: i32) -> String {
         super::super::check(status).expect_err("a kernel without its barrier").to_string()
     }
@@ -81,19 +81,19 @@ mod mutants {
     }
 
     #[test]
-    fn a_norm_whose_sum_over_the_block_lacks_its_barrier() {
+    fn a_norm_whose_block_sum_lacks_a_barrier_is_reported() {
         let (x, w) = (random(1, (2, 64)), random(2, 64));
         crate::norm::gpu::tests::with_arguments(&x, &w, |arguments| {
-            // SAFETY: the arguments of the whole kernel.
+            // SAFETY: the arguments are those of the correct kernel.
             let error = found(unsafe { mutant_a_norm_forward(arguments, std::ptr::null_mut()) });
             assert!(error.contains("barrier") || error.contains("nothing has written"), "{error}");
         });
     }
 
     #[test]
-    fn attention_that_reads_a_tile_before_all_have_copied_it() {
+    fn attention_that_reads_a_tile_before_all_threads_have_copied_it_is_reported() {
         crate::attention::gpu::tests::with_arguments(|forward, _| {
-            // SAFETY: the arguments of the whole kernel.
+            // SAFETY: the arguments are those of the correct kernel.
             let error = found(unsafe { mutant_b_attention_forward(forward, std::ptr::null_mut()) });
             assert!(
                 error.contains("in flight") || error.contains("barrier") || error.contains("written"),
@@ -103,9 +103,9 @@ mod mutants {
     }
 
     #[test]
-    fn attention_that_copies_over_a_tile_which_others_still_read() {
+    fn attention_that_overwrites_a_tile_while_others_read_it_is_reported() {
         crate::attention::gpu::tests::with_arguments(|_, backward| {
-            // SAFETY: the arguments of the whole kernel.
+            // SAFETY: the arguments are those of the correct kernel.
             let error = found(unsafe { mutant_c_attention_backward(backward, std::ptr::null_mut()) });
             assert!(error.contains("barrier"), "{error}");
         });
