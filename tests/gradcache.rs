@@ -18,7 +18,7 @@ use trainer::train::step::Stepper;
 
 const ROWS: usize = 12;
 
-fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempDir, Model) {
+pub(crate) fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempDir, Model) {
     let folder = model_folder(name, false);
     let section = config::Model { dropout: Some(dropout), ..config::Model::default() };
     let lora = config::Lora { dropout: Some(dropout), ..config::Lora::default() };
@@ -34,7 +34,7 @@ fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempDir, Model) 
 }
 
 /// Rows of a query, a positive and a negative of lengths from 1 to 60, in an order that `turn` rotates.
-fn batch(turn: usize) -> Batch {
+pub(crate) fn batch(turn: usize) -> Batch {
     let length = |i: usize| 1 + (i * i * 7 + i) % 60;
     let sequence = |i: usize| Sequence {
         ids: (0..length(i)).map(|t| 5 + ((t * 31 + i * 17) % 80) as u32).collect(),
@@ -64,7 +64,7 @@ fn batch(turn: usize) -> Batch {
 }
 
 /// The loss of each row and the gradient of one step.
-fn step(
+pub(crate) fn step(
     model: &Model,
     batch: &Batch,
     chunk: Limit,
@@ -87,7 +87,7 @@ fn step(
     (outcome.losses, stepper.gradients.flat().clone())
 }
 
-fn info_nce() -> InfoNce {
+pub(crate) fn info_nce() -> InfoNce {
     InfoNce { temperature: 0.05, in_batch_negatives: true, symmetric: false, false_negative_margin: None }
 }
 

@@ -8,6 +8,8 @@
 
 // Training continues PEFT adapters.
 mod adapters;
+// A training step equals that of candle's autograd.
+mod autograd;
 // The losses of short runs, which are kept in `expected/`.
 mod curves;
 // A whole run on the emulated GPU.
