@@ -163,7 +163,7 @@ fn rows_that_were_mined_and_split_train() {
     assert!(first < 1e-9, "{first}");
     let again = split.output().unwrap();
     assert_eq!(again.status.code(), Some(2));
-    assert!(stderr(&again).contains("parts: is already there"), "{}", stderr(&again));
+    assert!(stderr(&again).contains("parts: already exists"), "{}", stderr(&again));
 }
 
 /// A BEIR folder of the golden's rows, every passage and every negative a document.

@@ -7,6 +7,7 @@ use super::print;
 use super::sets::Sets;
 use crate::comm::World;
 use crate::eval::{Scores, nano};
+use crate::system::atomic;
 use crate::{Error, Result};
 
 /// Compute the metrics of a model on evaluation sets
@@ -53,8 +54,7 @@ pub(super) fn run(args: &Args, world: &World) -> Result<()> {
     let json = serde_json::to_string_pretty(&all)
         .map_err(|error| Error::Bug(format!("scores cannot be written as JSON: {error}")))?;
     if let Some(output) = output {
-        let path = output.join("results.json");
-        fs::write(&path, format!("{json}\n")).map_err(Error::write("write", path))?;
+        atomic::write(&output.join("results.json"), format!("{json}\n"))?;
     }
     if world.is_rank_zero() {
         print(json);

@@ -466,7 +466,7 @@ mod tests {
         named.columns = vec!["Frage".into()];
         assert_eq!(named.run(&input, &output).unwrap().groups, 2);
         let error = named.run(&input, &output).unwrap_err().to_string();
-        assert!(error.contains("out: is already there"), "{error}");
+        assert!(error.contains("out: already exists"), "{error}");
         assert!(
             fs::read_dir(folder.path())
                 .unwrap()

@@ -1,13 +1,13 @@
 //! Compares two models on the same sets: the metrics of both, their difference and its confidence interval.
 
 use std::fmt;
-use std::fs;
 use std::path::Path;
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::eval::{self, Bootstrap, CONFIDENCE, EvalOutput, EvalSet, Scores, nano};
+use crate::system::atomic;
 use crate::system::progress::Progress;
 use crate::{Error, Result};
 
@@ -100,9 +100,7 @@ impl Comparison {
             "sets": sets,
             "metrics": metrics,
         });
-        fs::create_dir_all(folder).map_err(Error::write("create", folder))?;
-        let path = folder.join("compare.json");
-        fs::write(&path, format!("{all:#}\n")).map_err(Error::write("write", path))
+        atomic::write(&folder.join("compare.json"), format!("{all:#}\n"))
     }
 
     /// The metrics of all sets by name.

@@ -42,7 +42,7 @@ pub fn current() -> Result<Device> {
         }
         None | Some("") if cuda_version().is_none() => Device::Cpu,
         None | Some("") => gpu().unwrap_or_else(|error| {
-            tracing::warn!("no GPU can be used, so the CPU is: {}", without_backtrace(&error));
+            tracing::warn!("no GPU can be used, so this runs on the CPU: {}", without_backtrace(&error));
             Device::Cpu
         }),
         Some(other) => {

@@ -177,7 +177,7 @@ fn errors_name_file_and_line_and_nothing_is_written() {
     }
     let folder = set(&words());
     let again = nano(&folder, "set");
-    assert!(again.sample().err().unwrap().to_string().contains("set: is already there"));
+    assert!(again.sample().err().unwrap().to_string().contains("set: already exists"));
     let empty = tempfile::tempdir().unwrap();
     let error =
         NanoBuilder { set: empty.path().to_owned(), ..nano(&empty, "x") }.sample().err().unwrap().to_string();
