@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::eval::{self, Bootstrap, CONFIDENCE, EvalOutput, EvalSet, Scores, nano};
 use crate::system::atomic;
 use crate::system::progress::Progress;
-use crate::{Error, Result};
+use crate::Result;
 
 /// A metric of the base and the tuned model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
