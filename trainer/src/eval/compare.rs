@@ -6,10 +6,10 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::Result;
 use crate::eval::{self, Bootstrap, CONFIDENCE, EvalOutput, EvalSet, Scores, nano};
 use crate::system::atomic;
 use crate::system::progress::Progress;
-use crate::Result;
 
 /// A metric of the base and the tuned model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
