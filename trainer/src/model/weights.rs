@@ -125,7 +125,7 @@ impl Weights {
                 Init::Ones => Ok(Tensor::ones(shape, DType::F32, &Device::Cpu)?),
                 Init::Normal => {
                     let normal = Normal::new(0.0, *deviation as f32).map_err(|_| {
-                        Error::Usage(format!("initializer_range {deviation} is not a standard deviation"))
+                        Error::Bug(format!("initializer_range {deviation} is not a standard deviation"))
                     })?;
                     draw(*seed, &format!("{}{name}", self.prefix), shape, &normal)
                 }
