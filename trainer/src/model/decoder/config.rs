@@ -207,7 +207,6 @@ fn windows(family: Family, json: &ConfigJson) -> Result<Vec<AttentionWindow>> {
     let right = causal.then_some(0);
     (0..layers)
         .map(|l| {
-            let window = window.filter(|_| family != Family::Llama);
             Ok(match window {
                 Some(window) if windowed(l)? => AttentionWindow {
                     left: Some(side(window)),
