@@ -6,8 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::architecture;
 use super::config_json::ConfigJson;
-use super::encoder;
 use super::folder::{ModelFolder, Modules};
 use super::peft::{self, AdapterConfig};
 use crate::config::WeightInit;
@@ -122,7 +122,7 @@ fn check(folder: &ModelFolder, need: Need) -> Result<()> {
     if let Some(adapter) = &folder.adapter {
         adapter.lora()?;
     }
-    encoder::read_config(&ConfigJson::new(&folder.path, folder.config.clone()), Some(0.0)).map(drop)
+    architecture::read_config(&ConfigJson::new(&folder.path, folder.config.clone()), Some(0.0)).map(drop)
 }
 
 /// Fetches the adapter `id`, without the other files of its repository, and returns its folder.

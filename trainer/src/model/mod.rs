@@ -3,28 +3,31 @@
 //! Encoders have a written backward pass: a layer's `forward` returns a tape and its `backward`, in the same
 //! file, takes it. Frozen parameters get no gradient, and nothing is computed for them.
 
+// Files of a model.
 pub mod config_json;
 pub mod mapped_safetensors;
+pub mod weights;
+pub mod peft;
+pub mod folder;
+// What all layers share.
 pub mod params;
 pub mod pass;
-pub mod peft;
 pub mod rope;
-pub mod weights;
-
+// Layers.
 pub mod linear;
 pub mod norms;
 pub mod relative_bias;
-
-pub mod bert;
-pub mod decoder;
-pub mod encoder;
-pub mod modernbert;
-
-pub mod folder;
 pub mod head;
+// Encoder stacks.
+pub mod encoder;
+pub mod bert;
+pub mod modernbert;
+pub mod decoder;
+pub mod architecture;
+// Models on the hub, and adapters.
 pub mod locate;
 pub mod lora;
-
+// Parts of a batch.
 pub mod chunk;
 mod digest;
 
@@ -98,7 +101,7 @@ impl Model {
         #[cfg(feature = "cuda")]
         candle_core::cuda::set_gemm_reduced_precision_f32(options.model.tf32);
         let json = ConfigJson::new(&folder.path, folder.config.clone());
-        let config = encoder::read_config(&json, options.model.dropout.map(|p| p as f32))?;
+        let config = architecture::read_config(&json, options.model.dropout.map(|p| p as f32))?;
         let open_weights = |place: &Path, name: &str, anchor: &str| {
             let weights = match options.model.init {
                 config::WeightInit::Pretrained => Weights::open(place, anchor)?,
