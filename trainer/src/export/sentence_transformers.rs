@@ -2,6 +2,7 @@
 //!
 //! All versions of sentence-transformers read it, as do text-embeddings-inference and vLLM. The compact
 //! schema of version 5.4 and later is misread or refused by these two.
+
 use std::path::Path;
 
 use candle_core::Tensor;

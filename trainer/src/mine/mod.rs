@@ -7,6 +7,7 @@
 //!
 //! Texts and embeddings are on disk. Memory holds one batch of texts, one block of queries, one batch of
 //! documents, and 2k values per query of the block. Ranks embed together and process different blocks.
+
 pub mod nano;
 mod stats;
 mod search;

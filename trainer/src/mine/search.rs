@@ -3,6 +3,7 @@
 //!
 //! Documents are read in batches; [`TopK`] scores them and keeps the best. Memory holds the queries of the
 //! block, one batch of documents, and 2k values per query, for any number of documents.
+
 use std::ops::Range;
 use std::path::Path;
 

@@ -14,6 +14,7 @@
 //!
 //! Of the remaining candidates those at ranks `range_min` to `range_max` are kept, and of these the first, or
 //! some at random.
+
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use kernels::topk::Hit;

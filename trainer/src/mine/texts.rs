@@ -2,6 +2,7 @@
 //!
 //! Texts are deduplicated and numbered in the order in which they first occur. They are stored in an unnamed
 //! temporary file; memory holds 8 bytes per text, and a hash of each while they are read.
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};

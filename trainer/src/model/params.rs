@@ -120,6 +120,18 @@ pub struct Entry {
 }
 
 /// All trained parameters in one buffer: first those that weight decay applies to, then the others.
+///
+/// ```
+/// use trainer::eval::embed::LoadedModel;
+/// use trainer::model::Options;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/bert");
+/// let loaded = LoadedModel::open(folder, &Options { trained: true, ..Options::default() })?;
+/// let parameters = loaded.model.flat();
+/// let elements: usize = parameters.entries().iter().map(|entry| entry.slot.len()).sum();
+/// assert_eq!(elements, parameters.len());
+/// # Ok::<(), trainer::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct FlatParameters {
     values: Tensor, // (P)

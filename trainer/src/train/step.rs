@@ -13,7 +13,9 @@ use crate::train::gradcache::{self, Budget};
 use crate::train::optimizer::Optimizer;
 use crate::train::schedule::LrSchedule;
 
-/// What stays the same from step to step.
+/// Model, optimizer and settings of a run, which make optimizer steps.
+///
+/// The example `train_in_memory` (`trainer/examples`) builds one and trains with it.
 pub struct Stepper<'a> {
     /// The encoder, whose trained parameters change.
     pub model: &'a Model,
