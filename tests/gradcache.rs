@@ -5,7 +5,7 @@ use kernels::adamw::AdamW;
 use tests::{FAMILIES, model_folder, relative_error};
 use trainer::comm::World;
 use trainer::config;
-use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
+use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
 use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
@@ -42,17 +42,17 @@ pub(crate) fn batch(turn: usize) -> Batch {
     };
     let rotated: Vec<usize> = (0..3 * ROWS).map(|i| (i + turn) % (3 * ROWS)).collect();
     let place = |i: usize| rotated.iter().position(|&j| j == i).unwrap() as u32;
-    let table = Table {
+    let table = LossTable {
         rows: (0..ROWS as u32).collect(),
         queries: (0..ROWS).map(place).collect(),
         candidates: (ROWS..3 * ROWS).map(place).collect(),
         positives: (0..ROWS as u32).collect(),
-        excluded: Lists { offsets: vec![0; ROWS + 1], columns: vec![] },
-        own: Lists {
+        excluded: CsrIndices { offsets: vec![0; ROWS + 1], columns: vec![] },
+        own: CsrIndices {
             offsets: (0..=ROWS as u32).map(|i| 2 * i).collect(),
             columns: (0..ROWS as u32).flat_map(|i| [i, i + ROWS as u32]).collect(),
         },
-        ..Table::default()
+        ..LossTable::default()
     };
     Batch {
         sequences: rotated.iter().map(|&i| sequence(i)).collect(),
@@ -199,14 +199,14 @@ fn the_loss_without_in_batch_negatives_is_that_of_each_row_alone() {
     for i in 0..ROWS {
         let all = |of: &[u32]| of[i];
         let candidates = &batch.tables[0].candidates;
-        let table = Table {
+        let table = LossTable {
             rows: vec![0],
             queries: vec![all(&batch.tables[0].queries)],
             candidates: vec![candidates[i], candidates[i + row as usize]],
             positives: vec![0],
-            excluded: Lists { offsets: vec![0, 0], columns: vec![] },
-            own: Lists { offsets: vec![0, 2], columns: vec![0, 1] },
-            ..Table::default()
+            excluded: CsrIndices { offsets: vec![0, 0], columns: vec![] },
+            own: CsrIndices { offsets: vec![0, 2], columns: vec![0, 1] },
+            ..LossTable::default()
         };
         let alone = Batch { tables: vec![table], rows: vec![batch.rows[i]], ..batch.clone() };
         let (losses, _) = step(&model, &alone, Limit::Tokens(512), u64::MAX, &info_nce());
@@ -222,9 +222,9 @@ fn the_symmetric_loss_is_the_mean_of_both_directions() {
     // Positives only, so that both directions have the same shape.
     let table = &mut forth.tables[0];
     table.candidates.truncate(ROWS);
-    table.own = Lists { offsets: (0..=ROWS as u32).collect(), columns: (0..ROWS as u32).collect() };
+    table.own = CsrIndices { offsets: (0..=ROWS as u32).collect(), columns: (0..ROWS as u32).collect() };
     let turned =
-        Table { queries: table.candidates.clone(), candidates: table.queries.clone(), ..table.clone() };
+        LossTable { queries: table.candidates.clone(), candidates: table.queries.clone(), ..table.clone() };
     let back = Batch { tables: vec![turned], ..forth.clone() };
     let run = |batch: &Batch, symmetric| {
         step(&model, batch, Limit::Tokens(512), u64::MAX, &InfoNce { symmetric, ..info_nce() })

@@ -44,5 +44,7 @@ mod resume;
 mod rooms;
 // Evaluation during training, and early stopping.
 mod stopping;
+// A table becomes a trained model by the commands that `trainer init` prints.
+mod init;
 // The number of ranks does not change the result.
 mod world;

@@ -270,7 +270,7 @@ fn bad_input_is_named_and_nothing_is_written() {
         (&mine, &["good.jsonl", "--relative-margin", "nan"], &["--relative-margin", "expected a number"]),
         (&mine, &["good.jsonl", "--negatives", "0"], &["--negatives", "above 0"]),
         (&split, &["bad.jsonl", "--fractions", "0.5,0.6"], &["--fractions: 0.5,0.6 do not add up to 1"]),
-        (&split, &["good.jsonl"], &["no row is left for"]),
+        (&split, &["good.jsonl"], &["would be empty"]),
         (&split, &["large"], &["large"]),
         (&nano, &["one"], &["corpus.jsonl", "1 documents"]),
         (&nano, &["unknown"], &["test.tsv:2", "`nowhere` is not in corpus.jsonl"]),

@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use tests::{golden, metrics, model_folder, program, relative_error, stderr, write_config};
 use trainer::comm::World;
 use trainer::config::{self, Distance, LossKind};
-use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
+use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
 use trainer::loss::{InfoNce, Kl, Losses, Matryoshka, Triplet};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
@@ -70,7 +70,7 @@ fn batch_of(rows: usize, seed: u64, losses: &[LossKind]) -> Batch {
     Batch { sequences, tables, rows, cursor: Cursor::default(), epoch: 1.0 }
 }
 
-fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) -> Table {
+fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) -> LossTable {
     let count = rows.len();
     let mut text = || random.random_range(0..texts) as u32;
     let queries: Vec<u32> = (0..count).map(|_| text()).collect();
@@ -88,7 +88,7 @@ fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) 
         .map(|row| (0..candidates.len() as u32).filter(|&column| column != row && text() % 9 == 0).collect())
         .collect();
     let lists = |rows: Vec<Vec<u32>>| {
-        let mut lists = Lists { offsets: vec![0], columns: Vec::new() };
+        let mut lists = CsrIndices { offsets: vec![0], columns: Vec::new() };
         for row in rows {
             lists.columns.extend(row);
             lists.offsets.push(lists.columns.len() as u32);
@@ -99,7 +99,7 @@ fn table(rows: Vec<u32>, loss: LossKind, texts: usize, random: &mut ChaCha8Rng) 
     // Only five different scores, so that some are equal.
     let scores = own.columns.iter().map(|_| (text() % 5) as f32 / 4.0).collect();
     let positives = (0..count as u32).collect();
-    Table { loss, rows, queries, candidates, positives, excluded: lists(excluded), own, scores }
+    LossTable { loss, rows, queries, candidates, positives, excluded: lists(excluded), own, scores }
 }
 
 /// Trains one rank; `batch` gives the batch of each step.
@@ -262,10 +262,10 @@ fn more_ranks_than_sequences_give_the_same_step() {
         Setup { name: "bert", adapted: false, losses: info_nce(), chunk: Limit::Tokens(64), steps: 2 };
     let tiny = |_| {
         let sequences = vec![Sequence { ids: vec![5, 6], skip: 0 }, Sequence { ids: vec![7], skip: 0 }];
-        let lists = Lists { offsets: vec![0, 0], columns: vec![] };
-        let own = Lists { offsets: vec![0, 1], columns: vec![0] };
+        let lists = CsrIndices { offsets: vec![0, 0], columns: vec![] };
+        let own = CsrIndices { offsets: vec![0, 1], columns: vec![0] };
         let mut tables = batch(1, 0).tables;
-        tables[0] = Table {
+        tables[0] = LossTable {
             queries: vec![0],
             candidates: vec![1],
             positives: vec![0],

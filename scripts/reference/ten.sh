@@ -19,7 +19,7 @@ fi
 [ -d "$output/run/model" ] || step "$bin/launch" --resume "$root/configs/minilm.yaml" output="$output/run" model.path="$model" \
     model.dropout=0 model.max_query_length=$length model.max_document_length=$length \
     data.train="[{name: ten, path: $output/train.jsonl}]" data.negatives=1 data.no_duplicates=false \
-    loss.temperature=$temperature loss.mask_known_positives=false training.learning_rate=$rate training.decay_all=true \
+    data.shuffle=false loss.temperature=$temperature loss.mask_known_positives=false training.learning_rate=$rate training.decay_all=true \
     evaluation.sets='[]'
 [ -d "$output/peer" ] || step "$python" "$peer" --model "$model" --data "$output/train.jsonl" --batch 64 --mini-batch 16 \
     --negatives 1 --max-length $length --temperature $temperature --lr $rate --no-dropout --save "$output/peer" >"$output/peer.json"

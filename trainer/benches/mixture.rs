@@ -64,19 +64,19 @@ fn main() -> Result<()> {
     println!("memory     {} at most", peak()?);
 
     let start = Instant::now();
-    let mut walk = mixture.walk(&Cursor::default())?;
+    let mut sampler = mixture.sampler(&Cursor::default())?;
     let mut rows = 0;
     let batches = args.batches.min(mixture.batches());
     let mut last = Cursor::default();
     for _ in 0..batches {
-        let picked = walk.step()?;
+        let picked = sampler.next_rows()?;
         rows += picked.examples.len();
         last = picked.cursor;
     }
     let read = start.elapsed().as_secs_f64();
     println!("shuffled   {rows} rows in {read:.2} s, {:.1} µs a row", read * 1e6 / rows as f64);
     let start = Instant::now();
-    mixture.walk(&Cursor { position: last.position + mixture.rows() / 2 / 64 * 64, ..last })?;
+    mixture.sampler(&Cursor { position: last.position + mixture.rows() / 2 / 64 * 64, ..last })?;
     println!("resuming   {:.3} s in the middle of the epoch", start.elapsed().as_secs_f64());
     println!("memory     {} at most", peak()?);
     Ok(())

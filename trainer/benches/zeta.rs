@@ -18,7 +18,7 @@ use std::time::Instant;
 use kernels::adamw::AdamW;
 use trainer::comm::World;
 use trainer::config::{self, Dtype, WeightInit};
-use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
+use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
 use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
 use trainer::model::params::Gradients;
@@ -166,15 +166,15 @@ fn batch(rows: usize) -> Result<Batch> {
     let sequences: Vec<Sequence> =
         lengths.iter().map(|&n| Sequence { ids: (0..n).map(|_| token()).collect(), skip: 0 }).collect();
     let numbers = |range: std::ops::Range<usize>| range.map(|n| n as u32).collect::<Vec<u32>>();
-    let none = Lists { offsets: vec![0; rows + 1], columns: Vec::new() };
-    let table = Table {
+    let none = CsrIndices { offsets: vec![0; rows + 1], columns: Vec::new() };
+    let table = LossTable {
         rows: numbers(0..rows),
         queries: numbers(0..rows),
         candidates: numbers(rows..sequences.len()),
         positives: numbers(0..rows),
         excluded: none.clone(),
         own: none,
-        ..Table::default()
+        ..LossTable::default()
     };
     let rows = (0..rows as u64).map(|row| RowId { dataset: 0, row }).collect();
     Ok(Batch { sequences, tables: vec![table], rows, cursor: Cursor::default(), epoch: 0.0 })

@@ -16,7 +16,7 @@ use serde_json::Map;
 use trainer::Result;
 use trainer::comm::World;
 use trainer::config::{Config, ScheduleKind};
-use trainer::data::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
+use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
 use trainer::eval::embed::LoadedModel;
 use trainer::export::{self, TrainedRun};
 use trainer::loss::Losses;
@@ -89,14 +89,14 @@ fn batch(loaded: &LoadedModel) -> Result<Batch> {
     let mut sequences = tokenise(PAIRS.map(|(query, _)| query), folder.query_prompt())?;
     sequences.extend(tokenise(PAIRS.map(|(_, positive)| positive), folder.document_prompt())?);
     let rows = PAIRS.len() as u32;
-    let table = Table {
+    let table = LossTable {
         rows: (0..rows).collect(),
         queries: (0..rows).collect(),
         candidates: (rows..2 * rows).collect(),
         positives: (0..rows).collect(),
-        excluded: Lists { offsets: vec![0; PAIRS.len() + 1], columns: vec![] },
-        own: Lists { offsets: (0..=rows).collect(), columns: (0..rows).collect() },
-        ..Table::default()
+        excluded: CsrIndices { offsets: vec![0; PAIRS.len() + 1], columns: vec![] },
+        own: CsrIndices { offsets: (0..=rows).collect(), columns: (0..rows).collect() },
+        ..LossTable::default()
     };
     let ids = (0..u64::from(rows)).map(|row| RowId { dataset: 0, row });
     Ok(Batch { sequences, tables: vec![table], rows: ids.collect(), cursor: Cursor::default(), epoch: 1.0 })

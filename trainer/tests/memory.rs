@@ -119,9 +119,10 @@ fn peaks(layers: usize, rows: usize, more: serde_json::Value) -> (f64, f64) {
         seed: 1,
         world: World::solo(),
     };
-    let mut draft = plan.batches(&State::default(), World::solo().shard()).unwrap().next().unwrap().unwrap();
-    let sequences = draft.take();
-    let batch = draft.finish(sequences);
+    let mut partial =
+        plan.batches(&State::default(), World::solo().shard()).unwrap().next().unwrap().unwrap();
+    let sequences = partial.take_sequences();
+    let batch = partial.finish(sequences);
     assert_eq!(batch.tokens(), 128 * rows, "texts of 64 tokens");
     PEAK.store(LIVE.load(Ordering::Relaxed), Ordering::Relaxed);
     stepper.step(&batch, 1).unwrap();

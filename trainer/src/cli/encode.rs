@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use crate::comm::World;
 use crate::config::Dtype;
 use crate::data::reader;
@@ -118,16 +116,10 @@ pub(super) fn at_least_one(text: &str) -> std::result::Result<usize, String> {
 
 /// Calls `each` with the texts of `input` in order.
 fn texts(input: &Path, mut each: impl FnMut(String) -> Result<()>) -> Result<()> {
-    let name = input.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
-    let name = name.trim_end_matches(".gz").trim_end_matches(".zst");
-    if [".jsonl", ".ndjson", ".parquet"].iter().any(|ending| name.ends_with(ending)) {
-        return reader::objects(input, |line, mut row| match row.get_mut("text").map(Value::take) {
-            Some(Value::String(text)) => each(text),
-            found => {
-                let message =
-                    if found.is_none() { "has no field `text`" } else { "expected a string in `text`" };
-                Err(Error::Row { path: input.to_owned(), line, message: message.into() })
-            }
+    if reader::Format::of(input).is_some() {
+        return reader::objects(input, |line, row| {
+            let text = reader::text_of(&row);
+            each(text.map_err(|message| Error::Row { path: input.to_owned(), line, message })?.to_owned())
         });
     }
     let mut before = 0;
@@ -201,8 +193,8 @@ mod tests {
         );
         for (name, text, expected) in [
             ("a.txt", "a\n\nb\n", "a.txt:2: is blank"),
-            ("a.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n", "a.jsonl:2: has no field `text`"),
-            ("a.jsonl", "{\"text\": 1}\n", "a.jsonl:1: expected a string in `text`"),
+            ("a.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n", "a.jsonl:2: has no `text`"),
+            ("a.jsonl", "{\"text\": 1}\n", "a.jsonl:1: `text` is the number 1, expected a text"),
         ] {
             let error = all(name, text).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

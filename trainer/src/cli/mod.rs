@@ -10,6 +10,7 @@ mod encode;
 mod encoding;
 mod evaluate;
 mod export;
+mod init;
 mod logging;
 mod man;
 mod mine;
@@ -87,6 +88,7 @@ macro_rules! commands {
 }
 
 commands! {
+    Init init alone,
     Train train shared,
     Plan plan alone,
     Config config alone,

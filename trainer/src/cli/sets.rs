@@ -1,4 +1,4 @@
-//! What `evaluate` and `compare` measure, and how.
+//! The evaluation sets of `evaluate` and `compare`, and how their texts are embedded.
 
 use std::path::PathBuf;
 
@@ -9,14 +9,14 @@ use crate::{Error, Result};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Sets {
-    /// A BEIR folder, or a file of pairs, triplets or scored pairs; several are measured one after another
+    /// A BEIR folder, or a file of pairs, triplets or scored pairs; one or several
     #[arg(long = "set", value_name = "DIR", required = true, num_args = 1..)]
     sets: Vec<PathBuf>,
     /// What is measured. `loss` is that of a default configuration: InfoNCE at temperature 0.02, CoSENT for
     /// scored pairs, in batches of 64 rows. Default: similarity for scored pairs, else retrieval
     #[arg(long)]
     kind: Option<EvaluationKind>,
-    /// Which qrels/SPLIT.tsv is used. Default: test, else dev, else the only one
+    /// The split of a BEIR folder, qrels/SPLIT.tsv. Default: test, else dev, else the only one
     #[arg(long)]
     split: Option<String>,
     #[command(flatten)]
@@ -24,7 +24,10 @@ pub(super) struct Sets {
 }
 
 impl Sets {
-    /// Reads the sets.
+    /// Reads the sets into memory.
+    ///
+    /// # Errors
+    /// A set cannot be read, or two sets have the same name.
     pub(super) fn open(&self) -> Result<Vec<EvalSet>> {
         let config = Config::default();
         let open = |path: &PathBuf| {
@@ -38,8 +41,8 @@ impl Sets {
         for (index, set) in sets.iter().enumerate() {
             if sets[..index].iter().any(|other| other.name() == set.name()) {
                 let message =
-                    format!("--set: two sets are called `{}`, and so would be their metrics", set.name());
-                return Err(Error::Usage(format!("{message}\nhint: take one at a time")));
+                    format!("--set: two sets have the name `{}`, expected different names", set.name());
+                return Err(Error::Usage(format!("{message}\nhint: measure them with two commands")));
             }
         }
         Ok(sets)

@@ -4,28 +4,28 @@ use std::path::PathBuf;
 
 use super::print;
 use crate::Result;
+use crate::data::reader::DATA_FILE;
 use crate::data::split::Split;
 
-/// Divide rows into a part to train on and parts to measure with, none of whose texts is trained on
+/// Split rows into train/validation/test so that no text is in two parts
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  trainer split --input data/qa.csv --output data/qa\n  \
     trainer split --input data/qa.jsonl --output data/qa --fractions 0.9,0.1 --seed 7\n\n\
-    Writes train, validation and test (or train and test) in the format of the input, unpacked; of Parquet as .jsonl. Rows \
-    that share a text stay together.")]
+    Writes the parts in the format of the input, without compression (Parquet becomes .jsonl). Rows that share a text go to \
+    the same part.")]
 pub(super) struct Args {
-    /// A .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help = format!("A {DATA_FILE}"))]
     input: PathBuf,
-    /// The folder that is made
+    /// New folder for the parts
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// The shares of train, validation and test, or of train and test
-    #[arg(long, value_name = "SHARES", value_delimiter = ',', default_value = "0.8,0.1,0.1")]
+    /// Fractions of train, validation and test, or of train and test
+    #[arg(long, value_name = "FRACTIONS", value_delimiter = ',', default_value = "0.8,0.1,0.1")]
     fractions: Vec<f64>,
-    /// What the random order follows from
+    /// Seed of the random assignment
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
-    /// The columns whose texts tell which rows belong together. Default: those that training reads
+    /// Columns whose texts must not be in two parts. Default: the columns that training reads
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     columns: Vec<String>,
 }

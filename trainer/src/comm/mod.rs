@@ -36,8 +36,7 @@ pub use self::environment::{
 pub use self::tcp::raise_open_files_limit;
 pub use self::token::Token;
 use crate::data::batch::Sequence;
-use crate::data::builder::Part;
-use crate::data::share::Share;
+use crate::data::partition::{Partition, Shard};
 use crate::model::params::Gradients;
 use crate::system::device;
 use crate::system::heartbeat;
@@ -147,14 +146,14 @@ impl World {
     }
 
     /// This rank's shard of work that is divided by number, without communication.
-    pub fn shard(&self) -> Part {
-        Part { rank: self.rank, ranks: self.size }
+    pub fn shard(&self) -> Shard {
+        Shard { rank: self.rank, ranks: self.size }
     }
 
     /// Assigns the sequences of a batch to ranks, balanced by their number of tokens.
-    pub fn partition(&self, sequences: &[Sequence]) -> Share {
+    pub fn partition(&self, sequences: &[Sequence]) -> Partition {
         let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.ids.len()).collect();
-        Share::deal(&lengths, self.size)
+        Partition::balance(&lengths, self.size)
     }
 
     /// This rank's contiguous range of `count` rows. The ranges of all ranks follow each other in the order
@@ -164,7 +163,7 @@ impl World {
     }
 
     /// Gathers the embeddings of all ranks, (n, D) on each → (N, D) in the order of the batch on every rank.
-    pub fn all_gather_rows(&self, embeddings: Tensor, share: &Share) -> Result<Tensor> {
+    pub fn all_gather_rows(&self, embeddings: Tensor, share: &Partition) -> Result<Tensor> {
         if self.size == 1 {
             return Ok(embeddings);
         }
@@ -181,7 +180,7 @@ impl World {
     }
 
     /// Sums a gradient over ranks, (N, D) on each → (n, D), the rows of the sequences that this rank encoded.
-    pub fn reduce_scatter_rows(&self, gradient: Tensor, share: &Share) -> Result<Tensor> {
+    pub fn reduce_scatter_rows(&self, gradient: Tensor, share: &Partition) -> Result<Tensor> {
         if self.size == 1 {
             return Ok(gradient);
         }
@@ -229,7 +228,7 @@ impl World {
 
     /// Gathers the sequences that each rank has tokenized → all of them in the order of the batch on every
     /// rank.
-    pub fn all_gather_sequences(&self, local: Vec<Sequence>, share: &Share) -> Result<Vec<Sequence>> {
+    pub fn all_gather_sequences(&self, local: Vec<Sequence>, share: &Partition) -> Result<Vec<Sequence>> {
         if self.size == 1 {
             return Ok(local);
         }

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::data::share::Share;
+use crate::data::partition::Partition;
 
 /// Runs `work` on every rank; returns the results in the order of the ranks.
 fn together<R: Send>(worlds: Vec<World>, work: impl Fn(&World) -> R + Sync) -> Vec<R> {
@@ -56,7 +56,7 @@ fn gathered_rows_and_sequences_are_in_the_order_of_the_batch() {
     for worlds in worlds() {
         for count in [0, 1, 2, 17] {
             let weights: Vec<usize> = (0..count).map(|i| i * i % 13).collect();
-            let share = Share::deal(&weights, worlds.len());
+            let share = Partition::balance(&weights, worlds.len());
             let rows = |pieces: &[usize]| -> Vec<f32> {
                 pieces.iter().flat_map(|&piece| [number(piece), piece as f32]).collect()
             };
@@ -88,7 +88,7 @@ fn sums_run_in_the_order_of_the_ranks_and_all_get_the_same_bits() {
         let size = worlds.len();
         let expected = |i: usize| (1..size).fold(number(i), |sum, rank| sum + number(i + 31 * rank));
         for count in [0, 1, 3, 1000] {
-            let share = Share::deal(&vec![1; count], size);
+            let share = Partition::balance(&vec![1; count], size);
             let local = |world: &World| {
                 let rows = (0..count).map(|i| number(i + 31 * world.rank())).collect();
                 Tensor::from_vec(rows, (count, 1), &Device::Cpu).unwrap()

@@ -1,34 +1,35 @@
-//! Rows to a batch: every text tokenised once, and the table by which the loss finds its embedding.
+//! Builds batches from rows: tokenises every text once, and lays out the table of each loss.
 //!
-//! Columns are the positives of all rows, then the first negative of every row that has one, the second, …: the same
-//! text may be several columns, but it is one sequence. A column is left out of row i's negatives when its sequence is a
-//! known positive of row i's query: one of the row's own positives, also those that this step does not use, or a positive
-//! of another row with the same query. Sequences are compared, not texts: what the encoder cannot tell apart is equal.
+//! The columns of a table are the positives of all rows, then the first negative of every row that has one,
+//! the second, …; a text can be several columns, but is one sequence. A column is excluded from the negatives
+//! of row i when its sequence is a known positive of row i's query: one of the row's own positives, whether
+//! this step uses it or not, or a positive of another row with the same query. Sequences of token ids are
+//! compared, not texts, because the encoder sees no more.
 //!
-//! Ranks share the tokenising: each makes a draft with the tokens of its texts, and the batch is finished once they are put
-//! together.
+//! Ranks divide the tokenising: each makes a [`PartialBatch`] with the token ids of its texts, and the batch
+//! is finished once the ranks have exchanged them.
 
 use std::collections::HashMap;
 
 use rayon::prelude::*;
 
-use super::batch::{Batch, Cursor, Lists, RowId, Sequence, Table};
-use super::mixture::{Example, Mixture, Picked, Set};
-use super::share::Share;
+use super::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
+use super::mixture::{Example, Mixture, SampledRows, TrainSet};
+use super::partition::{Partition, Shard};
 use super::tokenize::{Prompt, Tokenizer};
 use crate::Result;
 use crate::config::LossKind;
 
-/// What a batch depends on besides its rows.
+/// Settings that a batch depends on, besides its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Tokens of a query at most, the prompt and special tokens included.
+pub struct BatchOptions {
+    /// Maximum number of tokens of a query, prompt and special tokens included.
     pub max_query_length: usize,
-    /// Tokens of a positive or negative at most.
+    /// Maximum number of tokens of a positive or negative, likewise.
     pub max_document_length: usize,
-    /// Whether mean pooling counts the prompt's tokens.
+    /// Whether mean pooling includes the prompt's tokens.
     pub include_prompt: bool,
-    /// Whether columns known to answer a row's query are left out of its negatives.
+    /// Whether columns that are known positives of a row's query are excluded from its negatives.
     pub mask_known_positives: bool,
 }
 
@@ -36,16 +37,16 @@ pub struct Options {
 pub struct Builder<'a> {
     mixture: &'a Mixture,
     tokenizer: &'a Tokenizer,
-    options: Options,
-    /// Of each data set: for queries, for documents.
+    options: BatchOptions,
+    /// For each data set, the prompts of queries and of documents.
     prompts: Vec<[Prompt; 2]>,
 }
 
-/// A text to be tokenised: a query or a document of a data set.
+/// A text to be tokenised: a query or a document.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Text<'t> {
     text: &'t str,
-    /// Data sets with the same prompts count as one.
+    /// The first data set that has this prompt, so that equal prompts are equal here.
     prompt: usize,
     role: usize,
 }
@@ -54,65 +55,68 @@ const QUERY: usize = 0;
 const DOCUMENT: usize = 1;
 
 impl<'a> Builder<'a> {
+    /// Prepares the prompts of all data sets.
+    ///
     /// # Errors
     /// A prompt cannot be tokenised, or a length leaves no room for a text.
-    pub fn new(mixture: &'a Mixture, tokenizer: &'a Tokenizer, options: Options) -> Result<Self> {
-        let of_set = |set: &Set| tokenized(tokenizer, options, [&set.query_prompt, &set.document_prompt]);
+    pub fn new(mixture: &'a Mixture, tokenizer: &'a Tokenizer, options: BatchOptions) -> Result<Self> {
+        let of_set =
+            |set: &TrainSet| tokenised_prompts(tokenizer, options, [&set.query_prompt, &set.document_prompt]);
         let prompts = mixture.sets().iter().map(of_set).collect::<Result<_>>()?;
         Ok(Self { mixture, tokenizer, options, prompts })
     }
 
-    /// As [`Self::new`], with these prompts for queries and documents in place of those of the data sets.
+    /// Like [`Self::new`], with these prompts of queries and documents in place of those of the data sets.
     ///
     /// # Errors
-    /// As [`Self::new`].
+    /// Those of [`Self::new`].
     pub fn with_prompts(
         mixture: &'a Mixture,
         tokenizer: &'a Tokenizer,
-        options: Options,
+        options: BatchOptions,
         prompts: [&str; 2],
     ) -> Result<Self> {
-        let prompts = vec![tokenized(tokenizer, options, prompts)?; mixture.sets().len()];
+        let prompts = vec![tokenised_prompts(tokenizer, options, prompts)?; mixture.sets().len()];
         Ok(Self { mixture, tokenizer, options, prompts })
     }
 
-    /// Tokenises the rows and lays out the table.
+    /// Tokenises all texts of the rows and lays out the tables, on one rank.
     ///
     /// # Errors
     /// A text has no tokens: its file and line.
-    pub fn build(&self, picked: Picked) -> Result<Batch> {
-        let mut draft = self.draft(picked, Part::default())?;
-        let sequences = draft.take();
-        Ok(draft.finish(sequences))
+    pub fn build(&self, rows: SampledRows) -> Result<Batch> {
+        let mut partial = self.partial(rows, Shard::default())?;
+        let sequences = partial.take_sequences();
+        Ok(partial.finish(sequences))
     }
 
-    /// Lays out the columns, and tokenises this rank's share of the texts.
+    /// Lays out the tables, and tokenises the texts that `shard` is to tokenise.
     ///
     /// # Errors
-    /// A text of the share has no tokens: its file and line.
-    pub fn draft(&self, picked: Picked, part: Part) -> Result<Draft> {
-        let Picked { examples, cursor, epoch } = picked;
+    /// One of these texts has no tokens: its file and line.
+    pub fn partial(&self, rows: SampledRows, shard: Shard) -> Result<PartialBatch> {
+        let SampledRows { examples, cursor, epoch } = rows;
         let rows: Vec<RowId> = examples.iter().map(|example| example.row).collect();
         let loss = |row: &RowId| self.mixture.sets()[row.dataset as usize].loss;
-        // Every text once, in the order of the columns.
-        let mut texts = Texts::default();
+        // Each text once, in the order of the columns.
+        let mut texts = UniqueTexts::default();
         let text = |row: usize, role: usize, text| {
             let set = rows[row].dataset as usize;
             let prompt = self.prompts.iter().position(|p| p[role] == self.prompts[set][role]).unwrap_or(set);
             (Text { text, prompt, role }, rows[row])
         };
-        let mut tables: Vec<Columns> = Vec::new();
+        let mut tables: Vec<TextTable> = Vec::new();
         for (row, id) in rows.iter().enumerate() {
             match tables.iter_mut().find(|table| table.loss == loss(id)) {
                 Some(table) => table.rows.push(row),
-                None => tables.push(Columns { loss: loss(id), rows: vec![row], ..Columns::default() }),
+                None => tables.push(TextTable { loss: loss(id), rows: vec![row], ..TextTable::default() }),
             }
         }
         for table in &mut tables {
             let examples = || table.rows.iter().map(|&row| (row, &examples[row]));
             table.queries = examples().map(|(i, e)| texts.add(text(i, QUERY, &e.query))).collect();
             table.columns =
-                examples().map(|(i, e)| texts.add(text(i, DOCUMENT, &e.known[e.positive]))).collect();
+                examples().map(|(i, e)| texts.add(text(i, DOCUMENT, &e.positives[e.positive]))).collect();
             table.classes = examples().map(|(_, e)| e.class(None)).collect();
             table.scores = examples().map(|(_, e)| e.scores.clone()).collect();
             table.own = (0..table.rows.len() as u32).map(|column| vec![column]).collect();
@@ -127,21 +131,23 @@ impl<'a> Builder<'a> {
                 }
             }
         }
-        // Other positives of a row are only compared with; they are not part of the batch.
+        // The positives of a row that this step does not use are compared with, but not part of the batch.
         let inside = texts.list.len();
         for table in tables.iter_mut().filter(|_| self.options.mask_known_positives) {
             table.known = table
                 .rows
                 .iter()
-                .map(|&i| examples[i].known.iter().map(|known| texts.add(text(i, DOCUMENT, known))).collect())
+                .map(|&i| {
+                    examples[i].positives.iter().map(|known| texts.add(text(i, DOCUMENT, known))).collect()
+                })
                 .collect();
         }
 
         let lengths: Vec<usize> = texts.list.iter().map(|(text, _)| text.text.len()).collect();
-        let share = Share::deal(&lengths, part.ranks);
-        let local: Vec<_> = share.of(part.rank).iter().map(|&text| texts.list[text]).collect();
+        let partition = Partition::balance(&lengths, shard.ranks);
+        let local: Vec<_> = partition.of(shard.rank).iter().map(|&text| texts.list[text]).collect();
         let sequences = self.tokenise(&local)?;
-        Ok(Draft { sequences, share, inside, tables, rows, cursor, epoch })
+        Ok(PartialBatch { sequences, partition, inside, tables, rows, cursor, epoch })
     }
 
     fn tokenise(&self, texts: &[(Text<'_>, RowId)]) -> Result<Vec<Sequence>> {
@@ -159,57 +165,45 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// The tokens of a query's and a document's prompt.
-fn tokenized(tokenizer: &Tokenizer, options: Options, [query, document]: [&str; 2]) -> Result<[Prompt; 2]> {
+/// The prompts of queries and of documents, tokenised.
+fn tokenised_prompts(
+    tokenizer: &Tokenizer,
+    options: BatchOptions,
+    [query, document]: [&str; 2],
+) -> Result<[Prompt; 2]> {
     let prompt = |text: &str, length| tokenizer.prompt(text, length, options.include_prompt);
     Ok([prompt(query, options.max_query_length)?, prompt(document, options.max_document_length)?])
 }
 
-/// A rank among others, as one that shares their work without talking to them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// From 0.
-    pub rank: usize,
-    /// How many there are.
-    pub ranks: usize,
-}
-
-/// All of the work.
-impl Default for Part {
-    fn default() -> Self {
-        Self { rank: 0, ranks: 1 }
-    }
-}
-
-/// A batch of whose texts this rank has tokenised its share.
+/// A batch of which this rank has tokenised its texts.
 #[derive(Debug)]
-pub struct Draft {
-    sequences: Vec<Sequence>, // of this rank's texts
-    share: Share,
-    inside: usize, // the first so many texts are part of the batch, the others are only compared with
-    tables: Vec<Columns>,
+pub struct PartialBatch {
+    sequences: Vec<Sequence>, // of this rank's texts, in the order of `partition`
+    partition: Partition,
+    inside: usize, // number of leading texts that are part of the batch; the others are only compared with
+    tables: Vec<TextTable>,
     rows: Vec<RowId>,
     cursor: Cursor,
     epoch: f64,
 }
 
-/// A table of texts, by their numbers, before it is one of sequences.
+/// A [`LossTable`] of numbers of texts, which become numbers of sequences once all texts are tokenised.
 #[derive(Debug, Default)]
-struct Columns {
+struct TextTable {
     loss: LossKind,
     rows: Vec<usize>,
     queries: Vec<usize>,
     columns: Vec<usize>,
-    /// Of each column.
+    /// Class of each column.
     classes: Vec<Option<Class>>,
     own: Vec<Vec<u32>>,
-    /// Of each row; without any rows where nothing is masked.
+    /// Known positives of each row; empty if nothing is masked.
     known: Vec<Vec<usize>>,
-    /// Of each row: what its own columns have, or nothing.
+    /// Scores of each row's own columns; empty lists if the loss does not use scores.
     scores: Vec<Vec<f32>>,
 }
 
-/// A class of a labelled data set.
+/// A class: data set and number of the class there.
 type Class = (u32, u32);
 
 impl Example {
@@ -220,22 +214,22 @@ impl Example {
     }
 }
 
-impl Draft {
-    /// Which texts each rank has tokenised.
-    pub fn share(&self) -> &Share {
-        &self.share
+impl PartialBatch {
+    /// Which rank tokenises which texts.
+    pub fn partition(&self) -> &Partition {
+        &self.partition
     }
 
-    /// This rank's texts, in the order of its share; they are no longer part of the draft.
-    pub fn take(&mut self) -> Vec<Sequence> {
+    /// Takes the sequences of this rank's texts, in the order of [`Self::partition`].
+    pub fn take_sequences(&mut self) -> Vec<Sequence> {
         std::mem::take(&mut self.sequences)
     }
 
-    /// The batch, from the tokens of all texts.
+    /// Finishes the batch, given the sequences of all texts in their order.
     pub fn finish(self, sequences: Vec<Sequence>) -> Batch {
         let Self { inside, tables, rows, cursor, epoch, .. } = self;
         // Texts that have the same tokens become one sequence.
-        let mut unique = Sequences::default();
+        let mut unique = UniqueSequences::default();
         let mut numbers = Vec::with_capacity(sequences.len());
         for (i, sequence) in sequences.into_iter().enumerate() {
             numbers.push(if i < inside { Some(unique.add(sequence)) } else { unique.find(&sequence) });
@@ -245,16 +239,16 @@ impl Draft {
     }
 }
 
-impl Columns {
-    /// `numbers`: the sequence of each text, if it is part of the batch.
-    fn finish(self, numbers: &[Option<u32>]) -> Table {
+impl TextTable {
+    /// `numbers` is the sequence of each text, if that is part of the batch.
+    fn finish(self, numbers: &[Option<u32>]) -> LossTable {
         let Self { loss, rows, queries, columns, classes, mut own, known, mut scores } = self;
         let number = |text: &usize| numbers[*text].unwrap_or_default();
         let queries: Vec<u32> = queries.iter().map(number).collect();
         let candidates: Vec<u32> = columns.iter().map(number).collect();
         let mut known: Vec<Vec<u32>> =
             known.iter().map(|texts| texts.iter().filter_map(|text| numbers[*text]).collect()).collect();
-        // Whatever is of a labelled row's class answers it.
+        // Every text of a labelled row's class is a positive of the row.
         let mut of_class: HashMap<Class, Vec<u32>> = HashMap::new();
         for (column, class) in classes.iter().enumerate() {
             if let Some(class) = class {
@@ -269,7 +263,8 @@ impl Columns {
             true => vec![Vec::new(); rows.len()],
             false => excluded(&queries, &candidates, &known),
         };
-        // Without in-batch negatives these are all candidates, so what is masked is left out here too.
+        // Without in-batch negatives a row's own columns are its candidates, so the excluded ones are removed
+        // here, too.
         for ((own, excluded), scores) in own.iter_mut().zip(&excluded).zip(&mut scores) {
             let keep: Vec<bool> = own.iter().map(|column| excluded.binary_search(column).is_err()).collect();
             let (mut of_column, mut of_score) = (keep.iter(), keep.iter());
@@ -277,27 +272,27 @@ impl Columns {
             scores.retain(|_| of_score.next() == Some(&true));
         }
         let positives = (0..rows.len() as u32).collect();
-        Table {
+        LossTable {
             loss,
             rows: rows.into_iter().map(|row| row as u32).collect(),
             queries,
             candidates,
             positives,
-            excluded: lists(&excluded),
-            own: lists(&own),
+            excluded: csr(&excluded),
+            own: csr(&own),
             scores: scores.concat(),
         }
     }
 }
 
-/// Texts in the order they were first met, each with a row it stands in.
+/// Distinct texts in the order in which they first occur, each with a row that has it.
 #[derive(Default)]
-struct Texts<'t> {
+struct UniqueTexts<'t> {
     list: Vec<(Text<'t>, RowId)>,
     numbers: HashMap<Text<'t>, usize>,
 }
 
-impl<'t> Texts<'t> {
+impl<'t> UniqueTexts<'t> {
     fn add(&mut self, (text, row): (Text<'t>, RowId)) -> usize {
         *self.numbers.entry(text).or_insert_with(|| {
             self.list.push((text, row));
@@ -306,14 +301,14 @@ impl<'t> Texts<'t> {
     }
 }
 
-/// Sequences in the order they were first met.
+/// Distinct sequences in the order in which they first occur.
 #[derive(Default)]
-struct Sequences {
+struct UniqueSequences {
     list: Vec<Sequence>,
     numbers: HashMap<Sequence, u32>,
 }
 
-impl Sequences {
+impl UniqueSequences {
     fn add(&mut self, sequence: Sequence) -> u32 {
         if let Some(number) = self.find(&sequence) {
             return number;
@@ -329,8 +324,8 @@ impl Sequences {
     }
 }
 
-/// The columns that each row leaves out, ascending: those whose sequence is a known positive of its query. The row's own
-/// positive is column `row`. `known` is empty where nothing is masked.
+/// The columns that each row excludes, ascending: those whose sequence is a known positive of its query,
+/// except column `row`, the row's own positive. `known` is the known positives of each row.
 fn excluded(queries: &[u32], candidates: &[u32], known: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let mut of_query: HashMap<u32, Vec<u32>> = HashMap::new();
     for (query, known) in queries.iter().zip(known) {
@@ -353,13 +348,13 @@ fn excluded(queries: &[u32], candidates: &[u32], known: &[Vec<u32>]) -> Vec<Vec<
     queries.iter().enumerate().map(|(row, query)| columns(row, query)).collect()
 }
 
-fn lists(rows: &[Vec<u32>]) -> Lists {
-    let mut lists = Lists { offsets: vec![0], columns: Vec::new() };
+fn csr(rows: &[Vec<u32>]) -> CsrIndices {
+    let mut csr = CsrIndices { offsets: vec![0], columns: Vec::new() };
     for row in rows {
-        lists.columns.extend(row);
-        lists.offsets.push(lists.columns.len() as u32);
+        csr.columns.extend(row);
+        csr.offsets.push(csr.columns.len() as u32);
     }
-    lists
+    csr
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
-//! What the tests of several modules need: data files and a tokenizer that fit each other.
+//! Data files and a tokenizer for the tests of several modules.
 
 use std::path::Path;
 
 use super::tokenize::Tokenizer;
 use crate::config::{Config, DataSet};
 
-/// Writes a tokenizer without special tokens but `[UNK]`, `[CLS]` (1) and `[SEP]` (2): a token a letter, case ignored.
+/// Writes a tokenizer with one token per letter, ignoring case, and the special tokens `[UNK]`, `[CLS]` (1),
+/// `[SEP]` (2).
 pub(super) fn write_tokenizer(folder: &Path) {
     let letters: Vec<char> = ('a'..='z').chain('0'..='9').chain(".,:?! ".chars()).collect();
     let mut vocabulary: Vec<String> = ["[UNK]", "[CLS]", "[SEP]"].map(str::to_owned).to_vec();
@@ -30,7 +31,7 @@ pub(super) fn tokenizer() -> Tokenizer {
     Tokenizer::open(folder.path(), false).unwrap()
 }
 
-/// A configuration with data sets of these jsonl texts, in file order and batches of 4.
+/// A configuration with data sets of JSON lines, and batches of 4 rows.
 pub(super) struct Files {
     folder: tempfile::TempDir,
     pub(super) config: Config,

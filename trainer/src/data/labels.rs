@@ -1,55 +1,56 @@
-//! The classes of a labelled data set: which rows answer one another, and which do not.
+//! The classes of a labelled data set, from which positives and negatives are drawn.
 //!
-//! A row's positive is another row of its class, its negatives are rows of other classes, all drawn anew each time that the row is
-//! seen, as a pure function of the seed, the row and the turn. Eight bytes a row stay in memory.
+//! A row's positive is another row of its class, its negatives are rows of other classes. They are drawn anew
+//! each time the row is used, as a pure function of the seed, the row and the number of its earlier uses.
+//! Memory: 8 bytes per row.
 
 use super::permutation::Permutation;
 
-/// Rows by class.
+/// The class of each row, and the rows of each class.
 #[derive(Debug)]
 pub struct Labels {
-    /// The label of each class.
+    /// Label of each class.
     names: Vec<String>,
-    /// The class of each row.
+    /// Class of each row.
     of_row: Vec<u32>,
-    /// All rows, those of a class beside each other, ascending.
+    /// All rows, grouped by class, ascending within a class.
     rows: Vec<u32>,
-    /// Where each class begins there, and the end.
+    /// Start of each class in `rows`, and the end of the last one.
     starts: Vec<usize>,
 }
 
-/// Rows drawn for one.
+/// Rows drawn for one row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Drawn {
-    /// Of its class, in the order in which they are tried.
+    /// Rows of its class, in the order in which they are tried.
     pub(super) positives: Vec<u64>,
-    /// Of others, likewise.
+    /// Rows of other classes, likewise.
     pub(super) negatives: Vec<u64>,
 }
 
-/// What is drawn, besides the order of the data.
+/// Purposes of the random draws.
 const POSITIVES: u64 = 101;
 const NEGATIVES: u64 = 102;
 const SUBSET: u64 = 103;
 
-/// Positives that are tried, in case the first has the same text as the row.
+/// Number of positives that are drawn, in case the first ones have the same text as the row.
 const TRIES: u64 = 4;
 
 impl Labels {
-    /// From the class of each row.
+    /// Groups rows by class.
     ///
     /// # Errors
-    /// There is one class only, or no class has two rows.
+    /// There is only one class, or no class has two rows.
     pub(super) fn new(of_row: Vec<u32>, names: Vec<String>) -> Result<Self, String> {
         if let [only] = names.as_slice() {
             return Err(format!(
-                "has one class only, `{only}` in all {} rows, expected two or more: there is nothing to tell it from\n\
-                 hint: `kind` and `columns` in the configuration say what the rows are",
+                "has only one class, `{only}` in all {} rows, expected two or more to tell apart\n\
+                 hint: if these rows are not labelled texts, set `kind` and `columns` in the configuration",
                 of_row.len()
             ));
         }
         if u32::try_from(of_row.len()).is_err() {
-            return Err(format!("has {} labelled rows, expected less than 2³²", of_row.len()));
+            return Err(format!("has {} labelled rows, expected fewer than 2³²", of_row.len()));
         }
         let mut starts = vec![0; names.len() + 1];
         of_row.iter().for_each(|class| starts[*class as usize + 1] += 1);
@@ -63,7 +64,7 @@ impl Labels {
         let labels = Self { names, of_row, rows, starts };
         if (0..labels.names.len()).all(|class| labels.of_class(class).len() < 2) {
             return Err(format!(
-                "has {} rows of {} classes, but no class has two: there is nothing that they have in common",
+                "has {} rows of {} classes, but no class has two rows, so no row has a positive",
                 labels.rows.len(),
                 labels.names.len()
             ));
@@ -71,7 +72,7 @@ impl Labels {
         Ok(labels)
     }
 
-    /// How many classes there are.
+    /// Number of classes.
     pub fn classes(&self) -> usize {
         self.names.len()
     }
@@ -85,13 +86,13 @@ impl Labels {
         &self.rows[self.starts[class]..self.starts[class + 1]]
     }
 
-    /// Rows that are the only ones of their class: nothing answers them.
-    pub(super) fn lonely(&self) -> u64 {
+    /// Number of rows that are the only one of their class, and so have no positive.
+    pub(super) fn singleton_rows(&self) -> u64 {
         (0..self.classes()).filter(|&class| self.of_class(class).len() == 1).count() as u64
     }
 
-    /// `samples` rows, ascending, as many of each class as it has in proportion (the largest remainders get what is left over),
-    /// or all; without those that are alone.
+    /// Draws `samples` rows, ascending, stratified by class (largest-remainder method); all rows if there are
+    /// fewer. Rows that are alone in their class are left out.
     pub(super) fn sample(&self, samples: u64, seed: u64, set: u64) -> Vec<u64> {
         let sizes: Vec<u64> = (0..self.classes())
             .map(|class| self.of_class(class).len() as u64)
@@ -115,7 +116,7 @@ impl Labels {
         rows
     }
 
-    /// What goes with `row` when it is seen for the `turn`th time, with some to spare.
+    /// Draws positives and negatives for the use number `turn` of `row`, a few more than needed.
     pub(super) fn draw(&self, row: u64, negatives: usize, seed: u64, set: u64, turn: u64) -> Drawn {
         let class = self.of(row) as usize;
         let members = self.of_class(class);
@@ -203,13 +204,13 @@ mod tests {
         assert_ne!(rows, labels.sample(100, 8, 0));
         // 3 of 999: one and a half, nine tenths, six tenths.
         assert_eq!([0, 1, 3].map(|class| count(&labels.sample(3, 7, 0), class)), [1, 1, 1]);
-        assert_eq!((labels.sample(u64::MAX, 7, 0).len(), labels.lonely()), (999, 1));
+        assert_eq!((labels.sample(u64::MAX, 7, 0).len(), labels.singleton_rows()), (999, 1));
     }
 
     #[test]
     fn what_teaches_nothing_is_refused() {
         let error = Labels::new(vec![0; 9], vec!["x".to_owned()]).unwrap_err();
-        assert!(error.starts_with("has one class only, `x` in all 9 rows"), "{error}");
+        assert!(error.starts_with("has only one class, `x` in all 9 rows"), "{error}");
         let error = Labels::new(vec![0, 1], vec!["x".to_owned(), "y".to_owned()]).unwrap_err();
         assert!(error.starts_with("has 2 rows of 2 classes, but no class has two"), "{error}");
     }

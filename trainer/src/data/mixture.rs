@@ -1,13 +1,14 @@
-//! Which rows make which step: all data sets, in an order that is a pure function of the seed and a cursor.
+//! Chooses the rows of each step from all data sets, in an order that is a pure function of the seed and a
+//! cursor.
 //!
-//! A *lane* is a stream of rows that batches are cut from: one for all data sets when batches mix them, else one a data
-//! set. In an epoch each lane has an order of its own (`permutation`), and batch n of a lane has exactly
-//! `min(batch_size, what is left)` rows, so the number of batches is known in advance: ceil(rows / batch_size), summed
-//! over the lanes. Nothing that was drawn is kept: [`Cursor`] holds a position and the rows put off, and the walk goes on
-//! from there as if it had never stopped.
+//! Batches are cut from *streams* of rows: a single one if batches mix the data sets, else one for each data
+//! set. In every epoch a stream has its own order ([`Permutation`]), and its batch number n has exactly
+//! `min(batch_size, rows left)` rows, so the number of batches is known in advance: ceil(rows / batch_size),
+//! summed over the streams. No list of drawn rows is kept: a [`Cursor`] holds a position and the deferred
+//! rows, and a sampler that starts there continues exactly.
 //!
-//! `no_duplicates`: a row with a text that another row of the batch has already is put off to a later batch; what could
-//! not be placed by the end of the epoch goes in anyway.
+//! `no_duplicates` defers a row with a text that another row of the batch has to a later batch. Rows still
+//! deferred at the end of the epoch are used anyway.
 
 use std::collections::HashSet;
 
@@ -16,21 +17,21 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::batch::{Cursor, RowId};
 use super::permutation::Permutation;
-pub use super::set::{Example, Set};
+pub use super::set::{Example, TrainSet};
 use crate::config::{Batching, Config};
 use crate::{Error, Result};
 
-/// What the orders are drawn for.
+/// Purposes of the random orders: rows of a stream, batches of an epoch.
 const ROWS: u64 = 3;
 const BATCHES: u64 = 4;
 
-/// Rows that may wait for a batch without their texts. Beyond that a row goes in as it comes.
-const WAITING: usize = 1 << 16;
+/// Maximum number of deferred rows. While there are as many, a row is used even if it repeats a text.
+const MAX_DEFERRED: usize = 1 << 16;
 
-/// All training data, open.
+/// All training data, open and checked.
 pub struct Mixture {
-    sets: Vec<Set>,
-    lanes: Vec<Lane>,
+    sets: Vec<TrainSet>,
+    streams: Vec<Stream>,
     rows: u64,
     batches: u64,
     batch_size: u64,
@@ -40,15 +41,15 @@ pub struct Mixture {
     seed: u64,
 }
 
-/// A stream that batches are cut from: `rows` places of the epoch, from `start` on.
-struct Lane {
+/// Rows from which batches are cut: `rows` places of the epoch, from `start` on.
+struct Stream {
     start: u64,
     rows: u64,
     batches: u64,
 }
 
-/// Names that were made from files may be alike: the second `train` is called `train-2`.
-fn distinct_names(sets: &mut [Set]) {
+/// Makes names unique, since those derived from files may be equal: the second `train` becomes `train-2`.
+fn distinct_names(sets: &mut [TrainSet]) {
     for i in 1..sets.len() {
         let (before, rest) = sets.split_at_mut(i);
         let name = &mut rest[0].name;
@@ -64,12 +65,12 @@ fn distinct_names(sets: &mut [Set]) {
 
 /// The rows of one step.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Picked {
+pub struct SampledRows {
     /// In the order of the batch.
     pub examples: Vec<Example>,
-    /// Where to go on.
+    /// Position after these rows.
     pub cursor: Cursor,
-    /// Epochs done after these rows, a fraction.
+    /// Epochs done after these rows, with a fraction.
     pub epoch: f64,
 }
 
@@ -80,50 +81,50 @@ impl Mixture {
     /// A file cannot be opened or read; a row is wrong; there are fewer rows than one batch has.
     pub fn open(config: &Config) -> Result<Self> {
         let seed = config.seed;
-        let opened: Vec<Result<Set>> =
-            config.data.train.par_iter().enumerate().map(|(i, set)| Set::open(config, i, set)).collect();
-        // In the order of the configuration, so that the same error comes first every time.
-        let mut sets: Vec<Set> = opened.into_iter().collect::<Result<_>>()?;
+        let opened: Vec<Result<TrainSet>> =
+            config.data.train.par_iter().enumerate().map(|(i, set)| TrainSet::open(config, i, set)).collect();
+        // In the order of the configuration, so that the same error is reported every time.
+        let mut sets: Vec<TrainSet> = opened.into_iter().collect::<Result<_>>()?;
         distinct_names(&mut sets);
         let rows = sets.iter().map(|set| set.rows).sum();
         let batch_size = config.training.batch_size as u64;
         if rows < batch_size {
             return Err(config.error(
                 "training.batch_size",
-                format!("{batch_size} rows a step, but the data sets have only {rows} an epoch"),
+                format!("{batch_size} rows per step, but an epoch of the data sets has only {rows} rows"),
             ));
         }
-        let mut lanes: Vec<Lane> = Vec::new();
+        let mut streams: Vec<Stream> = Vec::new();
         let counts: Vec<u64> = match config.data.batching {
             Batching::Mixed => vec![rows],
             Batching::PerDataset => sets.iter().map(|set| set.rows).collect(),
         };
         for rows in counts {
-            let start = lanes.last().map_or(0, |lane| lane.start + lane.rows);
-            lanes.push(Lane { start, rows, batches: rows.div_ceil(batch_size) });
+            let start = streams.last().map_or(0, |stream| stream.start + stream.rows);
+            streams.push(Stream { start, rows, batches: rows.div_ceil(batch_size) });
         }
-        let batches = lanes.iter().map(|lane| lane.batches).sum();
+        let batches = streams.iter().map(|stream| stream.batches).sum();
         let data = &config.data;
         let (negatives, shuffle, no_duplicates) = (data.negatives, data.shuffle, data.no_duplicates);
-        Ok(Self { sets, lanes, rows, batches, batch_size, negatives, shuffle, no_duplicates, seed })
+        Ok(Self { sets, streams, rows, batches, batch_size, negatives, shuffle, no_duplicates, seed })
     }
 
-    /// Rows of an epoch.
+    /// Number of rows of an epoch.
     pub fn rows(&self) -> u64 {
         self.rows
     }
 
-    /// Batches of an epoch, exactly.
+    /// Number of batches of an epoch.
     pub fn batches(&self) -> u64 {
         self.batches
     }
 
     /// The data sets, in the order of the configuration.
-    pub fn sets(&self) -> &[Set] {
+    pub fn sets(&self) -> &[TrainSet] {
         &self.sets
     }
 
-    /// A number that follows from all rows and from what their order depends on: a cursor only fits the same.
+    /// A hash of all rows and of what their order depends on: a cursor fits only data with the same digest.
     pub fn digest(&self) -> u64 {
         let mut digest = Xxh3::new();
         let mut add = |number: u64| digest.update(&number.to_le_bytes());
@@ -133,7 +134,7 @@ impl Mixture {
             add(set.rows);
             add(set.loss as u64);
         }
-        add(self.lanes.len() as u64);
+        add(self.streams.len() as u64);
         add(self.batch_size);
         add(self.negatives as u64);
         add(u64::from(self.shuffle));
@@ -147,45 +148,46 @@ impl Mixture {
         self.sets[row.dataset as usize].source.error(row.row, message)
     }
 
-    /// Goes through the batches from `cursor` on, without end.
+    /// A sampler that continues from `cursor`, without end.
     ///
     /// # Errors
-    /// The cursor is not of this mixture.
-    pub fn walk(&self, cursor: &Cursor) -> Result<Walk<'_>> {
-        Walk::at(self, cursor)
+    /// The cursor does not fit this mixture.
+    pub fn sampler(&self, cursor: &Cursor) -> Result<BatchSampler<'_>> {
+        BatchSampler::at(self, cursor)
     }
 
-    /// The lane of the batch number `slot` of an epoch.
-    fn lane_of(&self, epoch: u64, slot: u64) -> usize {
+    /// The stream of batch number `slot` of an epoch.
+    fn stream_of(&self, epoch: u64, slot: u64) -> usize {
         let mut batch = slot;
-        if self.shuffle && self.lanes.len() > 1 {
+        if self.shuffle && self.streams.len() > 1 {
             batch = Permutation::new(self.batches, self.seed, &[BATCHES, epoch]).at(slot);
         }
-        let mut lane = 0;
-        while batch >= self.lanes[lane].batches {
-            batch -= self.lanes[lane].batches;
-            lane += 1;
+        let mut stream = 0;
+        while batch >= self.streams[stream].batches {
+            batch -= self.streams[stream].batches;
+            stream += 1;
         }
-        lane
+        stream
     }
 
-    /// The lane that a place of the epoch belongs to.
-    fn lane_at(&self, place: u64) -> usize {
-        self.lanes.partition_point(|lane| lane.start + lane.rows <= place)
+    /// The stream that contains a place of the epoch.
+    fn stream_at(&self, place: u64) -> usize {
+        self.streams.partition_point(|stream| stream.start + stream.rows <= place)
     }
 
-    /// Rows of a lane's batch number `batch`.
-    fn size_of(&self, lane: usize, batch: u64) -> u64 {
-        self.batch_size.min(self.lanes[lane].rows - batch * self.batch_size)
+    /// Number of rows of a stream's batch number `batch`.
+    fn size_of(&self, stream: usize, batch: u64) -> u64 {
+        self.batch_size.min(self.streams[stream].rows - batch * self.batch_size)
     }
 
-    /// The row at one place of an epoch.
+    /// The row at a place of an epoch.
     fn example(&self, epoch: u64, place: u64) -> Result<Example> {
-        let lane = self.lane_at(place);
-        let Lane { start, rows, .. } = self.lanes[lane];
+        let stream = self.stream_at(place);
+        let Stream { start, rows, .. } = self.streams[stream];
         let mut within = place;
         if self.shuffle {
-            within = start + Permutation::new(rows, self.seed, &[ROWS, epoch, lane as u64]).at(place - start);
+            within =
+                start + Permutation::new(rows, self.seed, &[ROWS, epoch, stream as u64]).at(place - start);
         }
         let mut dataset = 0;
         while within >= self.sets[dataset].rows {
@@ -196,84 +198,89 @@ impl Mixture {
     }
 }
 
-/// The batches of a mixture, one after another.
-pub struct Walk<'a> {
+/// Yields the rows of one batch after another.
+pub struct BatchSampler<'a> {
     mixture: &'a Mixture,
     epoch: u64,
-    /// Batches of this epoch that are done.
+    /// Number of batches of this epoch that are done.
     slot: u64,
-    lanes: Vec<Progress>,
+    streams: Vec<StreamState>,
 }
 
-/// How far a lane is in its epoch.
+/// Progress of a stream in its epoch.
 #[derive(Default)]
-struct Progress {
+struct StreamState {
     batches: u64,
-    /// Rows looked at.
-    looked: u64,
-    waiting: Vec<Waiting>,
+    /// Number of rows that have been read.
+    read: u64,
+    deferred: Vec<Deferred>,
 }
 
-/// A row put off: its place in the epoch, and its texts' keys, so that it need not be read to be tried again.
-struct Waiting {
+/// A deferred row: its place in the epoch, and the hashes of its texts, so that it need not be read to be
+/// tried again.
+struct Deferred {
     place: u64,
     keys: Vec<u64>,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> BatchSampler<'a> {
     fn at(mixture: &'a Mixture, cursor: &Cursor) -> Result<Self> {
-        let lanes = mixture.lanes.iter().map(|_| Progress::default()).collect();
-        let mut walk = Self { mixture, epoch: cursor.epoch, slot: 0, lanes };
-        let foreign = || {
+        let streams = mixture.streams.iter().map(|_| StreamState::default()).collect();
+        let mut sampler = Self { mixture, epoch: cursor.epoch, slot: 0, streams };
+        let misfit = || {
             Error::Usage(
-                "the checkpoint stands at a place that these data do not have: the data or the batch size have changed"
+                "the checkpoint does not fit the training data: the data or the batch size have changed since"
                     .to_owned(),
             )
         };
-        let mut done = cursor.position.checked_sub(cursor.deferred.len() as u64).ok_or_else(foreign)?;
-        while done > 0 && walk.slot < mixture.batches {
-            let lane = mixture.lane_of(walk.epoch, walk.slot);
-            let size = mixture.size_of(lane, walk.lanes[lane].batches);
-            done = done.checked_sub(size).ok_or_else(foreign)?;
-            walk.lanes[lane].batches += 1;
-            walk.lanes[lane].looked += size;
-            walk.slot += 1;
+        let mut done = cursor.position.checked_sub(cursor.deferred.len() as u64).ok_or_else(misfit)?;
+        while done > 0 && sampler.slot < mixture.batches {
+            let stream = mixture.stream_of(sampler.epoch, sampler.slot);
+            let size = mixture.size_of(stream, sampler.streams[stream].batches);
+            done = done.checked_sub(size).ok_or_else(misfit)?;
+            sampler.streams[stream].batches += 1;
+            sampler.streams[stream].read += size;
+            sampler.slot += 1;
         }
         if done > 0 {
-            return Err(foreign());
+            return Err(misfit());
         }
         for place in &cursor.deferred {
             if *place >= mixture.rows {
-                return Err(foreign());
+                return Err(misfit());
             }
-            let keys = mixture.example(walk.epoch, *place)?.keys();
-            let progress = &mut walk.lanes[mixture.lane_at(*place)];
-            progress.looked += 1;
-            progress.waiting.push(Waiting { place: *place, keys });
+            let keys = mixture.example(sampler.epoch, *place)?.keys();
+            let progress = &mut sampler.streams[mixture.stream_at(*place)];
+            progress.read += 1;
+            progress.deferred.push(Deferred { place: *place, keys });
         }
-        let fits = |(progress, lane): (&Progress, &Lane)| progress.looked <= lane.rows;
-        if !walk.lanes.iter().zip(&mixture.lanes).all(fits) {
-            return Err(foreign());
+        let fits = |(progress, stream): (&StreamState, &Stream)| progress.read <= stream.rows;
+        if !sampler.streams.iter().zip(&mixture.streams).all(fits) {
+            return Err(misfit());
         }
-        walk.turn();
-        Ok(walk)
+        sampler.start_epoch_if_done();
+        Ok(sampler)
     }
 
-    /// Where the walk stands.
+    /// The current position.
     pub fn cursor(&self) -> Cursor {
         Cursor {
             epoch: self.epoch,
-            position: self.lanes.iter().map(|lane| lane.looked).sum(),
-            deferred: self.lanes.iter().flat_map(|lane| lane.waiting.iter().map(|row| row.place)).collect(),
+            position: self.streams.iter().map(|stream| stream.read).sum(),
+            deferred: self
+                .streams
+                .iter()
+                .flat_map(|stream| stream.deferred.iter().map(|row| row.place))
+                .collect(),
         }
     }
 
-    /// Begins the next epoch where this one is done.
-    fn turn(&mut self) {
+    /// Begins the next epoch if this one is done.
+    fn start_epoch_if_done(&mut self) {
         if self.slot == self.mixture.batches {
             self.epoch += 1;
             self.slot = 0;
-            self.lanes.fill_with(Progress::default);
+            self.streams.fill_with(StreamState::default);
         }
     }
 
@@ -281,45 +288,45 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// A row cannot be read.
-    pub fn step(&mut self) -> Result<Picked> {
+    pub fn next_rows(&mut self) -> Result<SampledRows> {
         let mixture = self.mixture;
-        let lane = mixture.lane_of(self.epoch, self.slot);
-        let progress = &mut self.lanes[lane];
-        let size = mixture.size_of(lane, progress.batches) as usize;
-        let examples = progress.fill(mixture, self.epoch, lane, size)?;
+        let stream = mixture.stream_of(self.epoch, self.slot);
+        let progress = &mut self.streams[stream];
+        let size = mixture.size_of(stream, progress.batches) as usize;
+        let examples = progress.take(mixture, self.epoch, stream, size)?;
         progress.batches += 1;
         self.slot += 1;
-        let looked: u64 = self.lanes.iter().map(|lane| lane.looked).sum();
-        let waiting: usize = self.lanes.iter().map(|lane| lane.waiting.len()).sum();
-        let epoch = self.epoch as f64 + (looked - waiting as u64) as f64 / mixture.rows as f64;
-        self.turn();
-        Ok(Picked { examples, cursor: self.cursor(), epoch })
+        let read: u64 = self.streams.iter().map(|stream| stream.read).sum();
+        let deferred: usize = self.streams.iter().map(|stream| stream.deferred.len()).sum();
+        let epoch = self.epoch as f64 + (read - deferred as u64) as f64 / mixture.rows as f64;
+        self.start_epoch_if_done();
+        Ok(SampledRows { examples, cursor: self.cursor(), epoch })
     }
 }
 
-impl Progress {
-    /// Takes `size` rows: those that wait, then new ones, then whatever waits.
-    fn fill(&mut self, mixture: &Mixture, epoch: u64, lane: usize, size: usize) -> Result<Vec<Example>> {
-        let Lane { start, rows, .. } = mixture.lanes[lane];
+impl StreamState {
+    /// Takes `size` rows: first deferred ones that now fit, then new ones, then the remaining deferred ones.
+    fn take(&mut self, mixture: &Mixture, epoch: u64, stream: usize, size: usize) -> Result<Vec<Example>> {
+        let Stream { start, rows, .. } = mixture.streams[stream];
         let mut examples = Vec::with_capacity(size);
         let mut present: HashSet<u64> = HashSet::new();
-        let mut still = Vec::new();
-        for row in std::mem::take(&mut self.waiting) {
+        let mut deferred = Vec::new();
+        for row in std::mem::take(&mut self.deferred) {
             if examples.len() < size && !row.keys.iter().any(|key| present.contains(key)) {
                 present.extend(&row.keys);
                 examples.push(mixture.example(epoch, row.place)?);
             } else {
-                still.push(row);
+                deferred.push(row);
             }
         }
-        while examples.len() < size && self.looked < rows {
-            let place = start + self.looked;
+        while examples.len() < size && self.read < rows {
+            let place = start + self.read;
             let example = mixture.example(epoch, place)?;
-            self.looked += 1;
+            self.read += 1;
             if mixture.no_duplicates {
                 let keys = example.keys();
-                if still.len() < WAITING && keys.iter().any(|key| present.contains(key)) {
-                    still.push(Waiting { place, keys });
+                if deferred.len() < MAX_DEFERRED && keys.iter().any(|key| present.contains(key)) {
+                    deferred.push(Deferred { place, keys });
                     continue;
                 }
                 present.extend(&keys);
@@ -327,10 +334,10 @@ impl Progress {
             examples.push(example);
         }
         let missing = size - examples.len();
-        for row in still.drain(..missing) {
+        for row in deferred.drain(..missing) {
             examples.push(mixture.example(epoch, row.place)?);
         }
-        self.waiting = still;
+        self.deferred = deferred;
         Ok(examples)
     }
 }

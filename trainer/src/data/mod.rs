@@ -1,8 +1,9 @@
-//! Rows, tokens, batches: what the model learns from, in the order it learns it.
+//! Training data: from rows on disk to batches of token ids.
 //!
-//! Files are opened by `reader`, which keeps the rows on disk; `mixture` decides which rows make the next step, as a pure
-//! function of the seed and a cursor; `share` deals work to ranks; `tokenize` turns texts into tokens; `builder` puts a batch together; `loader` does
-//! all of that in the background, a few batches ahead.
+//! `reader` opens files and leaves their rows on disk; `mixture` chooses the rows of each step as a pure
+//! function of the seed and a cursor; `tokenize` turns texts into token ids; `builder` assembles batches,
+//! whose tokenising is divided among ranks by `partition`; `loader` does all of that on background threads, a
+//! few batches ahead. `split` divides a file into training and evaluation parts.
 pub mod batch;
 pub mod builder;
 #[cfg(test)]
@@ -12,8 +13,9 @@ pub mod loader;
 pub mod mixture;
 pub(crate) mod permutation;
 pub mod reader;
+pub(crate) mod recognise;
 pub mod row;
 pub mod set;
-pub mod share;
+pub mod partition;
 pub mod split;
 pub mod tokenize;

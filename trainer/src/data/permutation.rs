@@ -1,10 +1,11 @@
-//! A random order of any number of things, as a pure function: no list is kept, any place of it is known at once.
+//! A pseudorandom permutation of `0..size` as a pure function: no list is stored, and any place is computed
+//! in O(1).
 //!
-//! A Feistel network permutes the numbers of 2·b bits (Luby and Rackoff 1988); numbers that fall outside are sent through
-//! again until they fall inside, which at most about every second round trip needs, because 2·b is the smallest even width
-//! ("cycle walking", Black and Rogaway 2002).
+//! A Feistel network permutes the numbers of 2·b bits (Luby and Rackoff 1988). A result outside of `0..size`
+//! goes through the network again until it is inside (cycle walking, Black and Rogaway 2002); 2·b is the
+//! smallest even width that fits, so at least a quarter of the results are inside.
 
-/// An order of `0..size`.
+/// A permutation of `0..size`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Permutation {
     size: u64,
@@ -12,18 +13,19 @@ pub(crate) struct Permutation {
     key: u64,
 }
 
-/// Twice what makes a network indistinguishable from chance: small sizes have few bits a round.
+/// Number of rounds: twice the four that make a Feistel network pseudorandom, because small sizes have few
+/// bits per round.
 const ROUNDS: u64 = 8;
 
 impl Permutation {
-    /// The order that follows from `seed` and `purpose`, numbers that tell one use from another.
+    /// The permutation for a seed and a `purpose`, numbers that distinguish one use from another.
     pub(crate) fn new(size: u64, seed: u64, purpose: &[u64]) -> Self {
         let bits = u64::BITS - size.saturating_sub(1).leading_zeros();
         let key = purpose.iter().fold(mix(seed), |key, number| mix(key ^ mix(*number)));
         Self { size, half: bits.div_ceil(2).max(1), key }
     }
 
-    /// What stands at `place`, which is below the size.
+    /// The number at `place`, which is below the size.
     pub(crate) fn at(&self, place: u64) -> u64 {
         debug_assert!(place < self.size);
         let mut number = place;

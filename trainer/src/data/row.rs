@@ -1,37 +1,38 @@
-//! One training row, and how it is put together from a file's columns.
+//! One training row, and how it is assembled from the columns of a file.
 
 use std::collections::BTreeMap;
 
 use crate::config::{Columns, DataSet, LossKind, RowKind};
 
-/// Texts that belong together. None is empty.
+/// The texts of one row; none is empty.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Row {
-    /// What is searched with; the text of a labelled row; the first text of a similarity row.
+    /// The query; the text of a labelled row; the first text of a similarity row.
     pub query: String,
-    /// What answers it, at least one; the second text of a similarity row. A labelled row has none: they are drawn from its class.
+    /// Texts that answer the query, at least one; the second text of a similarity row. Empty for a labelled
+    /// row, whose positives are drawn from its class.
     pub positives: Vec<String>,
-    /// What does not. None is also a positive.
+    /// Texts that do not answer the query. None is also a positive.
     pub negatives: Vec<String>,
-    /// How similar the two texts of a similarity row are; or, where the loss follows a teacher, its scores of the positive and
-    /// each negative.
+    /// Similarity of the two texts of a similarity row; or, for distillation, a teacher's scores of the
+    /// positive and of each negative.
     pub scores: Vec<f32>,
     /// The class of a labelled row.
     pub label: Option<String>,
-    /// Negatives that were left out, because they are also a positive of the row.
+    /// Number of negatives left out because they are also a positive of the row.
     pub dropped: usize,
 }
 
-/// What a file has in one column of one row.
+/// The value of one column in one row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cell {
-    /// The column is not there, or null.
+    /// The column is absent or null.
     Missing,
     Text(String),
     List(Vec<String>),
 }
 
-/// Which columns make a row, as indices into the file's names.
+/// The columns of a row's parts, as indices of the file's column names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Roles {
     kind: RowKind,
@@ -39,29 +40,29 @@ pub(super) struct Roles {
     query: usize,
     positives: Vec<usize>,
     negatives: Vec<usize>,
-    /// A label, a score or scores: numbers are welcome there.
+    /// Column of the label, the score or the scores, which may be numbers.
     value: Option<usize>,
 }
 
-/// How columns are understood: what the configuration says, else the usual names.
+/// Finds the parts of rows among column names: by the configuration, else by well-known names.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Schema {
     columns: Columns,
     kind: Option<RowKind>,
     loss: Option<LossKind>,
-    /// Whether every row must be an answer: a column that may say otherwise is refused.
+    /// Whether every positive must answer its query, so that a column of labels or scores is refused.
     answers: bool,
 }
 
-const QUERY: [&str; 5] = ["query", "anchor", "question", "premise", "sentence1"];
-const POSITIVE: [&str; 8] =
+pub(super) const QUERY: [&str; 5] = ["query", "anchor", "question", "premise", "sentence1"];
+pub(super) const POSITIVE: [&str; 8] =
     ["positive", "positives", "pos", "answer", "document", "passage", "hypothesis", "sentence2"];
-const NEGATIVE: [&str; 3] = ["negatives", "negative", "neg"];
-const TEXT: [&str; 2] = ["text", "sentence"];
-const LABEL: [&str; 2] = ["label", "labels"];
-const FIRST: [&str; 5] = ["sentence1", "s1", "text1", "query", "anchor"];
-const SECOND: [&str; 6] = ["sentence2", "s2", "text2", "positive", "document", "passage"];
-const SCORE: [&str; 4] = ["score", "similarity", "similarityscore", "label"];
+pub(super) const NEGATIVE: [&str; 3] = ["negatives", "negative", "neg"];
+pub(super) const TEXT: [&str; 2] = ["text", "sentence"];
+pub(super) const LABEL: [&str; 2] = ["label", "labels"];
+pub(super) const FIRST: [&str; 5] = ["sentence1", "s1", "text1", "query", "anchor"];
+pub(super) const SECOND: [&str; 6] = ["sentence2", "s2", "text2", "positive", "document", "passage"];
+pub(super) const SCORE: [&str; 4] = ["score", "similarity", "similarityscore", "label"];
 const TEACHER: [&str; 5] = ["scores", "score", "teacherscores", "labels", "label"];
 
 impl Schema {
@@ -69,29 +70,32 @@ impl Schema {
         Self { columns: set.columns.clone(), kind: set.kind, loss: set.loss, answers: false }
     }
 
-    /// For rows of which each is an answer, as a command line names them.
+    /// For rows of a known kind in which every positive answers its query.
     pub(super) fn answers(kind: RowKind) -> Self {
         Self { kind: Some(kind), answers: true, ..Self::default() }
     }
 
-    /// For the rows after one of this kind: a file has rows of one kind.
+    /// The same schema for the other rows of a file whose first row is of this kind.
     pub(super) fn of_kind(mut self, kind: RowKind) -> Self {
         self.kind = Some(kind);
         self
     }
 
-    /// What the rows are, where that is settled.
+    /// The kind of the rows, if it is known.
     pub(super) fn kind(&self) -> Option<RowKind> {
         self.kind
     }
 
-    /// Finds the parts of a row among a file's column names.
+    /// Finds the columns of a row's parts among column names.
+    ///
+    /// # Errors
+    /// A column is missing or ambiguous.
     pub(super) fn roles(&self, names: &[&str]) -> Result<Roles, String> {
         let Self { columns, loss, .. } = self;
-        let kind = self.kind_by(names)?;
+        let kind = self.infer_kind(names)?;
         let one = |part: &str, chosen: &Option<String>, aliases: &[&str]| match chosen {
-            Some(name) => named(part, name, names),
-            None => usual(part, aliases, names),
+            Some(name) => by_name(part, name, names),
+            None => by_alias(part, aliases, names),
         };
         let roles = |query, positives, negatives, value| Roles {
             kind,
@@ -117,15 +121,15 @@ impl Schema {
         }
         let query = one("query", &columns.query, &QUERY)?;
         let positives = match &columns.positive {
-            Some(chosen) => all_named("positive", &chosen.0, names)?,
-            None => vec![usual("positive", &POSITIVE, names)?],
+            Some(chosen) => all_by_name("positive", &chosen.0, names)?,
+            None => vec![by_alias("positive", &POSITIVE, names)?],
         };
         let negatives = match &columns.negatives {
             Some(chosen) => chosen.0.iter().filter_map(|name| position(name, names)).collect(),
-            None => negatives(names)?,
+            None => negative_columns(names)?,
         };
         if kind == RowKind::Triplets && negatives.is_empty() {
-            return Err(format!("`kind: triplets` needs a column of negatives, {}", found(names)));
+            return Err(format!("`kind: triplets` needs a column of negatives, {}", found_columns(names)));
         }
         let value = match loss {
             Some(loss) if loss.distils() => Some(one("score", &columns.score, &TEACHER)?),
@@ -134,18 +138,21 @@ impl Schema {
         Ok(roles(query, positives, negatives, value))
     }
 
-    /// What the configuration says, else what the columns look like.
-    fn kind_by(&self, names: &[&str]) -> Result<RowKind, String> {
+    /// The kind of rows: as configured, else by the column names.
+    fn infer_kind(&self, names: &[&str]) -> Result<RowKind, String> {
         let Columns { query, positive, text, label, sentence1, sentence2, score, .. } = &self.columns;
         let distils = self.loss.is_some_and(LossKind::distils);
-        let any = |aliases: &[&str]| names.iter().any(|name| aliases.iter().any(|alias| is(name, alias)));
-        let column = |aliases: &[&str]| names.iter().find(|name| aliases.iter().any(|alias| is(name, alias)));
+        let any =
+            |aliases: &[&str]| names.iter().any(|name| aliases.iter().any(|alias| is_alias(name, alias)));
+        let column =
+            |aliases: &[&str]| names.iter().find(|name| aliases.iter().any(|alias| is_alias(name, alias)));
         if let Some(kind) = self.kind {
             let scored = any(&FIRST[..3]) && any(&SECOND[..3]);
             return match column(if scored { &["label", "score"] } else { &["label"] }) {
                 Some(name) if self.answers => Err(format!(
-                    "has a column `{name}` beside two texts, which may say that one does not answer the other\n\
-                     hint: keep the rows that do, without that column"
+                    "has a column `{name}` beside two texts, which looks like scored pairs\n\
+                     hint: use kind `similarity` for scored pairs; for pairs and triplets keep the positive rows and drop the \
+                     column"
                 )),
                 _ => Ok(kind),
             };
@@ -165,14 +172,14 @@ impl Schema {
         if any(&TEXT) && any(&LABEL) && !any(&QUERY) && !any(&POSITIVE) {
             return Ok(RowKind::Labelled);
         }
-        // Beside negatives a score is only what they were chosen by.
-        let alone =
-            self.columns.negatives.is_none() && negatives(names).is_ok_and(|negatives| negatives.is_empty());
+        // Next to negatives, a score is the one by which they were mined.
+        let alone = self.columns.negatives.is_none()
+            && negative_columns(names).is_ok_and(|negatives| negatives.is_empty());
         match column(if alone { &["label", "score"] } else { &["label"] }) {
             Some(name) => Err(format!(
-                "has a column `{name}` beside two texts, which may mean several things\n\
-                 hint: `kind: pairs` in the configuration takes every row as a pair, whatever its {name}; \
-                 `kind: similarity` takes it as the score of how similar they are"
+                "has a column `{name}` beside two texts, which is ambiguous\n\
+                 hint: `kind: similarity` uses it as the similarity of the texts; `kind: pairs` ignores it and uses every row \
+                 as a positive pair"
             )),
             None => Ok(RowKind::Pairs),
         }
@@ -180,17 +187,20 @@ impl Schema {
 }
 
 impl Schema {
-    /// As [`Self::roles`], for names that hold for all rows: every column that the configuration names must be there.
+    /// Like [`Self::roles`], for a header: every column that the configuration names must exist.
     pub(super) fn header(&self, names: &[&str]) -> Result<Roles, String> {
         for (part, chosen) in [("positive", &self.columns.positive), ("negatives", &self.columns.negatives)] {
             for name in chosen.iter().flat_map(|chosen| &chosen.0) {
-                named(part, name, names)?;
+                by_name(part, name, names)?;
             }
         }
         self.roles(names)
     }
 
-    /// What is wrong where no row at all has negatives.
+    /// Checks a file without any negatives.
+    ///
+    /// # Errors
+    /// The configuration names a column for them.
     pub(super) fn without_negatives(&self) -> Result<(), String> {
         match &self.columns.negatives {
             Some(chosen) => Err(format!(
@@ -202,9 +212,9 @@ impl Schema {
     }
 }
 
-/// What rows with these columns are, if nothing else is said.
+/// The kind of rows with these columns, where nothing is configured.
 pub(super) fn usual_kind(names: &[&str]) -> Result<RowKind, String> {
-    Schema::default().kind_by(names)
+    Schema::default().infer_kind(names)
 }
 
 /// The columns of the two texts of a scored pair and of its score.
@@ -213,23 +223,23 @@ pub(crate) fn similarity_columns(names: &[&str]) -> Result<[usize; 3], String> {
     let Roles { query, positives, value, .. } = schema.roles(names)?;
     match (positives.as_slice(), value) {
         ([second], Some(score)) => Ok([query, *second, score]),
-        _ => Err(format!("has no columns of two texts and a score; {}", found(names))),
+        _ => Err(format!("has no columns of two texts and a score; {}", found_columns(names))),
     }
 }
 
-/// The columns that hold a row's texts, whatever its kind: what a model may see of it.
+/// The columns that hold texts of a row, of whatever kind.
 pub(crate) fn text_columns(names: &[&str]) -> Result<Vec<usize>, String> {
     let pair = Schema { kind: Some(RowKind::Pairs), ..Schema::default() }.roles(names);
     pair.map(|roles| [vec![roles.query], roles.positives, roles.negatives].concat()).or_else(|wrong| {
         let alone = ["text", "sentence", "s1", "s2", "text1", "text2"];
-        let places = (0..names.len()).filter(|&i| alone.iter().any(|alias| is(names[i], alias)));
+        let places = (0..names.len()).filter(|&i| alone.iter().any(|alias| is_alias(names[i], alias)));
         let places: Vec<usize> = places.collect();
         if places.is_empty() { Err(wrong) } else { Ok(places) }
     })
 }
 
-/// Whether a file's `name` is the usual `alias`, in any case and spelling of its words' gaps.
-fn is(name: &str, alias: &str) -> bool {
+/// Whether a column's name equals `alias`, ignoring case, spaces, `_` and `-`.
+pub(super) fn is_alias(name: &str, alias: &str) -> bool {
     name.trim()
         .chars()
         .filter(|c| !matches!(c, '_' | '-' | ' '))
@@ -241,40 +251,46 @@ fn position(wanted: &str, names: &[&str]) -> Option<usize> {
     names.iter().position(|name| *name == wanted)
 }
 
-fn found(names: &[&str]) -> String {
+fn found_columns(names: &[&str]) -> String {
     if names.is_empty() { "found no columns".to_owned() } else { format!("found {}", names.join(", ")) }
 }
 
-fn named(part: &str, wanted: &str, names: &[&str]) -> Result<usize, String> {
+fn by_name(part: &str, wanted: &str, names: &[&str]) -> Result<usize, String> {
     position(wanted, names).ok_or_else(|| {
-        format!("has no column `{wanted}`, which the configuration names for the {part}; {}", found(names))
+        format!(
+            "has no column `{wanted}`, which the configuration names for the {part}; {}",
+            found_columns(names)
+        )
     })
 }
 
-fn all_named(part: &str, wanted: &[String], names: &[&str]) -> Result<Vec<usize>, String> {
+fn all_by_name(part: &str, wanted: &[String], names: &[&str]) -> Result<Vec<usize>, String> {
     // One of several may be absent from a row, not all.
     let places: Vec<usize> = wanted.iter().filter_map(|name| position(name, names)).collect();
     match (places.is_empty(), wanted) {
         (false, _) => Ok(places),
-        (true, [one, ..]) => named(part, one, names).map(|place| vec![place]),
-        (true, []) => Err(format!("the configuration names no column for the {part}; {}", found(names))),
+        (true, [one, ..]) => by_name(part, one, names).map(|place| vec![place]),
+        (true, []) => {
+            Err(format!("the configuration names no column for the {part}; {}", found_columns(names)))
+        }
     }
 }
 
-/// The one column with a usual name; the first of `aliases` is the part's own name and wins over the others.
-fn usual(part: &str, aliases: &[&str], names: &[&str]) -> Result<usize, String> {
-    if let Some(place) = names.iter().position(|name| is(name, aliases[0])) {
+/// The only column with one of the well-known names `aliases`, or the one with the first of these, which
+/// takes precedence.
+fn by_alias(part: &str, aliases: &[&str], names: &[&str]) -> Result<usize, String> {
+    if let Some(place) = names.iter().position(|name| is_alias(name, aliases[0])) {
         return Ok(place);
     }
     let places: Vec<usize> =
-        (0..names.len()).filter(|i| aliases.iter().any(|alias| is(names[*i], alias))).collect();
+        (0..names.len()).filter(|i| aliases.iter().any(|alias| is_alias(names[*i], alias))).collect();
     match places.as_slice() {
         [place] => Ok(*place),
         [] => Err(format!(
             "has no column for the {part}, expected one of {}; {}\n\
              hint: `columns: {{{part}: NAME}}` in the configuration names another",
             aliases.join(", "),
-            found(names)
+            found_columns(names)
         )),
         several => Err(format!(
             "has several columns that could be the {part}: {}\n\
@@ -284,10 +300,11 @@ fn usual(part: &str, aliases: &[&str], names: &[&str]) -> Result<usize, String> 
     }
 }
 
-/// `negatives`, `negative` or `neg`, else `negative_1`, `negative_2`, … in the order of their numbers.
-fn negatives(names: &[&str]) -> Result<Vec<usize>, String> {
-    if names.iter().any(|name| NEGATIVE.iter().any(|alias| is(name, alias))) {
-        return usual("negatives", &NEGATIVE, names).map(|place| vec![place]);
+/// The column `negatives`, `negative` or `neg`, else `negative_1`, `negative_2`, … in the order of their
+/// numbers.
+pub(super) fn negative_columns(names: &[&str]) -> Result<Vec<usize>, String> {
+    if names.iter().any(|name| NEGATIVE.iter().any(|alias| is_alias(name, alias))) {
+        return by_alias("negatives", &NEGATIVE, names).map(|place| vec![place]);
     }
     let numbered: BTreeMap<u64, usize> = names
         .iter()
@@ -301,12 +318,12 @@ fn negatives(names: &[&str]) -> Result<Vec<usize>, String> {
 }
 
 impl Roles {
-    /// What the rows are.
+    /// The kind of the rows.
     pub(super) fn kind(&self) -> RowKind {
         self.kind
     }
 
-    /// Whether there are columns of negatives.
+    /// Whether there are columns for negatives.
     pub(super) fn has_negatives(&self) -> bool {
         !self.negatives.is_empty()
     }
@@ -321,7 +338,11 @@ impl Roles {
         self.value == Some(column)
     }
 
-    /// Puts a row together from its cells, each taken once.
+    /// Assembles a row from its cells; `cell` is called once for each column.
+    ///
+    /// # Errors
+    /// A text is missing, empty or a list; scores are not finite numbers or do not fit the texts; a negative
+    /// is missing that the loss needs.
     pub(super) fn row(
         &self,
         names: &[&str],
@@ -362,10 +383,12 @@ impl Roles {
             row.scores = scores(name, cell(column)?)?;
             match row.scores.len() {
                 _ if positives > 1 => {
-                    return Err(format!("has {positives} positives, where `{name}` scores one"));
+                    return Err(format!(
+                        "has {positives} positives, expected one with the scores in `{name}`"
+                    ));
                 }
                 count if count == 1 + negatives => {}
-                // Differences between the positive's score and the negatives'.
+                // The scores are margins: the positive's score minus each negative's.
                 count if count == negatives && self.kind != RowKind::Similarity => {
                     row.scores = [0.0].into_iter().chain(row.scores.iter().map(|margin| -margin)).collect();
                 }
@@ -374,7 +397,8 @@ impl Roles {
                 }
                 count => {
                     return Err(format!(
-                        "`{name}` has {count} numbers for a positive and {negatives} negatives, expected {} scores or {negatives} differences",
+                        "`{name}` has {count} numbers for a positive and {negatives} negatives, expected {} scores or \
+                         {negatives} margins",
                         negatives + 1
                     ));
                 }
@@ -387,14 +411,16 @@ impl Roles {
             {
                 Err(match row.dropped {
                     0 => format!("has no negative, which the loss `{loss}` needs"),
-                    _ => format!("has no negative but its positive, and the loss `{loss}` needs one"),
+                    _ => format!(
+                        "has no negative that differs from its positive, which the loss `{loss}` needs"
+                    ),
                 })
             }
             _ => Ok(row),
         }
     }
 
-    /// Leaves out negatives that are also positives.
+    /// Removes negatives that are also positives, and their scores.
     fn drop_positives(&self, row: &mut Row) {
         let keep: Vec<bool> = row.negatives.iter().map(|text| !row.positives.contains(text)).collect();
         row.dropped = keep.iter().filter(|keep| !**keep).count();
@@ -407,7 +433,7 @@ impl Roles {
     }
 }
 
-/// A number, or a list of them, all finite.
+/// The number or numbers in a cell.
 fn scores(name: &str, cell: Cell) -> Result<Vec<f32>, String> {
     let number = |text: &str| match text.trim().parse::<f32>() {
         Ok(number) if number.is_finite() => Ok(number),

@@ -1,4 +1,4 @@
-//! One data set of a mixture: which of its rows are used, and what a step sees of one.
+//! One data set of the training data: which of its rows are used, and which texts of a row a step uses.
 
 use std::path::PathBuf;
 
@@ -6,81 +6,82 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::batch::RowId;
 use super::permutation::Permutation;
-use super::reader::Source;
+use super::reader::{self, Source};
 use super::row::Row;
 use crate::config::{Config, DataSet, LossKind, RowKind};
 use crate::{Error, Result, hub};
 
-/// What the orders are drawn for.
+/// Purposes of the random orders.
 const SUBSET: u64 = 1;
 const WINDOW: u64 = 2;
 
-/// One data set of the mixture.
-pub struct Set {
-    /// What it is called.
+/// One open data set of `data.train`.
+pub struct TrainSet {
+    /// The name in messages.
     pub name: String,
-    /// Its file or folder.
+    /// The file or folder.
     pub path: PathBuf,
-    /// What its rows are.
+    /// The kind of its rows.
     pub kind: RowKind,
-    /// How they are judged.
+    /// The loss of its rows.
     pub loss: LossKind,
-    /// Put before each query.
+    /// Prompt before each query.
     pub query_prompt: String,
-    /// Put before each positive and negative.
+    /// Prompt before each positive and negative.
     pub document_prompt: String,
-    /// Rows that are used.
+    /// Number of rows that are used.
     pub samples: u64,
-    /// Rows seen in an epoch: round(samples · weight).
+    /// Number of rows per epoch: round(samples · weight).
     pub rows: u64,
     pub(super) source: Source,
-    chosen: Chosen,
-    /// Whether a row's positives and negatives take turns.
-    turns: bool,
-    /// With a weight that is not whole an epoch sees a window of the samples; this scatters it over the file.
+    chosen: Subset,
+    /// Whether later uses of a row take its other positives and negatives.
+    rotates: bool,
+    /// With a weight that is not an integer, an epoch uses a window of the samples; this permutation scatters
+    /// it over the file.
     window: Option<Permutation>,
     seed: u64,
     number: u64,
 }
 
-/// Which rows are used.
-enum Chosen {
+/// Which rows of a data set are used.
+enum Subset {
     All,
-    /// The first of this order.
+    /// The first `samples` rows of this order.
     First(Permutation),
     /// These, ascending.
     Listed(Vec<u64>),
 }
 
-/// A row as one step sees it.
+/// A row as one step uses it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Example {
-    /// Where it came from.
+    /// Origin of the row.
     pub row: RowId,
-    /// What is searched with.
+    /// The query.
     pub query: String,
-    /// Which of `known` is the positive of this step.
+    /// Index in `positives` of the one that this step uses.
     pub positive: usize,
-    /// Every positive of the row.
-    pub known: Vec<String>,
-    /// The negatives of this step, at most `data.negatives`.
+    /// All positives of the row.
+    pub positives: Vec<String>,
+    /// Negatives that this step uses, at most `data.negatives`.
     pub negatives: Vec<String>,
-    /// What the data say of the positive and each negative, where the loss asks.
+    /// Scores of the positive and of each negative, if the loss uses them.
     pub scores: Vec<f32>,
-    /// The classes of a labelled row and of its negatives.
+    /// Classes of a labelled row and of its negatives.
     pub classes: Option<Classes>,
 }
 
-/// What a labelled row and its negatives are.
+/// Classes of a labelled row and of its negatives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Classes {
-    /// Of the query and its positive.
+    /// Class of the query and its positive.
     pub own: u32,
-    /// Of each negative.
+    /// Class of each negative.
     pub negatives: Vec<u32>,
 }
 
-impl Set {
+impl TrainSet {
     pub(super) fn open(config: &Config, index: usize, set: &DataSet) -> Result<Self> {
         let field = |key: &str| format!("data.train.{index}.{key}");
         let path =
@@ -93,7 +94,7 @@ impl Set {
             }
             other => other,
         })?;
-        let name = if set.name.is_empty() { plain_name(set) } else { set.name.clone() };
+        let name = if set.name.is_empty() { reader::stem(&set.path) } else { set.name.clone() };
         let kind = source.kind();
         let loss = match (kind, set.loss) {
             (RowKind::Similarity, None) => LossKind::CoSent,
@@ -111,23 +112,24 @@ impl Set {
         let none = config.data.negatives == 0 || (kind != RowKind::Labelled && !source.negatives());
         if loss == LossKind::InfoNce && !config.loss.in_batch_negatives && none {
             let message = format!(
-                "data set {name} has no negatives, and loss.in_batch_negatives is false: its loss would always be 0\n\
-                 hint: `trainer mine` finds some, and data.negatives takes them"
+                "data set {name} has no negatives and loss.in_batch_negatives is false, so its loss would always be 0\n\
+                 hint: find negatives with `trainer mine` and set data.negatives, or set loss.in_batch_negatives"
             );
             return Err(config.error("loss.in_batch_negatives", message));
         }
-        let dropped = source.dropped();
+        let dropped = source.dropped_negatives();
         if dropped.negatives > 0 {
             let at = source.error(dropped.first, "the first");
             tracing::warn!(
-                "data set {name}: {} negatives are also a positive of their row and are left out ({at})",
+                "data set {name}: left out {} negatives that are also a positive of their row ({at})",
                 dropped.negatives
             );
         }
         let (samples, chosen) = choose(config, index, &name, set.samples, &source);
         let rows = (samples as f64 * set.weight).round() as u64;
         if rows == 0 {
-            let message = format!("{} of {samples} rows is no row at all", set.weight);
+            let message =
+                format!("{} × {samples} rows rounds to 0 rows per epoch, expected at least 1", set.weight);
             return Err(config.error(&field("weight"), message));
         }
         let window = (config.data.shuffle && !rows.is_multiple_of(samples))
@@ -143,26 +145,27 @@ impl Set {
             rows,
             source,
             chosen,
-            turns: config.data.shuffle,
+            rotates: config.data.shuffle,
             window,
             seed: config.seed,
             number: index as u64,
         })
     }
 
-    /// What stands at place `within` of the set's rows in an epoch.
+    /// The row at place `within` of the set's rows in an epoch.
     pub(super) fn example(&self, dataset: u32, epoch: u64, within: u64, negatives: usize) -> Result<Example> {
         let turn = epoch * self.rows + within;
-        // How often this sample was seen before: its positives and negatives take turns, but not in the order of the file.
-        let pass = if self.turns { turn / self.samples } else { 0 };
+        // Number of earlier uses of this sample. Without shuffling a row always uses its first positive and
+        // negatives.
+        let pass = if self.rotates { turn / self.samples } else { 0 };
         let mut sample = turn % self.samples;
         if let Some(window) = &self.window {
             sample = window.at(sample);
         }
         let row = match &self.chosen {
-            Chosen::All => sample,
-            Chosen::First(order) => order.at(sample),
-            Chosen::Listed(rows) => rows[sample as usize],
+            Subset::All => sample,
+            Subset::First(order) => order.at(sample),
+            Subset::Listed(rows) => rows[sample as usize],
         };
         let id = RowId { dataset, row };
         let texts = self.source.row(row)?;
@@ -172,13 +175,13 @@ impl Set {
         }
     }
 
-    /// A labelled row with others: one of its class, `count` of other classes.
+    /// A labelled row with a positive of its class and `count` negatives of other classes.
     fn labelled(&self, row: RowId, query: String, pass: u64, count: usize) -> Result<Example> {
-        let gone = || self.source.error(row.row, "has lost its class");
+        let gone = || self.source.error(row.row, "has no class");
         let labels = self.source.labels().ok_or_else(gone)?;
         let drawn = labels.draw(row.row, count, self.seed, self.number, pass);
         let text = |other: u64| Ok::<_, Error>(self.source.row(other)?.query);
-        // The same text may stand in the file twice: it is no answer to itself, and no negative of itself either.
+        // A file may contain a text twice: it is neither a positive nor a negative of itself.
         let mut positive = None;
         for other in drawn.positives {
             let found = text(other)?;
@@ -201,12 +204,20 @@ impl Set {
                 negatives.push(found);
             }
         }
-        let known = vec![positive];
-        Ok(Example { row, query, positive: 0, known, negatives, scores: Vec::new(), classes: Some(classes) })
+        let positives = vec![positive];
+        Ok(Example {
+            row,
+            query,
+            positive: 0,
+            positives,
+            negatives,
+            scores: Vec::new(),
+            classes: Some(classes),
+        })
     }
 }
 
-/// A row with its own texts, of which some take turns.
+/// A row with its own texts; use number `pass` takes the next of its positives and of its negatives.
 fn plain(row: RowId, texts: Row, pass: u64, count: usize) -> Example {
     let Row { query, positives, mut negatives, mut scores, .. } = texts;
     let positive = (pass % positives.len() as u64) as usize;
@@ -219,55 +230,52 @@ fn plain(row: RowId, texts: Row, pass: u64, count: usize) -> Example {
             scores.truncate(1 + count);
         }
     }
-    Example { row, query, positive, known: positives, negatives, scores, classes: None }
+    Example { row, query, positive, positives, negatives, scores, classes: None }
 }
 
-/// How many rows are used, and which.
-fn choose(config: &Config, index: usize, name: &str, wanted: Option<u64>, source: &Source) -> (u64, Chosen) {
-    let lonely = source.labels().map_or(0, |labels| labels.lonely());
-    if lonely > 0 {
+/// The number of rows that are used, and which.
+fn choose(config: &Config, index: usize, name: &str, wanted: Option<u64>, source: &Source) -> (u64, Subset) {
+    let singleton_rows = source.labels().map_or(0, |labels| labels.singleton_rows());
+    if singleton_rows > 0 {
         tracing::warn!(
-            "data set {name}: {lonely} rows are the only ones of their class: they are negatives only"
+            "data set {name}: {singleton_rows} rows are the only one of their class and serve as negatives only"
         );
     }
-    let all = source.len() - lonely;
+    let all = source.len() - singleton_rows;
     let samples = wanted.unwrap_or(all).min(all);
     if let Some(wanted) = wanted.filter(|wanted| *wanted > samples) {
-        tracing::warn!("data set {name}: {wanted} samples are asked for, all its {samples} rows are used");
+        tracing::warn!(
+            "data set {name}: uses all {samples} rows, fewer than the {wanted} samples of the configuration"
+        );
     }
     let set = index as u64;
     let chosen = match source.labels() {
-        _ if samples == source.len() => Chosen::All,
-        Some(labels) => Chosen::Listed(labels.sample(samples, config.seed, set)),
+        _ if samples == source.len() => Subset::All,
+        Some(labels) => Subset::Listed(labels.sample(samples, config.seed, set)),
         None => {
             let order = Permutation::new(all, config.seed, &[SUBSET, set]);
             if config.data.shuffle {
-                Chosen::First(order)
+                Subset::First(order)
             } else {
                 let mut rows: Vec<u64> = (0..samples).map(|place| order.at(place)).collect();
                 rows.sort_unstable();
-                Chosen::Listed(rows)
+                Subset::Listed(rows)
             }
         }
     };
     (samples, chosen)
 }
 
-/// The file's name without its endings.
-fn plain_name(set: &DataSet) -> String {
-    let name = set.path.file_name().unwrap_or_default().to_string_lossy();
-    name.split('.').next().unwrap_or_default().to_owned()
-}
-
 impl Example {
-    /// The texts that no other row of the batch may have. What was drawn as a negative for a labelled row is not among them: another
-    /// might have been, and the classes say whose negative it is.
+    /// The texts that no other row of the batch may repeat. Negatives drawn for a labelled row are not among
+    /// them, because the classes tell of which rows they are negatives.
     pub(super) fn texts(&self) -> impl Iterator<Item = &str> {
-        let own = [self.query.as_str(), self.known[self.positive].as_str()];
+        let own = [self.query.as_str(), self.positives[self.positive].as_str()];
         let negatives: &[String] = if self.classes.is_some() { &[] } else { &self.negatives };
         own.into_iter().chain(negatives.iter().map(String::as_str))
     }
 
+    /// Hashes of [`Self::texts`].
     pub(super) fn keys(&self) -> Vec<u64> {
         self.texts().map(|text| xxh3_64(text.as_bytes())).collect()
     }

@@ -1,9 +1,10 @@
-//! One file of rows into a part to train on and parts to measure with.
+//! Splits a file of rows into training, validation and test parts that have no text in common.
 //!
-//! Rows that share a text stay together (union-find over the texts' hashes), so that no text of one part is in another. The
-//! groups are dealt out in a random order, the larger first, each to the part that lacks the greatest share of its rows: parts
-//! have groups of all sizes, and their rows within one of what was asked for, unless the groups are too large for that. Parts keep
-//! the rows as they stand in the file, byte for byte and in its order. In memory are a hash a text and a number a row.
+//! Rows that share a text form a group (union-find over hashes of the texts), and a group goes to one part.
+//! Groups are assigned in a random order, the larger ones first, each to the part that lacks the largest
+//! fraction of its rows. So every part has groups of all sizes, and its number of rows is within one of the
+//! requested number unless groups are too large. The parts keep the bytes of the rows and their order.
+//! Memory: a hash per text and a number per row.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -12,37 +13,37 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 
-use crate::data::reader;
+use crate::data::reader::{self, Format};
 use crate::data::row::text_columns;
 use crate::system::atomic::{LineWriter, StagedDir};
 use crate::{Error, Result};
 
-/// How a file is divided.
+/// Settings of a split.
 #[derive(Clone, Debug)]
 pub struct Split {
-    /// The share of each part, two or three numbers above 0 with the sum 1.
+    /// Fraction of the rows of each part: two or three numbers above 0 whose sum is 1.
     pub fractions: Vec<f64>,
-    /// What the random order follows from.
+    /// Seed of the random order.
     pub seed: u64,
-    /// Columns whose texts tell which rows belong together; none: those that training would read.
+    /// Columns whose texts must not be in two parts. Empty: the columns that training reads.
     pub columns: Vec<String>,
 }
 
-/// What became of the rows.
+/// Numbers of rows after a split.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Counts {
-    /// Rows of the file.
+pub struct SplitCounts {
+    /// Number of rows of the file.
     pub rows: u64,
-    /// Groups of rows that share texts.
+    /// Number of groups of rows that share texts.
     pub groups: u64,
-    /// Rows of the largest group.
+    /// Number of rows of the largest group.
     pub largest_group: u64,
-    /// The parts' names and rows.
+    /// Name and number of rows of each part.
     pub parts: Vec<(&'static str, u64)>,
 }
 
-impl Counts {
-    /// As one object.
+impl SplitCounts {
+    /// The numbers as a JSON object.
     pub fn json(&self) -> Value {
         let mut object = json!({
             "rows": self.rows,
@@ -57,44 +58,41 @@ impl Counts {
 }
 
 impl Split {
-    /// Divides `input` into files of the folder `output`, which must not be there: train, validation and test, or train and
-    /// test, in the input's format, unpacked.
+    /// Splits `input` into files of the new folder `output`: train, validation and test, or train and test,
+    /// in the format of the input without compression.
     ///
     /// # Errors
-    /// The fractions are no shares of a whole; the folder exists; the input cannot be read, has no column of texts, or so few groups
-    /// that a part would be empty.
-    pub fn run(&self, input: &Path, output: &Path) -> Result<Counts> {
+    /// The fractions are wrong; the folder exists; the input cannot be read, has no column of texts, or has
+    /// so few groups that a part would be empty.
+    pub fn run(&self, input: &Path, output: &Path) -> Result<SplitCounts> {
         let names = self.names()?;
         StagedDir::check_free(output)?;
-        let ending = ending(input)?;
+        let ending = Format::expect(input)?.written_ending();
         let groups = Groups::read(input, &self.columns)?;
-        let parts = deal(&groups.sizes, &self.fractions, groups.of_row.len(), self.seed);
-        let mut rows = vec![0u64; names.len()];
-        for (&size, &part) in groups.sizes.iter().zip(&parts) {
-            rows[part] += size as u64;
-        }
-        let counts = Counts {
-            rows: groups.of_row.len() as u64,
+        let parts = groups.parts_of_rows(&self.fractions, self.seed);
+        let rows_of = |part: usize| parts.iter().filter(|&&other| other == part).count() as u64;
+        let counts = SplitCounts {
+            rows: parts.len() as u64,
             groups: groups.sizes.len() as u64,
-            largest_group: groups.sizes.iter().copied().max().unwrap_or(0) as u64,
-            parts: names.iter().copied().zip(rows).collect(),
+            largest_group: groups.largest() as u64,
+            parts: names.iter().enumerate().map(|(part, &name)| (name, rows_of(part))).collect(),
         };
         self.check(input, &counts)?;
 
         let draft = StagedDir::new(output)?;
         let files = names.iter().map(|name| draft.file(&format!("{name}.{ending}")));
         let mut files = files.collect::<Result<Vec<_>>>()?;
-        let changed = || Error::file(input, "has changed meanwhile");
+        let changed = || Error::file(input, "has changed while it was being split");
         let mut row = 0;
         reader::raw(input, |_, bytes, object| {
             if object.is_none() {
                 return files.iter_mut().try_for_each(|file| file.write(bytes));
             }
-            let group = *groups.of_row.get(row).ok_or_else(changed)?;
+            let part = *parts.get(row).ok_or_else(changed)?;
             row += 1;
-            files[parts[group as usize]].write(bytes)
+            files[part].write(bytes)
         })?;
-        if row != groups.of_row.len() {
+        if row != parts.len() {
             return Err(changed());
         }
         files.into_iter().try_for_each(LineWriter::finish)?;
@@ -108,7 +106,7 @@ impl Split {
             Error::Usage(format!("--fractions: {} {message}", given.join(",")))
         };
         if self.fractions.iter().any(|&fraction| !(fraction > 0.0 && fraction < 1.0)) {
-            return Err(wrong("has a share that is not between 0 and 1"));
+            return Err(wrong("has a fraction that is not between 0 and 1"));
         }
         if (self.fractions.iter().sum::<f64>() - 1.0).abs() > 1e-6 {
             return Err(wrong("do not add up to 1"));
@@ -116,19 +114,20 @@ impl Split {
         match self.fractions.len() {
             2 => Ok(&["train", "test"]),
             3 => Ok(&["train", "validation", "test"]),
-            _ => Err(wrong("are no two or three shares: train and test, or train, validation and test")),
+            _ => Err(wrong("has neither two fractions (train, test) nor three (train, validation, test)")),
         }
     }
 
-    /// Whether every part has rows, and about as many as it should.
-    fn check(&self, input: &Path, counts: &Counts) -> Result<()> {
-        let Counts { rows, groups, largest_group, parts } = counts;
-        let together =
-            format!("{rows} rows are {groups} groups that share texts, the largest of {largest_group} rows");
+    /// Refuses an empty part, and warns of parts whose number of rows is more than 1 % off.
+    fn check(&self, input: &Path, counts: &SplitCounts) -> Result<()> {
+        let SplitCounts { rows, groups, largest_group, parts } = counts;
+        let together = format!(
+            "the {rows} rows form {groups} groups that share texts, the largest with {largest_group} rows"
+        );
         if let Some((name, _)) = parts.iter().find(|(_, rows)| *rows == 0) {
-            let hint = "negatives that many rows have tie them together: split before mining, or name the columns that count \
-                        with --columns";
-            return Err(Error::file(input, format!("{together}: no row is left for {name}\nhint: {hint}")));
+            let hint = "negatives shared by many rows join these into one group: split before mining, or choose the columns \
+                        that matter with --columns";
+            return Err(Error::file(input, format!("{together}, so {name} would be empty\nhint: {hint}")));
         }
         for ((name, found), fraction) in parts.iter().zip(&self.fractions) {
             let wanted = fraction * *rows as f64;
@@ -140,52 +139,70 @@ impl Split {
     }
 }
 
-/// `jsonl` of `data/x.jsonl.gz`, and of Parquet, whose rows are read as lines of JSON.
-fn ending(input: &Path) -> Result<String> {
-    let name = input.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let lower = name.to_ascii_lowercase();
-    let bare = [".gz", ".zst"].iter().find_map(|packed| lower.strip_suffix(packed)).unwrap_or(&lower);
-    match Path::new(bare).extension().and_then(|ending| ending.to_str()) {
-        Some("parquet") => Ok("jsonl".to_owned()),
-        Some(ending) => Ok(ending.to_owned()),
-        None => {
-            Err(Error::file(input, "expected a .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst"))
-        }
-    }
-}
-
-/// Which rows share texts.
-struct Groups {
+/// Groups of rows that share texts.
+pub(crate) struct Groups {
     of_row: Vec<u32>,
     sizes: Vec<usize>,
 }
 
 impl Groups {
     fn read(input: &Path, columns: &[String]) -> Result<Self> {
-        let mut parents: Vec<u32> = Vec::new();
-        let mut rows_of: HashMap<u128, u32> = HashMap::new();
-        let mut known = Known::default();
+        let (mut grouping, mut text_columns) = (Grouping::default(), TextColumns::default());
         reader::raw(input, |line, _, object| {
             let Some(object) = object else { return Ok(()) };
-            let wrong = |message| Error::Row { path: input.to_owned(), line, message };
-            let row = parents.len() as u32;
-            parents.push(row);
-            known
-                .texts(&object, columns, |text| {
-                    let text = text.trim();
-                    if text.is_empty() {
-                        return; // an empty cell, as of a row without a negative, ties nothing
-                    }
-                    let other = *rows_of.entry(xxh3_128(text.as_bytes())).or_insert(row);
-                    let (one, other) = (root(&mut parents, row), root(&mut parents, other));
-                    // The first row of a group stands for it.
-                    parents[one.max(other) as usize] = one.min(other);
-                })
-                .map_err(wrong)
+            let row = grouping.add_row();
+            let joined = text_columns.texts(&object, columns, |text| grouping.join(row, text));
+            joined.map_err(|message| Error::Row { path: input.to_owned(), line, message })
         })?;
-        if parents.is_empty() {
+        if grouping.parents.is_empty() {
             return Err(Error::file(input, "has no rows"));
         }
+        Ok(grouping.finish())
+    }
+
+    /// Number of rows of the largest group.
+    pub(crate) fn largest(&self) -> usize {
+        self.sizes.iter().copied().max().unwrap_or(0)
+    }
+
+    /// The part of each row, if parts are to have these fractions of the rows.
+    pub(crate) fn parts_of_rows(&self, fractions: &[f64], seed: u64) -> Vec<usize> {
+        let parts = assign(&self.sizes, fractions, self.of_row.len(), seed);
+        self.of_row.iter().map(|&group| parts[group as usize]).collect()
+    }
+}
+
+/// Finds groups while rows are read.
+#[derive(Default)]
+pub(crate) struct Grouping {
+    parents: Vec<u32>,
+    /// A row that has the text with this hash.
+    rows_of: HashMap<u128, u32>,
+}
+
+impl Grouping {
+    /// Adds a row and returns its number.
+    pub(crate) fn add_row(&mut self) -> u32 {
+        let row = self.parents.len() as u32;
+        self.parents.push(row);
+        row
+    }
+
+    /// Joins the group of `row` with that of all rows that have this text.
+    pub(crate) fn join(&mut self, row: u32, text: &str) {
+        let text = text.trim();
+        if text.is_empty() {
+            return; // for example the empty cell of a row without a negative
+        }
+        let other = *self.rows_of.entry(xxh3_128(text.as_bytes())).or_insert(row);
+        let (one, other) = (root(&mut self.parents, row), root(&mut self.parents, other));
+        // The first row of a group is its root.
+        self.parents[one.max(other) as usize] = one.min(other);
+    }
+
+    /// The groups of all rows.
+    pub(crate) fn finish(self) -> Groups {
+        let Self { mut parents, .. } = self;
         let (mut numbers, mut sizes) = (HashMap::new(), Vec::new());
         let of_row = (0..parents.len() as u32).map(|row| {
             let number = *numbers.entry(root(&mut parents, row)).or_insert(sizes.len() as u32);
@@ -195,11 +212,11 @@ impl Groups {
             sizes[number as usize] += 1;
             number
         });
-        Ok(Self { of_row: of_row.collect(), sizes })
+        Groups { of_row: of_row.collect(), sizes }
     }
 }
 
-/// Who stands for the group of `row`; ways to it are halved.
+/// The root of a row's group, with path halving.
 fn root(parents: &mut [u32], mut row: u32) -> u32 {
     while parents[row as usize] != row {
         let grandparent = parents[parents[row as usize] as usize];
@@ -209,14 +226,15 @@ fn root(parents: &mut [u32], mut row: u32) -> u32 {
     row
 }
 
-/// The names of the row before, and which of them hold texts: nearly always the same.
+/// The column names of the previous row and which of them hold texts; consecutive rows nearly always have the
+/// same.
 #[derive(Default)]
-struct Known {
+struct TextColumns {
     names: Vec<String>,
     texts: Vec<usize>,
 }
 
-impl Known {
+impl TextColumns {
     fn texts(
         &mut self,
         row: &Map<String, Value>,
@@ -228,7 +246,7 @@ impl Known {
             self.texts = if columns.is_empty() {
                 text_columns(&names).map_err(|message| {
                     let message = message.split("\nhint").next().unwrap_or_default();
-                    format!("{message}\nhint: --columns NAME,NAME says which columns hold the texts")
+                    format!("{message}\nhint: name the columns of texts with --columns NAME,NAME")
                 })?
             } else {
                 let found = columns.iter().filter_map(|column| names.iter().position(|name| name == column));
@@ -236,7 +254,7 @@ impl Known {
             };
             if self.texts.is_empty() {
                 let (wanted, found) = (columns.join("`, `"), names.join(", "));
-                return Err(format!("has no column `{wanted}`, which --columns names; found {found}"));
+                return Err(format!("has no column `{wanted}` as named by --columns; found {found}"));
             }
             self.names = row.keys().cloned().collect();
         }
@@ -254,15 +272,15 @@ impl Known {
     }
 }
 
-/// A list in a cell of a table is written as JSON.
+/// The texts of a CSV cell that is a JSON list.
 fn list(text: &str) -> Option<Vec<String>> {
     let text = text.trim();
     if text.starts_with('[') { serde_json::from_str(text).ok() } else { None }
 }
 
-/// Which part each group goes to.
-fn deal(sizes: &[usize], fractions: &[f64], rows: usize, seed: u64) -> Vec<usize> {
-    // Whole rows: the parts' ends are rounded, so that they add up.
+/// Assigns each group to a part; returns the parts' numbers.
+fn assign(sizes: &[usize], fractions: &[f64], rows: usize, seed: u64) -> Vec<usize> {
+    // Rounding the cumulative fractions makes the parts add up to all rows.
     let mut before = (0.0, 0.0);
     let wanted: Vec<f64> = fractions
         .iter()
@@ -280,12 +298,11 @@ fn deal(sizes: &[usize], fractions: &[f64], rows: usize, seed: u64) -> Vec<usize
     let (mut lacking, mut parts) = (wanted.clone(), vec![0; sizes.len()]);
     for group in order {
         let size = sizes[group] as f64;
-        let share = |part: usize| {
+        let need = |part: usize| {
             let fits = size <= lacking[part];
             (fits, if fits { lacking[part] / wanted[part] } else { lacking[part] })
         };
-        let best =
-            (1..wanted.len()).fold(0, |best, part| if share(part) > share(best) { part } else { best });
+        let best = (1..wanted.len()).fold(0, |best, part| if need(part) > need(best) { part } else { best });
         lacking[best] -= size;
         parts[group] = best;
     }
@@ -342,7 +359,8 @@ mod tests {
 
     #[test]
     fn no_text_is_in_two_parts_and_parts_have_groups_of_all_sizes() {
-        // Passages with 1 to 9 questions, some questions about two passages, negatives that are passages of others.
+        // Passages with 1 to 9 questions, some questions about two passages, negatives that are passages of
+        // others.
         let folder = tempfile::tempdir().unwrap();
         let mut text = String::new();
         for passage in 0..400 {
@@ -437,17 +455,17 @@ mod tests {
                 "x.jsonl",
                 same.as_str(),
                 &FRACTIONS[..],
-                "9 rows are 1 groups that share texts, the largest of 9 rows: no row is left for validation",
+                "the 9 rows form 1 groups that share texts, the largest with 9 rows, so validation would be empty",
             ),
             ("x.jsonl", good, &[0.5, 0.6], "--fractions: 0.5,0.6 do not add up to 1"),
-            ("x.jsonl", good, &[1.0], "--fractions: 1 has a share that is not between"),
-            ("x.jsonl", good, &[0.25; 4], "are no two or three shares"),
+            ("x.jsonl", good, &[1.0], "--fractions: 1 has a fraction that is not between"),
+            ("x.jsonl", good, &[0.25; 4], "has neither two fractions"),
             ("x.jsonl", "", &[0.5, 0.5], "x.jsonl: has no rows"),
             ("x.jsonl", "{\"a\": \"b\"}\n", &[0.5, 0.5], "x.jsonl:1: has no column for the query"),
             ("x.jsonl", "{\"query\": \"b\", \"positive\": 1\n", &[0.5, 0.5], "x.jsonl:1: this is not JSON"),
             ("x.csv", "query,positive\na\n", &[0.5, 0.5], "x.csv:2: has 1 fields"),
-            ("x.txt", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv, .tsv or .parquet file"),
-            ("x", "a\n", &[0.5, 0.5], "expected a .jsonl, .csv, .tsv or .parquet file"),
+            ("x.txt", "a\n", &[0.5, 0.5], "expected a data file (.jsonl, .csv, .tsv or .parquet"),
+            ("x", "a\n", &[0.5, 0.5], "expected a data file (.jsonl, .csv, .tsv or .parquet"),
         ] {
             let input = at(folder.path(), name, text);
             let error = split(fractions, 42).run(&input, &output).unwrap_err().to_string();
@@ -460,7 +478,7 @@ mod tests {
         named.columns = vec!["Antwort".into()];
         let error = named.run(&input, &output).unwrap_err().to_string();
         assert!(
-            error.contains("x.jsonl:1: has no column `Antwort`, which --columns names; found Frage"),
+            error.contains("x.jsonl:1: has no column `Antwort`, as named by --columns; found Frage"),
             "{error}"
         );
         named.columns = vec!["Frage".into()];

@@ -1,11 +1,12 @@
-//! Texts to token ids, as sentence-transformers 6 does it: the prompt and the text in one string, not stripped, special
-//! tokens by the tokenizer's own rule, cut to a length that includes them, never padded.
+//! Texts to token ids, as in sentence-transformers 6: prompt and text are one string, which is not stripped;
+//! the tokenizer's post-processor adds special tokens; sequences are truncated to a length that includes
+//! these, and never padded.
 //!
-//! `tokenizer.json` says nearly everything. Three settings that stand elsewhere change the ids: `do_lower_case`, which the
-//! model folder tells ([`Tokenizer::open`]), `truncation_side` of `tokenizer_config.json`, and there `add_eos_token` of the
-//! classes that honour it up to transformers 4, Llama's and its kin: e5-mistral was trained with the end token, and its
-//! `tokenizer.json` does not append it. transformers 5 leaves it out. What is trained here is written with a
-//! `tokenizer.json` that appends it ([`appending`]), so that every reader of it does the same.
+//! Three settings outside of `tokenizer.json` change the ids: `do_lower_case` of the model folder, and
+//! `truncation_side` and `add_eos_token` of `tokenizer_config.json`. Up to transformers 4 the Llama-like
+//! tokenizer classes honour the last one: e5-mistral was trained with the end token, which its
+//! `tokenizer.json` does not append; transformers 5 ignores the setting. Exported models have a
+//! `tokenizer.json` that appends it ([`with_end_token`]), so that all readers agree.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use super::batch::Sequence;
 use crate::config::WeightInit;
 use crate::{Error, Result};
 
-/// What a folder may have of its tokenizer beside tokenizer_config.json.
+/// Files of a tokenizer that a model folder may have besides tokenizer_config.json.
 pub const FILES: [&str; 9] = [
     "tokenizer.json",
     "special_tokens_map.json",
@@ -34,23 +35,23 @@ pub const FILES: [&str; 9] = [
     "spiece.model",
 ];
 
-/// Texts that one task tokenises: enough to pay for handing it out.
+/// Texts per task: enough to outweigh the cost of scheduling it.
 const TEXTS_PER_TASK: usize = 8;
 
-/// A model folder's tokenizer.
+/// The tokenizer of a model folder.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
     vocabulary: usize,
     special: BTreeSet<u32>,
-    /// Special tokens that a text alone is given.
+    /// Number of special tokens that are added to a text.
     added: usize,
-    /// Appended to every text, after what `tokenizer.json` puts around it.
+    /// End token that is appended to every text after the post-processor of `tokenizer.json`.
     end: Option<u32>,
-    cut: TruncationDirection,
+    truncation_side: TruncationDirection,
 }
 
-/// What is put before texts of one kind, and how many tokens of it pooling leaves out.
+/// A prompt, and the number of its tokens that pooling leaves out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prompt {
     text: String,
@@ -58,10 +59,10 @@ pub struct Prompt {
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of the model folder `folder`; `lower_case` is what the settings beside it say of that.
+    /// Reads the tokenizer of a model folder; `lower_case` is `do_lower_case` of the folder's settings.
     ///
     /// # Errors
-    /// There is no `tokenizer.json`, or it is not one.
+    /// `tokenizer.json` is missing or malformed.
     pub fn open(folder: &Path, lower_case: bool) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
@@ -71,14 +72,15 @@ impl Tokenizer {
         Self::new(path, &text, &settings(&folder.join("tokenizer_config.json"))?, lower_case)
     }
 
-    /// As [`Self::open`]; but where weights are drawn from a seed, a folder needs no tokenizer: a token is a byte then.
+    /// Like [`Self::open`], but a folder without a tokenizer gets one with a token per byte if the weights
+    /// are random.
     ///
     /// # Errors
-    /// As [`Self::open`].
+    /// Those of [`Self::open`].
     pub fn open_for(folder: &Path, lower_case: bool, init: WeightInit) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if init == WeightInit::Random && !path.exists() {
-            return Self::new(path, of_bytes().as_bytes(), &Value::Null, lower_case);
+            return Self::new(path, byte_level().as_bytes(), &Value::Null, lower_case);
         }
         Self::open(folder, lower_case)
     }
@@ -86,16 +88,17 @@ impl Tokenizer {
     fn new(path: PathBuf, text: &[u8], settings: &Value, lower_case: bool) -> Result<Self> {
         let wrong = |e: tokenizers::Error| Error::file(&path, format!("this is not a tokenizer: {e}"));
         let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(wrong)?;
-        let mut cut = inner.get_truncation().map_or(TruncationDirection::Right, |cut| cut.direction);
+        let mut truncation_side =
+            inner.get_truncation().map_or(TruncationDirection::Right, |truncation| truncation.direction);
         match settings.get("truncation_side").and_then(Value::as_str) {
-            Some("left") => cut = TruncationDirection::Left,
-            Some("right") => cut = TruncationDirection::Right,
+            Some("left") => truncation_side = TruncationDirection::Left,
+            Some("right") => truncation_side = TruncationDirection::Right,
             _ => {}
         }
         inner.with_truncation(None).map_err(wrong)?;
         inner.with_padding(None);
         if lower_case {
-            put_lower_case(&mut inner).map_err(wrong)?;
+            add_lower_case(&mut inner).map_err(wrong)?;
         }
         let vocabulary = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         let special = inner
@@ -104,22 +107,22 @@ impl Tokenizer {
             .filter(|(_, token)| token.special)
             .map(|(id, _)| *id)
             .collect();
-        let end = end(&inner, settings).map_err(wrong)?;
+        let end = end_token(&inner, settings).map_err(wrong)?;
         let added =
             inner.get_post_processor().map_or(0, |p| p.added_tokens(false)) + usize::from(end.is_some());
-        Ok(Self { inner, path, vocabulary, special, added, end, cut })
+        Ok(Self { inner, path, vocabulary, special, added, end, truncation_side })
     }
 
-    /// Rows that an embedding needs: the highest id and one.
+    /// Number of rows that the embedding table needs: the highest token id plus one.
     pub fn vocabulary(&self) -> usize {
         self.vocabulary
     }
 
-    /// Tokenises `texts`, `prompt` before each, to at most `max_length` tokens with the special ones, in parallel.
-    /// Without `include_prompt` pooling leaves the prompt's tokens out ([`Sequence::skip`]).
+    /// Tokenises `texts` in parallel, each after `prompt`, to at most `max_length` tokens, special tokens
+    /// included. Without `include_prompt`, pooling leaves out the prompt's tokens ([`Sequence::skip`]).
     ///
     /// # Errors
-    /// `max_length` leaves no room for the text; a text has no tokens at all.
+    /// `max_length` leaves no room for a text; a text has no tokens.
     pub fn encode(
         &self,
         texts: &[impl AsRef<str> + Sync],
@@ -138,13 +141,13 @@ impl Tokenizer {
     /// Prepares a prompt for [`Self::encode_one`].
     ///
     /// # Errors
-    /// As [`Self::encode`].
+    /// Those of [`Self::encode`].
     pub fn prompt(&self, prompt: &str, max_length: usize, include_prompt: bool) -> Result<Prompt> {
         self.room(max_length)?;
         let mut skip = 0;
         if !include_prompt && !prompt.is_empty() {
             let alone = self.ids(prompt, max_length)?;
-            // A closing special token stands after the text, not after the prompt.
+            // A special token at the end follows the text and not the prompt.
             let closing = alone.last().is_some_and(|id| self.special.contains(id));
             skip = alone.len() - usize::from(closing);
         }
@@ -154,7 +157,7 @@ impl Tokenizer {
     /// Tokenises one text.
     ///
     /// # Errors
-    /// As [`Self::encode`].
+    /// Those of [`Self::encode`].
     pub fn encode_one(&self, text: &str, prompt: &Prompt, max_length: usize) -> Result<Sequence> {
         let ids = match prompt.text.as_str() {
             "" => self.ids(text, max_length)?,
@@ -164,23 +167,23 @@ impl Tokenizer {
             let shown: String = text.chars().take(40).collect();
             return Err(Error::file(
                 &self.path,
-                format!("knows no token of the text `{}`", shown.escape_debug()),
+                format!("has no token for the text `{}`", shown.escape_debug()),
             ));
         }
-        // Where the prompt alone fills the length, the last token is left to be pooled.
+        // If the prompt alone fills the length, the last token remains to be pooled.
         let skip = prompt.skip.min(ids.len() as u32 - 1);
         Ok(Sequence { ids, skip })
     }
 
-    /// Tokens that a text may have besides the special ones.
+    /// Maximum number of tokens of a text without special tokens.
     fn room(&self, max_length: usize) -> Result<usize> {
         max_length.checked_sub(self.added).filter(|room| *room > 0).ok_or_else(|| {
             let added = self.added;
             Error::file(
                 &self.path,
                 format!(
-                    "adds {added} special tokens to a text, so a text of at most {max_length} tokens has no room for \
-                     its own\nhint: model.max_query_length and model.max_document_length must be {} or more",
+                    "adds {added} special tokens to a text, so a length of {max_length} tokens leaves no room for the text\n\
+                     hint: set model.max_query_length and model.max_document_length to {} or more",
                     added + 1
                 ),
             )
@@ -191,23 +194,23 @@ impl Tokenizer {
         let wrong = |e: tokenizers::Error| Error::file(&self.path, format!("cannot tokenise a text: {e}"));
         let room = self.room(max_length)?;
         let mut encoding = self.inner.encode_fast(text, false).map_err(wrong)?;
-        encoding.truncate(room, 0, self.cut);
-        // What was cut off would be given special tokens too.
+        encoding.truncate(room, 0, self.truncation_side);
+        // The post-processor would add special tokens to the truncated rest, too.
         encoding.take_overflowing();
         let encoding = self.inner.post_process(encoding, None, true).map_err(wrong)?;
         Ok(encoding.get_ids().iter().copied().chain(self.end).collect())
     }
 }
 
-/// The end token that `tokenizer_config.json` asks for and `tokenizer.json` does not append.
-fn end(tokenizer: &tokenizers::Tokenizer, settings: &Value) -> tokenizers::Result<Option<u32>> {
+/// The end token, if `tokenizer_config.json` asks for it and `tokenizer.json` does not append it.
+fn end_token(tokenizer: &tokenizers::Tokenizer, settings: &Value) -> tokenizers::Result<Option<u32>> {
     const CLASSES: [&str; 4] = ["Llama", "CodeLlama", "Gemma", "Cohere"];
     let class = settings["tokenizer_class"].as_str().unwrap_or_default();
     let family = class.strip_suffix("Fast").unwrap_or(class).strip_suffix("Tokenizer").unwrap_or_default();
     if settings["add_eos_token"] != Value::Bool(true) || !CLASSES.contains(&family) {
         return Ok(None);
     }
-    // A token is a text, or an object with its text.
+    // A token is a string, or an object that contains it.
     let token = &settings["eos_token"];
     let token = token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default();
     let id = tokenizer.token_to_id(token);
@@ -215,8 +218,8 @@ fn end(tokenizer: &tokenizers::Tokenizer, settings: &Value) -> tokenizers::Resul
     Ok(id.filter(|_| last != id))
 }
 
-/// The text of a `tokenizer.json` that makes a token of every byte.
-pub fn of_bytes() -> String {
+/// A `tokenizer.json` with one token per byte.
+pub fn byte_level() -> String {
     let bytes: BTreeSet<char> = ByteLevel::alphabet().into_iter().collect();
     let vocabulary: Map<String, Value> =
         bytes.iter().enumerate().map(|(id, byte)| (byte.to_string(), id.into())).collect();
@@ -230,11 +233,11 @@ pub fn of_bytes() -> String {
     .to_string()
 }
 
-/// The text of a folder's `tokenizer.json`, changed so that it appends the end token by itself; none where it need not be.
+/// A folder's `tokenizer.json`, changed so that it appends the end token; none if no change is needed.
 ///
 /// # Errors
-/// As [`Tokenizer::open`].
-pub fn appending(folder: &Path) -> Result<Option<String>> {
+/// Those of [`Tokenizer::open`].
+pub fn with_end_token(folder: &Path) -> Result<Option<String>> {
     let path = folder.join("tokenizer.json");
     if !path.is_file() {
         return Ok(None);
@@ -245,25 +248,25 @@ pub fn appending(folder: &Path) -> Result<Option<String>> {
     }
     let wrong = |e: tokenizers::Error| Error::file(&path, format!("this is not a tokenizer: {e}"));
     let tokenizer = tokenizers::Tokenizer::from_file(&path).map_err(wrong)?;
-    let Some(id) = end(&tokenizer, &settings).map_err(wrong)? else { return Ok(None) };
+    let Some(id) = end_token(&tokenizer, &settings).map_err(wrong)? else { return Ok(None) };
     let token = tokenizer.id_to_token(id).unwrap_or_default();
     let source = std::fs::read_to_string(&path).map_err(Error::read("read", &path))?;
-    // All but this field stays as it is, to the byte: a vocabulary's scores must not be rounded.
+    // All other fields keep their bytes, because parsing would round the scores of a vocabulary.
     let malformed = |e: serde_json::Error| Error::file(&path, format!("this is not JSON: {e}"));
     let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&source).map_err(malformed)?;
     let own = match fields.get("post_processor") {
         None => Value::Null,
         Some(own) => serde_json::from_str(own.get()).map_err(malformed)?,
     };
-    let processors = ending(own, &token, id);
+    let processors = append_token(own, &token, id);
     let raw = RawValue::from_string(processors.to_string()).map_err(malformed)?;
     fields.insert("post_processor".to_owned(), raw);
     serde_json::to_string(&fields).map(Some).map_err(malformed)
 }
 
-/// A post-processor that does what `own` does and then appends `token`. A template that is there is extended: a second one would take
-/// the special tokens of the first for a text of their own.
-fn ending(mut own: Value, token: &str, id: u32) -> Value {
+/// A post-processor that appends `token` after `own`. An existing template is extended, because a second
+/// template would treat the special tokens of the first one as text.
+fn append_token(mut own: Value, token: &str, id: u32) -> Value {
     let text = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
     let special = |kind: &Value| json!({"SpecialToken": {"id": token, "type_id": kind}});
     match own["type"].as_str() {
@@ -288,8 +291,8 @@ fn ending(mut own: Value, token: &str, id: u32) -> Value {
             if let Some(Value::Array(processors)) = own.get_mut("processors") {
                 let template = |one: &Value| one["type"] == "TemplateProcessing";
                 match processors.iter_mut().find(|one| template(one)) {
-                    Some(one) => *one = ending(one.take(), token, id),
-                    None => processors.push(ending(Value::Null, token, id)),
+                    Some(one) => *one = append_token(one.take(), token, id),
+                    None => processors.push(append_token(Value::Null, token, id)),
                 }
             }
             own
@@ -301,9 +304,9 @@ fn ending(mut own: Value, token: &str, id: u32) -> Value {
                 "pair": [text("A", 0), text("B", 1)],
                 "special_tokens": {},
             });
-            ending(template, token, id)
+            append_token(template, token, id)
         }
-        Some(_) => json!({"type": "Sequence", "processors": [own, ending(Value::Null, token, id)]}),
+        Some(_) => json!({"type": "Sequence", "processors": [own, append_token(Value::Null, token, id)]}),
     }
 }
 
@@ -329,7 +332,7 @@ fn missing(folder: &Path) -> Error {
     Error::file(folder, message)
 }
 
-/// A folder's JSON settings; a file that is absent says nothing.
+/// JSON settings of a folder; null if there is no such file.
 fn settings(path: &Path) -> Result<Value> {
     if !path.is_file() {
         return Ok(Value::Null);
@@ -338,8 +341,8 @@ fn settings(path: &Path) -> Result<Value> {
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("this is not JSON: {e}")))
 }
 
-/// Lower case before all else, unless the tokenizer's own normalisation has it.
-fn put_lower_case(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
+/// Makes lower-casing the first normalisation step, unless the tokenizer has such a step.
+fn add_lower_case(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
     let mut steps = vec![NormalizerWrapper::from(Lowercase)];
     match tokenizer.get_normalizer() {
         Some(NormalizerWrapper::Lowercase(_)) => return Ok(()),

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 
 use crate::comm::World;
 use crate::data::batch::Sequence;
-use crate::data::share::Share;
+use crate::data::partition::Partition;
 use crate::data::tokenize::Tokenizer;
 use crate::model::chunk::{self, Limit};
 use crate::model::{Model, Options, locate};
@@ -168,7 +168,7 @@ impl Embedder<'_> {
         // The ranks balance the tokenising by bytes, then whole chunks by tokens. So a text is in the same
         // chunk, and has the same bits, for any number of ranks.
         let lengths: Vec<usize> = unique.iter().map(|text| text.len()).collect();
-        let share = Share::deal(&lengths, self.world.size());
+        let share = Partition::balance(&lengths, self.world.size());
         let local: Vec<&str> = share.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
         let local = self.tokenizer.encode(&local, prompt, max_length, include_prompt)?;
         let mut sequences = self.world.all_gather_sequences(local, &share)?;
@@ -176,7 +176,7 @@ impl Embedder<'_> {
         let all: Vec<usize> = (0..sequences.len()).collect();
         let chunks = chunk::cut(&sequences, &all, Limit::Tokens(self.chunk_tokens));
         let tokens = |chunk: &Vec<usize>| chunk.iter().map(|&index| sequences[index].ids.len()).sum();
-        let share = Share::deal(&chunks.iter().map(tokens).collect::<Vec<usize>>(), self.world.size());
+        let share = Partition::balance(&chunks.iter().map(tokens).collect::<Vec<usize>>(), self.world.size());
         let done = progress.as_ref().map_or(0, Progress::position);
         let mut local = Vec::new();
         for chunk in share.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {

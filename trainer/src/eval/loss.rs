@@ -16,8 +16,8 @@ use super::examples::{self, Candidate, Example, shortened};
 use super::{EvalOutput, EvalSpec, Examples, ItemScores, Task};
 use crate::config::{self, Batching, Config, Data, DataSet, EvaluationKind, EvaluationSet};
 use crate::data::batch::{Batch, Cursor};
-use crate::data::builder::{Builder, Options};
-use crate::data::mixture::{self, Mixture, Picked};
+use crate::data::builder::{BatchOptions, Builder};
+use crate::data::mixture::{self, Mixture, SampledRows};
 use crate::loss::Losses;
 use crate::system::heartbeat;
 use crate::{Error, Result};
@@ -68,7 +68,7 @@ impl LossRows {
 
 impl Task for LossRows {
     fn evaluate(&self, embedder: &Embedder) -> Result<EvalOutput> {
-        let options = Options {
+        let options = BatchOptions {
             max_query_length: embedder.max_query_length,
             max_document_length: embedder.max_document_length,
             include_prompt: embedder.model.folder().include_prompt,
@@ -78,23 +78,24 @@ impl Task for LossRows {
         let builder = Builder::with_prompts(&self.rows, embedder.tokenizer, options, prompts)?;
         let losses = Losses::new(&self.loss, embedder.model.normalize());
         let count = self.rows.rows();
-        let mut walk = self.rows.walk(&Cursor::default())?;
+        let mut sampler = self.rows.sampler(&Cursor::default())?;
         let mut row_losses: Vec<f32> = Vec::with_capacity(count as usize);
         let mut shown = Vec::new();
         let mut next_shown = examples::spread(count as usize).peekable();
         let mut progress = embedder.progress("rows", count as usize);
         for first in (0..count).step_by(self.batch_size as usize) {
-            let mut batch = Picked { examples: Vec::new(), cursor: Cursor::default(), epoch: 0.0 };
+            let mut batch = SampledRows { examples: Vec::new(), cursor: Cursor::default(), epoch: 0.0 };
             for number in first..count.min(first + self.batch_size) {
-                let row = walk.step()?.examples;
+                let row = sampler.next_rows()?.examples;
                 if next_shown.next_if_eq(&(number as usize)).is_some() {
                     shown.extend(row.first().map(|row| (number as usize, texts(row))));
                 }
                 batch.examples.extend(row);
             }
             let rows = batch.examples.len();
-            let mut partial = builder.draft(batch, embedder.world.shard())?;
-            let sequences = embedder.world.all_gather_sequences(partial.take(), partial.share())?;
+            let mut partial = builder.partial(batch, embedder.world.shard())?;
+            let sequences =
+                embedder.world.all_gather_sequences(partial.take_sequences(), partial.partition())?;
             row_losses.extend(batch_losses(embedder, &losses, &partial.finish(sequences))?);
             heartbeat::record_work();
             if let Some(progress) = &mut progress {
@@ -128,7 +129,7 @@ fn batch_losses(embedder: &Embedder, losses: &Losses, batch: &Batch) -> Result<V
 
 /// A row as an example that has no value yet.
 fn texts(row: &mixture::Example) -> Example {
-    let positive = Candidate::new(&row.known[row.positive], f64::NAN, true);
+    let positive = Candidate::new(&row.positives[row.positive], f64::NAN, true);
     let negatives = row.negatives.iter().take(SHOWN_NEGATIVES);
     Example {
         text: shortened(&row.query),

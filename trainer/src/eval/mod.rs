@@ -239,15 +239,11 @@ fn append_csv_row(path: &Path, name: &str, columns: &[(String, String)], scores:
 
 /// The name of a file or folder without its endings: `data/qa/pairs.en.jsonl.gz` → `pairs.en`.
 fn default_name(path: &Path) -> String {
-    let name =
-        path.canonicalize().ok().as_deref().unwrap_or(path).file_name().unwrap_or_default().to_os_string();
-    let mut name = name.to_string_lossy().into_owned();
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     if path.is_file() {
-        for ending in [".gz", ".zst", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"] {
-            name.truncate(name.strip_suffix(ending).map_or(name.len(), str::len));
-        }
+        return reader::stem(&path);
     }
-    name
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ impl Triplets {
     /// Reads a file of triplets. A row with several positives or negatives gives each combination.
     fn open(path: &Path) -> Result<Self> {
         super::expect_file(path, EvaluationKind::Triplet)?;
-        let source = Source::answers(path, RowKind::Triplets)?;
+        let source = Source::open_answers(path, RowKind::Triplets)?;
         let mut set = Self::default();
         for index in 0..source.len() {
             let row = source.row(index)?;

@@ -56,9 +56,9 @@ pub(super) fn write(folder: &Path, source: &ModelFolder, info: &ModelInfo) -> Re
         }
     }
     if !source.path.join("tokenizer.json").exists() {
-        write_flushed(&folder.join("tokenizer.json"), tokenize::of_bytes())?;
+        write_flushed(&folder.join("tokenizer.json"), tokenize::byte_level())?;
     }
-    if let Some(text) = tokenize::appending(&source.path)? {
+    if let Some(text) = tokenize::with_end_token(&source.path)? {
         write_flushed(&folder.join("tokenizer.json"), text)?;
     }
     let name = "tokenizer_config.json";

@@ -15,7 +15,7 @@ use candle_core::Tensor;
 
 use super::pairs::{Measure, Pairs};
 use crate::Result;
-use crate::data::batch::Table;
+use crate::data::batch::LossTable;
 
 /// The loss and its options.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,7 +29,7 @@ impl CoSent {
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
-        table: &Table,
+        table: &LossTable,
         rows: Range<usize>,
         weight: f64,
     ) -> Result<(Tensor, Tensor)> {

@@ -20,7 +20,7 @@ use candle_core::Tensor;
 
 use super::pairs::{Measure, Pairs};
 use crate::Result;
-use crate::data::batch::Table;
+use crate::data::batch::LossTable;
 
 /// Differences of scores as the teacher's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,7 +40,7 @@ impl MarginMse {
     pub(super) fn evaluate(
         self,
         embeddings: &Tensor,
-        table: &Table,
+        table: &LossTable,
         rows: Range<usize>,
         weight: f64,
     ) -> Result<(Tensor, Tensor)> {
@@ -65,7 +65,7 @@ impl Kl {
     pub(super) fn evaluate(
         self,
         embeddings: &Tensor,
-        table: &Table,
+        table: &LossTable,
         rows: Range<usize>,
         weight: f64,
     ) -> Result<(Tensor, Tensor)> {

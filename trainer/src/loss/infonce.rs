@@ -13,7 +13,7 @@ use kernels::infonce::{self, Candidates};
 
 use super::index;
 use crate::Result;
-use crate::data::batch::{Lists, Table};
+use crate::data::batch::{CsrIndices, LossTable};
 
 /// The loss and its options.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,7 +34,7 @@ impl InfoNce {
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
-        table: &Table,
+        table: &LossTable,
         rows: Range<usize>,
         weight: f64,
     ) -> Result<(Tensor, Tensor)> {
@@ -88,7 +88,7 @@ impl InfoNce {
 }
 
 /// For each row's positive, the rows whose query has it among its known positives: what it must not count as negatives.
-fn transposed(table: &Table) -> Lists {
+fn transposed(table: &LossTable) -> CsrIndices {
     let rows = table.positives.len();
     let mut row_of = vec![None; table.candidates.len()];
     for (row, &positive) in table.positives.iter().enumerate() {
@@ -104,7 +104,7 @@ fn transposed(table: &Table) -> Lists {
             }
         }
     }
-    let mut lists = Lists { offsets: vec![0], columns: Vec::new() };
+    let mut lists = CsrIndices { offsets: vec![0], columns: Vec::new() };
     for row in excluded {
         lists.columns.extend(row);
         lists.offsets.push(lists.columns.len() as u32);

@@ -25,7 +25,7 @@ pub use triplet::Triplet;
 
 use crate::Result;
 use crate::config::{self, LossKind};
-use crate::data::batch::Table;
+use crate::data::batch::LossTable;
 
 /// What is minimised: the losses of a run, of which each table of a batch names one.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,7 +70,7 @@ impl Losses {
     pub fn evaluate(
         &self,
         embeddings: &Tensor,
-        tables: &[Table],
+        tables: &[LossTable],
         rows: Range<usize>,
     ) -> Result<(Tensor, Tensor)> {
         match &self.matryoshka {
@@ -84,7 +84,7 @@ impl Losses {
     fn evaluate_tables(
         &self,
         embeddings: &Tensor,
-        tables: &[Table],
+        tables: &[LossTable],
         rows: Range<usize>,
     ) -> Result<(Tensor, Tensor)> {
         let all: usize = tables.iter().map(|table| table.rows.len()).sum();

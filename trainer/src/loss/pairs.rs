@@ -9,7 +9,7 @@ use candle_core::{D, Tensor};
 
 use super::{index, normalize};
 use crate::Result;
-use crate::data::batch::Table;
+use crate::data::batch::LossTable;
 
 /// What is measured of two embeddings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub(super) struct Pairs<'t> {
 
 impl<'t> Pairs<'t> {
     /// Each of `rows` with its own columns: its positive first, then its negatives.
-    pub(super) fn of_rows(table: &'t Table, rows: Range<usize>) -> Self {
+    pub(super) fn of_rows(table: &'t LossTable, rows: Range<usize>) -> Self {
         let mut pairs =
             Self { queries: Vec::new(), documents: Vec::new(), offsets: vec![0], scores: Vec::new() };
         for row in rows {

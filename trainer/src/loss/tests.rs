@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::*;
 use crate::config::Distance;
-use crate::data::batch::Lists;
+use crate::data::batch::CsrIndices;
 
 type Vectors = Vec<Vec<f64>>;
 
@@ -19,7 +19,7 @@ fn tensor(e: &Vectors) -> Tensor {
     Tensor::from_vec(values, (e.len(), e[0].len()), &Device::Cpu).unwrap()
 }
 
-fn evaluate(losses: &Losses, e: &Tensor, tables: &[Table], rows: Range<usize>) -> (Vec<f32>, Tensor) {
+fn evaluate(losses: &Losses, e: &Tensor, tables: &[LossTable], rows: Range<usize>) -> (Vec<f32>, Tensor) {
     let (of_rows, d) = losses.evaluate(e, tables, rows).unwrap();
     (of_rows.to_vec1().unwrap(), d)
 }
@@ -38,7 +38,7 @@ fn cross_entropy(logits: &[f64]) -> f64 {
 }
 
 /// The formulas as they are written, each row's sum for itself: the mean loss of a batch.
-fn naive(losses: &Losses, e: &Vectors, tables: &[Table]) -> f64 {
+fn naive(losses: &Losses, e: &Vectors, tables: &[LossTable]) -> f64 {
     if let Some(Matryoshka { dims }) = &losses.matryoshka {
         let plain = Losses { matryoshka: None, ..losses.clone() };
         let cut = |dim: usize| e.iter().map(|e| unit(&e[..dim])).collect();
@@ -48,7 +48,7 @@ fn naive(losses: &Losses, e: &Vectors, tables: &[Table]) -> f64 {
     tables.iter().map(|table| naive_sum(losses, e, table)).sum::<f64>() / all as f64
 }
 
-fn naive_sum(losses: &Losses, e: &Vectors, table: &Table) -> f64 {
+fn naive_sum(losses: &Losses, e: &Vectors, table: &LossTable) -> f64 {
     if table.loss == LossKind::InfoNce && !losses.unit {
         let e = e.iter().map(|e| unit(e)).collect();
         return naive_sum(&Losses { unit: true, ..losses.clone() }, &e, table);
@@ -126,7 +126,7 @@ fn random(count: usize, width: usize, unit_length: bool, seed: u64) -> Vectors {
 }
 
 /// Rows whose texts meet again in other rows, with one to three negatives, some columns excluded, few different scores.
-fn table(rows: Vec<u32>, loss: LossKind, texts: usize, seed: u64) -> Table {
+fn table(rows: Vec<u32>, loss: LossKind, texts: usize, seed: u64) -> LossTable {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let count = rows.len();
     let mut text = || random.random_range(0..texts) as u32;
@@ -147,12 +147,12 @@ fn table(rows: Vec<u32>, loss: LossKind, texts: usize, seed: u64) -> Table {
             *end += row.len() as u32;
             Some(*end)
         }));
-        Lists { offsets: offsets.collect(), columns: rows.concat() }
+        CsrIndices { offsets: offsets.collect(), columns: rows.concat() }
     };
     let own = lists(own);
     let scores = own.columns.iter().map(|_| (text() % 4) as f32 / 2.0).collect();
     let positives = (0..count as u32).collect();
-    Table { loss, rows, queries, candidates, positives, excluded: lists(excluded), own, scores }
+    LossTable { loss, rows, queries, candidates, positives, excluded: lists(excluded), own, scores }
 }
 
 fn options() -> Losses {
@@ -176,7 +176,7 @@ const ALL: [LossKind; 5] =
     [LossKind::InfoNce, LossKind::Triplet, LossKind::CoSent, LossKind::MarginMse, LossKind::Kl];
 
 /// Losses with their options, and the tables of a batch of eleven rows.
-fn cases() -> Vec<(String, Losses, Vec<Table>)> {
+fn cases() -> Vec<(String, Losses, Vec<LossTable>)> {
     let mut cases = Vec::new();
     for (n, loss) in ALL.into_iter().enumerate() {
         let tables = vec![table((0..11).collect(), loss, 14, n as u64)];
@@ -249,7 +249,7 @@ fn the_ranks_parts_add_up_to_the_gradient() {
 }
 
 /// The table of rows that stand column by column, as a trainer of that kind has them.
-fn by_column(loss: LossKind, rows: usize, columns: usize, labels: &Value) -> Table {
+fn by_column(loss: LossKind, rows: usize, columns: usize, labels: &Value) -> LossTable {
     let texts = |range: std::ops::Range<usize>| range.map(|text| text as u32).collect::<Vec<_>>();
     let (rows, columns) = (rows as u32, columns as u32);
     let scores = labels.as_array().map_or_else(Vec::new, |labels| {
@@ -262,14 +262,14 @@ fn by_column(loss: LossKind, rows: usize, columns: usize, labels: &Value) -> Tab
         };
         labels.iter().flat_map(of_row).collect()
     });
-    Table {
+    LossTable {
         loss,
         rows: (0..rows).collect(),
         queries: (0..rows).collect(),
         candidates: texts(rows as usize..(rows * columns) as usize),
         positives: (0..rows).collect(),
-        excluded: Lists { offsets: vec![0; rows as usize + 1], columns: vec![] },
-        own: Lists {
+        excluded: CsrIndices { offsets: vec![0; rows as usize + 1], columns: vec![] },
+        own: CsrIndices {
             offsets: (0..=rows).map(|row| row * (columns - 1)).collect(),
             columns: (0..rows).flat_map(|row| (0..columns - 1).map(move |c| c * rows + row)).collect(),
         },
@@ -323,20 +323,20 @@ fn losses_and_gradients_are_those_of_sentence_transformers() {
 #[test]
 fn equal_texts_and_equal_scores_are_no_trouble() {
     // Query, positive and negative are one text: no distance has a direction there.
-    let one = Table {
+    let one = LossTable {
         rows: vec![0, 1],
         queries: vec![0, 0],
         candidates: vec![0, 0, 0, 0],
         positives: vec![0, 1],
-        excluded: Lists { offsets: vec![0; 3], columns: vec![] },
-        own: Lists { offsets: vec![0, 2, 4], columns: vec![0, 2, 1, 3] },
+        excluded: CsrIndices { offsets: vec![0; 3], columns: vec![] },
+        own: CsrIndices { offsets: vec![0, 2, 4], columns: vec![0, 2, 1, 3] },
         scores: vec![1.0; 4],
-        ..Table::default()
+        ..LossTable::default()
     };
     for loss in ALL {
-        let mut table = Table { loss, ..one.clone() };
+        let mut table = LossTable { loss, ..one.clone() };
         if loss == LossKind::CoSent {
-            table.own = Lists { offsets: vec![0, 1, 2], columns: vec![0, 1] };
+            table.own = CsrIndices { offsets: vec![0, 1, 2], columns: vec![0, 1] };
             table.scores.truncate(2);
         }
         for distance in [Distance::Cosine, Distance::Euclidean, Distance::Manhattan] {

@@ -14,7 +14,7 @@ use candle_core::Tensor;
 use super::pairs::{Measure, Pairs};
 use crate::Result;
 use crate::config::Distance;
-use crate::data::batch::Table;
+use crate::data::batch::LossTable;
 
 /// The loss and its options.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,7 +30,7 @@ impl Triplet {
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,
-        table: &Table,
+        table: &LossTable,
         rows: Range<usize>,
         weight: f64,
     ) -> Result<(Tensor, Tensor)> {

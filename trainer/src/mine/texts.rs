@@ -14,7 +14,8 @@ use serde_json::Value;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::config::RowKind;
-use crate::data::reader::{self, Source};
+use crate::data::reader::beir::{self, BeirFile};
+use crate::data::reader::{self, Format, Source};
 use crate::{Error, Result};
 
 /// Distinct texts in a temporary file, by number.
@@ -113,13 +114,11 @@ impl Inputs {
     /// # Errors
     /// A file cannot be read or has a malformed row; there is only one document.
     pub fn read(pairs: &Path, corpus: Option<&Path>, folder: &Path) -> Result<Self> {
-        let source = Source::answers(pairs, RowKind::Pairs)?;
+        let source = Source::open_answers(pairs, RowKind::Pairs)?;
         let (mut queries, mut documents) = (Collector::new(folder)?, Collector::new(folder)?);
         let mut blank = 0;
-        let of_folder = ["", ".gz", ".zst"].map(|packed| pairs.join(format!("corpus.jsonl{packed}")));
-        if let Some(corpus) =
-            corpus.or_else(|| of_folder.iter().map(PathBuf::as_path).find(|path| path.is_file()))
-        {
+        let own = beir::file(pairs, BeirFile::Corpus).ok();
+        if let Some(corpus) = corpus.or(own.as_deref()) {
             corpus_texts(corpus, |text| {
                 if text.trim().is_empty() {
                     blank += 1;
@@ -169,19 +168,12 @@ impl Inputs {
 /// Calls `each` with the texts of a corpus file: rows with `text` (and `title`, which is put before it, as in
 /// BEIR), or one text per line.
 fn corpus_texts(path: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
-    let name = path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
-    let bare = name.trim_end_matches(".gz").trim_end_matches(".zst");
-    let table = [".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"].iter().any(|ending| bare.ends_with(ending));
-    if !table {
+    if Format::of(path).is_none() {
         return reader::lines(path, |_, text| each(text));
     }
     reader::objects(path, |line, row| {
-        let wrong = |message: &str| Error::Row { path: path.to_owned(), line, message: message.into() };
-        let text = match row.get("text") {
-            Some(Value::String(text)) => text,
-            Some(other) => return Err(wrong(&format!("`text` is {other}, expected a string"))),
-            None => return Err(wrong("has no `text`")),
-        };
+        let wrong = |message| Error::Row { path: path.to_owned(), line, message };
+        let text = reader::text_of(&row).map_err(wrong)?;
         match row.get("title").and_then(Value::as_str).filter(|title| !title.is_empty()) {
             Some(title) => each(format!("{title} {text}").trim()),
             None => each(text),
@@ -257,7 +249,7 @@ mod tests {
             ),
             (
                 vec![("p.jsonl", one), ("c.jsonl", "{\"text\": 3}")],
-                "c.jsonl:1: `text` is 3, expected a string",
+                "c.jsonl:1: `text` is the number 3, expected a text",
             ),
         ] {
             let corpus = files.get(1).map(|(name, _)| *name);

@@ -206,15 +206,15 @@ impl Run {
         }
 
         let mut progress = Progress::new("step", plan.steps, state.step);
-        for draft in plan.batches(state, world.shard())? {
+        for partial in plan.batches(state, world.shard())? {
             if let Some(stale) = stale(plan, state) {
                 let step = state.step;
                 tracing::info!("no better evaluation in the last {stale}: stopped early after step {step}");
                 break;
             }
-            let mut draft = draft?;
-            let sequences = world.all_gather_sequences(draft.take(), draft.share())?;
-            let batch = draft.finish(sequences);
+            let mut partial = partial?;
+            let sequences = world.all_gather_sequences(partial.take_sequences(), partial.partition())?;
+            let batch = partial.finish(sequences);
             let step = state.step + 1;
             let started = Instant::now();
             let outcome = stepper.step(&batch, step)?;

@@ -11,7 +11,7 @@
 
 use std::fmt;
 
-use crate::data::share::Share;
+use crate::data::partition::Partition;
 
 /// A batch and the model, as far as ranks are concerned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub struct ScalingEstimate {
 impl Workload {
     /// This load on `ranks` ranks.
     pub fn on_ranks(&self, ranks: usize, rates: Option<Rates>) -> ScalingEstimate {
-        let share = Share::deal(&self.lengths, ranks);
+        let share = Partition::balance(&self.lengths, ranks);
         let tokens = |pieces: &[usize]| pieces.iter().map(|&piece| self.lengths[piece]).sum::<usize>();
         let most = share.ranks().map(tokens).max().unwrap_or(0);
         let all: usize = self.lengths.iter().sum();

@@ -6,23 +6,23 @@ use super::super::batch::Cursor;
 use super::super::fixtures::{Files, tokenizer};
 use super::*;
 
-const OPTIONS: Options = Options {
+const OPTIONS: BatchOptions = BatchOptions {
     max_query_length: 32,
     max_document_length: 32,
     include_prompt: true,
     mask_known_positives: true,
 };
 
-fn first(files: &mut Files, options: Options) -> Batch {
+fn first(files: &mut Files, options: BatchOptions) -> Batch {
     files.config.data.shuffle = false;
     files.config.data.no_duplicates = false;
     let mixture = Mixture::open(&files.config).unwrap();
     let tokenizer = tokenizer();
-    let picked = mixture.walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = mixture.sampler(&Cursor::default()).unwrap().next_rows().unwrap();
     Builder::new(&mixture, &tokenizer, options).unwrap().build(picked).unwrap()
 }
 
-fn row(lists: &Lists, row: usize) -> &[u32] {
+fn row(lists: &CsrIndices, row: usize) -> &[u32] {
     &lists.columns[lists.offsets[row] as usize..lists.offsets[row + 1] as usize]
 }
 
@@ -62,8 +62,8 @@ fn known_positives_of_a_query_are_left_out_of_its_negatives() {
 
 #[test]
 fn nothing_is_left_out_where_nothing_is_masked() {
-    let batch = first(&mut Files::new(&[ROWS]), Options { mask_known_positives: false, ..OPTIONS });
-    assert_eq!(batch.tables[0].excluded, Lists { offsets: vec![0; 5], columns: vec![] });
+    let batch = first(&mut Files::new(&[ROWS]), BatchOptions { mask_known_positives: false, ..OPTIONS });
+    assert_eq!(batch.tables[0].excluded, CsrIndices { offsets: vec![0; 5], columns: vec![] });
     assert_eq!(row(&batch.tables[0].own, 2), [2, 5]);
 }
 
@@ -75,7 +75,7 @@ fn prompts_and_lengths_are_those_of_the_data_set_and_role() {
         "{\"query\": \"same\", \"positive\": \"same\"}\n{\"query\": \"same\", \"positive\": \"abcdefgh\"}\n",
     );
     files.config.training.batch_size = 3;
-    let options = Options { max_document_length: 5, include_prompt: false, ..OPTIONS };
+    let options = BatchOptions { max_document_length: 5, include_prompt: false, ..OPTIONS };
     let batch = first(&mut files, options);
     // `q: same`, `same` as a query, `sam` as a document, `abc`.
     assert_eq!(batch.tables[0].queries, [0, 1, 1]);
@@ -103,9 +103,9 @@ fn a_text_without_tokens_names_its_row() {
     files.config.training.batch_size = 2;
     files.config.data.shuffle = false;
     let mixture = Mixture::open(&files.config).unwrap();
-    let picked = mixture.walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = mixture.sampler(&Cursor::default()).unwrap().next_rows().unwrap();
     let error = Builder::new(&mixture, &tokenizer, OPTIONS).unwrap().build(picked).unwrap_err().to_string();
-    assert!(error.contains("set1.jsonl:1: ") && error.contains("knows no token of the text"), "{error}");
+    assert!(error.contains("set1.jsonl:1: ") && error.contains("has no token for the text"), "{error}");
 }
 
 #[test]
@@ -172,19 +172,19 @@ fn drafts_of_several_ranks_make_the_same_batch() {
     let (mixture, tokenizer) = (Mixture::open(&files.config).unwrap(), tokenizer());
     let builder = Builder::new(&mixture, &tokenizer, OPTIONS).unwrap();
     for ranks in [2, 3, 40] {
-        let picked = || mixture.walk(&Cursor::default()).unwrap().step().unwrap();
-        let mut drafts: Vec<Draft> =
-            (0..ranks).map(|rank| builder.draft(picked(), Part { rank, ranks }).unwrap()).collect();
-        let share = drafts[0].share().clone();
-        let mut sequences: Vec<Option<Sequence>> = vec![None; share.count()];
-        for (rank, draft) in drafts.iter_mut().enumerate() {
-            assert_eq!(draft.share(), &share);
-            for (&text, sequence) in share.of(rank).iter().zip(draft.take()) {
+        let picked = || mixture.sampler(&Cursor::default()).unwrap().next_rows().unwrap();
+        let mut partials: Vec<PartialBatch> =
+            (0..ranks).map(|rank| builder.partial(picked(), Shard { rank, ranks }).unwrap()).collect();
+        let partition = partials[0].partition().clone();
+        let mut sequences: Vec<Option<Sequence>> = vec![None; partition.count()];
+        for (rank, partial) in partials.iter_mut().enumerate() {
+            assert_eq!(partial.partition(), &partition);
+            for (&text, sequence) in partition.of(rank).iter().zip(partial.take_sequences()) {
                 sequences[text] = Some(sequence);
             }
         }
         let sequences = sequences.into_iter().map(Option::unwrap).collect();
-        let batch = drafts.remove(0).finish(sequences);
+        let batch = partials.remove(0).finish(sequences);
         assert_eq!((batch.sequences, batch.tables), (alone.sequences.clone(), alone.tables.clone()));
     }
 }
@@ -209,7 +209,7 @@ fn texts_of_a_labelled_rows_class_are_left_out_of_its_negatives() {
         assert_eq!(row(&table.excluded, i), expected);
         assert_eq!(row(&table.own, i).len(), 3);
     }
-    let batch = first(&mut files, Options { mask_known_positives: false, ..OPTIONS });
+    let batch = first(&mut files, BatchOptions { mask_known_positives: false, ..OPTIONS });
     assert!(batch.tables[0].excluded.columns.is_empty());
 }
 

@@ -4,7 +4,7 @@ use super::super::batch::Batch;
 use super::super::fixtures::{Files, tokenizer};
 use super::*;
 
-const OPTIONS: Options = Options {
+const OPTIONS: BatchOptions = BatchOptions {
     max_query_length: 16,
     max_document_length: 16,
     include_prompt: true,
@@ -20,17 +20,17 @@ fn files(rows: usize) -> Files {
 
 fn start(files: &Files, cursor: Cursor, batches: u64) -> Result<Loader> {
     let mixture = Arc::new(Mixture::open(&files.config).unwrap());
-    Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, cursor, batches, Part::default())
+    Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, cursor, batches, Shard::default())
 }
 
 fn all(files: &Files, cursor: Cursor, batches: u64) -> Vec<Batch> {
-    let drafts: Vec<Draft> = start(files, cursor, batches).unwrap().collect::<Result<_>>().unwrap();
-    drafts.into_iter().map(whole).collect()
+    let partials: Vec<PartialBatch> = start(files, cursor, batches).unwrap().collect::<Result<_>>().unwrap();
+    partials.into_iter().map(whole).collect()
 }
 
-fn whole(mut draft: Draft) -> Batch {
-    let sequences = draft.take();
-    draft.finish(sequences)
+fn whole(mut partial: PartialBatch) -> Batch {
+    let sequences = partial.take_sequences();
+    partial.finish(sequences)
 }
 
 /// What a batch is, but for its type's missing `==`.
@@ -77,7 +77,7 @@ fn an_error_in_the_background_comes_through_and_ends_it() {
     let mixture = Arc::new(Mixture::open(&files.config).unwrap());
     std::fs::write(&files.config.data.train[0].path, "").unwrap();
     let mut loader =
-        Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, Cursor::default(), 10, Part::default())
+        Loader::start(mixture, Arc::new(tokenizer()), OPTIONS, Cursor::default(), 10, Shard::default())
             .unwrap();
     let error = loader.next().unwrap().unwrap_err().to_string();
     assert!(error.contains("set0.jsonl: cannot read"), "{error}");
@@ -90,9 +90,9 @@ fn what_cannot_work_is_refused_at_the_start() {
     let cursor = Cursor { epoch: 0, position: 3, deferred: Vec::new() };
     assert!(start(&files, cursor, 1).err().unwrap().to_string().contains("the checkpoint stands at a place"));
     let mixture = Arc::new(Mixture::open(&files.config).unwrap());
-    let options = Options { max_query_length: 2, ..OPTIONS };
-    let part = Part::default();
+    let options = BatchOptions { max_query_length: 2, ..OPTIONS };
+    let shard = Shard::default();
     let error =
-        Loader::start(mixture, Arc::new(tokenizer()), options, Cursor::default(), 1, part).err().unwrap();
-    assert!(error.to_string().contains("has no room"), "{error}");
+        Loader::start(mixture, Arc::new(tokenizer()), options, Cursor::default(), 1, shard).err().unwrap();
+    assert!(error.to_string().contains("leaves no room"), "{error}");
 }

@@ -28,11 +28,11 @@ fn open(files: &Files) -> Mixture {
     Mixture::open(&files.config).unwrap()
 }
 
-fn epoch(walk: &mut Walk<'_>) -> Vec<Picked> {
-    (0..walk.mixture.batches()).map(|_| walk.step().unwrap()).collect()
+fn epoch(sampler: &mut BatchSampler<'_>) -> Vec<SampledRows> {
+    (0..sampler.mixture.batches()).map(|_| sampler.next_rows().unwrap()).collect()
 }
 
-fn ids(picked: &[Picked]) -> Vec<(u32, u64)> {
+fn ids(picked: &[SampledRows]) -> Vec<(u32, u64)> {
     picked.iter().flat_map(|p| &p.examples).map(|e| (e.row.dataset, e.row.row)).collect()
 }
 
@@ -43,9 +43,9 @@ fn without_shuffling_rows_come_in_file_order() {
     for batching in [Batching::Mixed, Batching::PerDataset] {
         files.config.data.batching = batching;
         let mixture = open(&files);
-        let mut walk = mixture.walk(&Cursor::default()).unwrap();
+        let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
         for _ in 0..2 {
-            let picked = epoch(&mut walk);
+            let picked = epoch(&mut sampler);
             let expected: Vec<_> = (0..5).map(|row| (0, row)).chain((0..4).map(|row| (1, row))).collect();
             assert_eq!(ids(&picked), expected);
             let sizes: Vec<usize> = picked.iter().map(|p| p.examples.len()).collect();
@@ -76,10 +76,10 @@ fn every_row_comes_once_an_epoch_in_another_order_each() {
             let mixture = open(&files);
             assert_eq!(mixture.rows(), 38);
             assert_eq!(mixture.batches(), if batching == Batching::Mixed { 10 } else { 2 + 1 + 8 });
-            let mut walk = mixture.walk(&Cursor::default()).unwrap();
+            let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
             let mut orders = BTreeSet::new();
             for number in 1..4 {
-                let picked = epoch(&mut walk);
+                let picked = epoch(&mut sampler);
                 let last = picked.last().unwrap();
                 assert_eq!(last.cursor, Cursor { epoch: number, ..Cursor::default() });
                 assert_eq!(last.epoch, number as f64);
@@ -105,7 +105,7 @@ fn batches_of_single_data_sets_take_turns() {
     let mut files = files(&[400, 400]);
     files.config.data.batching = Batching::PerDataset;
     let mixture = open(&files);
-    let picked = epoch(&mut mixture.walk(&Cursor::default()).unwrap());
+    let picked = epoch(&mut mixture.sampler(&Cursor::default()).unwrap());
     let early = picked[..100].iter().filter(|p| p.examples[0].row.dataset == 0).count();
     assert!((30..70).contains(&early), "{early}");
 }
@@ -124,7 +124,7 @@ fn colliding() -> Files {
     files
 }
 
-fn twice(picked: &Picked) -> bool {
+fn twice(picked: &SampledRows) -> bool {
     let mut seen = HashSet::new();
     picked.examples.iter().any(|example| {
         let own: HashSet<&str> = example.texts().collect();
@@ -143,10 +143,11 @@ fn no_text_stands_twice_in_a_batch_while_another_row_is_left() {
             files.config.seed = seed;
             files.config.data.batching = batching;
             let mixture = open(&files);
-            let mut walk = mixture.walk(&Cursor::default()).unwrap();
+            let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
             for _ in 0..2 {
-                let picked = epoch(&mut walk);
-                // A lane's last rows may have to meet; there are at most two such batches of four a lane here.
+                let picked = epoch(&mut sampler);
+                // A stream's last rows may have to meet; there are at most two such batches of four a stream
+                // here.
                 let bad = picked.iter().filter(|p| twice(p)).count();
                 assert!(bad <= 4, "{bad}");
                 without += usize::from(bad == 0);
@@ -161,7 +162,7 @@ fn no_text_stands_twice_in_a_batch_while_another_row_is_left() {
     let mut files = colliding();
     files.config.data.no_duplicates = false;
     assert!(
-        epoch(&mut open(&files).walk(&Cursor::default()).unwrap()).iter().filter(|p| twice(p)).count() > 8
+        epoch(&mut open(&files).sampler(&Cursor::default()).unwrap()).iter().filter(|p| twice(p)).count() > 8
     );
 }
 
@@ -172,7 +173,7 @@ fn a_text_twice_in_one_row_is_one_item() {
         "{\"query\":\"a\",\"positive\":\"a\",\"negative\":\"a\"}\n{\"query\":\"b\",\"positive\":\"c\"}\n",
     );
     files.config.training.batch_size = 2;
-    let picked = open(&files).walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = open(&files).sampler(&Cursor::default()).unwrap().next_rows().unwrap();
     assert_eq!(picked.examples.len(), 2);
 }
 
@@ -184,7 +185,7 @@ fn rows_that_all_collide_still_come_all() {
     );
     files.config.training.batch_size = 4;
     let mixture = open(&files);
-    let picked = epoch(&mut mixture.walk(&Cursor::default()).unwrap());
+    let picked = epoch(&mut mixture.sampler(&Cursor::default()).unwrap());
     assert_eq!(picked.iter().map(|p| p.examples.len()).collect::<Vec<_>>(), [4, 4, 2]);
     let mut all = ids(&picked);
     all.sort_unstable();
@@ -202,17 +203,18 @@ fn going_on_from_any_cursor_gives_the_batches_that_would_have_followed() {
             files.config.data.batching = batching;
             files.config.data.shuffle = shuffle;
             let mixture = open(&files);
-            let mut walk = mixture.walk(&Cursor::default()).unwrap();
-            let mut cursors = vec![walk.cursor()];
-            let picked: Vec<Picked> = (0..2 * mixture.batches() + 3).map(|_| walk.step().unwrap()).collect();
+            let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
+            let mut cursors = vec![sampler.cursor()];
+            let picked: Vec<SampledRows> =
+                (0..2 * mixture.batches() + 3).map(|_| sampler.next_rows().unwrap()).collect();
             cursors.extend(picked.iter().map(|p| p.cursor.clone()));
             for (i, cursor) in cursors.iter().enumerate() {
                 let json = serde_json::to_string(cursor).unwrap();
                 let cursor: Cursor = serde_json::from_str(&json).unwrap();
-                let mut again = mixture.walk(&cursor).unwrap();
+                let mut again = mixture.sampler(&cursor).unwrap();
                 assert_eq!(again.cursor(), cursor);
                 for expected in &picked[i..(i + 8).min(picked.len())] {
-                    assert_eq!(&again.step().unwrap(), expected);
+                    assert_eq!(&again.next_rows().unwrap(), expected);
                 }
             }
         }
@@ -223,7 +225,7 @@ fn going_on_from_any_cursor_gives_the_batches_that_would_have_followed() {
 fn a_cursor_of_other_data_is_refused() {
     let mixture = open(&files(&[10]));
     for (position, deferred) in [(3, vec![]), (11, vec![]), (1, vec![0, 1]), (5, vec![99]), (400, vec![])] {
-        let error = mixture.walk(&Cursor { epoch: 0, position, deferred }).err().unwrap().to_string();
+        let error = mixture.sampler(&Cursor { epoch: 0, position, deferred }).err().unwrap().to_string();
         assert!(error.contains("the data or the batch size have changed"), "{error}");
     }
 }
@@ -234,9 +236,9 @@ fn samples_are_a_fixed_subset_that_follows_from_the_seed() {
     files.config.data.train[0].samples = Some(10);
     let subset = |files: &Files| -> BTreeSet<u64> {
         let mixture = open(files);
-        let mut walk = mixture.walk(&Cursor::default()).unwrap();
-        let first: BTreeSet<u64> = ids(&epoch(&mut walk)).into_iter().map(|(_, row)| row).collect();
-        let second: BTreeSet<u64> = ids(&epoch(&mut walk)).into_iter().map(|(_, row)| row).collect();
+        let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
+        let first: BTreeSet<u64> = ids(&epoch(&mut sampler)).into_iter().map(|(_, row)| row).collect();
+        let second: BTreeSet<u64> = ids(&epoch(&mut sampler)).into_iter().map(|(_, row)| row).collect();
         assert_eq!((first.len(), &first), (10, &second));
         first
     };
@@ -244,7 +246,7 @@ fn samples_are_a_fixed_subset_that_follows_from_the_seed() {
     files.config.seed = 1;
     assert_ne!(subset(&files), one);
     files.config.data.shuffle = false;
-    let picked = epoch(&mut open(&files).walk(&Cursor::default()).unwrap());
+    let picked = epoch(&mut open(&files).sampler(&Cursor::default()).unwrap());
     let order = ids(&picked);
     assert!(order.is_sorted());
     files.config.data.train[0].samples = Some(1000);
@@ -258,10 +260,10 @@ fn weights_repeat_rows_or_take_a_part_of_them() {
     files.config.data.train[1].weight = 0.25;
     let mixture = open(&files);
     assert_eq!((mixture.sets()[0].rows, mixture.sets()[1].rows, mixture.rows()), (25, 5, 30));
-    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
     let mut counts: BTreeMap<(u32, u64), usize> = BTreeMap::new();
     for number in 0..4 {
-        for id in ids(&epoch(&mut walk)) {
+        for id in ids(&epoch(&mut sampler)) {
             *counts.entry(id).or_default() += 1;
         }
         if number == 0 {
@@ -274,7 +276,7 @@ fn weights_repeat_rows_or_take_a_part_of_them() {
     assert!(counts.iter().all(|(id, count)| *count == if id.0 == 0 { 10 } else { 1 }));
     files.config.data.train[1].weight = 0.01;
     let error = Mixture::open(&files.config).err().unwrap().to_string();
-    assert!(error.contains("data.train.1.weight: 0.01 of 20 rows is no row at all"), "{error}");
+    assert!(error.contains("data.train.1.weight: 0.01 × 20 rows rounds to 0 rows per epoch"), "{error}");
 }
 
 #[test]
@@ -282,14 +284,15 @@ fn positives_and_negatives_take_turns() {
     let mut files = files(&[4]);
     files.config.data.negatives = 2;
     let second = |mixture: &Mixture| -> Vec<Example> {
-        let mut walk = mixture.walk(&Cursor::default()).unwrap();
-        let row = |picked: Picked| picked.examples.into_iter().find(|example| example.row.row == 1).unwrap();
-        (0..4).map(|_| row(walk.step().unwrap())).collect()
+        let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
+        let row =
+            |picked: SampledRows| picked.examples.into_iter().find(|example| example.row.row == 1).unwrap();
+        (0..4).map(|_| row(sampler.next_rows().unwrap())).collect()
     };
     let turns = [("p", ["x", "y"]), ("r", ["z", "x"]), ("p", ["y", "z"]), ("r", ["x", "y"])];
     for (example, (positive, negatives)) in second(&open(&files)).into_iter().zip(turns) {
-        assert_eq!(example.known, ["p0.1", "r0.1"]);
-        assert_eq!(example.known[example.positive], format!("{positive}0.1"));
+        assert_eq!(example.positives, ["p0.1", "r0.1"]);
+        assert_eq!(example.positives[example.positive], format!("{positive}0.1"));
         assert_eq!(example.negatives, negatives.map(|n| format!("{n}0.1")));
     }
     // In the order of the file every epoch is alike.
@@ -298,10 +301,10 @@ fn positives_and_negatives_take_turns() {
         assert_eq!((example.positive, example.negatives), (0, vec!["x0.1".to_owned(), "y0.1".to_owned()]));
     }
     files.config.data.negatives = 5;
-    let picked = open(&files).walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = open(&files).sampler(&Cursor::default()).unwrap().next_rows().unwrap();
     assert_eq!(picked.examples[0].negatives, ["x0.0", "y0.0", "z0.0"]);
     files.config.data.negatives = 0;
-    let picked = open(&files).walk(&Cursor::default()).unwrap().step().unwrap();
+    let picked = open(&files).sampler(&Cursor::default()).unwrap().next_rows().unwrap();
     assert!(picked.examples[0].negatives.is_empty());
 }
 
@@ -352,13 +355,13 @@ fn labelled_rows_get_others_of_their_class_and_of_other_classes() {
     let class = |text: &str| text[1..].parse::<usize>().unwrap() % 3;
     let mixture = open(&kinds());
     assert_eq!((mixture.sets()[0].kind, mixture.sets()[0].loss), (RowKind::Labelled, LossKind::InfoNce));
-    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
     let mut partners: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for _ in 0..3 {
-        let picked = epoch(&mut walk);
+        let picked = epoch(&mut sampler);
         let labelled = picked.iter().flat_map(|p| &p.examples).filter(|e| e.row.dataset == 0);
         for example in labelled {
-            let (own, positive) = (class(&example.query), &example.known[0]);
+            let (own, positive) = (class(&example.query), &example.positives[0]);
             assert!(class(positive) == own && *positive != example.query);
             assert_eq!(example.negatives.len(), 2);
             assert!(example.negatives.iter().all(|negative| class(negative) != own));
@@ -380,12 +383,12 @@ fn a_text_that_stands_twice_is_neither_its_own_answer_nor_its_negative() {
     files.add(&rows);
     files.config.data.negatives = 3;
     let mixture = open(&files);
-    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
     for _ in 0..20 {
-        for example in walk.step().unwrap().examples {
-            assert!(example.known[0] != example.query, "{example:?}");
+        for example in sampler.next_rows().unwrap().examples {
+            assert!(example.positives[0] != example.query, "{example:?}");
             assert!(!example.negatives.contains(&example.query), "{example:?}");
-            assert!(!example.negatives.contains(&example.known[0]), "{example:?}");
+            assert!(!example.negatives.contains(&example.positives[0]), "{example:?}");
         }
     }
 }
@@ -409,8 +412,10 @@ fn samples_of_labelled_rows_are_stratified() {
     );
     files.config.data.train[0].samples = Some(20);
     let mixture = open(&files);
-    let seen: BTreeSet<u64> =
-        ids(&epoch(&mut mixture.walk(&Cursor::default()).unwrap())).into_iter().map(|(_, row)| row).collect();
+    let seen: BTreeSet<u64> = ids(&epoch(&mut mixture.sampler(&Cursor::default()).unwrap()))
+        .into_iter()
+        .map(|(_, row)| row)
+        .collect();
     assert_eq!((seen.len(), seen.range(..80).count(), seen.range(80..).count()), (20, 16, 4));
     files.config.data.train[0].samples = None;
     // A row that is alone in its class has no answer.
@@ -426,8 +431,9 @@ fn rows_of_every_kind_go_on_from_any_cursor() {
         let mixture = open(&files);
         let losses: Vec<LossKind> = mixture.sets().iter().map(|set| set.loss).collect();
         assert_eq!(losses, [LossKind::InfoNce, LossKind::CoSent, LossKind::Triplet]);
-        let mut walk = mixture.walk(&Cursor::default()).unwrap();
-        let picked: Vec<Picked> = (0..2 * mixture.batches()).map(|_| walk.step().unwrap()).collect();
+        let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
+        let picked: Vec<SampledRows> =
+            (0..2 * mixture.batches()).map(|_| sampler.next_rows().unwrap()).collect();
         assert_eq!(picked.iter().map(|p| p.examples.len() as u64).sum::<u64>(), 2 * (45 + 20 + 10));
         for (i, one) in picked.iter().enumerate() {
             let sets: BTreeSet<u32> = one.examples.iter().map(|e| e.row.dataset).collect();
@@ -435,9 +441,9 @@ fn rows_of_every_kind_go_on_from_any_cursor() {
             for example in one.examples.iter().filter(|e| e.row.dataset == 1) {
                 assert_eq!(example.scores, [(example.row.row % 5) as f32]);
             }
-            let mut again = mixture.walk(&one.cursor).unwrap();
+            let mut again = mixture.sampler(&one.cursor).unwrap();
             for expected in picked[i + 1..].iter().take(4) {
-                assert_eq!(&again.step().unwrap(), expected);
+                assert_eq!(&again.next_rows().unwrap(), expected);
             }
         }
     }
@@ -473,9 +479,9 @@ fn a_teachers_scores_turn_with_their_negatives() {
     files.add(&row.repeat(4)).loss = Some(LossKind::Kl);
     files.config.data.negatives = 2;
     let mixture = open(&files);
-    let mut walk = mixture.walk(&Cursor::default()).unwrap();
+    let mut sampler = mixture.sampler(&Cursor::default()).unwrap();
     for expected in [["x1", "x2"], ["x3", "x1"], ["x2", "x3"]] {
-        let example = &walk.step().unwrap().examples[0];
+        let example = &sampler.next_rows().unwrap().examples[0];
         assert_eq!(example.negatives, expected);
         let scores: Vec<f32> = expected.iter().map(|text| text[1..].parse().unwrap()).collect();
         assert_eq!(example.scores, [vec![9.0], scores].concat());

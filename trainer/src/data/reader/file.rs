@@ -1,7 +1,8 @@
-//! A data file on disk: opened once, unpacked where it is compressed, read at any place.
+//! A data file on disk: opened once, decompressed and converted where necessary, read at any position.
 //!
-//! A compressed file has no places to go to, so it is unpacked once into a temporary file without a name, which is gone when the
-//! program is. So is Parquet, column by column as it is: its rows become lines of JSON.
+//! A compressed file has no positions to jump to, so it is decompressed once into an unnamed temporary file,
+//! which the OS deletes when the program ends. A format that cannot be read row by row (Parquet) is converted
+//! to JSON lines likewise.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -9,47 +10,15 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::parquet;
+use super::format::{self, Format};
 use crate::system::heartbeat;
 use crate::system::progress::ProgressReader;
 use crate::{Error, Result};
 
-/// How a file's text is cut into rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
-    /// One JSON object a line.
-    Jsonl,
-    /// Records with this delimiter after a header.
-    Csv(u8),
-}
-
-impl Format {
-    /// The endings of their files.
-    pub(super) const NAMES: &str = ".jsonl, .csv, .tsv or .parquet";
-
-    /// By the name's ending, that of the compression left aside.
-    pub(super) fn of(path: &Path) -> Option<Self> {
-        match ending(path)?.as_str() {
-            // Parquet becomes that, too.
-            "jsonl" | "ndjson" | "parquet" => Some(Self::Jsonl),
-            "csv" => Some(Self::Csv(b',')),
-            "tsv" => Some(Self::Csv(b'\t')),
-            _ => None,
-        }
-    }
-}
-
-/// The ending of a file's name, that of the compression left aside.
-fn ending(path: &Path) -> Option<String> {
-    let name = path.file_name()?.to_str()?.to_ascii_lowercase();
-    let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
-    Some(Path::new(name).extension()?.to_str()?.to_owned())
-}
-
 /// An open data file.
 pub(super) struct DataFile {
     pub(super) path: PathBuf,
-    /// The text itself, unpacked.
+    /// The plain text.
     file: File,
     len: u64,
 }
@@ -57,45 +26,37 @@ pub(super) struct DataFile {
 const BUFFER: usize = 1 << 20;
 
 impl DataFile {
+    /// Opens a file, and decompresses or converts it as its name tells.
+    ///
     /// # Errors
-    /// The file cannot be read, or what it was packed into is damaged.
+    /// The file cannot be read or is damaged.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let mut file = File::open(path).map_err(Error::read("open", path))?;
-        let metadata = file.metadata().map_err(Error::read("read", path))?;
-        if !metadata.is_file() {
+        if !file.metadata().map_err(Error::read("read", path))?.is_file() {
             return Err(Error::file(path, "is not a file"));
         }
-        match path.extension().and_then(|ending| ending.to_str()) {
-            Some("gz" | "GZ") => {
-                let packed = ProgressReader::new(file, "unpacking", path, metadata.len());
-                file = unpack(path, flate2::read::MultiGzDecoder::new(BufReader::new(packed)))?;
-            }
-            Some("zst" | "ZST") => {
-                let packed = ProgressReader::new(file, "unpacking", path, metadata.len());
-                let packed = zstd::Decoder::new(packed).map_err(Error::read("unpack", path))?;
-                file = unpack(path, packed)?;
-            }
-            _ => {}
+        if let Some(text) = format::decompress(path, &file)? {
+            file = copy(path, text)?;
         }
-        if ending(path).as_deref() == Some("parquet") {
-            file = parquet::unpack(path, file)?;
+        if let Some(convert) = Format::of(path).and_then(|format| format.convert) {
+            file = convert(path, file)?;
         }
         let len = file.metadata().map_err(Error::read("read", path))?.len();
         Ok(Self { path: path.to_owned(), file, len })
     }
 
-    /// Bytes of the text.
+    /// Number of bytes of the plain text.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
-    /// The text from its beginning.
+    /// The whole text, from its beginning.
     pub(super) fn stream(&self) -> impl std::io::BufRead + '_ {
-        let text = At { file: &self.file, offset: 0 };
+        let text = OffsetReader { file: &self.file, offset: 0 };
         BufReader::with_capacity(BUFFER, ProgressReader::new(text, "reading", &self.path, self.len))
     }
 
-    /// Some of the text.
+    /// The bytes of a range.
     pub(super) fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; range.end.saturating_sub(range.start) as usize];
         self.file.read_exact_at(&mut bytes, range.start).map_err(Error::read("read", &self.path))?;
@@ -110,9 +71,9 @@ impl DataFile {
         }
     }
 
-    /// The line at `offset`, from 1. Reads everything before it: for errors only.
-    pub(super) fn line(&self, offset: u64) -> Result<u64> {
-        let mut before = At { file: &self.file, offset: 0 }.take(offset);
+    /// The line at `offset`, from 1. Reads everything before it, so it serves error messages only.
+    fn line(&self, offset: u64) -> Result<u64> {
+        let mut before = OffsetReader { file: &self.file, offset: 0 }.take(offset);
         let mut buffer = vec![0; BUFFER];
         let mut line = 1;
         loop {
@@ -124,9 +85,10 @@ impl DataFile {
     }
 }
 
-fn unpack(path: &Path, mut packed: impl Read) -> Result<File> {
+/// Copies a stream into an unnamed temporary file.
+fn copy(path: &Path, mut text: impl Read) -> Result<File> {
     let mut plain = tempfile::tempfile().map_err(Error::read("unpack", path))?;
-    while std::io::copy(&mut (&mut packed).take(BUFFER as u64), &mut plain)
+    while std::io::copy(&mut (&mut text).take(BUFFER as u64), &mut plain)
         .map_err(Error::read("unpack", path))?
         > 0
     {
@@ -135,13 +97,13 @@ fn unpack(path: &Path, mut packed: impl Read) -> Result<File> {
     Ok(plain)
 }
 
-/// Reads on from an offset without moving the file's own position, which others share.
-struct At<'a> {
+/// Reads from an offset without moving the file's own position, which other threads share.
+struct OffsetReader<'a> {
     file: &'a File,
     offset: u64,
 }
 
-impl Read for At<'_> {
+impl Read for OffsetReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let count = self.file.read_at(buffer, self.offset)?;
         heartbeat::record_work();

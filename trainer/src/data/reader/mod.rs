@@ -1,13 +1,17 @@
-//! Training rows on disk: a data set is opened once, gone through once, and then read row by row at any place.
+//! Training rows on disk: a data set is opened and checked once, and then read row by row in any order.
 //!
-//! Opening checks every row, so that nothing is wrong with a row when its turn comes after hours of training. The rows stay in
-//! the file; in memory stays the place of one in every few kilobytes, and the class of each where they have one.
+//! Opening checks every row, so that a wrong row is reported at once and not after hours of training. The
+//! rows stay in the file; memory holds the offset of one row in every few kilobytes, and the class of each
+//! labelled row.
 
-mod beir;
+pub(crate) mod beir;
+mod beir_rows;
 mod check;
 mod file;
+mod format;
 mod index;
 mod parquet;
+mod parser;
 mod records;
 mod stream;
 mod table;
@@ -18,33 +22,35 @@ use super::labels::Labels;
 use super::row::{Row, Schema};
 use crate::config::{DataSet, LossKind, RowKind};
 use crate::{Error, Result};
-use file::Format;
-pub(crate) use stream::{kind_of, lines, objects, raw};
-pub use table::Dropped;
+pub(crate) use format::{DATA_FILE, Format, stem};
+pub(crate) use stream::{kind_of, lines, objects, raw, text_of};
+pub use table::DroppedNegatives;
 
 /// An open data set.
 pub struct Source(Inner);
 
 enum Inner {
-    Table(Box<table::Table>),
-    Beir(beir::Beir),
+    File(Box<table::RecordFile>),
+    Beir(beir_rows::BeirRows),
 }
 
 impl Source {
-    /// Opens a file or folder and checks every row of it.
+    /// Opens a file or folder and checks every row.
     ///
     /// # Errors
-    /// It cannot be read; its name does not say what it is; columns are missing or ambiguous; a row is malformed, is not
-    /// UTF-8, has no positive, an empty text, or not what its kind and loss need (with its line); there is one class only.
+    /// The file cannot be read; its ending is unknown; columns are missing or ambiguous; a row is malformed,
+    /// is not UTF-8, has no positive, an empty text, or lacks what its kind and loss need (with its line);
+    /// there is only one class.
     pub fn open(set: &DataSet) -> Result<Self> {
         Self::with(set, Schema::new(set))
     }
 
-    /// Opens a file of pairs or triplets whose every row is an answer to its query, or a BEIR folder.
+    /// Opens a BEIR folder, or a file of pairs or triplets in which every positive answers its query.
     ///
     /// # Errors
-    /// As [`Self::open`]; there is a column that may say otherwise of a row.
-    pub fn answers(path: &Path, kind: RowKind) -> Result<Self> {
+    /// Those of [`Self::open`]; a column of labels or scores may say that a positive does not answer its
+    /// query.
+    pub fn open_answers(path: &Path, kind: RowKind) -> Result<Self> {
         let set = DataSet { path: path.to_owned(), kind: Some(kind), ..DataSet::default() };
         Self::with(&set, Schema::answers(kind))
     }
@@ -52,75 +58,69 @@ impl Source {
     fn with(set: &DataSet, schema: Schema) -> Result<Self> {
         let path: &Path = &set.path;
         if path.is_dir() {
-            let beir = beir::Beir::open(path)?;
             let kind = set.kind.filter(|kind| *kind != RowKind::Pairs).map(RowKind::name);
             let loss = set.loss.filter(|loss| loss.needs_negatives()).map(LossKind::name);
-            return match kind.or(loss) {
-                Some(name) => {
-                    let message = "a BEIR folder has queries and what answers them, not what";
-                    Err(Error::file(path, format!("{message} `{name}` needs")))
-                }
-                None => Ok(Self(Inner::Beir(beir))),
-            };
+            if let Some(name) = kind.or(loss) {
+                let message =
+                    format!("`{name}` cannot use a BEIR folder, which has queries and their answers only");
+                return Err(Error::file(path, message));
+            }
+            return Ok(Self(Inner::Beir(beir_rows::BeirRows::open(path)?)));
         }
-        let format = Format::of(path).ok_or_else(|| {
-            Error::file(
-                path,
-                format!("expected a {} file, each also .gz or .zst, or a BEIR folder", Format::NAMES),
-            )
-        })?;
-        Ok(Self(Inner::Table(Box::new(table::Table::open(path, format, schema)?))))
+        let format = Format::of(path)
+            .ok_or_else(|| Error::file(path, format!("expected a {DATA_FILE} or a BEIR folder")))?;
+        Ok(Self(Inner::File(Box::new(table::RecordFile::open(path, format, schema)?))))
     }
 
-    /// What the rows are.
+    /// The kind of all rows.
     pub fn kind(&self) -> RowKind {
         match &self.0 {
-            Inner::Table(table) => table.kind(),
+            Inner::File(table) => table.kind(),
             Inner::Beir(_) => RowKind::Pairs,
         }
     }
 
-    /// Whether any row has columns of negatives.
+    /// Whether any row has columns for negatives.
     pub fn negatives(&self) -> bool {
         match &self.0 {
-            Inner::Table(table) => table.negatives(),
+            Inner::File(table) => table.negatives(),
             Inner::Beir(_) => false,
         }
     }
 
-    /// The classes of labelled rows.
+    /// The classes, where the rows are labelled.
     pub fn labels(&self) -> Option<&Labels> {
         match &self.0 {
-            Inner::Table(table) => table.labels(),
+            Inner::File(table) => table.labels(),
             Inner::Beir(_) => None,
         }
     }
 
-    /// Negatives that are left out.
-    pub fn dropped(&self) -> Dropped {
+    /// Negatives that are left out because they are also positives of their row.
+    pub fn dropped_negatives(&self) -> DroppedNegatives {
         match &self.0 {
-            Inner::Table(table) => table.dropped(),
-            Inner::Beir(_) => Dropped::default(),
+            Inner::File(table) => table.dropped_negatives(),
+            Inner::Beir(_) => DroppedNegatives::default(),
         }
     }
 
-    /// Rows.
+    /// Number of rows.
     pub fn len(&self) -> u64 {
         match &self.0 {
-            Inner::Table(table) => table.len(),
+            Inner::File(table) => table.len(),
             Inner::Beir(beir) => beir.len(),
         }
     }
 
-    /// Whether there is no row.
+    /// Whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A number that follows from the text of the rows: another one means that the data have changed.
+    /// A hash of the rows: another value means that the data have changed.
     pub fn digest(&self) -> u64 {
         match &self.0 {
-            Inner::Table(table) => table.digest(),
+            Inner::File(table) => table.digest(),
             Inner::Beir(beir) => beir.digest(),
         }
     }
@@ -128,10 +128,10 @@ impl Source {
     /// Reads one row.
     ///
     /// # Errors
-    /// The file cannot be read, or was changed since it was opened.
+    /// The file cannot be read, or has changed since it was opened.
     pub fn row(&self, row: u64) -> Result<Row> {
         match &self.0 {
-            Inner::Table(table) => table.row(row),
+            Inner::File(table) => table.row(row),
             Inner::Beir(beir) => beir.row(row),
         }
     }
@@ -139,7 +139,7 @@ impl Source {
     /// An error about one row, with its file and line.
     pub fn error(&self, row: u64, message: impl Into<String>) -> Error {
         match &self.0 {
-            Inner::Table(table) => table.error(row, message.into()),
+            Inner::File(table) => table.error(row, message.into()),
             Inner::Beir(beir) => beir.error(row, message.into()),
         }
     }

@@ -1,7 +1,8 @@
-//! Parquet as lines of JSON, one a row.
+//! Converts Parquet to JSON lines.
 //!
-//! Parquet lies by column, in pages of which each has to be unpacked to get at one value: rows in random order would unpack the
-//! same pages over and over. So a file is gone through once, and its rows are written where any of them can be read.
+//! Parquet stores columns in compressed pages, and reading one value decompresses a page: rows in random
+//! order would decompress the same pages over and over. So a file is read once, and its rows are written to a
+//! temporary file.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -19,12 +20,12 @@ use crate::system::heartbeat;
 use crate::system::progress::DelayedProgress;
 use crate::{Error, Result};
 
-/// Writes the rows of a file into a temporary one, a line each; values that are neither text, number, truth nor a list of these
-/// are left out.
+/// Writes each row of a file as a line of a temporary file. Columns other than texts, numbers, booleans and
+/// lists of these are left out.
 ///
 /// # Errors
-/// It is no Parquet file, is damaged, or is packed in a way that this build does not know; the disk is full.
-pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
+/// The file is not Parquet, is damaged, or has an unknown compression; the disk is full.
+pub(super) fn to_json_lines(path: &Path, file: File) -> Result<File> {
     let wrong = |error: ParquetError| Error::file(path, format!("cannot read this as Parquet: {error}"));
     let reader = SerializedFileReader::new(file).map_err(wrong)?;
     let schema = reader.metadata().file_metadata().schema();
@@ -50,7 +51,7 @@ pub(super) fn unpack(path: &Path, file: File) -> Result<File> {
     lines.into_inner().map_err(|error| Error::read("unpack", path)(error.into_error()))
 }
 
-/// Whether a column has values or lists of them; pictures and other structures would only take space.
+/// Whether a column has plain values or lists of them. Images and other structures would only take space.
 fn simple(field: &Type) -> bool {
     if field.is_primitive() {
         return true;
@@ -84,14 +85,15 @@ fn value(field: &Field) -> Value {
         Field::Float(number) => float(f64::from(*number)),
         Field::Double(number) => float(*number),
         Field::Str(text) => Value::from(text.as_str()),
-        // Old writers do not say what is text.
+        // Old writers do not mark text as such.
         Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).map_or(Value::Null, Value::from),
         Field::ListInternal(list) => list.elements().iter().map(value).collect(),
         _ => Value::Null,
     }
 }
 
-/// JSON has no word for what is not finite; text says what it is to whoever expects a number.
+/// A number; JSON has no NaN and no infinity, so these become text, which the message for a wrong number then
+/// shows.
 fn float(number: f64) -> Value {
     if number.is_finite() { Value::from(number) } else { Value::from(number.to_string()) }
 }

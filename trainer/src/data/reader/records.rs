@@ -1,45 +1,96 @@
-//! Cuts a text into records, each with its place: the lines of a jsonl file, the records of a csv file.
+//! Cuts text into records with their offsets: the lines of JSON lines, the records of CSV.
 //!
-//! Both are one pass over bytes. A csv record may hold line ends inside quotes; a quote opens only at the beginning of a
-//! field, and doubled it stands for itself (RFC 4180).
+//! Both take one pass over the bytes. A CSV record may contain line ends inside quotes; a quote opens only at
+//! the beginning of a field, and a doubled quote stands for one (RFC 4180).
 
 use std::io::BufRead;
+use std::path::Path;
 
-/// One record.
+use super::format::Layout;
+use crate::Error;
+
+/// One record of a text.
 pub(super) struct Record<'a> {
-    /// Where it begins in the file.
+    /// Byte offset in the file.
     pub(super) offset: u64,
-    /// The line it begins in, from 1.
+    /// The line in which it begins, from 1.
     pub(super) line: u64,
-    /// Its text, without the line end.
+    /// The text without its line end.
     pub(super) bytes: &'a [u8],
 }
 
-/// Why the records end early.
+/// Why reading stopped before the end of the text.
 pub(super) enum Stop<E> {
     /// The file cannot be read.
     Io(std::io::Error),
-    /// A record is wrong: its line, and why.
-    Record(u64, String),
-    /// The caller's own.
+    /// The text cannot be cut into records.
+    Record(RowError),
+    /// The error of the function that receives the records.
     Caller(E),
 }
 
-/// A text longer than this is not one: something is never closed.
+/// What is wrong with the record that begins in a line (from 1).
+pub(super) struct RowError {
+    pub(super) line: u64,
+    pub(super) message: String,
+}
+
+impl RowError {
+    /// The error, with its file.
+    pub(super) fn at(self, path: &Path) -> Error {
+        Error::Row { path: path.to_owned(), line: self.line, message: self.message }
+    }
+}
+
+impl Stop<RowError> {
+    /// The error, with its file.
+    pub(super) fn at(self, path: &Path) -> Error {
+        match self {
+            Self::Io(source) => Error::read("read", path)(source),
+            Self::Record(error) | Self::Caller(error) => error.at(path),
+        }
+    }
+}
+
+impl Stop<Error> {
+    /// The error; one of the text gets its file.
+    pub(super) fn at(self, path: &Path) -> Error {
+        match self {
+            Self::Io(source) => Error::read("read", path)(source),
+            Self::Record(error) => error.at(path),
+            Self::Caller(error) => error,
+        }
+    }
+}
+
+/// Longest record in bytes: a longer one means that a quote or a line is never closed.
 const LONGEST: usize = 1 << 30;
 
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
-/// Calls `each` with every line that is not blank. A byte order mark is left out.
-pub(super) fn lines<E>(
+/// Calls `f` with every record; blank lines and a byte order mark are left out.
+pub(super) fn each<E>(
+    layout: Layout,
     text: impl BufRead,
-    each: impl FnMut(Record<'_>) -> Result<(), E>,
+    f: impl FnMut(Record<'_>) -> Result<(), E>,
 ) -> Result<(), Stop<E>> {
-    lines_from(0, text, each)
+    each_from(0, layout, text, f)
 }
 
-/// As [`lines`], for text that begins at an offset of the file. Lines are counted from there.
-pub(super) fn lines_from<E>(
+/// Like [`each`], for text that begins at `offset` of the file. Lines are counted from there.
+pub(super) fn each_from<E>(
+    offset: u64,
+    layout: Layout,
+    text: impl BufRead,
+    f: impl FnMut(Record<'_>) -> Result<(), E>,
+) -> Result<(), Stop<E>> {
+    match layout {
+        Layout::JsonLines => lines(offset, text, f),
+        Layout::Csv(delimiter) => csv(offset, text, delimiter, f),
+    }
+}
+
+fn lines<E>(
     mut offset: u64,
     mut text: impl BufRead,
     mut each: impl FnMut(Record<'_>) -> Result<(), E>,
@@ -53,7 +104,8 @@ pub(super) fn lines_from<E>(
         }
         line += 1;
         if count > LONGEST {
-            return Err(Stop::Record(line, "this line is longer than 1 GiB".to_owned()));
+            let message = "this line is longer than 1 GiB".to_owned();
+            return Err(Stop::Record(RowError { line, message }));
         }
         let skip = if offset == 0 && buffer.starts_with(BOM) { BOM.len() } else { 0 };
         let bytes = buffer[skip..].trim_ascii();
@@ -64,23 +116,13 @@ pub(super) fn lines_from<E>(
     }
 }
 
-/// As `read_until`, but gives up after [`LONGEST`].
+/// Like `read_until`, but stops after [`LONGEST`] bytes.
 fn read_line(text: &mut impl BufRead, buffer: &mut Vec<u8>) -> std::io::Result<usize> {
     let mut limited = std::io::Read::take(text, LONGEST as u64 + 1);
     limited.read_until(b'\n', buffer)
 }
 
-/// Calls `each` with every csv record that is not a blank line. A byte order mark is left out.
-pub(super) fn csv<E>(
-    text: impl BufRead,
-    delimiter: u8,
-    each: impl FnMut(Record<'_>) -> Result<(), E>,
-) -> Result<(), Stop<E>> {
-    csv_from(0, text, delimiter, each)
-}
-
-/// As [`csv`], for text that begins at an offset of the file. Lines are counted from there.
-pub(super) fn csv_from<E>(
+fn csv<E>(
     mut offset: u64,
     mut text: impl BufRead,
     delimiter: u8,
@@ -109,7 +151,7 @@ pub(super) fn csv_from<E>(
                 }
             }
             state = match (state, *byte) {
-                // The byte order mark is no part of the first field.
+                // The byte order mark is not part of the first field.
                 (Field::Start, _) if start == 0 && BOM.get((offset + i as u64) as usize) == Some(byte) => {
                     Field::Start
                 }
@@ -123,27 +165,26 @@ pub(super) fn csv_from<E>(
         }
         record.extend_from_slice(&chunk[copied..]);
         if record.len() > LONGEST {
-            return Err(Stop::Record(
-                start_line,
-                "this row is longer than 1 GiB: is a quote never closed?".to_owned(),
-            ));
+            let message = "this row is longer than 1 GiB: is a closing quote missing?".to_owned();
+            return Err(Stop::Record(RowError { line: start_line, message }));
         }
         text.consume(count);
         offset += count as u64;
     }
     if state == Field::Quoted {
-        return Err(Stop::Record(start_line, "a quote in this row is never closed".to_owned()));
+        let message = "a quote that opens in this row is never closed".to_owned();
+        return Err(Stop::Record(RowError { line: start_line, message }));
     }
     emit(&record, start, start_line, &mut each)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Field {
-    /// Before its first byte.
+    /// Before the first byte of a field.
     Start,
     Plain,
     Quoted,
-    /// After a quote inside quotes: the end, or the first half of a doubled one.
+    /// After a quote inside quotes: the end of the field, or the first half of a doubled quote.
     Quote,
 }
 
@@ -177,13 +218,10 @@ mod tests {
             seen.push((r.offset, r.line, String::from_utf8(r.bytes.to_vec()).unwrap()));
             Ok::<(), Infallible>(())
         };
-        let done = match delimiter {
-            Some(delimiter) => csv(reader, delimiter, each),
-            None => lines(reader, each),
-        };
-        match done {
+        let layout = delimiter.map_or(Layout::JsonLines, Layout::Csv);
+        match super::each(layout, reader, each) {
             Ok(()) => Ok(seen),
-            Err(Stop::Record(line, message)) => Err((line, message)),
+            Err(Stop::Record(RowError { line, message })) => Err((line, message)),
             Err(_) => unreachable!(),
         }
     }
@@ -216,7 +254,7 @@ mod tests {
     #[test]
     fn a_quote_that_is_never_closed_names_its_row() {
         let error = all("q,p\na,b\nc,\"d\ne,f\n", 4, Some(b',')).unwrap_err();
-        assert_eq!(error, (3, "a quote in this row is never closed".to_owned()));
+        assert_eq!(error, (3, "a quote that opens in this row is never closed".to_owned()));
         assert!(all("q\tp\n\"a\t\"b\n", 4, Some(b'\t')).is_ok());
         assert!(all("q,\"\"", 4, Some(b',')).is_ok());
     }

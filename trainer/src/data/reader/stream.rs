@@ -1,40 +1,39 @@
-//! A file gone through once, row by row, where nothing has to be found again.
+//! Reads a file once from its beginning, where no row has to be found again.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::file::{DataFile, Format};
-use super::records::{self, Record, Stop};
-use super::table::{fields, object, utf8};
+use super::file::DataFile;
+use super::format::{Format, Layout};
+use super::parser::{describe, fields, header, object, utf8};
+use super::records::{self, RowError};
 use crate::config::RowKind;
 use crate::data::row::usual_kind;
 use crate::{Error, Result};
 
-/// Calls `each` with the lines that are not blank, without white space at their ends, and their numbers from 1.
-pub(crate) fn lines(path: &Path, mut each: impl FnMut(u64, &str) -> Result<()>) -> Result<()> {
+/// Calls `f` with each line that is not blank, trimmed, and its number from 1.
+pub(crate) fn lines(path: &Path, mut f: impl FnMut(u64, &str) -> Result<()>) -> Result<()> {
     let file = DataFile::open(path)?;
-    let done = records::lines(file.stream(), |record| {
-        let text = utf8(record.bytes).map_err(|message| wrong(path, &record, message))?;
-        each(record.line, text)
-    });
-    explain(path, done)
+    records::each(Layout::JsonLines, file.stream(), |record| {
+        let line = record.line;
+        f(line, utf8(record.bytes).map_err(|message| RowError { line, message }.at(path))?)
+    })
+    .map_err(|stop| stop.at(path))
 }
 
-/// Calls `each` with the rows of a .jsonl, .csv, .tsv or .parquet file, each also .gz or .zst, and the lines they begin in.
-pub(crate) fn objects(
-    path: &Path,
-    mut each: impl FnMut(u64, Map<String, Value>) -> Result<()>,
-) -> Result<()> {
-    raw(path, |line, _, row| row.map_or(Ok(()), |row| each(line, row)))
+/// Calls `f` with each row of a data file as an object, and the line in which it begins.
+pub(crate) fn objects(path: &Path, mut f: impl FnMut(u64, Map<String, Value>) -> Result<()>) -> Result<()> {
+    raw(path, |line, _, row| row.map_or(Ok(()), |row| f(line, row)))
 }
 
-/// The kind of a file's rows by the columns of its first row, or what is ambiguous about these. A file without rows has pairs.
+/// The kind of a file's rows by the columns of its first row, or why these are ambiguous. A file without rows has
+/// pairs.
 pub(crate) fn kind_of(path: &Path) -> Result<std::result::Result<RowKind, String>> {
     let mut kind = None;
     let read = objects(path, |line, row| {
         kind = Some(usual_kind(&row.keys().map(String::as_str).collect::<Vec<_>>()));
-        // An error is how reading ends before the file does.
+        // An error ends the reading before the end of the file.
         Err(Error::Row { path: path.to_owned(), line, message: String::new() })
     });
     match kind {
@@ -43,58 +42,54 @@ pub(crate) fn kind_of(path: &Path) -> Result<std::result::Result<RowKind, String
     }
 }
 
-/// As [`objects`], with the bytes of each row as they stand in the file. The header of a table comes first, as no row.
+/// Like [`objects`], with the bytes of each row as they are in the file. The header of a CSV file comes
+/// first, without an object.
 pub(crate) fn raw(
     path: &Path,
-    mut each: impl FnMut(u64, &[u8], Option<Map<String, Value>>) -> Result<()>,
+    mut f: impl FnMut(u64, &[u8], Option<Map<String, Value>>) -> Result<()>,
 ) -> Result<()> {
-    let format = Format::of(path).ok_or_else(|| {
-        Error::file(path, format!("expected a {} file, each also .gz or .zst", Format::NAMES))
-    })?;
+    let layout = Format::expect(path)?.layout;
     let file = DataFile::open(path)?;
-    let done = match format {
-        Format::Jsonl => records::lines(file.stream(), |record| {
-            let row = object(record.bytes).map_err(|message| wrong(path, &record, message))?;
-            each(record.line, record.bytes, Some(row))
-        }),
-        Format::Csv(delimiter) => {
-            let mut names: Option<Vec<String>> = None;
-            records::csv(file.stream(), delimiter, |record| {
-                let cells =
-                    fields(record.bytes, delimiter).map_err(|message| wrong(path, &record, message))?;
-                let Some(names) = &names else {
-                    names = Some(cells.iter().map(|name| name.trim().to_owned()).collect());
-                    return each(record.line, record.bytes, None);
-                };
-                if cells.len() != names.len() {
-                    let message = format!("has {} fields where the header has {}", cells.len(), names.len());
-                    return Err(wrong(path, &record, message));
-                }
-                let row = names.iter().cloned().zip(cells.iter().map(Value::from)).collect();
-                each(record.line, record.bytes, Some(row))
-            })
+    let mut names: Option<Vec<String>> = None;
+    records::each(layout, file.stream(), |record| {
+        let line = record.line;
+        let wrong = |message| RowError { line, message }.at(path);
+        let Layout::Csv(delimiter) = layout else {
+            return f(line, record.bytes, Some(object(record.bytes).map_err(wrong)?));
+        };
+        let Some(names) = &names else {
+            names = Some(header(record.bytes, delimiter).map_err(wrong)?);
+            return f(line, record.bytes, None);
+        };
+        let cells = fields(record.bytes, delimiter).map_err(wrong)?;
+        if cells.len() != names.len() {
+            return Err(wrong(format!("has {} fields where the header has {}", cells.len(), names.len())));
         }
-    };
-    explain(path, done)
-}
-
-fn wrong(path: &Path, record: &Record<'_>, message: String) -> Error {
-    Error::Row { path: path.to_owned(), line: record.line, message }
-}
-
-fn explain(path: &Path, done: std::result::Result<(), Stop<Error>>) -> Result<()> {
-    done.map_err(|stop| match stop {
-        Stop::Io(source) => Error::Read { path: path.to_owned(), action: "read", source },
-        Stop::Record(line, message) => Error::Row { path: path.to_owned(), line, message },
-        Stop::Caller(error) => error,
+        f(line, record.bytes, Some(names.iter().cloned().zip(cells.iter().map(Value::from)).collect()))
     })
+    .map_err(|stop| stop.at(path))
+}
+
+/// The column `text` of a row.
+///
+/// # Errors
+/// There is no such column, or it is not a text.
+pub(crate) fn text_of(row: &Map<String, Value>) -> std::result::Result<&str, String> {
+    match row.get("text") {
+        Some(Value::String(text)) => Ok(text),
+        Some(other) => Err(format!("`text` is {}, expected a text", describe(other))),
+        None => Err("has no `text`".to_owned()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::path::PathBuf;
 
-    fn file(name: &str, text: &str) -> (tempfile::TempDir, std::path::PathBuf) {
+    use super::*;
+    use crate::Error;
+
+    fn file(name: &str, text: &str) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
@@ -126,7 +121,7 @@ mod tests {
         for (name, text, expected) in [
             ("a.jsonl", "{}\n[1]\n", "a.jsonl:2: expected a JSON object"),
             ("a.csv", "x,y\n1\n", "a.csv:2: has 1 fields where the header has 2"),
-            ("a.doc", "", "expected a .jsonl, .csv, .tsv or .parquet file"),
+            ("a.doc", "", "expected a data file (.jsonl, .csv, .tsv or .parquet"),
         ] {
             let (_folder, path) = file(name, text);
             let error = objects(&path, |_, _| Ok(())).unwrap_err().to_string();

@@ -154,7 +154,7 @@ fn a_wrong_csv_row_is_named_by_the_line_it_begins_in() {
             ("f,g,h", "has 3 fields where the header has 2"),
             ("\" \n\",g", "`query` has an empty text"),
             ("f,", "`positive` has an empty text"),
-            ("f,\"g", "a quote in this row is never closed"),
+            ("f,\"g", "a quote that opens in this row is never closed"),
         ] {
             let text = format!("{good}{bad}").replace('\n', line_end);
             assert_eq!(message("a.csv", text), format!("a.csv:5: {expected}"));
@@ -181,7 +181,7 @@ fn a_header_that_does_not_fit_is_listed() {
 
 #[test]
 fn what_is_no_data_file_is_refused() {
-    assert!(message("a.txt", "x").starts_with("a.txt: expected a .jsonl, .csv, .tsv or .parquet file"));
+    assert!(message("a.txt", "x").starts_with("a.txt: expected a data file (.jsonl, .csv, .tsv or .parquet"));
     let missing = Source::open(&set(Path::new("no/such.jsonl"))).err().unwrap().to_string();
     assert!(missing.starts_with("no/such.jsonl: cannot open: "), "{missing}");
     let empty = tempfile::tempdir().unwrap();
@@ -198,7 +198,7 @@ fn a_file_that_changes_later_is_an_error_not_a_crash() {
     std::fs::write(&path, b"{\"query\": \"a\"}").unwrap();
     assert!(source.row(1).unwrap_err().to_string().contains("a.jsonl: cannot read"));
     std::fs::write(&path, [b' '; 70]).unwrap();
-    assert!(source.row(0).unwrap_err().to_string().contains("(it was right when the run began)"));
+    assert!(source.row(0).unwrap_err().to_string().contains("(the file was correct when the run began"));
 }
 
 #[test]
@@ -223,13 +223,13 @@ fn a_beir_folder_gives_a_row_for_each_query_with_answers() {
         error.replace(folder.0.path().to_str().unwrap(), "")
     };
     folder.write("qrels/dev.tsv", qrels.as_bytes());
-    assert_eq!(message(), "/qrels: has no train.tsv to train on, only dev.tsv, test.tsv");
+    assert_eq!(message(), "/qrels: has no train.tsv, only dev, test");
     folder.write("qrels/train.tsv", b"query-id\tcorpus-id\tscore\nq9\td2\t1\n");
-    assert_eq!(message(), "/qrels/train.tsv:2: `q9` is not in /queries.jsonl");
+    assert_eq!(message(), "/qrels/train.tsv:2: `q9` is not in queries.jsonl");
     folder.write("qrels/train.tsv", b"q1\td2\t1\nq1\td2\thigh\n");
-    assert_eq!(message(), "/qrels/train.tsv:2: the score `high` is no number");
+    assert_eq!(message(), "/qrels/train.tsv:2: the score is `high`, expected a finite number");
     folder.write("qrels/train.tsv", b"q1\td2\tinf\n");
-    assert_eq!(message(), "/qrels/train.tsv:1: the score `inf` is no number");
+    assert_eq!(message(), "/qrels/train.tsv:1: the score is `inf`, expected a finite number");
     folder.write("qrels/train.tsv", b"q1\td2\t0\n");
     assert_eq!(message(), "/qrels/train.tsv: has no relevant document, expected scores above 0");
     folder.write("qrels/train.tsv", b"q3\td2\t1\n");
@@ -295,7 +295,7 @@ fn labelled_rows_have_a_text_and_a_class() {
         ),
         (
             "{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\", \"label\": 1}\n",
-            "a.jsonl: has one class only, `1` in all 2 rows",
+            "a.jsonl: has only one class, `1` in all 2 rows",
         ),
     ] {
         let error = message("a.jsonl", text);
@@ -333,7 +333,7 @@ fn similarity_rows_have_two_texts_and_a_number() {
     }
     let error = message("a.jsonl", format!("{good}{{\"s1\": \"a\", \"s2\": \"b\", \"score\": NaN}}\n"));
     assert!(
-        error.contains("a.jsonl:2: this is not JSON") && error.ends_with("hint: NaN is no number in JSON"),
+        error.contains("a.jsonl:2: this is not JSON") && error.ends_with("hint: NaN is not a number in JSON"),
         "{error}"
     );
     assert_eq!(
@@ -363,19 +363,19 @@ fn a_teachers_scores_belong_to_the_positive_and_each_negative() {
             [vec![3.0, 1.5, -1.0], vec![0.0, -1.5, -4.0], vec![3.0, 1.0, 2.0], vec![0.0, -0.5]]
         );
         assert_eq!(source.row(2).unwrap().negatives, ["c", "d"]);
-        assert_eq!(source.dropped(), Dropped { negatives: 1, first: 2 });
+        assert_eq!(source.dropped_negatives(), DroppedNegatives { negatives: 1, first: 2 });
     }
     let csv = "query,positive,negative_1,negative_2,scores\na,b,c,d,\"[3, 1, 2]\"\n";
     assert_eq!(with_loss(Kl, "a.csv", csv).unwrap().row(0).unwrap().scores, [3.0, 1.0, 2.0]);
     for (rest, expected) in [
         (
             "\"negatives\": [\"c\", \"d\"], \"scores\": [1]",
-            "`scores` has 1 numbers for a positive and 2 negatives, expected 3 scores or 2 differences",
+            "`scores` has 1 numbers for a positive and 2 negatives, expected 3 scores or 2 margins",
         ),
         ("\"negatives\": [\"c\"]", "has no column for the score, expected one of scores, score,"),
         (
             "\"negatives\": [\"b\"], \"scores\": [1, 1]",
-            "has no negative but its positive, and the loss `kl` needs one",
+            "has no negative that differs from its positive, which the loss `kl` needs",
         ),
         ("\"scores\": [1]", "has no negative, which the loss `kl` needs"),
     ] {
@@ -385,7 +385,7 @@ fn a_teachers_scores_belong_to_the_positive_and_each_negative() {
     }
     let text = "{\"query\": \"a\", \"positive\": [\"b\", \"e\"], \"negatives\": \"c\", \"scores\": [1, 2]}";
     let error = with_loss(Kl, "a.jsonl", text).err().unwrap().to_string();
-    assert!(error.ends_with("has 2 positives, where `scores` scores one"), "{error}");
+    assert!(error.ends_with("has 2 positives, expected one with the scores in `scores`"), "{error}");
 }
 
 #[test]
@@ -394,12 +394,14 @@ fn a_negative_that_is_also_a_positive_is_left_out_and_counted() {
         + "{\"query\": \"a\", \"positive\": [\"b\", \"d\"], \"negatives\": [\"d\", \"c\", \"b\"]}\n"
         + "{\"query\": \"a\", \"positive\": \"b\", \"negatives\": \"b\"}\n";
     let source = open("a.jsonl", &text).unwrap();
-    assert_eq!(source.dropped(), Dropped { negatives: 3, first: 1000 });
+    assert_eq!(source.dropped_negatives(), DroppedNegatives { negatives: 3, first: 1000 });
     assert_eq!(source.row(1000).unwrap().negatives, ["c"]);
     assert!(source.row(1001).unwrap().negatives.is_empty());
     let error = with_loss(crate::config::LossKind::Triplet, "a.jsonl", &text).err().unwrap().to_string();
     assert!(
-        error.ends_with("a.jsonl:1002: has no negative but its positive, and the loss `triplet` needs one"),
+        error.ends_with(
+            "a.jsonl:1002: has no negative that differs from its positive, which the loss `triplet` needs"
+        ),
         "{error}"
     );
 }
@@ -439,14 +441,15 @@ fn a_folder_that_cannot_teach_is_refused() {
     folder.write("qrels/train.tsv", b"q1\td1\t1\n");
     let error = Source::open(&set(folder.0.path())).err().unwrap().to_string();
     assert!(
-        error.ends_with(
-            "corpus.jsonl: has one document only, expected two or more: there is nothing to tell it from"
-        ),
+        error.ends_with("corpus.jsonl: has only one document, expected two or more to choose from"),
         "{error}"
     );
     folder.write("corpus.jsonl", b"{\"_id\": \"d1\", \"text\": \"x\"}\n{\"_id\": \"d2\", \"text\": \"y\"}\n");
     assert!(Source::open(&set(folder.0.path())).is_ok());
     let labelled = DataSet { kind: Some(RowKind::Labelled), ..set(folder.0.path()) };
     let error = Source::open(&labelled).err().unwrap().to_string();
-    assert!(error.ends_with("what answers them, not what `labelled` needs"), "{error}");
+    assert!(
+        error.ends_with("`labelled` cannot use a BEIR folder, which has queries and their answers only"),
+        "{error}"
+    );
 }

@@ -91,10 +91,7 @@ fn columns_say_what_a_row_is() {
         &["query", "positive", "negative", "label"],
     ] {
         let error = roles(names).unwrap_err();
-        assert!(
-            error.contains("beside two texts, which may mean several things\nhint: `kind: pairs`"),
-            "{error}"
-        );
+        assert!(error.contains("beside two texts, which is ambiguous\nhint: `kind: similarity`"), "{error}");
     }
     let labelled = of(RowKind::Pairs).roles(&["premise", "hypothesis", "label"]);
     assert_eq!(labelled, Ok(made(0, &[1], &[])));

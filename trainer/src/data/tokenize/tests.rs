@@ -103,7 +103,7 @@ fn a_text_without_any_token_is_an_error() {
     let tokenizer = Tokenizer::open(folder("null", UNCASED, &[]).path(), false).unwrap();
     assert_eq!(ids(&tokenizer, "the"), [8]);
     let error = tokenizer.encode(&["the", " \n"], "", 8, true).unwrap_err().to_string();
-    assert!(error.ends_with("tokenizer.json: knows no token of the text ` \\n`"), "{error}");
+    assert!(error.ends_with("tokenizer.json: has no token for the text ` \\n`"), "{error}");
 }
 
 #[test]
@@ -146,7 +146,7 @@ fn the_end_is_appended_where_the_settings_of_llamas_kin_ask_for_it() {
     };
     let other = asked("PreTrainedTokenizerFast", first);
     assert_eq!(ids(&Tokenizer::open(other.path(), false).unwrap(), "the cat"), [4, 8, 9]);
-    assert_eq!(appending(other.path()).unwrap(), None);
+    assert_eq!(with_end_token(other.path()).unwrap(), None);
     for (processor, expected) in [(first, &[4, 8, 9, 5][..]), ("null", &[8, 9, 5])] {
         let folder = asked("LlamaTokenizer", processor);
         let tokenizer = Tokenizer::open(folder.path(), false).unwrap();
@@ -156,12 +156,12 @@ fn the_end_is_appended_where_the_settings_of_llamas_kin_ask_for_it() {
         let cut = tokenizer.encode(&["the cat"], "", length, true).unwrap().remove(0).ids;
         assert_eq!((cut.len(), cut.last()), (length, Some(&5)));
         // What is written appends it for every reader, and nothing twice.
-        let written = appending(folder.path()).unwrap().unwrap();
+        let written = with_end_token(folder.path()).unwrap().unwrap();
         let alone = tokenizers::Tokenizer::from_bytes(&written).unwrap();
         assert_eq!(alone.encode("the cat", true).unwrap().get_ids(), expected);
         std::fs::write(folder.path().join("tokenizer.json"), written).unwrap();
         assert_eq!(ids(&Tokenizer::open(folder.path(), false).unwrap(), "the cat"), expected);
-        assert_eq!(appending(folder.path()).unwrap(), None);
+        assert_eq!(with_end_token(folder.path()).unwrap(), None);
     }
 }
 

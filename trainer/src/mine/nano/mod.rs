@@ -19,8 +19,8 @@ use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 pub use self::bm25::Bm25;
 use crate::data::permutation::Permutation;
 use crate::data::reader;
+use crate::data::reader::beir::{self, BeirFile, Split};
 use crate::eval::embed::Role;
-use crate::eval::open;
 use crate::mine::normalize;
 use crate::system::atomic::StagedDir;
 use crate::system::progress::Progress;
@@ -120,12 +120,13 @@ impl NanoBuilder {
     /// documents, no relevant document, or fewer than two documents.
     pub fn sample(&self) -> Result<Sample<'_>> {
         StagedDir::check_free(&self.output)?;
-        let qrels = open::qrels(&self.set, self.split.as_deref())?;
-        let queries_file = open::find(&self.set, "queries.jsonl")?;
-        let corpus_file = open::find(&self.set, "corpus.jsonl")?;
+        let qrels = beir::qrels(&self.set, self.split.as_deref().map_or(Split::Evaluation, Split::Named))?;
+        let queries_file = beir::file(&self.set, BeirFile::Queries)?;
+        let corpus_file = beir::file(&self.set, BeirFile::Corpus)?;
         let mut judgements = Vec::new();
-        open::judgements(&qrels, |line, query, document, score, written| {
-            let relevant = (score > 0.0).then(|| written.to_owned());
+        beir::judgements(&qrels, |judgement| {
+            let beir::Judgement { line, query, document, score, written_score } = judgement;
+            let relevant = (score > 0.0).then(|| written_score.to_owned());
             judgements.push(Judgement { line, query: query.into(), document: document.into(), relevant });
             Ok(())
         })?;
@@ -185,7 +186,7 @@ impl Corpus {
         let judged: HashSet<&str> = judgements.iter().map(|judgement| judgement.document.as_str()).collect();
         let mut index = Bm25::new(queries.iter().map(|query| query.text.as_str()));
         let (mut numbers, mut seen, mut documents) = (HashMap::new(), HashSet::new(), 0);
-        for_each_text(path, true, |line, id, text, _| {
+        for_each_text(path, BeirFile::Corpus, |line, id, text, _| {
             if !seen.insert(xxh3_128(id.as_bytes())) {
                 let message = format!("has the `_id` `{id}` of another document");
                 return Err(Error::Row { path: path.to_owned(), line, message });
@@ -252,7 +253,7 @@ impl Sample<'_> {
 
         let drawn: HashSet<&str> = queries.iter().map(|query| query.id.as_str()).collect();
         let (mut file, mut written) = (draft.file("queries.jsonl")?, 0);
-        for_each_text(&queries_file, false, |_, id, _, bytes| {
+        for_each_text(&queries_file, BeirFile::Queries, |_, id, _, bytes| {
             if !drawn.contains(id) {
                 return Ok(());
             }
@@ -308,7 +309,7 @@ impl Sample<'_> {
             numbers.clear();
             Ok(())
         };
-        for_each_text(&self.corpus_file, true, |_, _, text, _| {
+        for_each_text(&self.corpus_file, BeirFile::Corpus, |_, _, text, _| {
             if !text.trim().is_empty() {
                 texts.push(text.to_owned());
                 numbers.push(number);
@@ -347,7 +348,7 @@ fn interleave(bm25: &[u32], dense: &[u32], relevant: &HashSet<u32>, count: usize
 /// Reads a file of texts: from each identifier to its row number and text.
 fn texts_by_id(path: &Path) -> Result<HashMap<String, (usize, String)>> {
     let mut all = HashMap::new();
-    for_each_text(path, false, |line, id, text, _| {
+    for_each_text(path, BeirFile::Queries, |line, id, text, _| {
         let number = all.len();
         match all.insert(id.to_owned(), (number, text.to_owned())) {
             None => Ok(()),
@@ -361,19 +362,16 @@ fn texts_by_id(path: &Path) -> Result<HashMap<String, (usize, String)>> {
 }
 
 /// Calls `each` with line number, identifier, text and bytes of each row of `queries.jsonl` or
-/// `corpus.jsonl`. With `titled`, the text begins with the title.
+/// `corpus.jsonl`. The text of a document begins with its title.
 fn for_each_text(
     path: &Path,
-    titled: bool,
+    file: BeirFile,
     mut each: impl FnMut(u64, &str, &str, &[u8]) -> Result<()>,
 ) -> Result<()> {
     reader::raw(path, |line, bytes, row| {
         let Some(row) = row else { return Ok(()) };
-        let (id, text) = open::text(&row, titled).map_err(|message| Error::Row {
-            path: path.to_owned(),
-            line,
-            message,
-        })?;
+        let (id, text) =
+            beir::text(&row, file).map_err(|message| Error::Row { path: path.to_owned(), line, message })?;
         each(line, &id, &text, bytes)
     })
 }

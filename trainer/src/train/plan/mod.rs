@@ -12,9 +12,10 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::comm::RankEnv;
 use crate::config::{self, Config};
 use crate::data::batch::Cursor;
-use crate::data::builder::{self, Builder, Part};
+use crate::data::builder::{self, Builder};
 use crate::data::loader::Loader;
 use crate::data::mixture::Mixture;
+use crate::data::partition::Shard;
 use crate::data::tokenize::Tokenizer;
 use crate::eval::{EvalSet, nano};
 use crate::model::chunk::Limit;
@@ -245,14 +246,14 @@ impl Plan {
     }
 
     /// The batches from where `state` stands to the end of the run, tokenised in part.
-    pub fn batches(&self, state: &State, part: Part) -> Result<Loader> {
+    pub fn batches(&self, state: &State, shard: Shard) -> Result<Loader> {
         Loader::start(
             Arc::clone(&self.mixture),
             Arc::clone(&self.tokenizer),
             batch_options(&self.config, &self.folder, self.lengths),
             state.cursor.clone(),
             self.steps.saturating_sub(state.step),
-            part,
+            shard,
         )
     }
 
@@ -291,8 +292,8 @@ fn lengths(config: &Config, model: &Model) -> Result<Lengths> {
     })
 }
 
-fn batch_options(config: &Config, folder: &ModelFolder, lengths: Lengths) -> builder::Options {
-    builder::Options {
+fn batch_options(config: &Config, folder: &ModelFolder, lengths: Lengths) -> builder::BatchOptions {
+    builder::BatchOptions {
         max_query_length: lengths.query,
         max_document_length: lengths.document,
         include_prompt: folder.include_prompt,
@@ -301,14 +302,18 @@ fn batch_options(config: &Config, folder: &ModelFolder, lengths: Lengths) -> bui
 }
 
 /// Tokens of a batch, from the first few, and those of each sequence of the first.
-fn sample(mixture: &Mixture, tokenizer: &Tokenizer, options: builder::Options) -> Result<(f64, Vec<usize>)> {
+fn sample(
+    mixture: &Mixture,
+    tokenizer: &Tokenizer,
+    options: builder::BatchOptions,
+) -> Result<(f64, Vec<usize>)> {
     const BATCHES: u64 = 4;
     let builder = Builder::new(mixture, tokenizer, options)?;
-    let mut walk = mixture.walk(&Cursor::default())?;
+    let mut sampler = mixture.sampler(&Cursor::default())?;
     let batches = BATCHES.min(mixture.batches()).max(1);
     let (mut tokens, mut first) = (0, None);
     for _ in 0..batches {
-        let batch = builder.build(walk.step()?)?;
+        let batch = builder.build(sampler.next_rows()?)?;
         tokens += batch.tokens();
         first.get_or_insert_with(|| batch.sequences.iter().map(|sequence| sequence.ids.len()).collect());
     }
