@@ -1,7 +1,7 @@
 //! The encoder stacks that are known, by `model_type` of config.json.
 //!
-//! A new stack needs its own module and a place in [`read_config`]. A new family of a stack needs changes only in
-//! the stack's configuration, such as `model/bert/config.rs`.
+//! A new stack needs its own module and a place in [`read_config`]. A new family of a stack needs changes
+//! only in the stack's configuration, such as `model/bert/config.rs`.
 
 use super::config_json::ConfigJson;
 use super::encoder::EncoderConfig;

@@ -101,7 +101,7 @@ impl SavedFloats {
     }
 }
 
-/// Activations that an encoder saved in its forward pass, in a type of its own.
+/// Activations that an encoder saved in its forward pass. Their type depends on the stack.
 #[derive(Debug)]
 pub struct Tape(Box<dyn Any + Send>);
 

@@ -134,7 +134,7 @@ impl ModelFolder {
         };
         let config = match config {
             Some(config) => config,
-            // transformers takes a folder with a config.json for a whole model, so PEFT writes none beside an
+            // transformers takes a folder with a config.json for a whole model, so PEFT writes none with an
             // adapter.
             None if adapter.is_some() => read(&weights.join("config.json"))?
                 .ok_or_else(|| Error::file(&weights, "has no config.json"))?,

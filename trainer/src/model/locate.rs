@@ -19,7 +19,7 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Need {
     weights: bool,
-    /// Whether it is the base model of an adapter, which has a tokenizer of its own.
+    /// Whether it is the base model of an adapter. Its tokenizer is not needed: the adapter has one.
     base: bool,
 }
 

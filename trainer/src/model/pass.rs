@@ -63,7 +63,7 @@ impl Pass<'_> {
 /// Which activations a forward pass saves for the backward pass, from fewest to most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Saved {
-    /// Nothing is saved: there is no backward pass, or it starts with a forward pass of its own.
+    /// Nothing is saved: there is no backward pass, or it recomputes the whole forward pass.
     None,
     /// The input of each layer is saved. Backward recomputes the other activations of a layer, except its
     /// last matrix product: one saved float of an input replaces four times as many operations as one saved
