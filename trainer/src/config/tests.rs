@@ -97,7 +97,7 @@ fn every_key_of_the_schema_is_read_and_written() {
     for (key, value) in keys {
         let matryoshka =
             if key == "loss.matryoshka.weights" { "loss.matryoshka.dims=[8]" } else { "seed=42" };
-        let set = if key.starts_with("evaluation.sets") { "evaluation.sets.0.path=x" } else { "seed=42" };
+        let set = if key.starts_with("evaluation.") { "evaluation.sets.0.path=x" } else { "seed=42" };
         let config = load(SMALL, &[matryoshka, set, &format!("{key}={value}")]).unwrap();
         let pointer = format!("/{}", key.replace('.', "/"));
         let written = serde_json::to_value(config).unwrap();
@@ -289,7 +289,7 @@ fn kinds_of_rows_and_losses_that_do_not_go_together_are_refused() {
 }
 
 #[test]
-fn the_command_line_overrides_and_is_blamed() {
+fn the_command_line_overrides_the_file_and_its_errors_say_so() {
     let config = load(
         SMALL,
         &[
@@ -334,7 +334,7 @@ fn the_command_line_overrides_and_is_blamed() {
 }
 
 #[test]
-fn what_is_not_yaml_is_named_by_line() {
+fn a_file_that_is_not_yaml_is_an_error_with_its_line() {
     assert!(message("model:\n\tpath: x\n", &[]).starts_with("zeta.yaml:2: this is not YAML"));
     assert!(message("model: {}\nmodel: {}\n", &[]).contains("duplicate"));
     assert!(message("- 1\n", &[]).contains("expected `key: value` lines"));
@@ -343,7 +343,7 @@ fn what_is_not_yaml_is_named_by_line() {
 }
 
 #[test]
-fn memory_is_read_and_written_in_words() {
+fn an_amount_of_memory_is_read_in_any_unit() {
     for (text, bytes) in [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("10kb", 10_000), ("0", 0), ("7B", 7)] {
         let config = load(SMALL, &[&format!("training.activation_memory={text}")]).unwrap();
         assert_eq!(config.training.activation_memory, Some(Bytes(bytes)), "{text}");
