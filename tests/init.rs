@@ -82,8 +82,14 @@ fn every_kind_of_rows_has_a_set_to_evaluate_on() {
         rows.iter().enumerate().map(|(number, value)| format!("{}\n", row(number, value))).collect()
     };
     let triplets = jsonl(&|_, row| row.clone());
-    let labelled =
-        jsonl(&|number, row| serde_json::json!({"text": row["query"], "label": format!("c{}", number % 2)}));
+    let labelled: String = (0..3)
+        .map(|copy| {
+            jsonl(&|number, row| {
+                let text = format!("{} {copy}", row["query"].as_str().unwrap());
+                serde_json::json!({"text": text, "label": format!("c{}", number % 2)})
+            })
+        })
+        .collect();
     let scored = jsonl(
         &|number, row| serde_json::json!({"text_a": row["query"], "text_b": row["positive"], "Bewertung": number as f64 / 40.0}),
     );

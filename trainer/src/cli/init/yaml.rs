@@ -99,11 +99,8 @@ impl Recipe<'_> {
         for command in self.commands() {
             writeln!(text, "#   {command}")?;
         }
-        writeln!(
-            text,
-            "#\n# The first command accepts changes: {} training.learning_rate=1e-5",
-            self.launch()
-        )?;
+        writeln!(text, "#\n# To change a value for one run: {} training.learning_rate=1e-5", self.launch())?;
+        writeln!(text, "# `trainer config` describes all keys.")?;
         writeln!(text, "name: {}  # the run is written to runs/NAME", scalar(name))?;
         writeln!(text, "model:\n  path: {}", scalar(model))?;
         for (key, length) in [("max_query_length", lengths.query), ("max_document_length", lengths.document)]
@@ -140,7 +137,7 @@ impl Recipe<'_> {
         let Some(first) = evaluation.first() else {
             return writeln!(
                 text,
-                "# evaluation: no rows could be held out; see docs/configuration.md to add a set"
+                "# evaluation: no rows could be held out; `trainer config evaluation` says how to add a set"
             );
         };
         writeln!(text, "evaluation:\n  every: {}  # steps", (steps / 4).max(1))?;

@@ -88,7 +88,13 @@ fn an_error_in_the_background_comes_through_and_ends_it() {
 fn what_cannot_work_is_refused_at_the_start() {
     let files = files(50);
     let cursor = Cursor { epoch: 0, position: 3, deferred: Vec::new() };
-    assert!(start(&files, cursor, 1).err().unwrap().to_string().contains("the checkpoint stands at a place"));
+    assert!(
+        start(&files, cursor, 1)
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("the checkpoint does not fit the training data")
+    );
     let mixture = Arc::new(Mixture::open(&files.config).unwrap());
     let options = BatchOptions { max_query_length: 2, ..OPTIONS };
     let shard = Shard::default();

@@ -328,7 +328,7 @@ fn too_few_rows_and_missing_files_are_errors_with_their_field() {
     let error = Mixture::open(&files.config).err().unwrap().to_string();
     assert_eq!(
         error,
-        "configuration: training.batch_size: 4 rows a step, but the data sets have only 3 an epoch"
+        "configuration: training.batch_size: 4 rows per step, but an epoch of the data sets has only 3 rows"
     );
     files.config.data.train[0].path = PathBuf::from("no/such.jsonl");
     let error = Mixture::open(&files.config).err().unwrap().to_string();
