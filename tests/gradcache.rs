@@ -1,19 +1,15 @@
-//! How a batch is cut, ordered and kept changes nothing: losses, gradients and embeddings.
+//! Chunks, order and saved activations do not change losses, gradients or embeddings.
 
 use candle_core::Tensor;
-use kernels::adamw::AdamW;
 use tests::{FAMILIES, model_folder, relative_error};
 use trainer::comm::World;
 use trainer::config;
 use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
-use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
-use trainer::model::params::Gradients;
 use trainer::model::pass::Saved;
 use trainer::model::{Model, ModelFolder, Options};
 use trainer::train::gradcache::Budget;
-use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::LrSchedule;
+use trainer::train::setup::StepSettings;
 use trainer::train::step::Stepper;
 
 const ROWS: usize = 12;
@@ -26,14 +22,14 @@ pub(crate) fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempD
     let options = Options { model: section, lora, trained: true, seed: 7, shapes_only: false };
     let model = Model::open(ModelFolder::open(folder.path()).unwrap(), &options).unwrap();
     if adapted {
-        // B begins at zero, where A has no gradient.
+        // B starts at zero, so A would have no gradient.
         let half = Tensor::rand(-0.1f32, 0.1, model.flat().len(), &candle_core::Device::Cpu).unwrap();
         model.flat().values().slice_set(&half, 0, 0).unwrap();
     }
     (folder, model)
 }
 
-/// Rows of a query, a positive and a negative of lengths from 1 to 60, in an order that `turn` rotates.
+/// A batch of rows with a query, a positive and a negative, of 1 to 60 tokens; its sequences are rotated by `turn`.
 pub(crate) fn batch(turn: usize) -> Batch {
     let length = |i: usize| 1 + (i * i * 7 + i) % 60;
     let sequence = |i: usize| Sequence {
@@ -69,26 +65,26 @@ pub(crate) fn step(
     batch: &Batch,
     chunk: Limit,
     activation_memory: u64,
-    loss: &InfoNce,
+    loss: &config::Loss,
 ) -> (Vec<f32>, Tensor) {
-    let rule = AdamW { learning_rate: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-    let mut stepper = Stepper {
-        model,
-        gradients: Gradients::zeros(model.flat()).unwrap(),
-        optimizer: Optimizer::new(model.flat(), rule, false, None).unwrap(),
-        losses: Losses { info_nce: loss.clone(), ..Losses::default() },
-        schedule: LrSchedule { shape: config::ScheduleKind::Constant, peak: 0.0, warmup: 0, total: 1 },
-        budget: Budget { chunk, activation_memory },
-        seed: 3,
-        world: World::solo(),
+    let training = config::Training {
+        learning_rate: 0.0,
+        schedule: config::ScheduleKind::Constant,
+        warmup_steps: Some(0),
+        weight_decay: 0.0,
+        max_grad_norm: 0.0,
+        ..config::Training::default()
     };
+    let budget = Budget { chunk, activation_memory };
+    let settings = StepSettings { training: &training, loss, seed: 3, steps: 1, budget };
+    let mut stepper = Stepper::new(model, &settings, World::solo()).unwrap();
     let outcome = stepper.step(batch, 1).unwrap();
     assert!(outcome.applied);
     (outcome.losses, stepper.gradients.flat().clone())
 }
 
-pub(crate) fn info_nce() -> InfoNce {
-    InfoNce { temperature: 0.05, in_batch_negatives: true, symmetric: false, false_negative_margin: None }
+pub(crate) fn info_nce() -> config::Loss {
+    config::Loss { temperature: 0.05, ..config::Loss::default() }
 }
 
 fn compare(a: &(Vec<f32>, Tensor), b: &(Vec<f32>, Tensor), what: &str) {
@@ -133,7 +129,7 @@ fn tapes_kept_or_computed_twice_give_the_same_bits() {
 #[test]
 fn the_order_of_a_batch_does_not_change_its_gradient() {
     for name in FAMILIES {
-        // Masks belong to a sequence's number in the batch, so only without dropout may the order be another.
+        // Dropout masks depend on a sequence's number in the batch, so the order may only change without dropout.
         let (_folder, model) = model(name, false, 0.0);
         let straight = step(&model, &batch(0), Limit::Tokens(200), u64::MAX, &info_nce());
         compare(&step(&model, &batch(17), Limit::Tokens(200), u64::MAX, &info_nce()), &straight, name);
@@ -155,8 +151,8 @@ fn every_trained_parameter_receives_a_gradient() {
 
 #[test]
 fn small_gradients_survive_half_precision() {
-    // Of some 1e-8 at each token: f16 ends at 6e-8.
-    let loss = InfoNce { temperature: 1e4, ..info_nce() };
+    // The gradients are about 1e-8 per token, and the smallest number of f16 is 6e-8.
+    let loss = config::Loss { temperature: 1e4, ..info_nce() };
     for (name, adapted) in [("bert", false), ("mistral", true)] {
         let gradient = |dtype| {
             let folder = model_folder(name, adapted);
@@ -193,7 +189,7 @@ fn a_text_embeds_alike_alone_and_in_any_chunk() {
 fn the_loss_without_in_batch_negatives_is_that_of_each_row_alone() {
     let (_folder, model) = model("bert", false, 0.0);
     let mut batch = batch(0);
-    let loss = InfoNce { in_batch_negatives: false, ..info_nce() };
+    let loss = config::Loss { in_batch_negatives: false, ..info_nce() };
     let together = step(&model, &batch, Limit::Tokens(512), u64::MAX, &loss);
     let row = ROWS as u32;
     for i in 0..ROWS {
@@ -227,7 +223,7 @@ fn the_symmetric_loss_is_the_mean_of_both_directions() {
         LossTable { queries: table.candidates.clone(), candidates: table.queries.clone(), ..table.clone() };
     let back = Batch { tables: vec![turned], ..forth.clone() };
     let run = |batch: &Batch, symmetric| {
-        step(&model, batch, Limit::Tokens(512), u64::MAX, &InfoNce { symmetric, ..info_nce() })
+        step(&model, batch, Limit::Tokens(512), u64::MAX, &config::Loss { symmetric, ..info_nce() })
     };
     let (both, forth, back) = (run(&forth, true), run(&forth, false), run(&back, false));
     for i in 0..ROWS {

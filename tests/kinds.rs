@@ -123,10 +123,10 @@ fn the_plan_shows_the_kinds_of_rows() {
     assert!(output.status.success(), "{}", stderr(&output));
     let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr);
     for expected in [
-        "labelled: 36 rows an epoch (labelled, info_nce)",
-        "scored: 25 rows an epoch (similarity, cosent)",
-        "triplets: 30 rows an epoch (pairs, triplet)",
-        "taught: 20 rows an epoch (pairs, kl)",
+        "labelled: 36 rows per epoch (labelled, info_nce)",
+        "scored: 25 rows per epoch (similarity, cosent)",
+        "triplets: 30 rows per epoch (pairs, triplet)",
+        "taught: 20 rows per epoch (pairs, kl)",
     ] {
         assert!(text.contains(expected), "{expected} is not in {text}");
     }
@@ -150,7 +150,7 @@ fn the_plan_estimates_the_speedup_by_ranks_before_the_data_exists() {
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output))
     };
     let rows = |text: &str| -> Vec<Vec<String>> {
-        let table = text.lines().skip_while(|line| !line.ends_with("faster")).skip(1);
+        let table = text.lines().skip_while(|line| !line.ends_with("speed-up")).skip(1);
         table.map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
     };
     let (status, whole, _) = plan();

@@ -1,4 +1,4 @@
-//! A run that was stopped goes on as if it had not been: same losses, same order, same bits.
+//! A run that was stopped and resumed equals one that was not: same losses, same order, same bits.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -56,13 +56,14 @@ fn kill(child: &Child, signal: &str) {
     assert!(sent.success());
 }
 
-/// Everything but the clock.
+/// The lines of metrics.jsonl without durations, times and memory.
 fn curve(config: &Path) -> Vec<Value> {
     let mut lines = metrics(&output(config));
     for line in &mut lines {
         let line = line.as_object_mut().unwrap();
-        line.remove("seconds");
-        line.remove("tokens_per_second");
+        for key in ["seconds", "tokens_per_second", "time", "memory", "gpu_memory"] {
+            line.remove(key);
+        }
     }
     lines
 }
@@ -79,7 +80,7 @@ fn stopped_and_resumed(name: &str, adapted: bool) {
     assert_eq!(curve(&whole).len(), 280);
 
     let parts = run_config(name, adapted, place.path(), "parts");
-    // Asked to stop, twice, in the middle of an epoch; then killed outright, which loses the steps after a checkpoint.
+    // Two signals in the middle of an epoch; then a kill, which loses the steps after the last checkpoint.
     for (resume, lines, signal, status) in
         [(false, 17, "-TERM", Some(143)), (true, 60, "-USR1", Some(138)), (true, 140, "-KILL", None)]
     {
@@ -87,7 +88,12 @@ fn stopped_and_resumed(name: &str, adapted: bool) {
         wait_for(&parts, lines, &mut child);
         kill(&child, signal);
         let output = child.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), status, "{}", tests::stderr(&output));
+        let said = tests::stderr(&output);
+        assert_eq!(output.status.code(), status, "{said}");
+        if status.is_some() {
+            let resumed_by = format!("`trainer train {} --quiet --resume`", parts.display());
+            assert!(said.contains("; the checkpoint is ") && said.contains(&resumed_by), "{said}");
+        }
     }
     finish(&parts, true);
     assert_eq!(curve(&parts), curve(&whole), "{name}: the same losses in the same order");

@@ -30,7 +30,7 @@ fn run(place: &Path, ranks: u32) -> PathBuf {
         _ => program("launch").args(["--cpus", &ranks.to_string()]).arg(config).output().unwrap(),
     };
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("stopped early"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("early stopping at step"), "{}", stderr(&output));
     folder.join("out")
 }
 
@@ -98,4 +98,50 @@ fn early_stopping_ends_with_the_best_evaluation() {
     // Two ranks that divide the evaluations decide the same.
     let shared = evaluations(&run(place.path(), 2));
     assert_eq!(shared, found);
+}
+
+#[test]
+fn the_best_model_is_loaded_at_the_end_of_a_run_that_asks_for_it() {
+    let rows = golden("bert").join("rows.jsonl");
+    let train = |load_best: bool| {
+        let place = tempfile::tempdir().unwrap();
+        let mut config = tests::config(&golden("bert"), &rows, &place.path().join("out"));
+        config["training"] = json!({
+            "batch_size": 8, "epochs": 4, "chunk_tokens": 64, "schedule": "constant", "warmup_steps": 0,
+            "learning_rate": 0.05, "max_grad_norm": 0,
+        });
+        config["evaluation"] = json!({
+            "every": "epoch", "metric": "cosine_ndcg@10", "load_best": load_best,
+            "sets": [{"name": "rows", "path": rows}],
+        });
+        let ran = program("trainer").arg("train").arg(write_config(place.path(), &config)).output().unwrap();
+        assert!(ran.status.success(), "{}", stderr(&ran));
+        (place, stderr(&ran))
+    };
+    let value = |line: &Value| line["eval"]["rows_cosine_ndcg@10"].as_f64();
+    for load_best in [false, true] {
+        let (place, said) = train(load_best);
+        let output = place.path().join("out");
+        let lines = metrics(&output);
+        let found: Vec<(u64, f64)> =
+            lines.iter().filter_map(|line| Some((line["step"].as_u64()?, value(line)?))).collect();
+        // Five steps an epoch, and the base model.
+        assert_eq!(found.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [0, 5, 10, 15, 20]);
+        let most = found[1..].iter().map(|(_, value)| *value).fold(0.0, f64::max);
+        let (best, _) = found[1..].iter().find(|(_, value)| *value == most).unwrap();
+        // The learning rate is so high that the model gets worse.
+        assert!(*best < 20 && most < found[0].1, "{found:?}");
+        let step = if load_best { *best } else { 20 };
+        for expected in [
+            format!("best step {best}: cosine_ndcg@10 {most:.4}"),
+            format!("{}/model is the model after step {step}", output.display()),
+            format!("report: {}/report.html", output.display()),
+            "the model is worse than its base: cosine_ndcg@10".to_owned(),
+            "finished after step 20, in ".to_owned(),
+        ] {
+            assert!(said.contains(&expected), "{expected:?} is not in {said}");
+        }
+        let card = fs::read_to_string(output.join("model/README.md")).unwrap();
+        assert!(card.contains(&format!("- steps: {step} of 8 rows")), "{card}");
+    }
 }

@@ -6,7 +6,6 @@ use std::process::Stdio;
 use std::thread;
 
 use candle_core::Tensor;
-use kernels::adamw::AdamW;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tests::{golden, metrics, model_folder, program, relative_error, stderr, write_config};
@@ -15,11 +14,9 @@ use trainer::config::{self, Distance, LossKind};
 use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
 use trainer::loss::{InfoNce, Kl, Losses, Matryoshka, Triplet};
 use trainer::model::chunk::Limit;
-use trainer::model::params::Gradients;
 use trainer::model::{Model, ModelFolder, Options};
 use trainer::train::gradcache::Budget;
-use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::LrSchedule;
+use trainer::train::setup::StepSettings;
 use trainer::train::step::Stepper;
 
 /// Settings of a run.
@@ -110,19 +107,17 @@ fn train(setup: &Setup, world: World, batch: impl Fn(u64) -> Batch) -> Trained {
     let lora = setup.adapted.then_some(&lora);
     let options = Options { model: section, lora, trained: true, seed: 7, shapes_only: false };
     let model = Model::open(ModelFolder::open(folder.path()).unwrap(), &options).unwrap();
-    let rule = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-    let schedule =
-        LrSchedule { shape: config::ScheduleKind::Linear, peak: 1e-3, warmup: 5, total: setup.steps.max(6) };
-    let mut stepper = Stepper {
-        model: &model,
-        gradients: Gradients::zeros(model.flat()).unwrap(),
-        optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0)).unwrap(),
-        losses: setup.losses.clone(),
-        schedule,
-        budget: Budget { chunk: setup.chunk, activation_memory: u64::MAX },
+    let training =
+        config::Training { learning_rate: 1e-3, warmup_steps: Some(5), ..config::Training::default() };
+    let settings = StepSettings {
+        training: &training,
+        loss: &config::Loss::default(),
         seed: 3,
-        world,
+        steps: setup.steps.max(6),
+        budget: Budget { chunk: setup.chunk, activation_memory: u64::MAX },
     };
+    let stepper = Stepper::new(&model, &settings, world).unwrap();
+    let mut stepper = Stepper { losses: setup.losses.clone(), ..stepper };
     let (mut losses, mut norms, mut gradient) = (Vec::new(), Vec::new(), None);
     for step in 1..=setup.steps {
         let outcome = stepper.step(&batch(step), step).unwrap();
@@ -188,7 +183,7 @@ fn fifty_steps_have_the_losses_of_one_rank() {
         for ranks in [2, 3, 4] {
             let some = on(ranks, &setup, batches);
             compare(&some, &one, &format!("{name} on {ranks} ranks"));
-            // AdamW makes full steps for gradients that are only noise, such as those of the key biases.
+            // AdamW makes full steps for gradients that are only dropout_key, such as those of the key biases.
             let close = if adapted { CLOSE } else { 1e-3 };
             let error = relative_error(&some.parameters, &one.parameters);
             assert!(error < close, "{name} on {ranks} ranks: parameters differ by {error:e}");

@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use signal_hook::consts::{SIGCONT, SIGINT, SIGTERM, SIGTSTP, SIGUSR1};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::{emulate_default_handler, signal_name};
+use trainer::system::command as command_line;
 use trainer::system::heartbeat::{self, Heartbeat};
 
 use crate::cluster::Cluster;
@@ -101,6 +102,7 @@ impl Launcher {
         let mut ranks = Vec::with_capacity(commands.len());
         for (local, mut command) in commands.into_iter().enumerate() {
             command.env(heartbeat::VARIABLE, format!("{path}:{local}"));
+            command.env(command_line::VARIABLE, command_line::line());
             match start(&mut command, first + local > 0) {
                 Ok(rank) => ranks.push(rank),
                 Err(error) => {

@@ -15,18 +15,14 @@ use std::error::Error;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use kernels::adamw::AdamW;
 use trainer::comm::World;
 use trainer::config::{self, Dtype, WeightInit};
 use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
-use trainer::loss::{InfoNce, Losses};
 use trainer::model::chunk::Limit;
-use trainer::model::params::Gradients;
 use trainer::model::{Model, ModelFolder, Options};
 use trainer::train::gradcache::Budget;
 use trainer::train::memory;
-use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::LrSchedule;
+use trainer::train::setup::StepSettings;
 use trainer::train::step::Stepper;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -57,7 +53,7 @@ fn measure() -> Result<()> {
     };
     let device = trainer::system::device::current()?;
     if !device.is_cuda() {
-        return Err("this benchmark measures a GPU, and there is none".into());
+        return Err("this benchmark needs a GPU, and there is none".into());
     }
 
     let place = tempfile::tempdir()?;
@@ -99,26 +95,16 @@ fn measure() -> Result<()> {
         memory::step_bytes(&model, batch.tokens(), batch.sequences.len(), chunk, budget.activation_memory);
     // Gradients and moments are added to the weights.
     let predicted = weights + 12 * model.flat().len() as u64 + activations;
-    let rule = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-    let mut stepper = Stepper {
-        model: &model,
-        gradients: Gradients::zeros(model.flat())?,
-        optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0))?,
-        losses: Losses {
-            info_nce: InfoNce {
-                temperature: 0.02,
-                in_batch_negatives: true,
-                symmetric: false,
-                false_negative_margin: None,
-            },
-            ..Losses::default()
-        },
-        schedule: LrSchedule { shape: config::ScheduleKind::Constant, peak: 1e-4, warmup: 0, total: 2 },
-        budget,
-        seed: 42,
-        world: World::solo(),
+    let training = config::Training {
+        learning_rate: 1e-4,
+        schedule: config::ScheduleKind::Constant,
+        warmup_steps: Some(0),
+        ..config::Training::default()
     };
-    // Work that a run does once: loading kernels, building tables, allocating memory.
+    let loss = config::Loss { temperature: 0.02, ..config::Loss::default() };
+    let settings = StepSettings { training: &training, loss: &loss, seed: 42, steps: 2, budget };
+    let mut stepper = Stepper::new(&model, &settings, World::solo())?;
+    // The first step also loads kernels, builds tables and takes memory from the driver.
     stepper.step(&self::batch(rows.div_ceil(32))?, 1)?;
     device.synchronize()?;
     kernels::reset_peak_memory(&device)?;

@@ -11,21 +11,17 @@
 
 use std::path::Path;
 
-use kernels::adamw::AdamW;
 use serde_json::Map;
 use trainer::Result;
 use trainer::comm::World;
-use trainer::config::{Config, ScheduleKind};
+use trainer::config::Config;
 use trainer::data::batch::{Batch, CsrIndices, Cursor, LossTable, RowId, Sequence};
 use trainer::eval::embed::LoadedModel;
 use trainer::export::{self, TrainedRun};
-use trainer::loss::Losses;
 use trainer::model::Options;
 use trainer::model::chunk::Limit;
-use trainer::model::params::Gradients;
 use trainer::train::gradcache::Budget;
-use trainer::train::optimizer::Optimizer;
-use trainer::train::schedule::LrSchedule;
+use trainer::train::setup::StepSettings;
 use trainer::train::step::Stepper;
 
 const PAIRS: [(&str, &str); 4] = [
@@ -35,7 +31,6 @@ const PAIRS: [(&str, &str); 4] = [
     ("How high is the Matterhorn?", "The Matterhorn has a height of 4478 m."),
 ];
 const STEPS: u64 = 20;
-const LEARNING_RATE: f64 = 1e-3;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -54,24 +49,20 @@ fn main() -> Result<()> {
 fn train(model: &str, output: &Path) -> Result<Vec<f64>> {
     let mut config = Config::default();
     config.model.path = model.to_owned();
+    config.training.learning_rate = 1e-3;
     let options =
         Options { model: config.model.clone(), trained: true, seed: config.seed, ..Options::default() };
     let mut loaded = LoadedModel::open(model, &options)?;
     let batch = batch(&loaded)?;
-    let adamw =
-        AdamW { learning_rate: LEARNING_RATE, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-    let parameters = loaded.model.flat();
-    let mut stepper = Stepper {
-        model: &loaded.model,
-        gradients: Gradients::zeros(parameters)?,
-        optimizer: Optimizer::new(parameters, adamw, false, Some(1.0))?,
-        losses: Losses::new(&config.loss, loaded.model.normalize()),
-        schedule: LrSchedule { shape: ScheduleKind::Linear, peak: LEARNING_RATE, warmup: 2, total: STEPS },
+    let settings = StepSettings {
+        training: &config.training,
+        loss: &config.loss,
+        seed: config.seed,
+        steps: STEPS,
         // Chunks of 2048 tokens; up to 1 GB of activations are kept for the backward pass.
         budget: Budget { chunk: Limit::Tokens(2048), activation_memory: 1 << 30 },
-        seed: config.seed,
-        world: World::solo(),
     };
+    let mut stepper = Stepper::new(&loaded.model, &settings, World::solo())?;
     let losses = (1..=STEPS).map(|step| Ok(stepper.step(&batch, step)?.loss)).collect::<Result<_>>()?;
     let no_scores = Map::new();
     let run = TrainedRun { config: &config, step: STEPS, before: &no_scores, after: &no_scores };

@@ -96,12 +96,19 @@ pub enum Error {
     },
 
     /// A signal requested a stop, and the run has written a checkpoint. Status 128 + signal.
-    #[error("stopped by {} after step {step}; --resume continues from there", signal_name(*signal))]
+    #[error(
+        "stopped by {} after step {step}; the checkpoint is {}\nhint: `{resume}` continues from there",
+        signal_name(*signal), checkpoint.display()
+    )]
     Stopped {
         /// The number of the signal.
         signal: i32,
         /// The last finished step.
         step: u64,
+        /// The folder of the checkpoint.
+        checkpoint: PathBuf,
+        /// The command line that continues the run.
+        resume: String,
     },
 
     /// An operation on tensors failed, for example because memory ran out. Status 1.
@@ -194,7 +201,7 @@ mod tests {
             (Error::read("open", "rows.jsonl")(refused()), 2),
             (Error::write("create", "out.npy")(refused()), 1),
             (Error::system("start a thread")(refused()), 1),
-            (Error::Stopped { signal: 15, step: 3 }, 143),
+            (Error::Stopped { signal: 15, step: 3, checkpoint: "c".into(), resume: "r".into() }, 143),
             (Error::Rank { rank: 1, status: 7, message: "no memory".to_owned() }, 7),
             (Error::Bug("a tape of another encoder".to_owned()), 1),
         ] {

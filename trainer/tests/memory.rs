@@ -1,9 +1,10 @@
-//! What the plan says a step takes, against what it allocates. A program of its own, because it counts every allocation.
+//! Compares the memory that a plan predicts with what a step allocates. It is a separate program because its allocator counts
+//! every allocation.
 
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "what fails here fails the test, which says what it measured"
+    reason = "a failure here fails the test, which prints what it measured"
 )]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -11,21 +12,17 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kernels::adamw::AdamW;
 use serde_json::json;
 use trainer::comm::World;
 use trainer::config::{self, Config, Dtype, WeightInit};
-use trainer::loss::Losses;
-use trainer::model::params::Gradients;
 use trainer::model::{Model, ModelFolder, Options};
 use trainer::system::device;
 use trainer::train::checkpoint::{Snapshot, State};
 use trainer::train::memory;
-use trainer::train::optimizer::Optimizer;
 use trainer::train::plan::Plan;
 use trainer::train::step::Stepper;
 
-/// The system's allocator, counting.
+/// The system's allocator, with a count of the allocated bytes.
 struct Counting;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -41,7 +38,7 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
-    // Not by `alloc`, which would touch every page.
+    // Not through `alloc`, which would write to every page.
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
         PEAK.fetch_max(live, Ordering::Relaxed);
@@ -56,13 +53,13 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Tests take turns: what one allocates, another would count.
+/// Tests run one at a time, because each counts all allocations of the process.
 static TURN: Mutex<()> = Mutex::new(());
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// A model folder of Mistral's family, with the tokenizer of the golden one.
+/// A model folder of the Mistral family, with the golden model's tokenizer.
 fn folder(width: usize, inner: usize, layers: usize, heads: [usize; 2], words: usize) -> tempfile::TempDir {
     let place = tempfile::tempdir().unwrap();
     let settings = serde_json::json!({
@@ -78,7 +75,7 @@ fn folder(width: usize, inner: usize, layers: usize, heads: [usize; 2], words: u
     place
 }
 
-/// A run of `rows` pairs of texts of 64 tokens, planned, on Mistral-7B's proportions, a sixteenth as wide.
+/// The plan of a run on `rows` pairs of texts of 64 tokens, with a model of Mistral-7B's proportions, a sixteenth as wide.
 fn plan(place: &Path, layers: usize, rows: usize, more: serde_json::Value) -> Plan {
     let model = folder(256, 896, layers, [8, 2], 342);
     let text =
@@ -102,23 +99,13 @@ fn plan(place: &Path, layers: usize, rows: usize, more: serde_json::Value) -> Pl
     Plan::resolve(Config::load(&place.join("run.yaml"), &[]).unwrap()).unwrap()
 }
 
-/// The peak of two steps beside what the plan says.
+/// The measured peak of two steps, and the planned one.
 fn peaks(layers: usize, rows: usize, more: serde_json::Value) -> (f64, f64) {
     let place = tempfile::tempdir().unwrap();
     let plan = plan(place.path(), layers, rows, more);
     let before = LIVE.load(Ordering::Relaxed);
     let model = plan.model().unwrap();
-    let rule = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-    let mut stepper = Stepper {
-        model: &model,
-        gradients: Gradients::zeros(model.flat()).unwrap(),
-        optimizer: Optimizer::new(model.flat(), rule, false, Some(1.0)).unwrap(),
-        losses: Losses::new(&plan.config.loss, model.normalize()),
-        schedule: plan.schedule,
-        budget: plan.budget,
-        seed: 1,
-        world: World::solo(),
-    };
+    let mut stepper = Stepper::new(&model, &plan.step_settings(), World::solo()).unwrap();
     let mut partial =
         plan.batches(&State::default(), World::solo().shard()).unwrap().next().unwrap().unwrap();
     let sequences = partial.take_sequences();
@@ -132,7 +119,7 @@ fn peaks(layers: usize, rows: usize, more: serde_json::Value) -> (f64, f64) {
     stepper.step(&batch, 2).unwrap();
     drop(snapshot);
     let measured = PEAK.load(Ordering::Relaxed) - before - apart;
-    (measured as f64, plan.cost.peak() as f64)
+    (measured as f64, plan.cost.peak_bytes() as f64)
 }
 
 #[test]
@@ -170,7 +157,7 @@ fn a_run_takes_what_its_plan_says_within_a_tenth() {
     }
 }
 
-/// In bf16 on a GPU, whose elements are half of what they are here, on a CPU.
+/// The test runs on a CPU, where bf16 values take 4 bytes; on a GPU they take 2, which `halves` accounts for.
 #[test]
 fn a_chunk_of_mistral_7b_fits_80_gb_beside_its_weights() {
     let _turn = TURN.lock().unwrap();
@@ -187,14 +174,14 @@ fn a_chunk_of_mistral_7b_fits_80_gb_beside_its_weights() {
     assert_eq!(model.layers(), 32);
     let halves = model.element_bytes() as u64 / 2;
     let weights = 2 * (model.parameter_count() - model.flat().len()) as u64 + 16 * model.flat().len() as u64;
-    // 1024 rows of 7 texts, whose embeddings are f32 everywhere.
+    // 1024 rows of 7 texts; embeddings are f32 on a GPU, too.
     let embeddings = memory::step_bytes(&model, 0, 7 << 10, 16_384, 0);
     let step = memory::step_bytes(&model, 1 << 20, 0, 16_384, 0) / halves + embeddings;
     assert!((14_000_000_000..15_000_000_000).contains(&weights), "{weights}");
     assert!((48_000_000_000..56_000_000_000).contains(&step), "{step}");
     assert!(
         weights + step < 72_000_000_000,
-        "{} bytes, of 80 GB, whose driver and products want some too",
+        "{} bytes of 80 GB, of which the driver and the workspaces of products also need some",
         weights + step
     );
 }

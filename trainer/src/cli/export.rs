@@ -27,8 +27,8 @@ pub(super) struct Args {
     /// Merge LoRA adapters into the weights and write the whole model. Default: write only the adapter
     #[arg(long)]
     merge: bool,
-    /// Checkpoint to export: `best`, `last` or `step-N`. Default: `last`, or `best` if early stopping ended
-    /// the run
+    /// Checkpoint to export: `best`, `last` or `step-N`. Default: the step that OUTPUT/model has, which is the last unless
+    /// the run stopped early or has `evaluation.load_best`
     #[arg(long, value_name = "WHICH")]
     checkpoint: Option<String>,
 }
@@ -50,8 +50,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         Some(which) => checkpoints.find(which)?,
         None => {
             // The run itself selects the same for OUTPUT/model.
-            let early = history.stopped_early_at(&config.evaluation.metric, config.evaluation.patience);
-            checkpoints.find(if early.is_some() { "best" } else { "last" })?
+            let best = history.selection(&config.evaluation.metric).selects_best(&config.evaluation);
+            checkpoints.find(if best { "best" } else { "last" })?
         }
     };
     let folder = locate::model(&config.model.path, config.model.init)?;

@@ -24,8 +24,8 @@ pub use sections::{
     Training,
 };
 pub use values::{
-    Batching, Bytes, ColumnNames, Distance, Dtype, EvaluationKind, Freeze, Interval, LossKind, Pooling,
-    RowKind, ScheduleKind, Targets, WeightInit,
+    Batching, Bytes, ColumnNames, Distance, Dtype, EvaluationKind, Freeze, Interval, LossKind, LossTraits,
+    Pooling, RowKind, RowScores, ScheduleKind, Targets, WeightInit,
 };
 
 use self::check::Check;

@@ -122,32 +122,84 @@ choice! {
     }
 }
 
+/// The scores that a loss reads beside the texts of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowScores {
+    /// None.
+    None,
+    /// The similarity of a pair: rows of kind `similarity`, and only those.
+    Pair,
+    /// The scores of a teacher for the positive and each negative.
+    Teacher,
+}
+
+/// What a loss needs of its rows, and which keys of `loss` it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LossTraits {
+    /// The scores it reads.
+    pub scores: RowScores,
+    /// Whether the loss of a row without negatives is 0 or undefined.
+    pub needs_negatives: bool,
+    /// Whether texts of other rows are negatives, unless `loss.in_batch_negatives` is false.
+    pub in_batch_negatives: bool,
+    /// The keys of `loss` that it reads.
+    pub keys: &'static [&'static str],
+}
+
 impl LossKind {
-    /// Whether the loss needs a teacher's scores of each row's positive and negatives.
-    pub fn distils(self) -> bool {
-        matches!(self, Self::MarginMse | Self::Kl)
+    /// What the loss needs and reads. This is the only place that tells the losses apart, except `loss/`, which computes them.
+    pub fn traits(self) -> LossTraits {
+        let none = LossTraits {
+            scores: RowScores::None,
+            needs_negatives: false,
+            in_batch_negatives: false,
+            keys: &[],
+        };
+        match self {
+            Self::InfoNce => LossTraits {
+                in_batch_negatives: true,
+                keys: &[
+                    "temperature",
+                    "in_batch_negatives",
+                    "symmetric",
+                    "mask_known_positives",
+                    "false_negative_margin",
+                ],
+                ..none
+            },
+            Self::Triplet => LossTraits { needs_negatives: true, keys: &["distance", "margin"], ..none },
+            Self::CoSent => LossTraits { scores: RowScores::Pair, keys: &["scale"], ..none },
+            Self::MarginMse => LossTraits { scores: RowScores::Teacher, needs_negatives: true, ..none },
+            Self::Kl => LossTraits {
+                scores: RowScores::Teacher,
+                needs_negatives: true,
+                keys: &["temperature", "teacher_temperature"],
+                ..none
+            },
+        }
     }
 
-    /// Why rows of this kind cannot have the loss, if they cannot.
+    /// The loss of rows of this kind for which the configuration names none: `default`, but CoSENT for scored pairs.
+    pub fn for_rows(kind: RowKind, default: Self) -> Self {
+        if kind == RowKind::Similarity { Self::CoSent } else { default }
+    }
+
+    /// Why rows of this kind cannot have the loss; none if they can.
     pub fn misfit(self, kind: RowKind) -> Option<String> {
-        match kind {
-            RowKind::Similarity if self != Self::CoSent => Some(format!(
-                "`{self}` is not defined for similarity rows (two texts and a score), expected cosent"
+        match (kind, self.traits().scores) {
+            (RowKind::Similarity, RowScores::Pair) => None,
+            (RowKind::Similarity, _) => Some(format!(
+                "`{self}` is not defined for similarity rows (two texts and a score), expected `{}`",
+                Self::CoSent
             )),
-            RowKind::Similarity => None,
-            _ if self == Self::CoSent => {
-                Some(format!("`cosent` needs similarity rows (two texts and a score), these rows are {kind}"))
+            (_, RowScores::Pair) => {
+                Some(format!("`{self}` needs similarity rows (two texts and a score), these rows are {kind}"))
             }
-            RowKind::Labelled if self.distils() => {
+            (RowKind::Labelled, RowScores::Teacher) => {
                 Some(format!("`{self}` needs a teacher's scores, which labelled rows do not have"))
             }
             _ => None,
         }
-    }
-
-    /// Whether every row needs at least one negative.
-    pub fn needs_negatives(self) -> bool {
-        self == Self::Triplet || self.distils()
     }
 }
 

@@ -121,7 +121,7 @@ impl Batch {
 
     /// Fraction of the candidates that InfoNCE masks; a row's own positive is not counted.
     pub fn masked(&self, in_batch: bool) -> f64 {
-        let tables = self.tables.iter().filter(|table| table.loss == LossKind::InfoNce);
+        let tables = self.tables.iter().filter(|table| table.loss.traits().in_batch_negatives);
         let (masked, others) = tables
             .map(|table| table.masked(in_batch))
             .fold((0, 0), |(masked, others), of_table| (masked + of_table.0, others + of_table.1));

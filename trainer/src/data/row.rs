@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{Columns, DataSet, LossKind, RowKind};
+use crate::config::{Columns, DataSet, LossKind, RowKind, RowScores};
 
 /// The texts of one row; none is empty.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -132,7 +132,9 @@ impl Schema {
             return Err(format!("`kind: triplets` needs a column of negatives, {}", found_columns(names)));
         }
         let value = match loss {
-            Some(loss) if loss.distils() => Some(one("score", &columns.score, &TEACHER)?),
+            Some(loss) if loss.traits().scores == RowScores::Teacher => {
+                Some(one("score", &columns.score, &TEACHER)?)
+            }
             _ => None,
         };
         Ok(roles(query, positives, negatives, value))
@@ -141,7 +143,8 @@ impl Schema {
     /// The kind of rows: as configured, else by the column names.
     fn infer_kind(&self, names: &[&str]) -> Result<RowKind, String> {
         let Columns { query, positive, text, label, sentence1, sentence2, score, .. } = &self.columns;
-        let distils = self.loss.is_some_and(LossKind::distils);
+        let scores = self.loss.map(|loss| loss.traits().scores);
+        let distils = scores == Some(RowScores::Teacher);
         let any =
             |aliases: &[&str]| names.iter().any(|name| aliases.iter().any(|alias| is_alias(name, alias)));
         let column =
@@ -166,7 +169,7 @@ impl Schema {
         if distils || query.is_some() && positive.is_some() {
             return Ok(RowKind::Pairs);
         }
-        if self.loss == Some(LossKind::CoSent) || any(&FIRST[..3]) && any(&SECOND[..3]) && any(&SCORE[..3]) {
+        if scores == Some(RowScores::Pair) || any(&FIRST[..3]) && any(&SECOND[..3]) && any(&SCORE[..3]) {
             return Ok(RowKind::Similarity);
         }
         if any(&TEXT) && any(&LABEL) && !any(&QUERY) && !any(&POSITIVE) {
@@ -407,7 +410,9 @@ impl Roles {
         self.drop_positives(&mut row);
         match self.loss {
             Some(loss)
-                if self.kind != RowKind::Similarity && loss.needs_negatives() && row.negatives.is_empty() =>
+                if self.kind != RowKind::Similarity
+                    && loss.traits().needs_negatives
+                    && row.negatives.is_empty() =>
             {
                 Err(match row.dropped {
                     0 => format!("has no negative, which the loss `{loss}` needs"),

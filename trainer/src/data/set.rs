@@ -96,21 +96,18 @@ impl TrainSet {
         })?;
         let name = if set.name.is_empty() { reader::stem(&set.path) } else { set.name.clone() };
         let kind = source.kind();
-        let loss = match (kind, set.loss) {
-            (RowKind::Similarity, None) => LossKind::CoSent,
-            _ => asked,
-        };
+        let loss = set.loss.unwrap_or_else(|| LossKind::for_rows(kind, asked));
         if let Some(wrong) = loss.misfit(kind) {
             let key = if set.loss.is_some() { field("loss") } else { "loss.kind".to_owned() };
             return Err(config.error(&key, format!("data set {name}: {wrong}")));
         }
-        if loss.needs_negatives() && config.data.negatives == 0 {
+        if loss.traits().needs_negatives && config.data.negatives == 0 {
             return Err(
                 config.error("data.negatives", format!("expected at least 1 for the loss `{loss}`, found 0"))
             );
         }
         let none = config.data.negatives == 0 || (kind != RowKind::Labelled && !source.negatives());
-        if loss == LossKind::InfoNce && !config.loss.in_batch_negatives && none {
+        if loss.traits().in_batch_negatives && !config.loss.in_batch_negatives && none {
             let message = format!(
                 "data set {name} has no negatives and loss.in_batch_negatives is false, so its loss would always be 0\n\
                  hint: find negatives with `trainer mine` and set data.negatives, or set loss.in_batch_negatives"

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{DatasetInfo, ModelInfo};
 use crate::Result;
-use crate::config::{Config, DataSet, WeightInit};
+use crate::config::{self, Config, DataSet, WeightInit};
 use crate::model::Model;
 use crate::model::peft::LoraConfig;
 
@@ -97,19 +97,9 @@ fn dataset_info(set: &DataSet) -> DatasetInfo {
 
 fn training(trained: &TrainedRun, lora: Option<LoraConfig>) -> Vec<(String, String)> {
     let Config { seed, data, loss, training, evaluation, model, .. } = trained.config;
-    let mut loss_text = format!("{}, temperature {}", loss.kind, loss.temperature);
-    for (applies, what) in [
-        (!loss.in_batch_negatives, "without in-batch negatives"),
-        (loss.symmetric, "symmetric"),
-        (!loss.mask_known_positives, "known positives not masked"),
-    ] {
-        if applies {
-            loss_text = format!("{loss_text}, {what}");
-        }
-    }
     let mut facts = vec![
         ("steps".to_owned(), format!("{} of {} rows each", trained.step, training.batch_size)),
-        ("loss".to_owned(), loss_text),
+        ("loss".to_owned(), loss_facts(loss)),
         ("hard negatives".to_owned(), format!("at most {} per row", data.negatives)),
         ("batching".to_owned(), data.batching.to_string()),
         ("learning rate".to_owned(), format!("{:e}, {}", training.learning_rate, training.schedule)),
@@ -132,12 +122,24 @@ fn training(trained: &TrainedRun, lora: Option<LoraConfig>) -> Vec<(String, Stri
     facts
 }
 
+/// The loss with the keys of `loss` that it reads: `triplet (distance euclidean, margin 5.0)`.
+fn loss_facts(loss: &config::Loss) -> String {
+    let section = serde_json::to_value(loss).unwrap_or_default();
+    let value = |key: &&str| match &section[*key] {
+        Value::Null => None,
+        Value::String(text) => Some(format!("{key} {text}")),
+        value => Some(format!("{key} {value}")),
+    };
+    let values: Vec<String> = loss.kind.traits().keys.iter().filter_map(value).collect();
+    if values.is_empty() { loss.kind.to_string() } else { format!("{} ({})", loss.kind, values.join(", ")) }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::config::Data;
+    use crate::config::{Data, LossKind};
 
     #[test]
     fn a_prompt_is_written_only_if_all_data_have_it() {
@@ -150,6 +152,16 @@ mod tests {
         assert_eq!(prompt(&["query: ", "query: ", ""]), None);
         assert_eq!(prompt(&[""]), None, "the prompt of the folder stays");
         assert_eq!(prompt(&[]), None);
+    }
+
+    #[test]
+    fn the_loss_is_described_by_the_keys_that_it_reads() {
+        let facts = |kind| loss_facts(&config::Loss { kind, ..config::Loss::default() });
+        assert_eq!(facts(LossKind::Triplet), "triplet (distance euclidean, margin 5.0)");
+        assert_eq!(facts(LossKind::MarginMse), "margin_mse");
+        let info_nce =
+            "temperature 0.02, in_batch_negatives true, symmetric false, mask_known_positives true";
+        assert_eq!(facts(LossKind::InfoNce), format!("info_nce ({info_nce})"));
     }
 
     #[test]

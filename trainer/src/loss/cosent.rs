@@ -1,32 +1,32 @@
-//! CoSENT for scored pairs (Huang et al. 2024), as sentence-transformers' CoSENTLoss: a pair with a higher score shall have a
-//! higher cosine than every pair with a lower one.
+//! CoSENT for scored pairs (Huang et al. 2024), as sentence-transformers' CoSENTLoss: a pair with a higher score has a higher
+//! cosine than every pair with a lower score.
 //!
 //! ```text
 //! loss = log(1 + Σ exp(scale · (cosⱼ − cosᵢ)))    over all i, j with scoreᵢ > scoreⱼ
 //! ```
 //!
-//! There is one such number for all scored pairs of a batch. Each of them counts it as its own loss, so that it weighs as much
-//! as there are scored pairs among the rows, and a batch of nothing else has just that loss. Sorted by score the sum takes
-//! B log B operations.
+//! All scored pairs of a batch share this one number, and each of them has it as its loss. So in a batch with rows of other
+//! losses it is weighted by the number of scored pairs, and a batch of scored pairs alone has exactly this loss. Sorting by score
+//! computes the sum in O(B log B).
 
 use std::ops::Range;
 
 use candle_core::Tensor;
 
+use super::RowLoss;
 use super::pairs::{Measure, Pairs};
 use crate::Result;
 use crate::data::batch::LossTable;
 
-/// The loss and its options.
+/// CoSENT and its hyperparameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CoSent {
-    /// What differences of cosines are multiplied by.
+    /// Factor of the differences of cosines, above 0.
     pub scale: f64,
 }
 
-impl CoSent {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and what they add to `weight` times the gradient (N, D).
-    pub(super) fn evaluate(
+impl RowLoss for CoSent {
+    fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &LossTable,
@@ -34,7 +34,7 @@ impl CoSent {
         weight: f64,
     ) -> Result<(Tensor, Tensor)> {
         let count = table.queries.len();
-        // Every row competes with all others, whoever has them.
+        // Each row is compared with the rows of all ranks.
         Pairs::of_rows(table, 0..count).all_rows(embeddings, Measure::Cosine, |cosines| {
             let (loss, changes) = self.of(cosines, &table.scores);
             let local = |row| if rows.contains(&row) { weight * count as f64 } else { 0.0 };
@@ -42,13 +42,15 @@ impl CoSent {
             (vec![loss as f32; rows.len()], changes)
         })
     }
+}
 
-    /// The loss, and its derivative by each cosine.
+impl CoSent {
+    /// The loss and its derivative by each cosine.
     fn of(&self, cosines: &[f64], scores: &[f32]) -> (f64, Vec<f64>) {
         let mut order: Vec<usize> = (0..cosines.len()).collect();
         order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
         let equal = || order.chunk_by(|&a, &b| scores[a] == scores[b]);
-        // log Σ exp(±scale · cos) over the pairs with a higher score, and over those with a lower one.
+        // log Σ exp(−scale · cos) over the pairs with a higher score, and log Σ exp(scale · cos) over those with a lower one.
         let (mut above, mut below) =
             (vec![f64::NEG_INFINITY; cosines.len()], vec![f64::NEG_INFINITY; cosines.len()]);
         let mut sum = f64::NEG_INFINITY;

@@ -1,4 +1,4 @@
-//! Losses that follow a teacher, which has scored each row's positive and negatives.
+//! Losses for distillation: a teacher has scored each row's positive and negatives.
 //!
 //! [`MarginMse`] (Hofstätter et al. 2020), as sentence-transformers' MarginMSELoss:
 //!
@@ -6,39 +6,39 @@
 //! loss = 1/B Σᵢ 1/nᵢ Σⱼ ((qᵢ·pᵢ − qᵢ·nᵢⱼ) − (tᵢₚ − tᵢⱼ))²
 //! ```
 //!
-//! [`Kl`] (Lin et al. 2020), as its DistillKLDivLoss:
+//! [`Kl`] (Lin et al. 2020), as sentence-transformers' DistillKLDivLoss:
 //!
 //! ```text
 //! loss = 1/B Σᵢ τ² KL(softmax(tᵢ/τₜ) ‖ softmax(qᵢ·cᵢ/τ))
 //! ```
 //!
-//! over the row's positive and negatives cᵢ. Both see differences of a teacher's scores only.
+//! over the row's positive and negatives cᵢ. Both use only differences of the teacher's scores.
 
 use std::ops::Range;
 
 use candle_core::Tensor;
 
+use super::RowLoss;
 use super::pairs::{Measure, Pairs};
 use crate::Result;
 use crate::data::batch::LossTable;
 
-/// Differences of scores as the teacher's.
+/// MarginMSE: squared error of the differences between the positive's and the negatives' scores.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MarginMse;
 
-/// A distribution over the candidates as the teacher's.
+/// KL divergence from the teacher's distribution over the row's candidates.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Kl {
-    /// τ.
+    /// Temperature τ of the student, above 0.
     pub temperature: f64,
-    /// τₜ.
+    /// Temperature τₜ of the teacher, above 0.
     pub teacher_temperature: f64,
 }
 
-impl MarginMse {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times their gradient (N, D).
-    pub(super) fn evaluate(
-        self,
+impl RowLoss for MarginMse {
+    fn evaluate(
+        &self,
         embeddings: &Tensor,
         table: &LossTable,
         rows: Range<usize>,
@@ -46,24 +46,23 @@ impl MarginMse {
     ) -> Result<(Tensor, Tensor)> {
         Pairs::of_rows(table, rows).per_row(embeddings, Measure::Dot, weight, |dots, scores| {
             let teacher = |column: usize| f64::from(scores[column]);
-            let each = ((dots.len() - 1) as f64).recip();
+            let weight = ((dots.len() - 1) as f64).recip();
             let mut loss = 0.0;
             let mut changes = vec![0.0; dots.len()];
             for negative in 1..dots.len() {
                 let error = (dots[0] - dots[negative]) - (teacher(0) - teacher(negative));
-                loss += each * error * error;
-                changes[0] += 2.0 * each * error;
-                changes[negative] -= 2.0 * each * error;
+                loss += weight * error * error;
+                changes[0] += 2.0 * weight * error;
+                changes[negative] -= 2.0 * weight * error;
             }
             (loss, changes)
         })
     }
 }
 
-impl Kl {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times their gradient (N, D).
-    pub(super) fn evaluate(
-        self,
+impl RowLoss for Kl {
+    fn evaluate(
+        &self,
         embeddings: &Tensor,
         table: &LossTable,
         rows: Range<usize>,
@@ -73,7 +72,7 @@ impl Kl {
             let student = log_softmax(dots.iter().map(|dot| dot / self.temperature));
             let teacher =
                 log_softmax(scores.iter().map(|&score| f64::from(score) / self.teacher_temperature));
-            // A probability of 0 adds nothing, whatever its logarithm.
+            // A probability of 0 contributes 0, although its logarithm is −∞.
             let term = |(t, s): (&f64, &f64)| if *t == f64::NEG_INFINITY { 0.0 } else { t.exp() * (t - s) };
             let divergence: f64 = teacher.iter().zip(&student).map(term).sum();
             let change = |(t, s): (&f64, &f64)| self.temperature * (s.exp() - t.exp());

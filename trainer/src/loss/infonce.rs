@@ -4,34 +4,36 @@
 //! loss = 1/B Σᵢ ( log Σⱼ exp(qᵢ·dⱼ/τ) − qᵢ·dₚ₍ᵢ₎/τ )
 //! ```
 //!
-//! over j in all documents of the batch, less those known to be positives of the row.
+//! over the documents j of the batch, except those known to be positives of the row.
 
 use std::ops::Range;
 
 use candle_core::Tensor;
 use kernels::infonce::{self, Candidates};
 
-use super::index;
+use super::{RowLoss, index};
 use crate::Result;
 use crate::data::batch::{CsrIndices, LossTable};
 
-/// The loss and its options.
+/// InfoNCE and its hyperparameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InfoNce {
-    /// τ.
+    /// Temperature τ, above 0.
     pub temperature: f64,
-    /// Whether other rows' documents are negatives; else only a row's own are.
+    /// Whether documents of other rows are negatives. If not, only the row's own negatives are.
     pub in_batch_negatives: bool,
-    /// Whether documents choose among queries too, the loss being the mean of both directions. Only with in-batch negatives: else
-    /// a document has no query but its own.
+    /// Whether the loss is the mean of both directions: queries among documents and positives among queries. Needs in-batch
+    /// negatives.
     pub symmetric: bool,
-    /// Candidates scoring above the positive by more than this cosine are left out.
+    /// Candidates whose cosine exceeds the positive's by more than this are not negatives. None: all are.
     pub false_negative_margin: Option<f64>,
 }
 
-impl InfoNce {
-    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times their gradient (N, D).
-    pub(super) fn evaluate(
+impl RowLoss for InfoNce {
+    /// Its similarity is the cosine.
+    const NORMALIZED: bool = true;
+
+    fn evaluate(
         &self,
         embeddings: &Tensor,
         table: &LossTable,
@@ -87,7 +89,7 @@ impl InfoNce {
     }
 }
 
-/// For each row's positive, the rows whose query has it among its known positives: what it must not count as negatives.
+/// For each row's positive, the other rows that have it among their known positives: queries that are not negatives of it.
 fn transposed(table: &LossTable) -> CsrIndices {
     let rows = table.positives.len();
     let mut row_of = vec![None; table.candidates.len()];

@@ -1,5 +1,5 @@
-//! Matryoshka representation learning (Kusupati et al. 2022), as sentence-transformers' MatryoshkaLoss: the first numbers of an
-//! embedding shall be an embedding of their own.
+//! Matryoshka representation learning (Kusupati et al. 2022), as sentence-transformers' MatryoshkaLoss: the first dimensions of an
+//! embedding are trained to be an embedding themselves.
 //!
 //! ```text
 //! loss = Σₖ wₖ · loss(e[:, ..dₖ] / ‖e[:, ..dₖ]‖)
@@ -10,15 +10,15 @@ use candle_core::Tensor;
 use super::normalize;
 use crate::{Error, Result};
 
-/// Around any loss.
+/// The dimensions on which a loss is evaluated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Matryoshka {
-    /// dₖ and wₖ.
+    /// Dimension dₖ and weight wₖ of each term.
     pub dims: Vec<(usize, f64)>,
 }
 
 impl Matryoshka {
-    /// embeddings (N, D) → the weighted sum of what `loss` has for each width, and of its gradients (N, D).
+    /// embeddings (N, D) → the weighted sums over the dimensions of the losses (B) and of the gradients (N, D) that `loss` returns.
     pub(super) fn evaluate(
         &self,
         embeddings: &Tensor,

@@ -1,17 +1,18 @@
-//! Losses: embeddings in, the loss and its gradient out. They know neither encoders nor ranks.
+//! Losses: embeddings in, the loss of each row and the gradient by the embeddings out. They know neither encoders nor ranks.
 //!
-//! A loss gets all embeddings of a batch, the table of its rows, and which of them it is to judge: those of one rank. It returns
-//! their losses, and what they add to the gradient of the mean over all rows of the batch; so the sum over ranks is the gradient.
+//! A loss gets all embeddings of a batch, the table of its rows, and the range of rows that this rank evaluates. It returns the
+//! losses of these rows, and their part of the gradient of the mean over all rows of the batch. So the sum over ranks is the
+//! gradient.
 
 mod cosent;
 mod distill;
 mod infonce;
 mod matryoshka;
+mod normalize;
 mod pairs;
 #[cfg(test)]
 mod tests;
 mod triplet;
-mod normalize;
 
 use std::ops::Range;
 
@@ -27,28 +28,43 @@ use crate::Result;
 use crate::config::{self, LossKind};
 use crate::data::batch::LossTable;
 
-/// What is minimised: the losses of a run, of which each table of a batch names one.
+/// A loss over the rows of one table.
+trait RowLoss {
+    /// Whether the embeddings must have length 1.
+    const NORMALIZED: bool = false;
+
+    /// embeddings (N, D) → the loss of each of the table's rows `rows` (B), and `weight` times the gradient of their sum (N, D).
+    fn evaluate(
+        &self,
+        embeddings: &Tensor,
+        table: &LossTable,
+        rows: Range<usize>,
+        weight: f64,
+    ) -> Result<(Tensor, Tensor)>;
+}
+
+/// The losses of a run. Each table of a batch names one of them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Losses {
-    /// The positive among all candidates.
+    /// Cross-entropy of the positive among all candidates.
     pub info_nce: InfoNce,
-    /// The positive before the negatives.
+    /// The positive closer than the negative by a margin.
     pub triplet: Triplet,
-    /// Scored pairs in their order.
+    /// Order of scored pairs.
     pub cosent: CoSent,
-    /// A teacher's differences.
+    /// Differences of a teacher's scores.
     pub margin_mse: MarginMse,
-    /// A teacher's distribution.
+    /// Distribution of a teacher's scores.
     pub kl: Kl,
-    /// Whether shorter embeddings are judged too.
+    /// Dimensions on which the loss is also evaluated; none: only on whole embeddings.
     pub matryoshka: Option<Matryoshka>,
-    /// Whether embeddings come with length 1. InfoNCE compares cosines, whatever the model returns.
-    pub unit: bool,
+    /// Whether the embeddings passed to [`Losses::evaluate`] have length 1.
+    pub normalized: bool,
 }
 
 impl Losses {
-    /// As the configuration has them, for embeddings that come with length 1 or not (`unit`).
-    pub fn new(loss: &config::Loss, unit: bool) -> Self {
+    /// The losses of the section `loss` of a configuration. `normalized`: the model returns embeddings of length 1.
+    pub fn new(loss: &config::Loss, normalized: bool) -> Self {
         Self {
             info_nce: InfoNce {
                 temperature: loss.temperature,
@@ -61,12 +77,15 @@ impl Losses {
             margin_mse: MarginMse,
             kl: Kl { temperature: loss.temperature, teacher_temperature: loss.teacher_temperature },
             matryoshka: loss.matryoshka.as_ref().map(|matryoshka| Matryoshka { dims: matryoshka.pairs() }),
-            unit,
+            normalized,
         }
     }
 
-    /// embeddings (N, D) → the loss of each of the batch's rows `rows` (B), and what they add to d(mean loss)/d(embeddings) (N, D).
-    /// The mean is over all rows of the batch, whoever has the others.
+    /// embeddings (N, D) → the loss of each of the batch's rows `rows` (B), and their part of the gradient of the mean loss over
+    /// all rows of the batch (N, D).
+    ///
+    /// # Errors
+    /// There is not enough memory.
     pub fn evaluate(
         &self,
         embeddings: &Tensor,
@@ -94,21 +113,10 @@ impl Losses {
         for table in tables {
             let place = |row: usize| table.rows.partition_point(|&other| (other as usize) < row);
             let local = place(rows.start)..place(rows.end);
-            let (of_rows, d) = match table.loss {
-                _ if local.is_empty() => continue,
-                LossKind::InfoNce if self.unit => {
-                    self.info_nce.evaluate(embeddings, table, local.clone(), weight)?
-                }
-                LossKind::InfoNce => {
-                    let (e, lengths) = normalize::forward(embeddings)?; // (N, D), (N, 1)
-                    let (of_rows, d) = self.info_nce.evaluate(&e, table, local.clone(), weight)?;
-                    (of_rows, normalize::backward(&d, &e, &lengths)?)
-                }
-                LossKind::Triplet => self.triplet.evaluate(embeddings, table, local.clone(), weight)?,
-                LossKind::CoSent => self.cosent.evaluate(embeddings, table, local.clone(), weight)?,
-                LossKind::MarginMse => self.margin_mse.evaluate(embeddings, table, local.clone(), weight)?,
-                LossKind::Kl => self.kl.evaluate(embeddings, table, local.clone(), weight)?,
-            };
+            if local.is_empty() {
+                continue;
+            }
+            let (of_rows, d) = self.evaluate_table(embeddings, table, local.clone(), weight)?;
             let places: Vec<u32> = table.rows[local].iter().map(|&row| row - rows.start as u32).collect();
             losses = losses.index_add(&index(&places, embeddings)?, &of_rows, 0)?;
             sum = Some(match sum {
@@ -119,16 +127,49 @@ impl Losses {
         let d = sum.map_or_else(|| embeddings.zeros_like(), Ok)?;
         Ok((losses, d))
     }
+
+    fn evaluate_table(
+        &self,
+        embeddings: &Tensor,
+        table: &LossTable,
+        rows: Range<usize>,
+        weight: f64,
+    ) -> Result<(Tensor, Tensor)> {
+        match table.loss {
+            LossKind::InfoNce => self.evaluate_loss(&self.info_nce, embeddings, table, rows, weight),
+            LossKind::Triplet => self.evaluate_loss(&self.triplet, embeddings, table, rows, weight),
+            LossKind::CoSent => self.evaluate_loss(&self.cosent, embeddings, table, rows, weight),
+            LossKind::MarginMse => self.evaluate_loss(&self.margin_mse, embeddings, table, rows, weight),
+            LossKind::Kl => self.evaluate_loss(&self.kl, embeddings, table, rows, weight),
+        }
+    }
+
+    /// Evaluates a loss, on embeddings scaled to length 1 if it needs them so.
+    fn evaluate_loss<L: RowLoss>(
+        &self,
+        loss: &L,
+        embeddings: &Tensor,
+        table: &LossTable,
+        rows: Range<usize>,
+        weight: f64,
+    ) -> Result<(Tensor, Tensor)> {
+        if self.normalized || !L::NORMALIZED {
+            return loss.evaluate(embeddings, table, rows, weight);
+        }
+        let (e, lengths) = normalize::forward(embeddings)?; // (N, D), (N, 1)
+        let (losses, d) = loss.evaluate(&e, table, rows, weight)?;
+        Ok((losses, normalize::backward(&d, &e, &lengths)?))
+    }
 }
 
-/// Those of the defaults of a configuration.
+/// The losses of a configuration without a section `loss`, for embeddings of length 1.
 impl Default for Losses {
     fn default() -> Self {
         Self::new(&config::Loss::default(), true)
     }
 }
 
-/// Rows of `of`, where they are.
-fn index(indices: &[u32], of: &Tensor) -> Result<Tensor> {
-    Ok(kernels::upload(indices, of.device())?)
+/// Indices as a tensor on the device of `tensor`.
+fn index(indices: &[u32], tensor: &Tensor) -> Result<Tensor> {
+    Ok(kernels::upload(indices, tensor.device())?)
 }

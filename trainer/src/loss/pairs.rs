@@ -1,7 +1,7 @@
-//! Losses that see two embeddings at a time: a measure of each pair, and its gradient.
+//! The common part of losses over pairs of embeddings: a similarity or distance of each pair, and its gradient.
 //!
-//! What a loss makes of the measures is a few numbers a row, computed on the host in f64, which a GPU waits for; the embeddings
-//! stay where they are.
+//! A loss computes a few numbers per row from these measures, on the CPU in f64, while the embeddings stay on their device. A GPU
+//! waits for them.
 
 use std::ops::Range;
 
@@ -11,23 +11,23 @@ use super::{index, normalize};
 use crate::Result;
 use crate::data::batch::LossTable;
 
-/// What is measured of two embeddings.
+/// A similarity or distance of two embeddings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Measure {
-    /// a·b
+    /// Dot product a·b.
     Dot,
-    /// a·b / (‖a‖ ‖b‖)
+    /// Cosine a·b / (‖a‖ ‖b‖).
     Cosine,
-    /// ‖a − b‖
+    /// Euclidean distance ‖a − b‖.
     Euclidean,
-    /// Σ |aᵢ − bᵢ|
+    /// Manhattan distance Σ |aᵢ − bᵢ|.
     Manhattan,
 }
 
-/// Distances shorter than this have no direction.
-const SHORTEST: f64 = 1e-12;
+/// Lower bound of the distance that a gradient is divided by.
+const MIN_DISTANCE: f64 = 1e-12;
 
-/// Queries and the columns they are compared with, row by row.
+/// The pairs of query and document of some rows.
 pub(super) struct Pairs<'t> {
     queries: Vec<u32>,
     documents: Vec<u32>,
@@ -36,7 +36,7 @@ pub(super) struct Pairs<'t> {
 }
 
 impl<'t> Pairs<'t> {
-    /// Each of `rows` with its own columns: its positive first, then its negatives.
+    /// The pairs of `rows`: each query with its positive, then with its negatives.
     pub(super) fn of_rows(table: &'t LossTable, rows: Range<usize>) -> Self {
         let mut pairs =
             Self { queries: Vec::new(), documents: Vec::new(), offsets: vec![0], scores: Vec::new() };
@@ -52,8 +52,8 @@ impl<'t> Pairs<'t> {
         pairs
     }
 
-    /// Measures all pairs and lets `loss` judge a row: the measures and scores of its columns → its loss, and what each measure adds
-    /// to it. The gradient is `weight` times that, as d(embeddings) (N, D).
+    /// Computes the measure of all pairs, and from it the losses (B) and `weight` times their gradient (N, D). `loss` maps the
+    /// measures and scores of a row to its loss and the derivative of the loss by each measure.
     pub(super) fn per_row(
         &self,
         embeddings: &Tensor,
@@ -73,7 +73,8 @@ impl<'t> Pairs<'t> {
         })
     }
 
-    /// As [`Self::per_row`], all rows at once: the measures → the losses, and d(loss)/d(measure) of each pair.
+    /// Like [`Self::per_row`], with all rows at once: `loss` maps the measures of all pairs to the losses (B) and the derivative by
+    /// each measure.
     pub(super) fn all_rows(
         &self,
         embeddings: &Tensor,
@@ -100,7 +101,7 @@ impl<'t> Pairs<'t> {
         let (da, db) = match measure {
             Measure::Dot | Measure::Cosine => (b.broadcast_mul(&changes)?, a.broadcast_mul(&changes)?),
             Measure::Euclidean => {
-                let apart = values.unsqueeze(1)?.maximum(SHORTEST)?;
+                let apart = values.unsqueeze(1)?.maximum(MIN_DISTANCE)?;
                 let da = (a - b)?.broadcast_mul(&changes.div(&apart)?)?;
                 (da.clone(), da.neg()?)
             }

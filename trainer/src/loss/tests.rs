@@ -49,9 +49,9 @@ fn naive(losses: &Losses, e: &Vectors, tables: &[LossTable]) -> f64 {
 }
 
 fn naive_sum(losses: &Losses, e: &Vectors, table: &LossTable) -> f64 {
-    if table.loss == LossKind::InfoNce && !losses.unit {
+    if table.loss == LossKind::InfoNce && !losses.normalized {
         let e = e.iter().map(|e| unit(e)).collect();
-        return naive_sum(&Losses { unit: true, ..losses.clone() }, &e, table);
+        return naive_sum(&Losses { normalized: true, ..losses.clone() }, &e, table);
     }
     let rows = table.queries.len();
     let q = |row: usize| &e[table.queries[row] as usize];
@@ -168,7 +168,7 @@ fn options() -> Losses {
         margin_mse: MarginMse,
         kl: Kl { temperature: 0.4, teacher_temperature: 0.7 },
         matryoshka: None,
-        unit: true,
+        normalized: true,
     }
 }
 
@@ -188,7 +188,7 @@ fn cases() -> Vec<(String, Losses, Vec<LossTable>)> {
         }
         let matryoshka = Some(Matryoshka { dims: vec![(3, 0.5), (7, 1.0), (5, 2.0)] });
         cases.push((format!("{loss} in parts"), Losses { matryoshka, ..options() }, tables.clone()));
-        cases.push((format!("{loss} of any length"), Losses { unit: false, ..options() }, tables));
+        cases.push((format!("{loss} of any length"), Losses { normalized: false, ..options() }, tables));
     }
     let parts = [vec![0, 4, 5], vec![1], vec![2, 8, 9, 10], vec![3], vec![6, 7]];
     let tables = ALL.into_iter().zip(parts).map(|(loss, rows)| table(rows, loss, 14, 40)).collect();
@@ -303,7 +303,7 @@ fn losses_and_gradients_are_those_of_sentence_transformers() {
             matryoshka: name
                 .starts_with("matryoshka")
                 .then(|| Matryoshka { dims: vec![(8, 1.0), (4, 0.5), (3, 0.25)] }),
-            unit: !name.contains("any length"),
+            normalized: !name.contains("any length"),
         };
         let rows = columns[0].len();
         let tables = [by_column(kind, rows, columns.len(), &case["labels"])];

@@ -2,6 +2,8 @@
 
 // Files and folders that are complete or absent.
 pub(crate) mod atomic;
+// The command line of this process, for messages.
+pub mod command;
 // A GPU, or the CPU.
 pub mod device;
 // Heartbeats for the launcher and for other ranks.

@@ -1,9 +1,9 @@
 //! GradCache (Gao et al. 2021): a batch of any size in the memory of one chunk.
 //!
-//! The loss needs all embeddings of the batch at once, but no activations; so every chunk is encoded first, and once the loss
-//! has said what it wants of each embedding, chunk after chunk runs backward. A chunk whose tape fits in memory keeps it from
-//! the first pass; only the others are encoded a second time. Dropout is a function of step and sequence, so the second
-//! time gives the first one's masks without anything being kept.
+//! The loss needs the embeddings of the whole batch at once, but not the activations. So all chunks are encoded first; then the loss
+//! computes the gradient of every embedding; then the chunks run backward one after another. A chunk keeps its activations (its
+//! tape) from the first pass if they fit in memory; otherwise they are recomputed. Dropout is a function of step and sequence, so
+//! recomputing gives the same masks and the same bits.
 
 use std::iter;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,23 +20,26 @@ use crate::model::{Model, Tape};
 use crate::system::device;
 use crate::system::heartbeat;
 
-/// How a batch is cut and how much of it is kept.
+/// Size of the chunks, and memory for saved activations.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    /// Of one chunk.
+    /// Maximum size of a chunk.
     pub chunk: Limit,
-    /// Bytes of tapes kept between the passes.
+    /// Bytes of activations that are kept between the two passes.
     pub activation_memory: u64,
 }
 
-/// A batch between the passes.
+/// A batch between the two passes.
 pub struct Encoded {
     chunks: Vec<(Chunk, Option<Tape>)>,
-    order: Tensor, // (N) row of `embeddings` → row in the order of the chunks
+    order: Tensor, // (N) row of the embeddings → row in the order of the chunks
     dropout_key: Option<DropoutKey>,
 }
 
 /// First pass: the sequences `members` of a batch → their embeddings (N, D) in that order, and what the second pass needs.
+///
+/// # Errors
+/// There is not enough memory.
 pub fn encode(
     model: &Model,
     sequences: &[Sequence],
@@ -60,7 +63,7 @@ pub fn encode(
     let (embeddings, chunks): (Vec<_>, Vec<_>) = passes.into_iter().unzip();
     let order: Vec<u32> = members.iter().map(|&member| place[member]).collect();
     if members.is_empty() {
-        // A rank without a sequence: there are more ranks than texts.
+        // There are more ranks than sequences, and this one has none.
         let device = device::current()?;
         let order = kernels::upload(&order, &device)?;
         let nothing = kernels::zeros((0, model.embedding_dim()), DType::F32, &device)?;
@@ -73,13 +76,16 @@ pub fn encode(
 }
 
 impl Encoded {
-    /// Second pass: d(embeddings) (N, D) → the gradients of everything trained. Chunks run in the order of the first pass whatever
-    /// was kept, so that the order of every sum, and with it every bit, is the same with any amount of memory.
+    /// Second pass: adds the gradients of all trained parameters, given d(embeddings) (N, D). Chunks run in the order of the first
+    /// pass, whatever was kept, so that every sum has the same order and the same bits with any amount of memory.
+    ///
+    /// # Errors
+    /// There is not enough memory.
     pub fn backward(self, model: &Model, d: &Tensor, gradients: &Gradients) -> Result<()> {
         if self.chunks.is_empty() {
             return Ok(());
         }
-        let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // undoes the order
+        let in_chunks = d.zeros_like()?.index_add(&self.order, d, 0)?; // in the order of the chunks
         let scale = (model.precision() == Precision::F16).then(|| f16_scale(d)).transpose()?;
         let in_chunks = match &scale {
             Some((up, _)) => in_chunks.broadcast_mul(up)?,
@@ -103,7 +109,8 @@ impl Encoded {
     }
 }
 
-/// `pass(0)`, `pass(1)`, …: on a CPU two at a time, because threads that wait for one chunk's op find work in the other's.
+/// Returns `pass(0)`, `pass(1)`, … `pass(count - 1)`. On a CPU two of them run at a time, because threads that wait for an op of
+/// one chunk find work in the other.
 fn run_two_at_a_time<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
     let stream = || -> Result<Vec<(usize, R)>> {
@@ -122,9 +129,9 @@ fn run_two_at_a_time<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + 
     Ok(done.into_iter().map(|(_, result)| result).collect())
 }
 
-/// What the gradient is multiplied by on its way through a model in f16, whose numbers end at 6e-8, and by after it, (1) each: the
-/// power of two that brings the largest element of d(embeddings) near 1. A function of d alone, so there is no scale to adapt or to
-/// save; and found where d is.
+/// The factors by which the gradient is multiplied before and after its way through a model in f16, whose smallest number is 6e-8;
+/// (1) each. The first is the power of two that brings the largest element of d(embeddings) near 1, the second its reciprocal. They
+/// depend on d alone, so there is no loss scale to adapt or to save, and they are computed on the device of d.
 fn f16_scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
     const MOST: i32 = 60;
     let powers: Vec<f32> = (-MOST..=MOST).map(|exponent| (exponent as f32).exp2()).collect(); // rising
@@ -136,9 +143,10 @@ fn f16_scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((powers.index_select(&mirrored, 0)?, powers.index_select(&place, 0)?))
 }
 
-/// What each chunk keeps within `bytes`, given the bytes that a token takes on a tape of inputs and on a whole one. Inputs come
-/// first, because they spare most a byte; the first chunks come first, because they have the longest texts, whose attention costs most
-/// to compute again, and none after one that does not fit: what is kept must be gone when a chunk is first encoded again.
+/// Chooses what each chunk saves within `bytes` bytes. A token takes `inputs` bytes on a tape of layer inputs and `whole` bytes on
+/// a whole tape. Layer inputs come first, because they spare the most recomputation per byte. The first chunks come first, because
+/// they have the longest texts, whose attention is the most expensive. After the first chunk that does not fit no other saves
+/// anything: all saved activations must be free again before a chunk is recomputed.
 fn choose_saved(
     cuts: &[Vec<usize>],
     sequences: &[Sequence],

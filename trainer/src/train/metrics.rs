@@ -1,45 +1,63 @@
-//! metrics.jsonl: what a run measured, one object a line, flushed with each line; and the same for TensorBoard.
+//! metrics.jsonl: the measurements of a run, one JSON object a line, flushed with each line; the same numbers go to TensorBoard.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::eval::{self, nano};
+use crate::config;
 use crate::system::atomic;
+use crate::train::memory;
+use crate::train::selection::{self, Selection};
 use crate::train::tensorboard::Events;
 use crate::{Error, Result};
 
-/// One optimizer step.
+/// The measurements of one optimizer step.
 #[derive(Clone, Debug, Serialize)]
 pub struct StepMetrics {
-    /// From 1.
+    /// Number of the step, from 1.
     pub step: u64,
-    /// Epochs done, a fraction.
+    /// Epochs done after the step, a fraction.
     pub epoch: f64,
-    /// Mean over the rows of the batch.
+    /// Mean loss over the rows of the batch.
     pub loss: f64,
-    /// Before clipping.
+    /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// The rate that was used.
+    /// Learning rate of the step.
     pub learning_rate: f64,
     /// Rows of the batch.
     pub rows: usize,
-    /// Tokens that were encoded: each text of the batch once, without padding.
+    /// Encoded tokens: each text of the batch once, without padding.
     pub tokens: usize,
-    /// Of the step alone.
+    /// Duration of the step alone, in seconds.
     pub seconds: f64,
     /// tokens / seconds.
     pub tokens_per_second: f64,
-    /// Mean over the rows of each data set that has any in the batch, by its name.
+    /// Mean loss over the rows of each data set that has rows in the batch, by the name of the data set.
     pub losses: Map<String, Value>,
-    /// Share of the candidates that rows leave out of their negatives, because they are known to answer the query.
+    /// Fraction of the candidates that are not used as negatives, because they are known to answer the query.
     pub masked: f64,
 }
 
-/// The open file.
+/// One line of metrics.jsonl: the measurements, when they were written, and the memory used so far.
+#[derive(Debug, Serialize)]
+struct Line<T> {
+    #[serde(flatten)]
+    content: T,
+    /// Unix time in seconds.
+    time: f64,
+    /// Peak resident memory of this process, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<u64>,
+    /// Peak memory of the GPU used by this process, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_memory: Option<u64>,
+}
+
+/// OUTPUT/metrics.jsonl and OUTPUT/tensorboard, open for writing.
 #[derive(Debug)]
 pub struct Metrics {
     path: PathBuf,
@@ -48,8 +66,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens OUTPUT/metrics.jsonl to append. Lines after step `done`, and evaluations after step `evaluated`, are dropped first: a
-    /// run that was killed had gone further than its last checkpoint, and will write them again.
+    /// Opens OUTPUT/metrics.jsonl to append. Lines of steps after `done`, and of evaluations after step `evaluated`, are removed
+    /// first: a run that was killed had gone further than its last checkpoint, and the resumed run writes them again.
+    ///
+    /// # Errors
+    /// The files cannot be read or written.
     pub fn open(output: &Path, done: u64, evaluated: Option<u64>, tensorboard: bool) -> Result<Self> {
         let path = output.join("metrics.jsonl");
         if path.exists() {
@@ -62,9 +83,11 @@ impl Metrics {
     }
 
     /// Appends a step.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
-        let line = serde_json::to_string(step).map_err(|error| Error::file(&self.path, error.to_string()))?;
-        self.line(&line)?;
+        self.append(step)?;
         let Some(events) = &mut self.events else { return Ok(()) };
         let scalars = [
             ("train/loss", step.loss),
@@ -74,38 +97,47 @@ impl Metrics {
             ("train/tokens_per_second", step.tokens_per_second),
             ("train/masked", step.masked),
         ];
-        let losses = numbers("losses", &step.losses);
+        let losses = named("losses", &step.losses);
         let losses = losses.iter().map(|(name, loss)| (name.as_str(), *loss));
         events.scalars(step.step, scalars.into_iter().chain(losses))
     }
 
     /// Appends the scores of an evaluation after `step` steps.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn evaluation(&mut self, step: u64, scores: &Map<String, Value>) -> Result<()> {
-        self.line(&json!({ "step": step, "eval": scores }).to_string())?;
+        self.append(json!({ "step": step, "eval": scores }))?;
         let Some(events) = &mut self.events else { return Ok(()) };
-        let named = numbers("eval", scores);
+        let named = named("eval", scores);
         events.scalars(step, named.iter().map(|(name, value)| (name.as_str(), *value)))
     }
 
-    fn line(&mut self, line: &str) -> Result<()> {
+    fn append(&mut self, content: impl Serialize) -> Result<()> {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        // Microseconds, as far as an f64 is exact.
+        let time = (time * 1e6).round() / 1e6;
+        let (memory, gpu_memory) = (memory::peak(), memory::gpu_peak());
+        let line = serde_json::to_string(&Line { content, time, memory, gpu_memory })
+            .map_err(|error| Error::file(&self.path, error.to_string()))?;
         writeln!(self.file, "{line}")
             .and_then(|()| self.file.flush())
             .map_err(Error::write("write", &self.path))
     }
 }
 
-/// The numbers among `values`, their names below `place`.
-fn numbers(place: &str, values: &Map<String, Value>) -> Vec<(String, f64)> {
-    values.iter().filter_map(|(name, value)| Some((format!("{place}/{name}"), value.as_f64()?))).collect()
+/// The values that are numbers, each with the name `PREFIX/NAME`.
+fn named(prefix: &str, values: &Map<String, Value>) -> Vec<(String, f64)> {
+    values.iter().filter_map(|(name, value)| Some((format!("{prefix}/{name}"), value.as_f64()?))).collect()
 }
 
-/// Leaves what a run does not write again that goes on after `done` steps and the evaluation after `evaluated`.
+/// Keeps lines up to step `done`, and evaluations up to step `evaluated`; the resumed run writes the rest again.
 fn trim(path: &Path, done: u64, evaluated: Option<u64>) -> Result<()> {
     let reader = BufReader::new(File::open(path).map_err(Error::read("open", path))?);
     let mut kept = String::new();
     for line in reader.lines() {
         let line = line.map_err(Error::read("read", path))?;
-        // A line that was cut off by a kill is no JSON.
+        // A line that a kill cut short is not JSON.
         let Ok(value) = serde_json::from_str::<Value>(&line) else { continue };
         let last = if value.get("eval").is_some() { evaluated } else { Some(done) };
         if value["step"].as_u64().is_some_and(|step| Some(step) <= last) {
@@ -116,20 +148,20 @@ fn trim(path: &Path, done: u64, evaluated: Option<u64>) -> Result<()> {
     atomic::write(path, kept)
 }
 
-/// What metrics.jsonl tells of a run.
+/// The content of metrics.jsonl.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
-    /// Its steps as they were written.
+    /// The steps, as they were written.
     pub steps: Vec<Map<String, Value>>,
-    /// The scores of its evaluations, each after so many steps.
+    /// The scores of each evaluation, with the number of steps done before it.
     pub evaluations: Vec<(u64, Map<String, Value>)>,
 }
 
 impl History {
-    /// Reads metrics.jsonl; nothing where there is no such file. The last line may have been cut off by a kill.
+    /// Reads metrics.jsonl; none if the file does not exist. The last line is skipped if a kill cut it short.
     ///
     /// # Errors
-    /// Another line is no JSON, or tells of no step.
+    /// The file cannot be read; another line is not JSON or has no `step`.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
@@ -143,71 +175,40 @@ impl History {
             let mut line = match serde_json::from_str::<Map<String, Value>>(line) {
                 Ok(line) => line,
                 Err(_) if !line.ends_with('\n') || line.trim().is_empty() => continue,
-                Err(error) => return Err(wrong(format!("is not what a run writes: {error}"))),
+                Err(error) => return Err(wrong(format!("expected a line that a run has written: {error}"))),
             };
             let Some(step) = line.get("step").and_then(Value::as_u64) else {
                 return Err(wrong("has no `step`".into()));
             };
             match line.remove("eval") {
                 Some(Value::Object(scores)) => history.evaluations.push((step, scores)),
-                Some(_) => return Err(wrong("`eval` is no object".into())),
+                Some(_) => return Err(wrong("`eval`: expected an object".into())),
                 None => history.steps.push(line),
             }
         }
         Ok(Some(history))
     }
 
-    /// The scores after so many steps.
+    /// The scores of the evaluation after `step` steps.
     pub fn scores_at(&self, step: u64) -> Option<&Map<String, Value>> {
         self.evaluations.iter().rev().find(|(other, _)| *other == step).map(|(_, scores)| scores)
     }
 
-    /// The step whose parameters a run ends with: that of the best evaluation if `patience` evaluations since were not better,
-    /// else the last.
-    pub fn selected_step(&self, metric: &str, patience: Option<u64>) -> u64 {
+    /// The best evaluation by the selection metric, as the run has counted it.
+    pub fn selection(&self, metric: &str) -> Selection {
+        let mut selection = Selection::default();
+        for (step, scores) in &self.evaluations {
+            selection.update_best(*step, metric, selection::selection_metric(scores, metric));
+        }
+        selection
+    }
+
+    /// The step whose parameters OUTPUT/model holds.
+    pub fn selected_step(&self, evaluation: &config::Evaluation) -> u64 {
         let last = self.steps.last().and_then(|step| step["step"].as_u64()).unwrap_or(0);
         let evaluated = self.evaluations.last().map_or(0, |(step, _)| *step);
-        self.stopped_early_at(metric, patience).unwrap_or(last.max(evaluated))
+        self.selection(&evaluation.metric).selected_step(evaluation, last.max(evaluated))
     }
-
-    /// The step of the best evaluation, where early stopping ended the run.
-    pub fn stopped_early_at(&self, metric: &str, patience: Option<u64>) -> Option<u64> {
-        let mut best: Option<(u64, f64)> = None;
-        let mut evaluations_without_improvement = 0;
-        let of_trained = self.evaluations.iter().filter(|(step, _)| *step > 0);
-        for (step, value) in
-            of_trained.filter_map(|(step, scores)| Some((*step, selection_metric(scores, metric)?)))
-        {
-            if best.is_some_and(|(_, best)| !eval::is_better(metric, value, best)) {
-                evaluations_without_improvement += 1;
-            } else {
-                (best, evaluations_without_improvement) = (Some((step, value)), 0);
-            }
-        }
-        let (step, _) = best?;
-        (evaluations_without_improvement >= patience?).then_some(step)
-    }
-}
-
-/// Whether one of the metrics `names` is called so, or is a set's metric of that name.
-pub fn has_metric<'a>(mut names: impl Iterator<Item = &'a str>, metric: &str) -> bool {
-    names.any(|name| name == metric || is_of_set(name, metric))
-}
-
-fn is_of_set(name: &str, metric: &str) -> bool {
-    name.strip_suffix(metric).is_some_and(|set| set.ends_with('_'))
-}
-
-/// The value that decides between evaluations: the metric's mean over the sets that have it, or the metric that is called so in
-/// full. Nothing where no set has it.
-pub fn selection_metric(scores: &Map<String, Value>, metric: &str) -> Option<f64> {
-    if let Some(value) = scores.get(metric) {
-        return value.as_f64();
-    }
-    let of_sets = |name: &str| is_of_set(name, metric) && !nano::is_mean_metric(name);
-    let values: Vec<f64> =
-        scores.iter().filter(|(name, _)| of_sets(name)).filter_map(|(_, value)| value.as_f64()).collect();
-    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
 #[cfg(test)]
@@ -223,7 +224,13 @@ mod tests {
         let mut metrics = Metrics::open(output.path(), 2, Some(0), false).unwrap();
         metrics.evaluation(2, &Map::from_iter([("x".to_owned(), json!(0.5))])).unwrap();
         let text = fs::read_to_string(&path).unwrap();
-        assert_eq!(text, format!("{kept}{{\"step\":2,\"eval\":{{\"x\":0.5}}}}\n"));
+        let new = text.strip_prefix(kept).unwrap();
+        let line: Value = serde_json::from_str(new).unwrap();
+        assert_eq!((&line["step"], &line["eval"]), (&json!(2), &json!({"x": 0.5})));
+        assert!(
+            line["time"].as_f64().unwrap() > 1.7e9 && line["memory"].as_u64().unwrap() > 1 << 20,
+            "{new}"
+        );
     }
 
     #[test]
@@ -243,9 +250,9 @@ mod tests {
         assert_eq!(history.scores_at(1).unwrap()["a"], 1);
         assert!(history.scores_at(2).is_none());
         for (text, expected) in [
-            ("{\"st\n{\"step\":1}\n", "metrics.jsonl:1: is not what a run writes"),
+            ("{\"st\n{\"step\":1}\n", "metrics.jsonl:1: expected a line that a run has written"),
             ("{\"step\":1}\n{\"loss\":1}\n", "metrics.jsonl:2: has no `step`"),
-            ("{\"step\":1,\"eval\":2}\n", "metrics.jsonl:1: `eval` is no object"),
+            ("{\"step\":1,\"eval\":2}\n", "metrics.jsonl:1: `eval`: expected an object"),
         ] {
             fs::write(&path, text).unwrap();
             let error = History::read(&path).unwrap_err().to_string();
@@ -254,23 +261,18 @@ mod tests {
     }
 
     #[test]
-    fn a_run_ends_with_its_best_step_if_it_was_stopped_early() {
-        let scores = |value: f64| {
-            json!({"a_m": value, "b_m": value, "NanoBEIR_mean_m": 9.0}).as_object().unwrap().clone()
-        };
-        // What the run began with is none of its steps, however good it is.
+    fn the_selected_step_of_a_run_is_read_back() {
+        let scores = |value: f64| json!({ "a_m": value }).as_object().unwrap().clone();
         let evaluations = [0.9, 0.4, 0.3, 0.2].iter().zip([0, 10, 20, 30]);
         let history = History {
             steps: vec![json!({"step": 30}).as_object().unwrap().clone()],
             evaluations: evaluations.map(|(value, step)| (step, scores(*value))).collect(),
         };
-        assert_eq!(history.selected_step("m", None), 30);
-        assert_eq!(history.selected_step("m", Some(3)), 30);
-        assert_eq!(history.selected_step("m", Some(2)), 10);
-        assert_eq!(history.selected_step("other", Some(2)), 30);
-        assert_eq!(selection_metric(&scores(0.5), "m"), Some(0.5));
-        assert_eq!(selection_metric(&scores(0.5), "NanoBEIR_mean_m"), Some(9.0));
-        assert_eq!(selection_metric(&scores(0.5), "a_m"), Some(0.5));
-        assert_eq!(selection_metric(&scores(f64::NAN), "m"), None);
+        let selected = |metric: &str, patience| {
+            let metric = metric.to_owned();
+            history.selected_step(&config::Evaluation { metric, patience, ..Default::default() })
+        };
+        assert_eq!([selected("m", None), selected("m", Some(3)), selected("other", Some(2))], [30; 3]);
+        assert_eq!(selected("m", Some(2)), 10);
     }
 }

@@ -1,42 +1,58 @@
-//! AdamW (Loshchilov & Hutter 2017) over the flat buffer, with gradient clipping as in torch's `clip_grad_norm_`.
+//! AdamW (Loshchilov & Hutter 2017) over the flat parameter buffer, with gradient clipping as in torch's `clip_grad_norm_`.
 
 use candle_core::Tensor;
 use kernels::adamw::{self, AdamW};
 
 use crate::Result;
+use crate::config::Training;
 use crate::model::params::{FlatParameters, Gradients};
 
-/// The moments, and how they are used.
+/// AdamW's moments and hyperparameters.
 #[derive(Debug)]
 pub struct Optimizer {
-    /// (P) first moment, `exp_avg`.
+    /// (P) first moment.
     pub exp_avg: Tensor,
-    /// (P) second moment, `exp_avg_sq`.
+    /// (P) second moment.
     pub exp_avg_sq: Tensor,
-    rule: AdamW,
-    decayed: usize,
+    hyperparameters: AdamW,
+    decayed: usize, // the first elements of the buffer, which weight decay applies to
     max_norm: Option<f64>,
 }
 
 impl Optimizer {
-    /// Zero moments. `decay_all` applies weight decay to biases and norms too; without `max_norm` nothing is clipped.
-    pub fn new(flat: &FlatParameters, rule: AdamW, decay_all: bool, max_norm: Option<f64>) -> Result<Self> {
-        let decayed = if decay_all { flat.len() } else { flat.decayed() };
-        Ok(Self { exp_avg: flat.zeros()?, exp_avg_sq: flat.zeros()?, rule, decayed, max_norm })
+    /// Zero moments for the parameters `flat`, with the hyperparameters of `training`.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn new(flat: &FlatParameters, training: &Training) -> Result<Self> {
+        let (beta1, beta2) = training.betas;
+        Ok(Self {
+            exp_avg: flat.zeros()?,
+            exp_avg_sq: flat.zeros()?,
+            hyperparameters: AdamW {
+                learning_rate: training.learning_rate,
+                beta1,
+                beta2,
+                epsilon: training.epsilon,
+                weight_decay: training.weight_decay,
+            },
+            decayed: if training.decay_all { flat.len() } else { flat.decayed() },
+            max_norm: Some(training.max_grad_norm).filter(|&norm| norm > 0.0),
+        })
     }
 
-    /// Updates the parameters from their gradients; returns the gradients' global norm (1), f64. If it or one of `losses` (B) is not
-    /// finite, nothing is updated. `step` counts from 1.
+    /// Updates the parameters from their gradients; returns the gradients' global norm (1), f64. If the norm or one of `losses`
+    /// (B) is not finite, nothing is updated. `step` counts from 1.
     pub fn step(
         &mut self,
         flat: &FlatParameters,
         gradients: &Gradients,
         losses: &Tensor,
         step: u64,
-        rate: f64,
+        learning_rate: f64,
     ) -> Result<Tensor> {
         let clip = adamw::clip_grad_norm(gradients.flat(), losses, self.max_norm)?;
-        self.rule.learning_rate = rate;
+        self.hyperparameters.learning_rate = learning_rate;
         adamw::step(
             flat.values(),
             gradients.flat(),
@@ -45,7 +61,7 @@ impl Optimizer {
             self.decayed,
             step,
             &clip.scale,
-            &self.rule,
+            &self.hyperparameters,
         )?;
         Ok(clip.norm)
     }

@@ -1,33 +1,29 @@
-//! A run from its plan to the trained model: what happens around the steps.
+//! A run from its plan to the trained model: the loop around the optimizer steps.
 
 use std::fs;
-use std::path::Path;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use kernels::adamw::{self, AdamW};
+use kernels::adamw;
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::World;
-use crate::config::Interval;
 use crate::data::batch::Batch;
-use crate::eval::embed::Embedder;
-use crate::eval::samples::{EvaluationSamples, SamplesFile};
-use crate::eval::{self, Examples, nano};
 use crate::export::{self, TrainedRun};
-use crate::loss::Losses;
 use crate::model::Model;
-use crate::model::params::Gradients;
 use crate::system::atomic;
+use crate::system::command;
 use crate::system::heartbeat;
 use crate::system::progress::Progress;
 use crate::system::signals::Signals;
-use crate::train::checkpoint;
-use crate::train::checkpoint::{Best, Checkpoints, Snapshot, State, Writer};
-use crate::train::metrics::{self, History, Metrics};
-use crate::train::optimizer::Optimizer;
+use crate::train::checkpoint::{self, Checkpoints, Snapshot, State, Writer};
+use crate::train::evaluation;
+use crate::train::metrics::History;
 use crate::train::plan::Plan;
 use crate::train::report::{self, facts::Facts};
+use crate::train::run_log::{RecentLoss, RunLog, step_metrics};
+use crate::train::selection::Best;
 use crate::train::step::{Outcome, Stepper};
 use crate::{Error, Result};
 
@@ -36,28 +32,40 @@ pub struct Run {
     plan: Plan,
     model: Model,
     state: State,
-    resumed: Option<std::path::PathBuf>,
+    resumed: Option<PathBuf>,
     checkpoints: Checkpoints,
     signals: Signals,
     world: World,
 }
 
-/// What came out.
+/// The result of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
     /// Optimizer steps done.
     pub steps: u64,
-    /// Scores before the first step; empty without evaluation sets, or if that was before a resume.
-    pub before: Map<String, Value>,
-    /// Scores after the last.
-    pub after: Map<String, Value>,
     /// The step whose parameters are in OUTPUT/model.
     pub selected_step: u64,
+    /// The best evaluation; none without evaluation sets.
+    pub best: Option<Best>,
+    /// Scores of the base model, before the first step; empty without evaluation sets.
+    pub before: Map<String, Value>,
+    /// Scores after `selected_step`.
+    pub after: Map<String, Value>,
+    /// Mean loss over the rows of the last steps; none if no step was done.
+    pub loss: Option<f64>,
+    /// OUTPUT/report.html; none if it could not be written.
+    pub report: Option<PathBuf>,
+    /// Duration of this run, since its last resume.
+    pub duration: Duration,
 }
 
 impl Run {
-    /// Everything that can fail before anything is started: the model is read, the output folder claimed, the newest
-    /// checkpoint found. The first rank does so for all; they compare what they will train.
+    /// Does everything that can fail before the first step: reads the model, claims the output folder and finds the newest
+    /// checkpoint. Rank 0 does so for all ranks, which compare what they are about to train.
+    ///
+    /// # Errors
+    /// The output folder already holds a run and `resume` is false; the checkpoint belongs to another run; the ranks have
+    /// different configurations, data or models; a file cannot be read or written.
     pub fn prepare(plan: Plan, resume: bool, world: World) -> Result<Self> {
         let output = &plan.config.output;
         let checkpoints = Checkpoints::new(output, plan.config.checkpoint.keep);
@@ -74,23 +82,22 @@ impl Run {
             Some((path, mut state)) if state.identity.is_compatible_with(&identity) => {
                 if state.identity.steps != identity.steps {
                     tracing::warn!(
-                        "{} is of a run of {} steps, this one has {}: the learning rate goes on as in a run of so many",
+                        "the checkpoint {} was written by a run of {} steps, this run has {}; the learning-rate schedule \
+                         follows the new length",
                         path.display(),
                         state.identity.steps,
                         identity.steps
                     );
                     state.identity = identity.clone();
                 }
-                // Checkpoints of old do not say; they were written after the evaluation.
-                state.evaluated.get_or_insert(state.step);
                 (state, Some(path))
             }
             Some((path, state)) => {
                 return Err(Error::file(
                     path,
                     format!(
-                        "belongs to another run: the configuration has {}\nhint: another `output` starts a new one",
-                        identity.differences(&state.identity)
+                        "belongs to another run: {}\nhint: another `output` starts a new one",
+                        state.identity.differences(&identity)
                     ),
                 ));
             }
@@ -109,8 +116,13 @@ impl Run {
         Ok(Self { plan, model, state, resumed, checkpoints, signals: Signals::listen()?, world })
     }
 
-    /// Trains to the end, or until a signal asks for a stop.
+    /// Trains to the end and writes OUTPUT/model, or stops at a signal.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] after a signal, once the checkpoint is written; a loss, gradient or parameter is not finite; a row
+    /// cannot be read; a file cannot be written; another rank has failed.
     pub fn train(mut self) -> Result<Summary> {
+        let started = Instant::now();
         let output = self.plan.config.output.clone();
         if self.world.is_rank_zero() {
             let mut config = self.plan.resolved();
@@ -120,96 +132,75 @@ impl Run {
             let config = config.to_yaml()?;
             atomic::write(&output.join("config.yaml"), config)?;
         }
-        let started = Instant::now();
         let facts = match self.world.is_rank_zero() {
             true => Some(Facts::start(&output, &self.plan, &self.world, self.resumed.is_some())?),
             false => None,
         };
-        let trained = self.steps(&output);
+        let done = self.steps(&output);
         let written = facts.map_or(Ok(()), |facts| facts.finish(&output, started.elapsed().as_secs_f64()));
-        let mut summary = trained?;
+        let loss = done?;
         written?;
-        let early = self.stopped_early_at();
-        summary.selected_step = early.unwrap_or(summary.selected_step);
+        let State { step, selection, .. } = self.state;
+        let selected_step = selection.selected_step(&self.plan.config.evaluation, step);
+        let mut summary =
+            Summary { steps: step, selected_step, best: selection.best, loss, ..Summary::default() };
         if !self.world.is_rank_zero() {
             return Ok(summary);
         }
         let history = History::read(&output.join("metrics.jsonl"))?.unwrap_or_default();
         summary.before = history.scores_at(0).cloned().unwrap_or_default();
-        summary.after = history.scores_at(summary.selected_step).cloned().unwrap_or_default();
-        if early.is_some() {
-            // Early stopping says that what came after the best evaluation was not worth having.
+        summary.after = history.scores_at(selected_step).cloned().unwrap_or_default();
+        if selected_step != step {
             self.model.load_parameters(&self.checkpoints.find("best")?.join("parameters.safetensors"))?;
             heartbeat::record_work();
         }
-        let (config, step) = (&self.plan.config, summary.selected_step);
-        let trained = TrainedRun { config, step, before: &summary.before, after: &summary.after };
+        let config = &self.plan.config;
+        let trained =
+            TrainedRun { config, step: selected_step, before: &summary.before, after: &summary.after };
         let options = export::Options { merge: false, replace: true };
         export::write_run(&mut self.model, &trained, options, &output.join("model"))?;
-        if let Err(error) = report::write(std::slice::from_ref(&output), None) {
-            // The model is there, and the report can be written again.
-            tracing::warn!("no report: {error}\nhint: trainer report {}", output.display());
-        }
+        // The model is written; a report that fails can be written again.
+        summary.report = report::write(std::slice::from_ref(&output), None)
+            .inspect_err(|error| {
+                tracing::warn!("no report: {error}\nhint: trainer report {}", output.display());
+            })
+            .ok();
+        summary.duration = started.elapsed();
         Ok(summary)
     }
 
-    fn steps(&mut self, output: &Path) -> Result<Summary> {
+    /// Does all steps that are left, with evaluations and checkpoints; returns the mean loss of the last steps.
+    fn steps(&mut self, output: &Path) -> Result<Option<f64>> {
         let Self { plan, model, state, resumed, checkpoints, signals, world } = self;
         let config = &plan.config;
-        let training = &config.training;
-        let (beta1, beta2) = training.betas;
-        let rule = AdamW {
-            learning_rate: training.learning_rate,
-            beta1,
-            beta2,
-            epsilon: training.epsilon,
-            weight_decay: training.weight_decay,
-        };
-        let clip = Some(training.max_grad_norm).filter(|&norm| norm > 0.0);
-        let mut stepper = Stepper {
-            model,
-            gradients: Gradients::zeros(model.flat())?,
-            optimizer: Optimizer::new(model.flat(), rule, training.decay_all, clip)?,
-            losses: Losses::new(&config.loss, model.normalize()),
-            schedule: plan.schedule,
-            budget: plan.budget,
-            seed: config.seed,
-            world: world.clone(),
-        };
+        let mut stepper = Stepper::new(model, &plan.step_settings(), world.clone())?;
         if let Some(path) = resumed {
             checkpoint::restore(path, state, model.flat(), &stepper.optimizer)?;
-            if state.best.is_some_and(|best| best.step == state.step) {
+            if state.selection.best.is_some_and(|best| best.step == state.step) {
                 // A kill may have come between the checkpoint and its link.
                 checkpoints.mark_best(state.step)?;
             }
             tracing::info!("resumed after step {} from {}", state.step, path.display());
         }
-        // Every rank begins with the first one's bits, wherever they were read.
+        // All ranks start from the bits of rank 0, wherever they were read.
         for buffer in [model.flat().values(), &stepper.optimizer.exp_avg, &stepper.optimizer.exp_avg_sq] {
             world.broadcast(buffer)?;
         }
-        let mut log = match world.is_rank_zero() {
-            true => Some(RunLog {
-                metrics: Metrics::open(output, state.step, state.evaluated, config.logging.tensorboard)?,
-                samples: SamplesFile::open(output, state.step)?,
-            }),
-            false => None,
-        };
+        let mut log =
+            if world.is_rank_zero() { Some(RunLog::open(output, state, &config.logging)?) } else { None };
         let mut writer = Writer::new(checkpoints.clone());
-        let mut summary = Summary::default();
-        if evaluation_due(plan, state.step) && state.evaluated != Some(state.step) {
-            // A stop does not wait for the evaluation that its step asks for.
-            let best = evaluate(plan, model, world, state, &mut log)?;
+        if evaluation::is_due(plan, state) && state.evaluated != Some(state.step) {
+            // A stop by a signal skips the evaluation that is due at its step; it is made up for here.
+            let best = evaluation::run(plan, model, world, state, &mut log)?;
             if best && world.is_rank_zero() {
                 checkpoints.mark_best(state.step)?;
             }
         }
 
         let mut progress = Progress::new("step", plan.steps, state.step);
+        let mut loss = RecentLoss::default();
         for partial in plan.batches(state, world.shard())? {
-            if let Some(stale) = stale(plan, state) {
-                let step = state.step;
-                tracing::info!("no better evaluation in the last {stale}: stopped early after step {step}");
+            if state.selection.stops_early(&config.evaluation) {
                 break;
             }
             let mut partial = partial?;
@@ -221,61 +212,61 @@ impl Run {
             let seconds = started.elapsed().as_secs_f64();
 
             state.nonfinite = if outcome.applied { 0 } else { state.nonfinite + 1 };
-            if state.nonfinite >= training.max_nonfinite.max(1) {
+            if state.nonfinite >= config.training.max_nonfinite.max(1) {
                 return Err(nonfinite(plan, &batch, &outcome, step));
             }
             state.step = step;
             state.tokens += batch.tokens() as u64;
             state.cursor = batch.cursor.clone();
-            let line = line(plan, &batch, &outcome, step, seconds);
-            progress.step(step, line.loss, line.tokens, seconds);
-            if let Some(log) = &mut log
-                && (step % config.logging.every.max(1) == 0 || step == plan.steps)
-            {
-                log.metrics.step(&line)?;
+            loss.add(outcome.loss, batch.rows.len());
+            progress.step(step, loss.mean().unwrap_or(outcome.loss), batch.tokens(), seconds);
+            if let Some(log) = &mut log {
+                log.step(&step_metrics(plan, &batch, &outcome, step, seconds), step == plan.steps)?;
             }
 
             writer.check()?;
-            let stop = world.any_signal(signals.requested())?;
-            let due = checkpoint_due(plan, &batch, step);
-            let mut best = false;
-            if stop.is_none() && evaluation_due(plan, step) {
-                best = evaluate(plan, model, world, state, &mut log)?;
+            let signal = world.any_signal(signals.requested())?;
+            let best = signal.is_none()
+                && evaluation::is_due(plan, state)
+                && evaluation::run(plan, model, world, state, &mut log)?;
+            let early = state.selection.stops_early(&config.evaluation);
+            let last = step == plan.steps || signal.is_some() || early;
+            if best || last || evaluation::every(config.checkpoint.every, state) {
+                save(&stepper, state, &mut writer, best, last)?;
             }
-            let ends = step == plan.steps || stop.is_some() || stale(plan, state).is_some();
-            if due || best || ends {
-                save(&stepper, state, &mut writer, best, ends)?;
-            }
-            if let Some(signal) = stop {
+            if let Some(signal) = signal {
                 writer.finish()?;
-                // Whoever started the ranks may end all when one ends.
+                // The launcher may end all ranks as soon as one ends.
                 world.barrier()?;
-                return Err(Error::Stopped { signal, step });
+                let checkpoint = checkpoints.path(step);
+                return Err(Error::Stopped { signal, step, checkpoint, resume: resume_command() });
             }
+        }
+        if state.selection.stops_early(&config.evaluation)
+            && let Some(Best { step, value }) = state.selection.best
+        {
+            tracing::info!(
+                "early stopping at step {}: no improvement in {} evaluations (best: step {step}, {value:.4})",
+                state.step,
+                state.selection.evaluations_without_improvement
+            );
         }
         writer.finish()?;
         world.barrier()?;
-        summary.steps = state.step;
-        summary.selected_step = state.step;
-        Ok(summary)
-    }
-
-    /// The best step, where early stopping ended the run there.
-    fn stopped_early_at(&self) -> Option<u64> {
-        stale(&self.plan, &self.state)?;
-        self.state.best.map(|best| best.step)
+        Ok(loss.mean())
     }
 }
 
-/// Begins to write a checkpoint, if all ranks hold the same bits and every number is one. `ends`: no step follows.
-fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, ends: bool) -> Result<()> {
+/// Starts to write a checkpoint, after all ranks have compared their bits and every number was found finite. `best`: it is the
+/// best so far. `last`: no step follows.
+fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, last: bool) -> Result<()> {
     let started = Instant::now();
     let (flat, optimizer) = (stepper.model.flat(), &stepper.optimizer);
     let buffers = [flat.values(), &optimizer.exp_avg, &optimizer.exp_avg_sq];
     for (what, buffer) in ["a parameter", "a first moment", "a second moment"].into_iter().zip(buffers) {
-        // A finite gradient can still lead there, and the last good checkpoint is worth more than this one.
+        // An update with a finite gradient can overflow; the checkpoints written before stay usable.
         if !adamw::all_finite(buffer)? {
-            let rows = "hint: a smaller `training.learning_rate`, or `training.max_grad_norm`".to_owned();
+            let rows = "hint: use a smaller `training.learning_rate` or `training.max_grad_norm`".to_owned();
             return Err(Error::NonFinite { step: state.step, what, rows });
         }
     }
@@ -283,144 +274,14 @@ fn save(stepper: &Stepper, state: &mut State, writer: &mut Writer, best: bool, e
     stepper.world.assert_same("parameters or moments", digest)?;
     state.digest = Some(checkpoint::format_digest(digest));
     if stepper.world.is_rank_zero() {
-        writer.save(Snapshot::take(state, flat, optimizer, ends)?, best)?;
+        writer.save(Snapshot::take(state, flat, optimizer, last)?, best)?;
     }
-    tracing::debug!("a checkpoint held up the training for {:.3} s", started.elapsed().as_secs_f64());
+    tracing::debug!("training waited {:.3} s for a checkpoint", started.elapsed().as_secs_f64());
     Ok(())
 }
 
-/// Whether the model is measured after `step` steps: before the first, every so often, and after the last.
-fn evaluation_due(plan: &Plan, step: u64) -> bool {
-    step == 0 || step == plan.steps || every(plan.config.evaluation.every, step)
-}
-
-/// Evaluations since the best one, where they are so many that the run ends.
-fn stale(plan: &Plan, state: &State) -> Option<u64> {
-    plan.config
-        .evaluation
-        .patience
-        .filter(|&patience| state.evaluations_without_improvement >= patience)
-        .map(|_| state.evaluations_without_improvement)
-}
-
-/// Counts an evaluation; true if it is the best so far. The model that the run began with is none of its results.
-fn update_best(state: &mut State, metric: &str, value: Option<f64>) -> bool {
-    let Some(value) = value.filter(|_| state.step > 0) else { return false };
-    if state.best.is_some_and(|best| !eval::is_better(metric, value, best.value)) {
-        state.evaluations_without_improvement += 1;
-        return false;
-    }
-    state.best = Some(Best { step: state.step, value });
-    state.evaluations_without_improvement = 0;
-    true
-}
-
-/// Where the first rank tells what it finds.
-struct RunLog {
-    metrics: Metrics,
-    samples: SamplesFile,
-}
-
-/// What an evaluation found.
-struct Found {
-    scores: Map<String, Value>,
-    examples: Vec<(String, Examples)>,
-}
-
-/// Measures the model, counts that, and writes it down; true if it is the best so far.
-fn evaluate(
-    plan: &Plan,
-    model: &Model,
-    world: &World,
-    state: &mut State,
-    log: &mut Option<RunLog>,
-) -> Result<bool> {
-    let found = measure(plan, model, world)?;
-    let metric = &plan.config.evaluation.metric;
-    let best = update_best(state, metric, plan.selection_metric(&found.scores));
-    state.evaluated = Some(state.step);
-    tell(plan, log, found, state.step, best)?;
-    Ok(best)
-}
-
-/// The scores of all sets, shared among the ranks; all get the first one's, and decide alike.
-fn measure(plan: &Plan, model: &Model, world: &World) -> Result<Found> {
-    let (mut of_sets, mut examples) = (Vec::new(), Vec::new());
-    for (set, prompts) in &plan.sets {
-        let embedder = Embedder {
-            model,
-            tokenizer: &plan.tokenizer,
-            query_prompt: &prompts.query,
-            document_prompt: &prompts.document,
-            text_prompt: &prompts.text,
-            max_query_length: plan.lengths.query,
-            max_document_length: plan.lengths.document,
-            chunk_tokens: plan.embed_tokens,
-            world: world.clone(),
-        };
-        let measured = set.evaluate(&embedder)?;
-        of_sets.push(measured.scores);
-        examples.push((set.name().to_owned(), measured.examples));
-    }
-    let means = nano::mean_scores(plan.sets.iter().map(|(set, _)| set).zip(&of_sets));
-    let (names, values): (Vec<String>, Vec<f64>) = of_sets.into_iter().chain([means]).flatten().unzip();
-    let values = world.all_gather(&values)?.swap_remove(0);
-    let scores = names.into_iter().zip(values.into_iter().map(Value::from)).collect();
-    Ok(Found { scores, examples })
-}
-
-/// Writes down an evaluation after `step` steps.
-fn tell(plan: &Plan, log: &mut Option<RunLog>, found: Found, step: u64, best: bool) -> Result<()> {
-    let (Some(RunLog { metrics, samples }), false) = (log, found.scores.is_empty()) else { return Ok(()) };
-    metrics.evaluation(step, &found.scores)?;
-    samples.record(EvaluationSamples { step, best, sets: found.examples })?;
-    if let Some(value) = plan.selection_metric(&found.scores) {
-        tracing::info!("step {step}: {} {value:.4}", plan.config.evaluation.metric);
-    }
-    Ok(())
-}
-
-fn line(plan: &Plan, batch: &Batch, outcome: &Outcome, step: u64, seconds: f64) -> metrics::StepMetrics {
-    let tokens = batch.tokens();
-    metrics::StepMetrics {
-        step,
-        epoch: batch.epoch,
-        loss: outcome.loss,
-        grad_norm: outcome.grad_norm,
-        learning_rate: outcome.learning_rate,
-        rows: batch.rows.len(),
-        tokens,
-        seconds,
-        tokens_per_second: tokens as f64 / seconds,
-        losses: losses(plan, batch, outcome),
-        masked: batch.masked(plan.config.loss.in_batch_negatives),
-    }
-}
-
-/// The mean loss of each data set's rows, in the order of the configuration.
-fn losses(plan: &Plan, batch: &Batch, outcome: &Outcome) -> Map<String, Value> {
-    let mut sums = vec![(0.0, 0.0); plan.mixture.sets().len()];
-    for (row, &loss) in batch.rows.iter().zip(&outcome.losses) {
-        let (sum, rows) = &mut sums[row.dataset as usize];
-        *sum += f64::from(loss);
-        *rows += 1.0;
-    }
-    let present = plan.mixture.sets().iter().zip(sums).filter(|(_, (_, rows))| *rows > 0.0);
-    present.map(|(set, (sum, rows))| (set.name.clone(), Value::from(sum / rows))).collect()
-}
-
-fn checkpoint_due(plan: &Plan, batch: &Batch, step: u64) -> bool {
-    match plan.config.checkpoint.every {
-        Interval::Steps(steps) => every(steps, step),
-        Interval::Epoch => batch.epoch.fract() == 0.0,
-    }
-}
-
-fn every(steps: u64, step: u64) -> bool {
-    steps > 0 && step.is_multiple_of(steps)
-}
-
-/// Names the rows whose loss is not finite; where only the gradient is not, all of the batch.
+/// The error for a step that is not finite. It names the rows whose loss is not finite, or all rows of the batch if only the
+/// gradient is not.
 fn nonfinite(plan: &Plan, batch: &Batch, outcome: &Outcome, step: u64) -> Error {
     const SHOWN: usize = 10;
     let what = if outcome.loss.is_finite() { "the gradient norm" } else { "the loss" };
@@ -434,7 +295,13 @@ fn nonfinite(plan: &Plan, batch: &Batch, outcome: &Outcome, step: u64) -> Error 
     Error::NonFinite { step, what, rows: shown.join("\n") }
 }
 
-/// Whether a folder has traces of a run.
+/// The command line that continues this run: the one that started it, with `--resume`.
+fn resume_command() -> String {
+    let command = command::line();
+    if command.split(' ').any(|word| word == "--resume") { command } else { format!("{command} --resume") }
+}
+
+/// Whether a folder has files of a run.
 fn holds_run(output: &Path) -> bool {
     ["config.yaml", "metrics.jsonl", "checkpoints", "model"].iter().any(|name| output.join(name).exists())
 }

@@ -1,55 +1,55 @@
-//! What more ranks would make of a run, from one rank's speed and the speed of the lines between them.
+//! Predicts the time of a step on more ranks, from the speed of one rank and of the network.
 //!
 //! ```text
 //! step = most tokens of a rank / tokens per second + bytes sent by a rank / bytes per second
 //! bytes = ((W−1)/W) · 4 · (2 N·D + 2 P + T)
 //! ```
 //!
-//! over W ranks: embeddings (N, D) are gathered, their gradients scattered back, the gradients of P trained parameters summed
-//! (their parts go out and come back), and the ids of T tokens handed round. Nothing of it is assumed to overlap, so the
-//! truth is a little better. Tokens are those of a real batch, dealt as the run deals them.
+//! over W ranks: all-gather of the embeddings (N, D), reduce-scatter of their gradients, all-reduce of the gradients of P trained
+//! parameters (each part is sent out and comes back), and all-gather of the ids of T tokens. The formula assumes that nothing
+//! overlaps, so the real time is a little shorter. The tokens are those of a real batch, distributed as in a run.
 
 use std::fmt;
 
 use crate::data::partition::Partition;
 
-/// A batch and the model, as far as ranks are concerned.
+/// The work of a step that is divided among ranks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Workload {
-    /// (N) tokens of each sequence of a batch.
+    /// (N) tokens of each sequence of the batch.
     pub lengths: Vec<usize>,
-    /// D.
+    /// Dimension D of the embeddings.
     pub width: usize,
-    /// P.
+    /// Number P of trained parameters.
     pub trained: usize,
 }
 
-/// What was measured.
+/// Measured speeds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rates {
-    /// One rank's tokens per second.
+    /// Tokens per second of one rank.
     pub tokens_per_second: f64,
-    /// Bytes per second that a rank sends.
+    /// Bytes per second that a rank can send.
     pub bytes_per_second: f64,
 }
 
-/// A run on so many ranks.
+/// The predicted step on a number of ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScalingEstimate {
-    /// W.
+    /// Number W of ranks.
     pub ranks: usize,
     /// Tokens of the rank that has the most.
     pub most: usize,
-    /// By how much it exceeds the mean, a fraction.
+    /// By what fraction `most` exceeds the mean.
     pub imbalance: f64,
-    /// Bytes that a rank sends in a step.
+    /// Bytes that a rank sends per step.
     pub bytes: f64,
-    /// Seconds of a step, and how many times faster than one rank that is, where rates are known.
+    /// Seconds per step, and the speed-up over one rank; none without rates.
     pub step: Option<(f64, f64)>,
 }
 
 impl Workload {
-    /// This load on `ranks` ranks.
+    /// Predicts a step on `ranks` ranks.
     pub fn on_ranks(&self, ranks: usize, rates: Option<Rates>) -> ScalingEstimate {
         let share = Partition::balance(&self.lengths, ranks);
         let tokens = |pieces: &[usize]| pieces.iter().map(|&piece| self.lengths[piece]).sum::<usize>();
@@ -66,7 +66,7 @@ impl Workload {
     }
 }
 
-/// Rows of a table, with a heading.
+/// Predictions as a table with a heading.
 #[derive(Debug)]
 pub struct ScalingTable(pub Vec<ScalingEstimate>);
 
@@ -75,7 +75,7 @@ impl fmt::Display for ScalingTable {
         writeln!(
             f,
             "{:>7}{:>16}{:>12}{:>16}{:>12}{:>10}",
-            "ranks", "tokens a rank", "imbalance", "MB a step", "s a step", "faster"
+            "ranks", "tokens/rank", "imbalance", "MB/step", "s/step", "speed-up"
         )?;
         for ScalingEstimate { ranks, most, imbalance, bytes, step } in &self.0 {
             write!(f, "{ranks:>7}{most:>16}{:>11.2}%{:>16.1}", imbalance * 100.0, bytes / 1e6)?;

@@ -13,45 +13,48 @@ use crate::train::gradcache::{self, Budget};
 use crate::train::optimizer::Optimizer;
 use crate::train::schedule::LrSchedule;
 
-/// Model, optimizer and settings of a run, which make optimizer steps.
+/// Model, optimizer and settings of a run: what an optimizer step needs besides its batch. [`Stepper::new`] builds it.
 ///
-/// The example `train_in_memory` (`trainer/examples`) builds one and trains with it.
+/// The example `train_in_memory` (`trainer/examples`) trains with it.
 pub struct Stepper<'a> {
-    /// The encoder, whose trained parameters change.
+    /// The encoder, whose trained parameters are updated.
     pub model: &'a Model,
-    /// Of all trained parameters; zeroed at the start of each step.
+    /// Gradients of all trained parameters; zeroed at the start of each step.
     pub gradients: Gradients,
-    /// The moments.
+    /// AdamW with its moments.
     pub optimizer: Optimizer,
-    /// What is minimised.
+    /// The losses.
     pub losses: Losses,
-    /// The learning rate.
+    /// The learning-rate schedule.
     pub schedule: LrSchedule,
-    /// How a batch is cut into chunks.
+    /// Size of the chunks, and memory for saved activations.
     pub budget: Budget,
-    /// The seed of dropout.
+    /// Seed of dropout.
     pub seed: u64,
-    /// The ranks.
+    /// The ranks of the run.
     pub world: World,
 }
 
-/// What a step has found.
+/// The result of a step.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// The loss of each row of the batch.
     pub losses: Vec<f32>,
-    /// Their mean.
+    /// Mean of the losses.
     pub loss: f64,
-    /// The global norm of the gradient, before clipping.
+    /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// The rate that was used.
+    /// Learning rate of the step.
     pub learning_rate: f64,
-    /// Whether the parameters were updated: not if the loss or the norm is not finite.
+    /// Whether the parameters were updated. They are not if the loss or the norm is not finite.
     pub applied: bool,
 }
 
 impl Stepper<'_> {
-    /// Step `step`, counted from 1.
+    /// Does step `step`, counted from 1.
+    ///
+    /// # Errors
+    /// There is not enough memory; another rank has failed.
     pub fn step(&mut self, batch: &Batch, step: u64) -> Result<Outcome> {
         let Self { model, gradients, optimizer, losses, schedule, budget, seed, world } = self;
         let dropout_key = Some(DropoutKey { seed: *seed, step: step as u32 });
@@ -70,7 +73,7 @@ impl Stepper<'_> {
         let learning_rate = schedule.learning_rate(step);
         let norm = optimizer.step(model.flat(), gradients, &losses, step, learning_rate)?; // (1)
 
-        // All work is queued; here alone a GPU is waited for.
+        // Everything up to here is queued; only this read waits for the GPU.
         let found = Tensor::cat(&[norm, losses.to_dtype(DType::F64)?], 0)?.to_vec1::<f64>()?; // (1 + B)
         let (grad_norm, losses) = (found[0], found[1..].iter().map(|&loss| loss as f32).collect());
         let loss = found[1..].iter().sum::<f64>() / rows as f64;

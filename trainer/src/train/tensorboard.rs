@@ -2,7 +2,7 @@
 //!
 //! A file is TFRecords (length, its checksum, data, its checksum; CRC-32C, masked) of `Event` messages in protocol
 //! buffers: wall_time = 1 (double), step = 2 (int64), file_version = 3 (string), summary = 5; a summary's value = 1; a value's
-//! tag = 1 (string) and simple_value = 2 (float). A run that is resumed opens another file, as TensorBoard expects.
+//! tag = 1 (string) and simple_value = 2 (float). A resumed run creates another file, as TensorBoard expects.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::{Error, Result};
 
-/// An open event file.
+/// An event file, open for writing.
 #[derive(Debug)]
 pub struct Events {
     path: PathBuf,
@@ -19,7 +19,10 @@ pub struct Events {
 }
 
 impl Events {
-    /// Opens a new file in OUTPUT/tensorboard.
+    /// Creates a new file in OUTPUT/tensorboard.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn create(output: &Path) -> Result<Self> {
         let folder = output.join("tensorboard");
         fs::create_dir_all(&folder).map_err(Error::write("create", &folder))?;
@@ -31,6 +34,9 @@ impl Events {
     }
 
     /// Appends scalars of one step.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn scalars<'a>(
         &mut self,
         step: u64,

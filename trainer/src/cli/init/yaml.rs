@@ -298,7 +298,10 @@ mod tests {
         assert_eq!((loaded.training.batch_size, loaded.training.epochs), (16, 3));
         assert_eq!((loaded.model.max_query_length, loaded.model.max_document_length), (Some(32), Some(256)));
         assert_eq!(loaded.evaluation.metric, "max_accuracy");
-        assert_eq!((&loaded.evaluation.sets[0].path, loaded.evaluation.every), (&evaluation[0].path, 24));
+        assert_eq!(
+            (&loaded.evaluation.sets[0].path, loaded.evaluation.every),
+            (&evaluation[0].path, crate::config::Interval::Steps(24))
+        );
         assert!(recipe.commands()[1].ends_with(
             "--tuned 'runs/a b/model' --set 'data/a b/test.jsonl' --kind triplet --max-length 256"
         ));

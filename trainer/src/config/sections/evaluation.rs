@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::config::EvaluationKind;
 use crate::config::check::Check;
+use crate::config::{EvaluationKind, Interval};
 
 /// Evaluation during the run, and early stopping. The model is always evaluated before the first and after the last step.
 ///
@@ -23,19 +23,28 @@ use crate::config::check::Check;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Evaluation {
-    /// Number of steps between evaluations. 0 evaluates only before and after the training.
-    pub every: u64,
+    /// Number of steps between evaluations, or `epoch`. 0 evaluates only before and after the training.
+    pub every: Interval,
     /// The evaluation sets.
     pub sets: Vec<EvaluationSet>,
     /// Metric, without the name of a set, whose mean over the sets decides which step is the best, and early stopping.
     pub metric: String,
     /// Stop the training after this number of evaluations without a better `metric` (early stopping). Default: no early stopping.
     pub patience: Option<u64>,
+    /// Write the model of the best evaluation to OUTPUT/model, instead of the model of the last step. After early stopping it is
+    /// always the best one. Needs `sets`.
+    pub load_best: bool,
 }
 
 impl Default for Evaluation {
     fn default() -> Self {
-        Self { every: 0, sets: Vec::new(), metric: "cosine_ndcg@10".to_owned(), patience: None }
+        Self {
+            every: Interval::Steps(0),
+            sets: Vec::new(),
+            metric: "cosine_ndcg@10".to_owned(),
+            patience: None,
+            load_best: false,
+        }
     }
 }
 
@@ -69,6 +78,9 @@ impl Evaluation {
             check.that(unique, "name", &message)?;
         }
         check.that(!self.metric.is_empty(), "metric", "expected a metric, as cosine_ndcg@10")?;
+        let message =
+            "expected at least one of evaluation.sets, found none: without evaluations there is no best step";
+        check.that(!self.load_best || !self.sets.is_empty(), "load_best", message)?;
         check.that(self.patience != Some(0), "patience", "expected at least 1 evaluation, found 0")
     }
 }

@@ -456,7 +456,7 @@ fn losses_and_kinds_that_do_not_go_together_are_named() {
     files.config.data.train[1].loss = Some(LossKind::InfoNce);
     let error = message(&files);
     assert!(
-        error.contains("data.train.1.loss: data set set1: `info_nce` cannot judge similarity rows"),
+        error.contains("data.train.1.loss: data set set1: `info_nce` is not defined for similarity rows"),
         "{error}"
     );
     files.config.data.train[1].loss = None;

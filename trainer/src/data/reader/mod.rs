@@ -59,7 +59,7 @@ impl Source {
         let path: &Path = &set.path;
         if path.is_dir() {
             let kind = set.kind.filter(|kind| *kind != RowKind::Pairs).map(RowKind::name);
-            let loss = set.loss.filter(|loss| loss.needs_negatives()).map(LossKind::name);
+            let loss = set.loss.filter(|loss| loss.traits().needs_negatives).map(LossKind::name);
             if let Some(name) = kind.or(loss) {
                 let message =
                     format!("`{name}` cannot use a BEIR folder, which has queries and their answers only");

@@ -1,12 +1,13 @@
-//! Checkpoints: everything that a run needs to go on as if it had not stopped. No random state exists, so none is saved.
+//! Checkpoints: everything that a run needs to continue exactly where it stopped. There is no random state to save: all random
+//! numbers are functions of the seed and the step.
 //!
 //! ```text
 //! OUTPUT/checkpoints/step-000100/   parameters.safetensors  optimizer.safetensors  state.json  DONE
 //! ```
 //!
-//! A checkpoint is written under a temporary name, synced and renamed, `DONE` last. A folder without `DONE` is not whole
-//! and is passed over. The first rank writes, in the background; all ranks compare their bits before, and a resumed run gets
-//! those that were written, or none.
+//! A checkpoint is written into a temporary folder, synced and renamed, `DONE` last. A folder without `DONE` is incomplete and is
+//! skipped with a warning. Rank 0 writes, in the background. All ranks compare their bits before a checkpoint is written, and a
+//! digest of these bits is compared when a run is resumed.
 
 mod writer;
 
@@ -23,77 +24,69 @@ use crate::system::heartbeat;
 use crate::system::safetensors;
 use crate::train::memory::format_bytes;
 use crate::train::optimizer::Optimizer;
+use crate::train::selection::Selection;
 use crate::{Error, Result};
 
-/// Where a run stands.
+/// The state of a run after a step: the content of state.json.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Optimizer steps done.
     pub step: u64,
-    /// Where the training rows go on.
+    /// Position in the training rows.
     pub cursor: Cursor,
     /// Tokens encoded so far.
     pub tokens: u64,
     /// Consecutive steps whose loss or gradient was not finite.
     pub nonfinite: u64,
-    /// The best value of the deciding metric, and its step.
-    pub best: Option<Best>,
-    /// Evaluations since then.
-    pub evaluations_without_improvement: u64,
+    /// The best evaluation, for early stopping and `evaluation.load_best`.
+    pub selection: Selection,
     /// The step of the last evaluation.
-    #[serde(default)]
     pub evaluated: Option<u64>,
-    /// What must not change between parts of a run.
+    /// What must not change when the run is resumed.
     pub identity: Identity,
-    /// Of parameters and moments; none in a run that has just begun.
-    #[serde(default)]
+    /// Digest of parameters and moments; none in a run that has just begun.
     pub digest: Option<String>,
 }
 
-/// The best evaluation so far.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Best {
-    /// When.
-    pub step: u64,
-    /// How good.
-    pub value: f64,
-}
-
-/// What makes two runs the same run: with another of these, going on would silently train something else.
+/// What makes two runs the same run: if one of these values changes, a resumed run would silently train something else.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// The configuration's seed.
     pub seed: u64,
     /// Rows per optimizer step.
     pub batch_size: usize,
-    /// Optimizer steps of the whole run.
+    /// Optimizer steps of the whole run. This one may change.
     pub steps: u64,
-    /// A digest of all rows and of what their order depends on.
+    /// Digest of all training rows and of what decides their order.
     pub data: String,
-    /// Trained elements.
+    /// Number of trained parameters.
     pub parameters: usize,
 }
 
 impl Identity {
-    /// What this one has otherwise than `other`, in words.
-    pub fn differences(&self, other: &Self) -> String {
-        let fields = [
-            ("seed", self.seed.to_string(), other.seed.to_string()),
-            ("batch_size", self.batch_size.to_string(), other.batch_size.to_string()),
-            ("rows or order of rows", self.data.clone(), other.data.clone()),
-            ("trained numbers", self.parameters.to_string(), other.parameters.to_string()),
+    /// Says in words what has changed from `self`, of a checkpoint, to `new`, of the configuration.
+    pub fn differences(&self, new: &Self) -> String {
+        let changed = |what: &str, old: u64, new: u64| {
+            (old != new).then(|| format!("{what} was {old}, the configuration has {new}"))
+        };
+        let data =
+            (self.data != new.data).then(|| "the training data changed since this checkpoint".to_owned());
+        let differences = [
+            changed("seed", self.seed, new.seed),
+            changed("training.batch_size", self.batch_size as u64, new.batch_size as u64),
+            changed("the number of trained parameters", self.parameters as u64, new.parameters as u64),
+            data,
         ];
-        let differ = fields.iter().filter(|(_, own, others)| own != others);
-        differ.map(|(what, own, others)| format!("{what} {own}, not {others}")).collect::<Vec<_>>().join("; ")
+        differences.into_iter().flatten().collect::<Vec<_>>().join("; ")
     }
 
-    /// Whether a run with this one can go on as the other, which may have another number of steps.
+    /// Whether a run with this identity can be resumed as `other`. Only the number of steps may differ.
     pub fn is_compatible_with(&self, other: &Self) -> bool {
         *other == Self { steps: other.steps, ..self.clone() }
     }
 }
 
-/// The checkpoints of one run.
+/// The checkpoints of a run.
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
     folder: PathBuf,
@@ -102,18 +95,17 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Those under `output`, of which the newest `keep` and the best stay.
+    /// The checkpoints in OUTPUT/checkpoints, of which the newest `keep` and the best are kept.
     pub fn new(output: &Path, keep: usize) -> Self {
         Self { folder: output.join("checkpoints"), best: output.join("best"), keep: keep.max(1) }
     }
 
-    /// Writes a snapshot, then forgets checkpoints that are no longer needed.
+    /// Writes a snapshot, then deletes checkpoints that are no longer needed. Returns its folder.
     ///
     /// # Errors
-    /// The disk is full, or cannot be written.
+    /// The disk is full or cannot be written.
     pub fn save(&self, snapshot: &Snapshot) -> Result<PathBuf> {
-        let step = snapshot.state.step;
-        let path = self.folder.join(name(step));
+        let path = self.path(snapshot.state.step);
         if is_complete(&path) {
             return Ok(path);
         }
@@ -125,32 +117,37 @@ impl Checkpoints {
         Ok(path)
     }
 
-    /// Makes `best` point to the checkpoint of `step`.
+    /// Makes the link OUTPUT/best point to the checkpoint of `step`.
     pub fn mark_best(&self, step: u64) -> Result<()> {
         atomic::symlink(&Path::new("checkpoints").join(name(step)), &self.best)
     }
 
-    /// The newest whole checkpoint, and its state. Broken ones are passed over with a warning.
+    /// The newest complete checkpoint and its state. Incomplete ones are skipped with a warning.
     pub fn newest(&self) -> Result<Option<(PathBuf, State)>> {
         for step in self.steps()?.into_iter().rev() {
-            let path = self.folder.join(name(step));
+            let path = self.path(step);
             if is_complete(&path) {
                 return Ok(Some((path.clone(), read_state(&path)?)));
             }
-            tracing::warn!(
-                "{} has no DONE: it was not written to the end and is passed over",
-                path.display()
-            );
+            tracing::warn!("{} has no DONE: it was not written completely and is skipped", path.display());
         }
         Ok(None)
     }
 
-    /// The checkpoint that `best` points to.
+    /// The folder of the checkpoint of `step`, which need not exist.
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.folder.join(name(step))
+    }
+
+    /// The checkpoint that OUTPUT/best points to.
     pub fn best(&self) -> Option<PathBuf> {
         self.best.canonicalize().ok().filter(|path| is_complete(path))
     }
 
-    /// The folder of a checkpoint by `last`, `best` or `step-N`.
+    /// The folder of the checkpoint `last`, `best` or `step-N`.
+    ///
+    /// # Errors
+    /// There is no such checkpoint; the message lists those that exist.
     pub fn find(&self, which: &str) -> Result<PathBuf> {
         let found = match which {
             "last" => self.newest()?.map(|(path, _)| path),
@@ -158,7 +155,7 @@ impl Checkpoints {
             _ => which
                 .strip_prefix("step-")
                 .and_then(|step| step.parse().ok())
-                .map(|step| self.folder.join(name(step)))
+                .map(|step| self.path(step))
                 .filter(|path| is_complete(path)),
         };
         found.ok_or_else(|| {
@@ -169,9 +166,9 @@ impl Checkpoints {
         })
     }
 
-    /// Whether the disk has room for so many bytes, before hours of writing end in the middle.
+    /// Checks that the disk has room for `bytes` bytes, before anything is written.
     fn check_free_space(&self, bytes: u64) -> Result<()> {
-        // Names, shapes and blocks of the file system.
+        // More for names, shapes and the blocks of the file system.
         let bytes = bytes + bytes / 64 + (64 << 10);
         let disk = rustix::fs::statvfs(&self.folder)
             .map_err(|error| Error::write("find the free space of", &self.folder)(error.into()))?;
@@ -180,14 +177,14 @@ impl Checkpoints {
             return Ok(());
         }
         let message = format!(
-            "a checkpoint takes {}, the disk has {} free\nhint: make room and --resume; `checkpoint.keep` says how many are kept",
+            "a checkpoint takes {}, the disk has {} free\nhint: free some space and --resume; `checkpoint.keep` is the number of checkpoints kept",
             format_bytes(bytes),
             format_bytes(free)
         );
         Err(Error::file(&self.folder, message))
     }
 
-    /// Removes what a run that was killed had begun to write.
+    /// Deletes the temporary folders of a run that was killed.
     fn remove_unfinished(&self) -> Result<()> {
         let entries = fs::read_dir(&self.folder).map_err(Error::read("read", &self.folder))?;
         for entry in entries.flatten() {
@@ -198,22 +195,19 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Deletes all complete checkpoints but the newest `keep` and the best.
     fn prune(&self) -> Result<()> {
         let best = self.best();
-        let whole: Vec<PathBuf> = self
-            .steps()?
-            .into_iter()
-            .map(|step| self.folder.join(name(step)))
-            .filter(|path| is_complete(path))
-            .collect();
-        let spare = whole.len().saturating_sub(self.keep);
-        for path in whole[..spare].iter().filter(|path| path.canonicalize().ok() != best) {
+        let complete: Vec<PathBuf> =
+            self.steps()?.into_iter().map(|step| self.path(step)).filter(|path| is_complete(path)).collect();
+        let surplus = complete.len().saturating_sub(self.keep);
+        for path in complete[..surplus].iter().filter(|path| path.canonicalize().ok() != best) {
             atomic::remove_dir(path)?;
         }
         Ok(())
     }
 
-    /// Steps that have a folder, whole or not, ascending.
+    /// The steps that have a folder, complete or not, ascending.
     fn steps(&self) -> Result<Vec<u64>> {
         let entries = match fs::read_dir(&self.folder) {
             Ok(entries) => entries,
@@ -228,10 +222,10 @@ impl Checkpoints {
     }
 }
 
-/// Reads moments and parameters back to where they were.
+/// Reads parameters and moments from the checkpoint `path`.
 ///
 /// # Errors
-/// A file cannot be read, is of another model, or does not hold what was written.
+/// A file cannot be read or belongs to another model; the digest is not the one in `state`.
 pub fn restore(path: &Path, state: &State, flat: &FlatParameters, optimizer: &Optimizer) -> Result<()> {
     let moments = path.join("optimizer.safetensors");
     for (buffer, file, prefix) in [
@@ -246,8 +240,8 @@ pub fn restore(path: &Path, state: &State, flat: &FlatParameters, optimizer: &Op
     match &state.digest {
         Some(written) if *written != found => {
             let message = format!(
-                "its tensors are not those that were written: digest {found}, written {written}\n\
-                 hint: the disk has lost bits, or a file was changed; without this folder the run goes on from the one before"
+                "the tensors changed after they were written: their digest is {found}, expected {written}\n\
+                 hint: the disk is faulty or a file was edited; delete this folder to resume from the checkpoint before"
             );
             Err(Error::file(path, message))
         }
@@ -255,19 +249,19 @@ pub fn restore(path: &Path, state: &State, flat: &FlatParameters, optimizer: &Op
     }
 }
 
-/// As state.json has it.
+/// Formats a digest as in state.json: 16 hexadecimal digits.
 pub fn format_digest(digest: u64) -> String {
     format!("{digest:016x}")
 }
 
 fn write(folder: &Path, snapshot: &Snapshot) -> Result<()> {
-    let Snapshot { state, flat, values, first, second } = snapshot;
+    let Snapshot { state, flat, values, exp_avg, exp_avg_sq } = snapshot;
     let named = |buffer, prefix: &'static str| {
         flat.named(buffer).map(move |named| named.map(|(name, tensor)| (format!("{prefix}{name}"), tensor)))
     };
     let parameters = named(values, "").collect::<Result<Vec<_>>>()?;
     safetensors::write(&folder.join("parameters.safetensors"), &parameters)?;
-    let moments = named(first, "exp_avg.").chain(named(second, "exp_avg_sq."));
+    let moments = named(exp_avg, "exp_avg.").chain(named(exp_avg_sq, "exp_avg_sq."));
     safetensors::write(&folder.join("optimizer.safetensors"), &moments.collect::<Result<Vec<_>>>()?)?;
     let json = serde_json::to_vec_pretty(state).map_err(|error| Error::file(folder, error.to_string()))?;
     atomic::write_flushed(&folder.join("state.json"), json)?;
@@ -281,7 +275,7 @@ fn read_state(folder: &Path) -> Result<State> {
     let path = folder.join("state.json");
     let text = fs::read_to_string(&path).map_err(Error::read("read", &path))?;
     serde_json::from_str(&text)
-        .map_err(|error| Error::file(&path, format!("is not the state of a run: {error}")))
+        .map_err(|error| Error::file(&path, format!("expected the state of a run: {error}")))
 }
 
 fn is_complete(path: &Path) -> bool {
@@ -295,9 +289,9 @@ fn name(step: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Training;
     use crate::model::params::{Parameter, ParameterKind, ParameterVisitor};
     use candle_core::{Device, Tensor};
-    use kernels::adamw::AdamW;
 
     fn flat(values: [f32; 3]) -> FlatParameters {
         let a = Tensor::from_slice(&values[..2], (1, 2), &Device::Cpu).unwrap();
@@ -312,8 +306,7 @@ mod tests {
     }
 
     fn optimizer(flat: &FlatParameters) -> Optimizer {
-        let rule = AdamW { learning_rate: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-        Optimizer::new(flat, rule, false, None).unwrap()
+        Optimizer::new(flat, &Training::default()).unwrap()
     }
 
     fn state(step: u64) -> State {
@@ -367,7 +360,7 @@ mod tests {
         let checkpoints = Checkpoints::new(output.path(), 1);
         let flat = flat([1.0, 2.0, 3.0]);
         let path = save(&checkpoints, 1, &flat, &optimizer(&flat));
-        // Where the end of the process found it: renamed, and without some of its files.
+        // As a process leaves it that was killed while it deleted the checkpoint.
         let half = checkpoints.folder.join(".step-000001.tmp");
         fs::rename(path, &half).unwrap();
         fs::remove_file(half.join("parameters.safetensors")).unwrap();
@@ -380,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_without_done_is_passed_over() {
+    fn a_checkpoint_without_done_is_skipped() {
         let output = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(output.path(), 3);
         let flat = flat([1.0, 2.0, 3.0]);
@@ -410,11 +403,11 @@ mod tests {
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&file, bytes).unwrap();
         let message = restore(&path, &state, &flat, &optimizer).unwrap_err().to_string();
-        assert!(message.contains("not those that were written"), "{message}");
+        assert!(message.contains("the tensors changed after they were written"), "{message}");
     }
 
     #[test]
-    fn the_writer_goes_on_with_the_bits_of_the_snapshot() {
+    fn the_writer_writes_the_bits_of_the_snapshot() {
         let output = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(output.path(), 3);
         fs::create_dir_all(&checkpoints.folder).unwrap();

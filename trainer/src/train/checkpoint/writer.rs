@@ -1,4 +1,4 @@
-//! Writing in the background: the step waits for a copy in memory, not for the disk.
+//! Checkpoints are written in the background: training waits for a copy in memory, not for the disk.
 
 use std::thread::{self, JoinHandle};
 
@@ -11,22 +11,25 @@ use crate::model::params::FlatParameters;
 use crate::train::optimizer::Optimizer;
 use crate::{Error, Result};
 
-/// A run's state after a step, apart from the run, which goes on.
+/// A copy of the state, parameters and moments of a run after a step. The run may continue while it is written.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// Where the run stands.
+    /// The state of the run.
     pub state: State,
-    pub(super) flat: FlatParameters, // only its names and places: the values go on
+    pub(super) flat: FlatParameters, // for names and offsets; its values change while the run continues
     pub(super) values: Tensor,
-    pub(super) first: Tensor,
-    pub(super) second: Tensor,
+    pub(super) exp_avg: Tensor,
+    pub(super) exp_avg_sq: Tensor,
 }
 
 impl Snapshot {
-    /// Copies parameters and moments, unless the run ends here: then nothing changes them any more.
-    pub fn take(state: &State, flat: &FlatParameters, optimizer: &Optimizer, ends: bool) -> Result<Self> {
+    /// Copies parameters and moments. With `last`, no step follows and nothing is copied on a CPU.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn take(state: &State, flat: &FlatParameters, optimizer: &Optimizer, last: bool) -> Result<Self> {
         let copy = |buffer: &Tensor| match buffer.device() {
-            Device::Cpu if ends => Ok(buffer.clone()),
+            Device::Cpu if last => Ok(buffer.clone()),
             Device::Cpu => buffer.copy(),
             _ => buffer.to_device(&Device::Cpu),
         };
@@ -34,18 +37,21 @@ impl Snapshot {
             state: state.clone(),
             flat: flat.clone(),
             values: copy(flat.values())?,
-            first: copy(&optimizer.exp_avg)?,
-            second: copy(&optimizer.exp_avg_sq)?,
+            exp_avg: copy(&optimizer.exp_avg)?,
+            exp_avg_sq: copy(&optimizer.exp_avg_sq)?,
         })
     }
 
-    /// Bytes of its tensors.
+    /// Bytes of the tensors.
     pub(super) fn bytes(&self) -> u64 {
         3 * (self.flat.len() * DType::F32.size_in_bytes()) as u64
     }
 }
 
-/// A digest of the bits of buffers (P), parameters and moments.
+/// Digest of the bits of some buffers (P).
+///
+/// # Errors
+/// A buffer cannot be copied from the GPU.
 pub fn digest(buffers: &[&Tensor]) -> Result<u64> {
     const BLOCK: usize = 1 << 20;
     let blocks: Vec<(&Tensor, usize)> = buffers
@@ -60,7 +66,7 @@ pub fn digest(buffers: &[&Tensor]) -> Result<u64> {
     Ok(xxh3_64(&digests.concat()))
 }
 
-/// Writes one checkpoint at a time, while the run goes on.
+/// Writes one checkpoint at a time on a thread, while training continues.
 #[derive(Debug)]
 pub struct Writer {
     checkpoints: Checkpoints,
@@ -68,15 +74,15 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Into the folder of these checkpoints.
+    /// A writer into the folder of `checkpoints`.
     pub fn new(checkpoints: Checkpoints) -> Self {
         Self { checkpoints, thread: None }
     }
 
-    /// Starts to write, after what is being written; `best` says that it is the best so far.
+    /// Starts to write a snapshot once the one before is written. `best`: OUTPUT/best will point to it.
     ///
     /// # Errors
-    /// The one before could not be written.
+    /// The checkpoint before could not be written.
     pub fn save(&mut self, snapshot: Snapshot, best: bool) -> Result<()> {
         self.finish()?;
         let checkpoints = self.checkpoints.clone();
@@ -89,10 +95,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Waits until all is written.
+    /// Waits until the checkpoint is written.
     ///
     /// # Errors
-    /// It could not be.
+    /// It could not be written.
     pub fn finish(&mut self) -> Result<()> {
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(()),
@@ -101,13 +107,16 @@ impl Writer {
         }
     }
 
-    /// Says early if something could not be written.
+    /// Returns the error of a checkpoint that could not be written, without waiting for one that is being written.
+    ///
+    /// # Errors
+    /// See [`Self::finish`].
     pub fn check(&mut self) -> Result<()> {
         if self.thread.as_ref().is_some_and(JoinHandle::is_finished) { self.finish() } else { Ok(()) }
     }
 }
 
-/// A run that fails still ends what it has begun to write.
+/// A run that fails still completes the checkpoint that is being written.
 impl Drop for Writer {
     fn drop(&mut self) {
         if let Err(error) = self.finish() {

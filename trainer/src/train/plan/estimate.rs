@@ -1,18 +1,20 @@
-//! What a configuration says of its run before the data is there: what is missing, and what the run would cost at most.
+//! What a configuration tells of its run before the data exists: what is missing, and an upper bound of the cost.
 
 use std::fmt;
 
-use super::{Lengths, lengths, options, state_bytes};
+use super::cost::state_bytes;
+use super::{Lengths, lengths, options};
 use crate::config::{Batching, Config, WeightInit};
 use crate::model::{Model, Options, locate};
 use crate::train::memory::format_bytes;
 use crate::train::scaling::Workload;
 use crate::{Error, Result, hub};
 
-/// Whether all data that the configuration names is there. What is on the hub is asked for when it is needed.
+/// Checks that all data files of the configuration exist. Files on the hub are not checked; they are downloaded when they are
+/// opened.
 ///
 /// # Errors
-/// Some are not: all of them, each with its place in the configuration.
+/// Files are missing: the message lists all of them with their place in the configuration.
 pub fn check_inputs(config: &Config) -> Result<()> {
     let train = config.data.train.iter().enumerate();
     let train = train.map(|(i, set)| (format!("data.train.{i}.path"), set.path.as_path()));
@@ -27,48 +29,55 @@ pub fn check_inputs(config: &Config) -> Result<()> {
         return Ok(());
     }
     let hint =
-        "paths are relative to the working directory; a recipe's first lines say where its data comes from";
+        "paths are relative to the working directory; the first lines of a recipe say where to get its data";
     Err(Error::Usage(format!("{}\nhint: {hint}", missing.join("\n"))))
 }
 
-/// A run as far as its configuration and the shape of its model tell.
+/// An upper bound of the cost of a run, from its configuration and the shapes of its model alone.
 pub struct CostEstimate<'a> {
     config: &'a Config,
-    elements: usize,
+    parameters: usize,
     trained: usize,
-    state: u64,
+    state_bytes: u64,
     lengths: Lengths,
-    /// What ranks share of a step, where every text is as long as it may be: no step has more.
+    /// The work of a step that is divided among ranks, with every text at its maximum length.
     pub workload: Workload,
-    /// Rows an epoch and steps of the run, where every data set says its `samples`.
+    /// Rows per epoch and steps of the run; none unless every data set has `samples`.
     planned: Option<(u64, u64)>,
 }
 
 impl<'a> CostEstimate<'a> {
-    /// Looks at the model's configuration, not at its weights.
+    /// Reads the model's configuration, not its weights.
     ///
     /// # Errors
-    /// The model cannot be had, or does not fit the configuration.
+    /// The model is not found, or does not fit the configuration.
     pub fn new(config: &'a Config) -> Result<Self> {
         let folder = locate::model(&config.model.path, WeightInit::Random)?;
         let mut options = Options { shapes_only: true, ..options(config) };
         options.model.init = WeightInit::Random;
         let model = Model::open(folder, &options)?;
         let lengths = lengths(config, &model)?;
-        let (elements, trained) = (model.parameter_count(), model.flat().len());
-        let workload = Workload { lengths: longest(config, lengths), width: model.embedding_dim(), trained };
-        let state = state_bytes(&model);
-        Ok(Self { config, elements, trained, state, lengths, workload, planned: planned(config) })
+        let trained = model.flat().len();
+        Ok(Self {
+            config,
+            parameters: model.parameter_count(),
+            trained,
+            state_bytes: state_bytes(&model),
+            lengths,
+            workload: Workload { lengths: longest(config, lengths), width: model.embedding_dim(), trained },
+            planned: planned(config),
+        })
     }
 }
 
-/// Tokens of a step's queries and documents at most.
+/// Tokens of each sequence of a step, with every text at its maximum length.
 fn longest(config: &Config, lengths: Lengths) -> Vec<usize> {
     let rows = config.training.batch_size;
     let documents = rows * (1 + config.data.negatives);
     [vec![lengths.query; rows], vec![lengths.document; documents]].concat()
 }
 
+/// Rows per epoch and steps of the run, if every data set has `samples`.
 fn planned(config: &Config) -> Option<(u64, u64)> {
     let rows =
         |set: &crate::config::DataSet| set.samples.map(|rows| (rows as f64 * set.weight).round() as u64);
@@ -87,29 +96,28 @@ impl fmt::Display for CostEstimate<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Config { name, output, model, data, training, .. } = self.config;
         writeln!(f, "run        {name} → {}", output.display())?;
-        let (all, trained) = (self.elements as f64 / 1e6, self.trained as f64 / 1e6);
+        let (all, trained) = (self.parameters as f64 / 1e6, self.trained as f64 / 1e6);
         writeln!(f, "model      {}: {all:.1} M parameters, {trained:.2} M trained", model.path)?;
-        writeln!(f, "memory     {} for parameters and moments", format_bytes(self.state))?;
+        writeln!(f, "memory     {} for parameters and moments", format_bytes(self.state_bytes))?;
         let documents = 1 + data.negatives;
         let step = self.workload.lengths.iter().sum::<usize>() as f64;
-        write!(
+        writeln!(
             f,
-            "tokens     at most {step:.0} a step: {} rows with a query of {}",
-            training.batch_size, self.lengths.query
+            "tokens     at most {step:.0} per step: {} rows, each with a query of {} and {documents} documents of {}",
+            training.batch_size, self.lengths.query, self.lengths.document
         )?;
-        writeln!(f, " and {documents} documents of {}", self.lengths.document)?;
         match self.planned {
             Some((rows, steps)) => {
                 let sets = data.train.len();
                 writeln!(
                     f,
-                    "data       {rows} rows an epoch, where all {sets} data sets have what is asked of them"
+                    "data       {rows} rows per epoch, if all {sets} data sets have their `samples`"
                 )?;
-                writeln!(f, "steps      {steps}, at most {:.2} M tokens in all", step * steps as f64 / 1e6)
+                writeln!(f, "steps      {steps}, at most {:.2} M tokens in total", step * steps as f64 / 1e6)
             }
             None => writeln!(
                 f,
-                "steps      as many as the rows make, which are counted when the run starts; `samples` fixes them"
+                "steps      unknown until the rows are counted at the start of the run; `samples` of every data set fixes them"
             ),
         }
     }
@@ -127,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_missing_is_told_at_once() {
+    fn all_missing_files_are_listed_at_once() {
         let here = tempfile::tempdir().unwrap();
         std::fs::write(here.path().join("rows.jsonl"), "").unwrap();
         let config = config(&format!(

@@ -1,8 +1,9 @@
-//! What a run will do: the configuration resolved against model, data and memory, checked once, before anything is started.
+//! The plan of a run: a configuration resolved against model, data and memory, and checked before anything is written.
 
+mod cost;
+mod display;
 mod estimate;
 
-use std::fmt;
 use std::fs;
 use std::sync::Arc;
 
@@ -18,162 +19,91 @@ use crate::data::mixture::Mixture;
 use crate::data::partition::Shard;
 use crate::data::tokenize::Tokenizer;
 use crate::eval::{EvalSet, nano};
-use crate::model::chunk::Limit;
-use crate::model::pass::Saved;
 use crate::model::{Model, ModelFolder, Options, locate};
 use crate::system::device;
 use crate::train::checkpoint::{Identity, State};
 use crate::train::gradcache::Budget;
-use crate::train::memory::{self, format_bytes};
-use crate::train::metrics;
+use crate::train::memory;
 use crate::train::scaling::Workload;
-use crate::train::schedule::LrSchedule;
+use crate::train::selection;
+use crate::train::setup::StepSettings;
 use crate::{Error, Result};
+pub use cost::Cost;
 pub use estimate::{CostEstimate, check_inputs};
 
-/// A run, ready to be started or only to be looked at.
+/// The plan of a run: everything that follows from its configuration.
 pub struct Plan {
-    /// As the user wrote it.
+    /// The configuration as the user wrote it.
     pub config: Config,
-    /// What the model folder says besides its weights.
+    /// The files of the model folder, except its weights.
     pub folder: ModelFolder,
-    /// The model's.
+    /// The tokenizer of the model.
     pub tokenizer: Arc<Tokenizer>,
     /// The training rows.
     pub mixture: Arc<Mixture>,
-    /// What is evaluated, with its prompts.
+    /// The evaluation sets with their prompts.
     pub sets: Vec<(EvalSet, Prompts)>,
-    /// The longest texts, in tokens.
+    /// Maximum lengths of texts.
     pub lengths: Lengths,
     /// Optimizer steps of the run.
     pub steps: u64,
-    /// The learning rate.
-    pub schedule: LrSchedule,
-    /// How batches are cut.
+    /// Size of the chunks, and memory for saved activations.
     pub budget: Budget,
     /// Tokens of a chunk in evaluation.
     pub embed_tokens: usize,
-    /// What a batch and the model take.
+    /// Memory and computation of the run.
     pub cost: Cost,
-    /// What ranks share of them.
+    /// The part of the cost that is divided among ranks.
     pub workload: Workload,
 }
 
-/// Put before texts.
+/// Texts that are put before each text of a role.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prompts {
-    /// Before queries.
+    /// Prompt of queries.
     pub query: String,
-    /// Before documents.
+    /// Prompt of documents.
     pub document: String,
-    /// Before both texts of a scored pair.
+    /// Prompt of both texts of a scored pair.
     pub text: String,
 }
 
-/// The longest texts in tokens, prompts and special tokens included.
+/// Maximum lengths of texts in tokens, prompts and special tokens included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lengths {
-    /// Of queries.
+    /// Maximum length of queries.
     pub query: usize,
-    /// Of documents.
+    /// Maximum length of documents.
     pub document: usize,
 }
 
-/// What the run takes, estimated from a sample of its rows.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Cost {
-    /// All parameters.
-    pub elements: usize,
-    /// Trained ones.
-    pub trained: usize,
-    /// The rank of the adapters that are.
-    pub lora: Option<usize>,
-    /// Of a batch.
-    pub tokens: f64,
-    /// Bytes: parameters, gradients, moments.
-    pub state: u64,
-    /// Bytes: activations of a step at most, of which tapes are kept as the budget says.
-    pub activations: u64,
-    /// Bytes that this process may use.
-    pub available: u64,
-}
-
-impl Cost {
-    /// Bytes that a step takes at most, or the weights when they are read: f32 until they are rounded.
-    pub fn peak(&self) -> u64 {
-        (self.state + self.activations).max((size_of::<f32>() * self.elements) as u64)
-    }
-}
-
 impl Plan {
-    /// Resolves and checks a configuration.
+    /// Resolves and checks a configuration: opens the device, downloads what is missing of model and data, reads the model's
+    /// configuration (not its weights), indexes the training rows, and estimates the cost from a sample of them.
+    ///
+    /// # Errors
+    /// The GPU, the model or the data is missing; a value of the configuration does not fit model or data.
     pub fn resolve(config: Config) -> Result<Self> {
-        // A GPU that was asked for and is not there is said first.
         device::current()?;
         check_inputs(&config)?;
         let folder = locate::model(&config.model.path, config.model.init)?;
         let tokenizer = Tokenizer::open_for(&folder.path, folder.lower_case, config.model.init)?;
-        // Only shapes are looked at here: the weights are read once, when the run starts.
         let model = Model::open(folder.clone(), &Options { shapes_only: true, ..options(&config) })?;
         model.check_tokenizer(&tokenizer)?;
+        check_dimensions(&config, &model)?;
         let lengths = lengths(&config, &model)?;
-        for (i, &dim) in config.loss.matryoshka.iter().flat_map(|matryoshka| &matryoshka.dims).enumerate() {
-            if dim > model.embedding_dim() {
-                let message =
-                    format!("{dim}, but the model's embeddings have {} numbers", model.embedding_dim());
-                return Err(config.error(&format!("loss.matryoshka.dims.{i}"), message));
-            }
-        }
+
         let mixture = Mixture::open(&config)?;
-        let all = mixture.batches() * config.training.epochs;
-        let steps = config.training.max_steps.unwrap_or(all);
-        let schedule = LrSchedule {
-            shape: config.training.schedule,
-            peak: config.training.learning_rate,
-            warmup: config.training.warmup(steps),
-            total: steps,
-        };
-        let sets = config
-            .evaluation
-            .sets
-            .iter()
-            .map(|set| {
-                // As the model that the run writes will have them.
-                let data = &config.data;
-                let queries = data.common_prompt(|set| &set.query_prompt).unwrap_or(folder.query_prompt());
-                let documents =
-                    data.common_prompt(|set| &set.document_prompt).unwrap_or(folder.document_prompt());
-                let own = |given: &Option<String>, else_: &str| given.as_deref().unwrap_or(else_).to_owned();
-                let prompts = Prompts {
-                    query: own(&set.query_prompt, queries),
-                    document: own(&set.document_prompt, documents),
-                    text: own(&set.query_prompt, folder.text_prompt()),
-                };
-                Ok((EvalSet::open(set, &config)?, prompts))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        for (i, (set, _)) in sets.iter().enumerate() {
-            if sets[..i].iter().any(|(other, _)| other.name() == set.name()) {
-                let message = format!(
-                    "two sets are called `{}`, and so would be their metrics\nhint: give each a `name`",
-                    set.name()
-                );
-                return Err(config.error(&format!("evaluation.sets.{i}"), message));
-            }
-        }
-        let known = metric_names(&sets);
-        if !known.is_empty()
-            && !metrics::has_metric(known.iter().map(String::as_str), &config.evaluation.metric)
-        {
-            let message =
-                format!("no set has `{}`; there are {}", config.evaluation.metric, known.join(", "));
-            return Err(config.error("evaluation.metric", message));
-        }
-        let (tokens, of_batch) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
-        let workload =
-            Workload { lengths: of_batch, width: model.embedding_dim(), trained: model.flat().len() };
-        let ranks = RankEnv::from_env()?.map_or((1, 1), |env| (env.size, env.local_size));
-        let (budget, cost) = share_memory(&config.training, &model, tokens, &workload.lengths, ranks);
+        let steps = config.training.max_steps.unwrap_or(mixture.batches() * config.training.epochs);
+        let sets = evaluation_sets(&config, &folder)?;
+        check_metric(&config, &sets)?;
+
+        let (tokens, first) = sample(&mixture, &tokenizer, batch_options(&config, &folder, lengths))?;
+        let workload = Workload { lengths: first, width: model.embedding_dim(), trained: model.flat().len() };
+        let (ranks, local_ranks) = RankEnv::from_env()?.map_or((1, 1), |env| (env.size, env.local_size));
+        let available = memory::available(local_ranks);
+        let (budget, cost) =
+            cost::divide_memory(&config.training, &model, tokens, &workload.lengths, ranks, available);
         let embed_tokens = memory::default_chunk_tokens().max(lengths.query).max(lengths.document);
         let (tokenizer, mixture) = (Arc::new(tokenizer), Arc::new(mixture));
         Ok(Self {
@@ -184,7 +114,6 @@ impl Plan {
             sets,
             lengths,
             steps,
-            schedule,
             budget,
             embed_tokens,
             cost,
@@ -192,12 +121,26 @@ impl Plan {
         })
     }
 
-    /// Reads the weights.
+    /// Opens the model with its weights.
+    ///
+    /// # Errors
+    /// A file cannot be read or does not fit the model's configuration.
     pub fn model(&self) -> Result<Model> {
         Model::open(self.folder.clone(), &options(&self.config))
     }
 
-    /// What makes this run itself.
+    /// What an optimizer step computes.
+    pub fn step_settings(&self) -> StepSettings<'_> {
+        StepSettings {
+            training: &self.config.training,
+            loss: &self.config.loss,
+            seed: self.config.seed,
+            steps: self.steps,
+            budget: self.budget,
+        }
+    }
+
+    /// What must not change when the run is resumed.
     pub fn identity(&self, model: &Model) -> Identity {
         Identity {
             seed: self.config.seed,
@@ -208,7 +151,7 @@ impl Plan {
         }
     }
 
-    /// The configuration with what it leaves to a default that follows from other values.
+    /// The configuration with the defaults that follow from other values filled in.
     pub fn resolved(&self) -> Config {
         let mut config = self.config.clone();
         let training = &mut config.training;
@@ -225,10 +168,11 @@ impl Plan {
         config
     }
 
-    /// What all ranks must have alike, wherever each of them has its files: the configuration without places, and the tokenizer.
+    /// What must be the same on all ranks: the configuration without paths, which may differ between hosts, and the digest of
+    /// the tokenizer.
     ///
     /// # Errors
-    /// The tokenizer's file is gone.
+    /// The tokenizer's file cannot be read.
     pub fn rank_invariant(&self) -> Result<(Config, u64)> {
         let mut config = self.config.clone();
         config.output.clear();
@@ -239,13 +183,16 @@ impl Plan {
             lora.path = None;
         }
         let path = self.folder.path.join("tokenizer.json");
-        // Without one a token is a byte.
+        // A model without a tokenizer reads bytes.
         let tokenizer =
             if path.exists() { fs::read(&path).map_err(Error::read("read", path))? } else { Vec::new() };
         Ok((config, xxh3_64(&tokenizer)))
     }
 
-    /// The batches from where `state` stands to the end of the run, tokenised in part.
+    /// The batches from `state` to the end of the run, of which this rank tokenises its `shard`.
+    ///
+    /// # Errors
+    /// `state` does not fit the data; a thread cannot be started.
     pub fn batches(&self, state: &State, shard: Shard) -> Result<Loader> {
         Loader::start(
             Arc::clone(&self.mixture),
@@ -257,16 +204,10 @@ impl Plan {
         )
     }
 
-    /// The value that decides "best": the mean of the deciding metric over the sets; none without sets.
+    /// The value of `evaluation.metric` in `scores`, by which evaluations are compared; none without evaluation sets.
     pub fn selection_metric(&self, scores: &Map<String, Value>) -> Option<f64> {
-        metrics::selection_metric(scores, &self.config.evaluation.metric)
+        selection::selection_metric(scores, &self.config.evaluation.metric)
     }
-}
-
-/// The metrics that an evaluation of all sets will have.
-fn metric_names(sets: &[(EvalSet, Prompts)]) -> Vec<String> {
-    let own = sets.iter().flat_map(|(set, _)| set.metric_names());
-    own.chain(nano::mean_metric_names(sets.iter().map(|(set, _)| set))).collect()
 }
 
 fn options(config: &Config) -> Options<'_> {
@@ -277,6 +218,18 @@ fn options(config: &Config) -> Options<'_> {
         seed: config.seed,
         shapes_only: false,
     }
+}
+
+/// Checks that the model's embeddings have the dimensions of `loss.matryoshka`.
+fn check_dimensions(config: &Config, model: &Model) -> Result<()> {
+    for (i, &dim) in config.loss.matryoshka.iter().flat_map(|matryoshka| &matryoshka.dims).enumerate() {
+        if dim > model.embedding_dim() {
+            let message =
+                format!("{dim}, but the model's embeddings have {} dimensions", model.embedding_dim());
+            return Err(config.error(&format!("loss.matryoshka.dims.{i}"), message));
+        }
+    }
+    Ok(())
 }
 
 fn lengths(config: &Config, model: &Model) -> Result<Lengths> {
@@ -292,6 +245,43 @@ fn lengths(config: &Config, model: &Model) -> Result<Lengths> {
     })
 }
 
+/// Opens the evaluation sets. Their prompts are those that the trained model's folder will have.
+fn evaluation_sets(config: &Config, folder: &ModelFolder) -> Result<Vec<(EvalSet, Prompts)>> {
+    let mut sets: Vec<(EvalSet, Prompts)> = Vec::new();
+    for (i, set) in config.evaluation.sets.iter().enumerate() {
+        let data = &config.data;
+        let queries = data.common_prompt(|set| &set.query_prompt).unwrap_or(folder.query_prompt());
+        let documents = data.common_prompt(|set| &set.document_prompt).unwrap_or(folder.document_prompt());
+        let own = |given: &Option<String>, default: &str| given.as_deref().unwrap_or(default).to_owned();
+        let prompts = Prompts {
+            query: own(&set.query_prompt, queries),
+            document: own(&set.document_prompt, documents),
+            text: own(&set.query_prompt, folder.text_prompt()),
+        };
+        let opened = EvalSet::open(set, config)?;
+        if sets.iter().any(|(other, _)| other.name() == opened.name()) {
+            let message = format!(
+                "two sets are named `{}`, so their metrics would have the same names\nhint: give each a `name`",
+                opened.name()
+            );
+            return Err(config.error(&format!("evaluation.sets.{i}"), message));
+        }
+        sets.push((opened, prompts));
+    }
+    Ok(sets)
+}
+
+/// Checks that a set has `evaluation.metric`.
+fn check_metric(config: &Config, sets: &[(EvalSet, Prompts)]) -> Result<()> {
+    let own = sets.iter().flat_map(|(set, _)| set.metric_names());
+    let known: Vec<String> = own.chain(nano::mean_metric_names(sets.iter().map(|(set, _)| set))).collect();
+    let metric = &config.evaluation.metric;
+    if known.is_empty() || selection::has_metric(known.iter().map(String::as_str), metric) {
+        return Ok(());
+    }
+    Err(config.error("evaluation.metric", format!("no set has `{metric}`; there are {}", known.join(", "))))
+}
+
 fn batch_options(config: &Config, folder: &ModelFolder, lengths: Lengths) -> builder::BatchOptions {
     builder::BatchOptions {
         max_query_length: lengths.query,
@@ -301,7 +291,7 @@ fn batch_options(config: &Config, folder: &ModelFolder, lengths: Lengths) -> bui
     }
 }
 
-/// Tokens of a batch, from the first few, and those of each sequence of the first.
+/// Builds the first batches: the mean number of tokens of a batch, and the tokens of each sequence of the first one.
 fn sample(
     mixture: &Mixture,
     tokenizer: &Tokenizer,
@@ -318,109 +308,4 @@ fn sample(
         first.get_or_insert_with(|| batch.sequences.iter().map(|sequence| sequence.ids.len()).collect());
     }
     Ok((tokens as f64 / batches as f64, first.unwrap_or_default()))
-}
-
-/// Bytes of parameters, gradients and moments: what is trained is f32, as are its gradients and two moments.
-fn state_bytes(model: &Model) -> u64 {
-    let trained = model.flat().len();
-    (model.element_bytes() * (model.parameter_count() - trained) + 16 * trained) as u64
-}
-
-/// Parameters and moments first, then a chunk, then as many tapes as fit. `ranks` are all, and those on this host.
-fn share_memory(
-    training: &config::Training,
-    model: &Model,
-    tokens: f64,
-    lengths: &[usize],
-    ranks: (usize, usize),
-) -> (Budget, Cost) {
-    let available = memory::available(ranks.1);
-    let (elements, trained) = (model.parameter_count(), model.flat().len());
-    let lora = model.lora().map(|lora| lora.rank);
-    let state_bytes = state_bytes(model);
-    // A checkpoint's snapshot of what is trained and of the moments, which is never on a GPU.
-    let state = state_bytes + if memory::on_gpu() { 0 } else { 12 * trained as u64 };
-    let tape = model.tape_bytes_per_token(Saved::All) as u64;
-    let free = (available / 10 * 8).saturating_sub(state);
-    let chunk = match (training.chunk_tokens, training.chunk_size) {
-        (Some(tokens), _) => Limit::Tokens(tokens),
-        (None, Some(sequences)) => Limit::Sequences(sequences),
-        // A chunk that runs backward needs its tape and, for a while, a layer's gradients.
-        (None, None) => {
-            Limit::Tokens(memory::default_chunk_tokens().min((free / (2 * tape).max(1)) as usize).max(64))
-        }
-    };
-    let local_tokens = (tokens / ranks.0 as f64).ceil() as usize;
-    let chunk_tokens = match chunk {
-        Limit::Tokens(limit) => limit.min(local_tokens),
-        // The longest ones may come together.
-        Limit::Sequences(limit) => (limit * lengths.iter().max().copied().unwrap_or(0)).min(local_tokens),
-    };
-    let most = memory::default_activation_memory(state_bytes);
-    let beside = 2 * memory::chunk_bytes(model, chunk_tokens);
-    let kept = training.activation_memory.map_or(free.saturating_sub(beside).min(most), |bytes| bytes.0);
-    let activations = memory::step_bytes(model, local_tokens, lengths.len(), chunk_tokens, kept);
-    (
-        Budget { chunk, activation_memory: kept },
-        Cost { elements, trained, lora, tokens, state, activations, available },
-    )
-}
-
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Cost { elements, trained, lora, tokens, state, activations, available } = self.cost;
-        let config = &self.config;
-        writeln!(f, "run        {} → {}", config.name, config.output.display())?;
-        writeln!(
-            f,
-            "model      {}: {:.1} M parameters, {:.2} M trained{}",
-            config.model.path,
-            elements as f64 / 1e6,
-            trained as f64 / 1e6,
-            lora.map_or_else(String::new, |rank| format!(" (LoRA, rank {rank})"))
-        )?;
-        for set in self.mixture.sets() {
-            writeln!(
-                f,
-                "data       {}: {} rows an epoch ({}, {}), of {}",
-                set.name,
-                set.rows,
-                set.kind,
-                set.loss,
-                set.path.display()
-            )?;
-        }
-        writeln!(
-            f,
-            "steps      {} of {} rows, warm-up {}, {} to {:e}",
-            self.steps,
-            config.training.batch_size,
-            self.schedule.warmup,
-            self.schedule.shape,
-            self.schedule.peak
-        )?;
-        writeln!(
-            f,
-            "tokens     about {tokens:.0} a step, {:.2} M in all; texts are cut at {} and {}",
-            tokens * self.steps as f64 / 1e6,
-            self.lengths.query,
-            self.lengths.document
-        )?;
-        let chunk = match self.budget.chunk {
-            Limit::Tokens(tokens) => format!("{tokens} tokens"),
-            Limit::Sequences(sequences) => format!("{sequences} sequences"),
-        };
-        writeln!(
-            f,
-            "memory     {} at most: {} for parameters and moments, {} for activations in chunks of {chunk}; {} are free",
-            format_bytes(self.cost.peak()),
-            format_bytes(state),
-            format_bytes(activations),
-            format_bytes(available)
-        )?;
-        for (set, _) in &self.sets {
-            writeln!(f, "evaluation {}", set.name())?;
-        }
-        Ok(())
-    }
 }

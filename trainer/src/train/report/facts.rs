@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::comm::World;
 use crate::system::{atomic, device};
+use crate::train::memory;
 use crate::train::plan::Plan;
 use crate::{Error, Result};
 
@@ -71,7 +72,7 @@ impl Facts {
             threads: rayon::current_num_threads(),
             gpus: if device::current()?.is_cpu() { Vec::new() } else { gpus() },
             ranks: world.size(),
-            parameters: plan.cost.elements,
+            parameters: plan.cost.parameters,
             trained: plan.cost.trained,
             peak_memory: earlier.peak_memory,
         };
@@ -85,7 +86,7 @@ impl Facts {
     /// The file cannot be written.
     pub fn finish(mut self, output: &Path, seconds: f64) -> Result<()> {
         self.seconds += seconds;
-        self.peak_memory = self.peak_memory.max(peak_memory());
+        self.peak_memory = self.peak_memory.max(memory::peak().unwrap_or(0));
         self.write(output)
     }
 
@@ -123,11 +124,4 @@ fn gpus() -> Vec<String> {
         .collect();
     gpus.sort();
     gpus
-}
-
-/// The largest amount of memory that this process has held, in bytes.
-fn peak_memory() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB"));
-    peak.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
 }

@@ -8,8 +8,9 @@ use serde_json::{Map, Value, json};
 use super::facts::Facts;
 use super::{moved, series};
 use crate::config::Config;
-use crate::eval::{EvalSpec, is_better, lower_is_better, nano, samples};
-use crate::train::metrics::{self, History};
+use crate::eval::{EvalSpec, lower_is_better, nano, samples};
+use crate::train::metrics::History;
+use crate::train::selection::selection_metric;
 use crate::{Error, Result};
 
 /// Points of a line at most.
@@ -45,9 +46,8 @@ pub(super) fn describe(output: &Path) -> Result<Value> {
         false => Some(known.name.clone()),
     };
     let metric = &known.evaluation.metric;
-    let selected = history.selected_step(metric, known.evaluation.patience);
-    let value_at =
-        |step: u64| history.scores_at(step).and_then(|scores| metrics::selection_metric(scores, metric));
+    let selected = history.selected_step(&known.evaluation);
+    let value_at = |step: u64| history.scores_at(step).and_then(|scores| selection_metric(scores, metric));
     let sum = |name: &str| numbers(&history.steps, name).sum::<f64>();
     let facts = Facts::read(output);
     // A run in progress, or one that was killed, has not written the last values of its facts yet.
@@ -76,7 +76,7 @@ pub(super) fn describe(output: &Path) -> Result<Value> {
         "lower_is_better": lower_is_better(metric),
         "lower_metrics": lower,
         "selected": selected,
-        "best": best(&history, metric).map(|(step, value)| json!({ "step": step, "value": value })),
+        "best": history.selection(metric).best,
         "before": value_at(0),
         "after": if selected > 0 { value_at(selected) } else { None },
         "loss": loss(&history.steps),
@@ -110,14 +110,6 @@ fn sets(config: &Config) -> Vec<Value> {
     sets
 }
 
-/// The best evaluation of the trained model: step and value of the selection metric.
-fn best(history: &History, metric: &str) -> Option<(u64, f64)> {
-    let trained = history.evaluations.iter().filter(|(step, _)| *step > 0);
-    let values =
-        trained.filter_map(|(step, scores)| Some((*step, metrics::selection_metric(scores, metric)?)));
-    values.reduce(|best, next| if is_better(metric, next.1, best.1) { next } else { best })
-}
-
 /// The mean loss of the rows of the first steps and of the last: a single step, or a short last batch, says
 /// little.
 fn loss(steps: &[Map<String, Value>]) -> Option<Value> {
@@ -148,15 +140,5 @@ mod tests {
         assert_eq!(loss(&steps), Some(json!({ "first": 3.5, "last": 1.6, "steps": 2 })));
         assert_eq!(loss(&steps[..1]), Some(json!({ "first": 4.0, "last": 4.0, "steps": 1 })));
         assert_eq!(loss(&[]), None);
-    }
-
-    #[test]
-    fn the_best_evaluation_follows_the_direction_of_the_metric() {
-        let scores = |value: f64| json!({"dev_loss": value, "dev_m": value}).as_object().unwrap().clone();
-        let evaluations = vec![(0, scores(0.1)), (1, scores(0.7)), (2, scores(0.3)), (3, scores(0.5))];
-        let history = History { steps: Vec::new(), evaluations };
-        assert_eq!(best(&history, "loss"), Some((2, 0.3)));
-        assert_eq!(best(&history, "m"), Some((1, 0.7)));
-        assert_eq!(best(&history, "other"), None);
     }
 }
