@@ -127,6 +127,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         .open(&config)
         .and_then(|mut file| file.write_all(recipe.text().as_bytes()))
         .map_err(Error::write("write", &config))?;
+    if args.columns.is_empty() && training.iter().any(|training| training.set.columns != Columns::default()) {
+        tracing::info!(
+            "if other columns are meant, delete {} and {}, and add --columns query=NAME,positive=NAME",
+            config.display(),
+            folder.display()
+        );
+    }
     print(config.display());
     recipe.commands().iter().for_each(print);
     Ok(())
