@@ -19,7 +19,7 @@ const FILE: &str = "run.json";
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Facts {
-    /// The trainer's version.
+    /// The version and the commit of the trainer.
     pub version: String,
     /// When the run was started for the first time, in seconds since 1970 (UTC).
     pub started: u64,
@@ -57,7 +57,7 @@ impl Facts {
         let earlier = if resumed { Self::read(output).unwrap_or_default() } else { Self::default() };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let facts = Self {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: concat!(env!("CARGO_PKG_VERSION"), ", commit ", env!("LODESTONE_COMMIT")).to_owned(),
             started: if earlier.started > 0 { earlier.started } else { now },
             starts: earlier.starts + 1,
             seconds: earlier.seconds,
