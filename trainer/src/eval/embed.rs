@@ -168,18 +168,19 @@ impl Embedder<'_> {
         // The ranks balance the tokenising by bytes, then whole chunks by tokens. So a text is in the same
         // chunk, and has the same bits, for any number of ranks.
         let lengths: Vec<usize> = unique.iter().map(|text| text.len()).collect();
-        let share = Partition::balance(&lengths, self.world.size());
-        let local: Vec<&str> = share.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
+        let partition = Partition::balance(&lengths, self.world.size());
+        let local: Vec<&str> = partition.of(self.world.rank()).iter().map(|&text| unique[text]).collect();
         let local = self.tokenizer.encode(&local, prompt, max_length, include_prompt)?;
-        let mut sequences = self.world.all_gather_sequences(local, &share)?;
+        let mut sequences = self.world.all_gather_sequences(local, &partition)?;
 
         let all: Vec<usize> = (0..sequences.len()).collect();
         let chunks = chunk::cut(&sequences, &all, Limit::Tokens(self.chunk_tokens));
         let tokens = |chunk: &Vec<usize>| chunk.iter().map(|&index| sequences[index].ids.len()).sum();
-        let share = Partition::balance(&chunks.iter().map(tokens).collect::<Vec<usize>>(), self.world.size());
+        let partition =
+            Partition::balance(&chunks.iter().map(tokens).collect::<Vec<usize>>(), self.world.size());
         let done = progress.as_ref().map_or(0, Progress::position);
         let mut local = Vec::new();
-        for chunk in share.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {
+        for chunk in partition.of(self.world.rank()).iter().map(|&chunk| &chunks[chunk]) {
             let taken: Vec<_> = chunk.iter().map(|&index| take_sequence(&mut sequences[index])).collect();
             local.extend(self.model.embed(&taken, usize::MAX)?.flatten_all()?.to_vec1::<f32>()?);
             heartbeat::record_work();
@@ -195,7 +196,7 @@ impl Embedder<'_> {
 
         let width = self.model.embedding_dim();
         let mut embeddings = vec![0f32; unique.len() * width];
-        for (rows, chunks_of) in self.world.all_gather(&local)?.iter().zip(share.ranks()) {
+        for (rows, chunks_of) in self.world.all_gather(&local)?.iter().zip(partition.ranks()) {
             let texts = chunks_of.iter().flat_map(|&chunk| &chunks[chunk]);
             for (row, &index) in rows.chunks_exact(width).zip(texts) {
                 embeddings[index * width..][..width].copy_from_slice(row);

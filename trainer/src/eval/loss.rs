@@ -118,11 +118,11 @@ impl Task for LossRows {
 /// The loss of each row of a batch (B), on every rank.
 fn batch_losses(embedder: &Embedder, losses: &Losses, batch: &Batch) -> Result<Vec<f32>> {
     let world = &embedder.world;
-    let share = world.partition(&batch.sequences);
+    let partition = world.partition(&batch.sequences);
     let local: Vec<_> =
-        share.of(world.rank()).iter().map(|&sequence| batch.sequences[sequence].clone()).collect();
+        partition.of(world.rank()).iter().map(|&sequence| batch.sequences[sequence].clone()).collect();
     let embeddings = embedder.model.embed(&local, embedder.chunk_tokens)?; // (N of this rank, D)
-    let embeddings = world.all_gather_rows(embeddings, &share)?; // (N, D)
+    let embeddings = world.all_gather_rows(embeddings, &partition)?; // (N, D)
     let (local, _) = losses.evaluate(&embeddings, &batch.tables, world.local_rows(batch.rows.len()))?;
     Ok(world.all_gather_tensor(local)?.to_vec1()?)
 }

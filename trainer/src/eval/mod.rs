@@ -11,7 +11,6 @@ pub mod examples;
 mod item_scores;
 mod loss;
 pub mod nano;
-pub(crate) mod open;
 mod retrieval;
 pub mod samples;
 mod scores;

@@ -15,6 +15,8 @@
 //! corpus are in memory at once: documents are embedded in portions, and [`TopK`] keeps the 100 best of each
 //! query.
 
+mod open;
+
 use std::mem;
 
 use candle_core::Tensor;
@@ -22,7 +24,7 @@ use kernels::topk::{Hit, TopK};
 
 use super::embed::{Embedder, Role};
 use super::examples::{Candidate, Example, shortened};
-use super::{CsvFile, EvalOutput, EvalSpec, Examples, ItemScores, Task, open};
+use super::{CsvFile, EvalOutput, EvalSpec, Examples, ItemScores, Task};
 use crate::Result;
 
 const ACCURACY_AT: [usize; 4] = [1, 3, 5, 10];
@@ -92,7 +94,7 @@ impl Retrieval {
     }
 
     /// The number of queries that have a relevant document.
-    pub(super) fn queries(&self) -> usize {
+    fn queries(&self) -> usize {
         self.queries.len()
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::retrieval::Retrieval;
+use super::Retrieval;
 use crate::config::RowKind;
 use crate::data::reader::beir::{self, BeirFile, Ids, ONE_DOCUMENT, Split};
 use crate::data::reader::{self, Source};
