@@ -58,8 +58,7 @@ fn every_link_of_a_document_resolves() {
         for link in links(&text).into_iter().filter(|link| !link.starts_with("http")) {
             count += 1;
             let (file, section) = link.split_once('#').unwrap_or((&link, ""));
-            let target =
-                if file.is_empty() { path.clone() } else { path.parent().unwrap().join(file) };
+            let target = if file.is_empty() { path.clone() } else { path.parent().unwrap().join(file) };
             assert!(target.exists(), "{}: {link} does not exist", path.display());
             if !section.is_empty() {
                 let target = fs::read_to_string(&target).unwrap();

@@ -12,6 +12,8 @@ mod adapters;
 mod autograd;
 // The losses of short runs, which are kept in `expected/`.
 mod curves;
+// Links, YAML and the table of contents of the documents.
+mod docs;
 // A whole run on the emulated GPU.
 mod emulated;
 // Embeddings and metrics against sentence-transformers.

@@ -158,6 +158,8 @@ impl Arguments {
 }
 
 #[cfg(test)]
+mod documents;
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -1,9 +1,8 @@
 //! The command `trainer completions`.
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
-use super::{Cli, print};
+use super::{command, print};
 use crate::Result;
 
 /// Print a script that completes the commands and flags of `trainer` in a shell
@@ -19,7 +18,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "trainer", &mut script);
+    clap_complete::generate(args.shell, &mut command(), "trainer", &mut script);
     print(String::from_utf8_lossy(&script).trim_end());
     Ok(())
 }

@@ -3,10 +3,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use clap::CommandFactory;
 use clap_mangen::Man;
 
-use super::{Cli, print};
+use super::{command, print};
 use crate::{Error, Result};
 
 /// Print the man page of `trainer` or of one of its commands
@@ -22,7 +21,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut cli = Cli::command();
+    let mut cli = command();
     cli.build();
     if let Some(folder) = &args.output {
         fs::create_dir_all(folder).map_err(Error::write("create", folder))?;
