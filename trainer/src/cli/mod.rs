@@ -170,6 +170,11 @@ fn start(command: &Command) -> Result<World> {
     World::connect()
 }
 
+/// The command line of `trainer`, for completion scripts, man pages and tests.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Prints a result to standard output. A closed pipe (`| head`) is not an error.
 pub(crate) fn print(result: impl std::fmt::Display) {
     progress::suspend(|| {
