@@ -135,7 +135,7 @@ fn the_plan_shows_the_kinds_of_rows() {
     assert_eq!(output.status.code(), Some(2));
     let text = stderr(&output);
     assert!(
-        text.contains("loss.matryoshka.dims.0: 64, but the model's embeddings have 32 numbers"),
+        text.contains("loss.matryoshka.dims.0: 64, but the model's embeddings have 32 dimensions"),
         "{text}"
     );
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{logging, print};
 use crate::comm::World;
 use crate::config::Config;
+use crate::eval::is_better;
 use crate::train::plan::Plan;
 use crate::train::selection::selection_metric;
 use crate::train::{Run, Summary};
@@ -59,7 +60,7 @@ fn show(summary: &Summary, config: &Config) {
     }
     if let (Some(before), Some(after)) =
         (selection_metric(&summary.before, metric), selection_metric(&summary.after, metric))
-        && after < before
+        && is_better(metric, before, after)
     {
         tracing::warn!(
             "the model is worse than its base: {metric} {before:.4} → {after:.4}\n\
