@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_rank_that_is_killed_is_named_although_others_fail_too() {
-        let outcome = run(&["sleep 2; exit 1", "kill -KILL $$", "echo lost rank 1 >&2; exit 1"]);
+        let outcome = run(&["sleep 2; exit 1", "kill -KILL $$", "sleep 0.3; echo lost rank 1 >&2; exit 1"]);
         assert_eq!((outcome.status, outcome.failed), (1, true));
         let message = outcome.message.unwrap();
         assert!(message.starts_with("rank 1 was killed by signal 9"), "{message}");
