@@ -21,7 +21,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut cli = command();
+    // `help` repeats every command, and its pages would too.
+    let mut cli = command().disable_help_subcommand(true);
     cli.build();
     if let Some(folder) = &args.output {
         fs::create_dir_all(folder).map_err(Error::write("create", folder))?;

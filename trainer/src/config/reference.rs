@@ -88,7 +88,7 @@ pub fn find(key: &str) -> Result<String> {
     let hint = peers::answer(last)
         .or_else(|| origin::nearest(last, &known).map(|name| format!("did you mean `{name}`?")))
         .unwrap_or_else(|| "`trainer config` prints all keys".to_owned());
-    Err(Error::Usage(format!("`{key}` is no key of the configuration\nhint: {hint}")))
+    Err(Error::Usage(format!("`{key}` is not a key of the configuration\nhint: {hint}")))
 }
 
 /// All keys and sections, dotted: `training.epochs`, `data.train.N.path`.
@@ -399,7 +399,7 @@ mod tests {
         let error = |key: &str| find(key).unwrap_err().to_string();
         assert_eq!(
             error("training.epoch"),
-            "`training.epoch` is no key of the configuration\nhint: did you mean `epochs`?"
+            "`training.epoch` is not a key of the configuration\nhint: did you mean `epochs`?"
         );
         assert!(error("lora_r").contains("use `lora.rank`"));
         assert!(error("zzzzzz").contains("`trainer config` prints all keys"));
