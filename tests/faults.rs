@@ -81,7 +81,7 @@ fn wrong_keys_and_values_of_the_configuration_are_refused() {
     let sets = json!({"sets": [{"path": rows}, {"path": rows, "kind": "triplet"}]});
     Case::new().set("evaluation", sets).refused(&[
         "evaluation.sets.1",
-        "two sets are called `rows`",
+        "two sets are named `rows`",
         "`name`",
     ]);
     // With only its own document as a candidate, the loss of a row would always be 0.

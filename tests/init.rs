@@ -66,7 +66,7 @@ fn a_table_becomes_a_trained_model_by_the_commands_that_are_printed() {
     }
     run(printed(lines[1], place.path()).arg("training.max_steps=2"));
     let compared = run(&mut printed(lines[2], place.path()));
-    assert!(compared.contains("test_cosine_ndcg@10"), "{compared}");
+    assert!(compared.contains("test, 4 queries") && compared.contains("cosine_ndcg@10"), "{compared}");
 
     let again = init(place.path(), &["faq.csv"]);
     assert_eq!(again.status.code(), Some(2));

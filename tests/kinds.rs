@@ -158,7 +158,10 @@ fn the_plan_estimates_the_speedup_by_ranks_before_the_data_exists() {
     std::fs::remove_file(folder.path().join("taught.jsonl")).unwrap();
     let (status, outline, error) = plan();
     assert_eq!(status, Some(2));
-    assert!(error.contains("taught.jsonl") && outline.contains("as if every text were as long"), "{outline}");
+    assert!(
+        error.contains("taught.jsonl") && outline.contains("as if every text had the maximum length"),
+        "{outline}"
+    );
     // 8 rows of one query and three documents, each of 24 tokens.
     let outline = rows(&outline);
     assert_eq!((&outline[0][1][..], &outline[0][4][..]), ("768", "8.000"));

@@ -128,7 +128,7 @@ fn mining_that_was_killed_goes_on() {
     assert!(!output.exists());
 
     let resumed = run(&mut command(&output));
-    assert!(stderr(&resumed).contains("16384 of 24000 queries are embedded already"), "{}", stderr(&resumed));
+    assert!(stderr(&resumed).contains("16384 of 24000 queries are already embedded"), "{}", stderr(&resumed));
     assert_eq!(fs::read(&output).unwrap(), fs::read(&whole).unwrap());
     assert!(!work.exists(), "nothing stays but the rows");
     assert_eq!(lines(&output).len(), 24_000);

@@ -241,8 +241,8 @@ fn a_folder_without_a_run_has_no_report() {
     let report = || program("trainer").arg("report").arg(place.path()).output().unwrap();
     for (text, expected) in [
         (None, "has no metrics.jsonl"),
-        (Some(""), "tells of no step"),
-        (Some("{\"st"), "tells of no step"),
+        (Some(""), "has no step and no evaluation yet"),
+        (Some("{\"st"), "has no step and no evaluation yet"),
         (Some("nonsense\n{\"step\":1}\n"), "metrics.jsonl:1:"),
     ] {
         if let Some(text) = text {

@@ -24,7 +24,7 @@ fn run_config(name: &str, adapted: bool, folder: &Path, run: &str) -> PathBuf {
 
 fn start(config: &Path, resume: bool) -> Child {
     let mut command = program("trainer");
-    command.arg("train").arg(config).arg("--quiet");
+    command.arg("train").arg(config);
     if resume {
         command.arg("--resume");
     }
@@ -91,7 +91,7 @@ fn stopped_and_resumed(name: &str, adapted: bool) {
         let said = tests::stderr(&output);
         assert_eq!(output.status.code(), status, "{said}");
         if status.is_some() {
-            let resumed_by = format!("`trainer train {} --quiet --resume`", parts.display());
+            let resumed_by = format!("`trainer train {} --resume`", parts.display());
             assert!(said.contains("; the checkpoint is ") && said.contains(&resumed_by), "{said}");
         }
     }
