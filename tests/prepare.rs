@@ -229,7 +229,7 @@ fn a_nano_set_that_is_stopped_leaves_nothing() {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
     };
     let began = Instant::now();
-    while !names().iter().any(|name| place.path().join(name).join("words").is_dir()) {
+    while !names().iter().any(|name| place.path().join(name).join("folder").is_dir()) {
         assert!(began.elapsed() < Duration::from_secs(240), "nothing was begun");
         sleep(Duration::from_millis(5));
     }
