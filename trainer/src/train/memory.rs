@@ -35,7 +35,7 @@ pub fn peak() -> Option<u64> {
 /// Peak memory that this process has used on its GPU so far, in bytes; none on a CPU.
 pub fn gpu_peak() -> Option<u64> {
     #[cfg(feature = "cuda")]
-    return kernels::memory(&crate::system::device::current().ok()?).ok().map(|(_, peak)| peak);
+    return kernels::memory_usage(&crate::system::device::current().ok()?).ok().map(|(_, peak)| peak);
     #[cfg(not(feature = "cuda"))]
     None
 }
