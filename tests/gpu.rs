@@ -40,7 +40,7 @@ fn a_program_for_gpus_trains_where_there_is_none() {
     let place = tempfile::tempdir().unwrap();
     let output = train(place.path(), None);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("no GPU can be used, so the CPU computes"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("no GPU can be used, so this runs on the CPU"), "{}", stderr(&output));
     let of_gpu = metrics(&place.path().join("run"));
     let place = tempfile::tempdir().unwrap();
     assert!(train(place.path(), Some("cpu")).status.success());
