@@ -139,7 +139,7 @@ mod tests {
             let line = ["compare", "--base", "a", "--tuned", "b", "--set", "c"];
             Line::parse_from(line.iter().chain(flags)).args.sets.encoding.lengths_differ(&base, tuned)
         };
-        assert!(warning(&[], &tuned).unwrap().contains("the tuned model 7 tokens: --max-length"));
+        assert!(warning(&[], &tuned).unwrap().contains("the tuned model at 7 tokens: use --max-length"));
         assert_eq!(warning(&["--max-length", "7"], &tuned), None);
         assert_eq!(warning(&[], &base), None);
     }

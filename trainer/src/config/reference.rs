@@ -72,8 +72,12 @@ pub fn find(key: &str) -> Result<String> {
     let schema = raw();
     let sections = sections(&schema);
     let keys = || sections.iter().flat_map(|section| &section.keys);
-    let mut parts: Vec<String> =
-        keys().filter(|key| plain(&key.field) == wanted).map(ToString::to_string).collect();
+    // A key that is a section is shown as the section.
+    let is_section = |key: &Key| sections.iter().any(|section| section.field == key.field);
+    let mut parts: Vec<String> = keys()
+        .filter(|key| plain(&key.field) == wanted && !is_section(key))
+        .map(ToString::to_string)
+        .collect();
     let inside = |field: &str| field == wanted || field.starts_with(&format!("{wanted}."));
     parts.extend(sections.iter().filter(|section| inside(&plain(&section.field))).map(ToString::to_string));
     if parts.is_empty() {

@@ -109,7 +109,7 @@ fn a_text_without_any_token_is_an_error() {
 #[test]
 fn a_length_without_room_for_text_is_an_error() {
     let error = bert().encode(&["the"], "", 2, true).unwrap_err().to_string();
-    assert!(error.contains("adds 2 special tokens") && error.contains("must be 3 or more"), "{error}");
+    assert!(error.contains("adds 2 special tokens") && error.contains("to 3 or more"), "{error}");
 }
 
 #[test]
