@@ -33,17 +33,17 @@ pub(crate) struct Arguments {
     /// Number of ranks with a GPU each on this node. Default: all visible GPUs, or 1 CPU rank
     #[arg(long, value_name = "N", conflicts_with = "cpus", value_parser = clap::value_parser!(u32).range(1..))]
     gpus: Option<u32>,
-    /// Continue from the newest checkpoint; start from the beginning if there is none
+    /// Continue from the newest checkpoint; without one, start at the beginning
     #[arg(long)]
     resume: bool,
     /// How many times to restart a failed run, from its newest checkpoint
     #[arg(long, value_name = "K", default_value_t = 0)]
     restarts: u32,
-    /// End the run when a rank makes no progress for this long
+    /// End the run if a rank makes no progress for this long
     #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=LONGEST_TIMEOUT))]
     timeout: u64,
-    /// Number of nodes, each with the same number of ranks and the same secret in LODESTONE_TOKEN. Default:
-    /// that of srun, or 1
+    /// Number of nodes. All have the same number of ranks and the same secret in LODESTONE_TOKEN. Default:
+    /// the nodes of srun, or 1
     #[arg(long, value_name = "N", requires_all = ["node", "rendezvous"], value_parser = clap::value_parser!(u32).range(1..))]
     nodes: Option<u32>,
     /// Number of this node, from 0
@@ -52,7 +52,7 @@ pub(crate) struct Arguments {
     /// Address of node 0 that all nodes can reach
     #[arg(long, value_name = "HOST:PORT", requires = "nodes")]
     rendezvous: Option<String>,
-    /// Print errors only
+    /// Show results and errors only
     #[arg(long)]
     quiet: bool,
     /// Configuration file of a training run
@@ -61,7 +61,7 @@ pub(crate) struct Arguments {
     /// Values that override the configuration, such as training.learning_rate=5e-4
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<OsString>,
-    /// A command of `trainer` with its arguments
+    /// Another command of `trainer` with its arguments, after `--`
     #[arg(last = true, value_name = "COMMAND", conflicts_with = "config")]
     command: Vec<OsString>,
 }

@@ -19,7 +19,8 @@ pub(super) struct Args {
     /// Model folder, or id of a model on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     model: String,
-    /// Texts: .jsonl or .parquet with a field `text`, or one text per line; each also .gz or .zst
+    /// Texts: a .jsonl, .csv, .tsv or .parquet file with a column `text`, or another file with one text per
+    /// line; each also .gz or .zst
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// File to write: float32, one row per text, in the order of the input

@@ -20,7 +20,7 @@ pub(super) struct Encoding {
     /// Maximum number of tokens encoded at once
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK_TOKENS, value_parser = at_least_one)]
     chunk_tokens: usize,
-    /// Use random weights (for tests); in `compare`, for the base only
+    /// Use random weights, for tests; `compare` does so for the base only
     #[arg(long)]
     pub(super) random_weights: bool,
 }

@@ -37,8 +37,8 @@ pub(super) struct Args {
     /// Maximum number of negatives per query
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     negatives: usize,
-    /// Minimum distance of a negative's score below the positive's, as a fraction of the positive's score; or
-    /// `none`
+    /// How far a negative's score must be below the positive's, as a fraction of the positive's score: 0.05
+    /// allows negatives up to 95 % of it. `none`: no limit
     #[arg(
         long,
         value_name = "FRACTION",
@@ -47,7 +47,7 @@ pub(super) struct Args {
         allow_hyphen_values = true
     )]
     relative_margin: Margin,
-    /// Minimum distance of a negative's score below the positive's
+    /// How far a negative's score must be below the positive's. Default: no limit
     #[arg(long, value_name = "X", value_parser = finite, allow_hyphen_values = true)]
     absolute_margin: Option<f32>,
     /// Minimum score of a negative
@@ -56,7 +56,8 @@ pub(super) struct Args {
     /// Maximum score of a negative
     #[arg(long, value_name = "X", value_parser = finite, allow_hyphen_values = true)]
     max_score: Option<f32>,
-    /// Ranks to choose negatives from, after filtering: `10..50` skips the top ten. Default: start at the top
+    /// Positions in the ranking to choose negatives from, after filtering: `10..50` skips the top ten.
+    /// Default: from the top
     #[arg(long, value_name = "A..B", value_parser = range)]
     range: Option<(usize, Option<usize>)>,
     /// How to choose from the range: `top` takes the best, `random` draws
@@ -65,7 +66,7 @@ pub(super) struct Args {
     /// Seed of `--sampling random`
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
-    /// Keep positives among the candidates, to evaluate rerankers. Do not train on such rows
+    /// Do not remove the positives from the candidates. For data to evaluate rerankers; do not train on it
     #[arg(long)]
     include_positives: bool,
     /// Also write `scores` of the positive and the negatives, for the losses margin_mse and kl

@@ -10,10 +10,10 @@ use crate::{Error, Result};
 #[derive(Debug, clap::Args)]
 pub(super) struct Sets {
     /// A BEIR folder, or a file of pairs, triplets or scored pairs; one or several
-    #[arg(long = "set", value_name = "DIR", required = true, num_args = 1..)]
+    #[arg(long = "set", value_name = "PATH", required = true, num_args = 1..)]
     sets: Vec<PathBuf>,
-    /// What is measured. `loss` is that of a default configuration: InfoNCE at temperature 0.02, CoSENT for
-    /// scored pairs, in batches of 64 rows. Default: similarity for scored pairs, else retrieval
+    /// What is measured. `loss` is computed with a default configuration: InfoNCE at temperature 0.02, CoSENT
+    /// for scored pairs, in batches of 64 rows. Default: similarity for scored pairs, else retrieval
     #[arg(long)]
     kind: Option<EvaluationKind>,
     /// The split of a BEIR folder, qrels/SPLIT.tsv. Default: test, else dev, else the only one

@@ -17,7 +17,8 @@ use crate::{Error, Result};
     trainer train configs/minilm.yaml training.learning_rate=2e-5 data.train.0.samples=1000\n  \
     trainer train configs/minilm.yaml --resume\n  \
     LODESTONE_NCCL=1 torchrun --no-python --nproc-per-node 4 trainer train configs/zeta.yaml\n\n\
-    `trainer train` runs one rank per process under torchrun, srun and mpirun. `launch` sets these variables itself:\n  \
+    Under torchrun, srun and mpirun each process of `trainer train` is one rank. Set these variables there; \
+    `launch` sets them itself:\n  \
     LODESTONE_NCCL=1           use NCCL between ranks; every rank needs its own GPU\n  \
     LODESTONE_TIMEOUT=SECONDS  end the run if a rank makes no progress for this long (default: 1800)\n  \
     LODESTONE_TOKEN=SECRET     shared secret of the ranks, needed if they run on several hosts (not under mpirun)")]

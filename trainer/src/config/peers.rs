@@ -44,7 +44,7 @@ const PEERS: &[Peer] = &[
     peer(&["eval_on_start"], "", "the model is always evaluated before the first step"),
     peer(&["load_best_model_at_end"], "evaluation.load_best", "the value is the same"),
     peer(&["metric_for_best_model"], "evaluation.metric", "without the name of the set, as cosine_ndcg@10"),
-    peer(&["greater_is_better"], "", "the greater value of `evaluation.metric` is the better one"),
+    peer(&["greater_is_better"], "", "a greater value of `evaluation.metric` is better, but a lower `loss`"),
     peer(&["early_stopping_patience"], "evaluation.patience", "the value is the same"),
     peer(&["early_stopping_threshold"], "", "early stopping counts any improvement of `evaluation.metric`"),
     peer(&["save_steps", "save_strategy"], "checkpoint.every", "a number of steps, or epoch"),

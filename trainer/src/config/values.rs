@@ -64,7 +64,7 @@ choice! {
         F32 = "f32",
         /// bfloat16.
         Bf16 = "bf16",
-        /// 16-bit floating point, with loss scaling.
+        /// 16-bit floating point (IEEE half); in training the gradient is scaled.
         F16 = "f16",
     }
 }

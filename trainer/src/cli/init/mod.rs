@@ -22,8 +22,9 @@ use crate::{Error, Result, hub};
     trainer init data/faq.jsonl.gz data/manuals.parquet --model intfloat/multilingual-e5-small --output manuals.yaml\n  \
     trainer init table.csv --columns query=Frage,positive=Antwort\n\n\
     Recognises pairs (query, positive), triplets (also negatives), labelled texts (text, label) and scored pairs \
-    (sentence1, sentence2, score). A tenth of the rows is held out to measure the model before and after training, \
-    and none of its texts is trained on; where a BEIR folder with a test or dev split is given, it is used instead.\n\n\
+    (sentence1, sentence2, score). A tenth of the rows, at most 1,000, is held out to measure the model \
+    before and after training, and none of its texts is trained on. If DATA has a BEIR folder with a test or \
+    dev split, that split is used instead.\n\n\
     Prints the configuration's path and the commands that come next. Existing files are never overwritten.")]
 pub(super) struct Args {
     #[arg(required = true, value_name = "DATA", help = format!("A {DATA_FILE} or a BEIR folder, one or several"))]
@@ -31,8 +32,7 @@ pub(super) struct Args {
     /// The model to train: a folder, or an id on the Hugging Face hub
     #[arg(long, value_name = "MODEL", default_value = "sentence-transformers/all-MiniLM-L6-v2")]
     model: String,
-    /// The configuration that is written. Default: the name of the first DATA, .yaml, in the current
-    /// directory
+    /// The configuration to write. Default: in the current directory, faq.yaml if the first DATA is faq.csv
     #[arg(long, value_name = "CONFIG")]
     output: Option<PathBuf>,
     /// The column of each part of a row, such as query=Frage,positive=Antwort. Default: by the columns' names

@@ -24,7 +24,7 @@ use crate::config::{Batching, ColumnNames, LossKind, RowKind};
 pub struct Data {
     /// The data sets. Required: at least one.
     pub train: Vec<DataSet>,
-    /// Maximum number of hard negatives that a row brings to a step. Rows with fewer bring those that they have.
+    /// Maximum number of hard negatives of a row that are used in a step. Of a row with fewer, all are used.
     pub negatives: usize,
     /// Whether a batch has rows of several data sets. In a mixed batch each row has the loss of its data set, and its candidates
     /// are texts of rows with the same loss.
@@ -164,8 +164,8 @@ pub struct Columns {
     /// Column of the second text of a similarity row.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sentence2: Option<String>,
-    /// Column of the score of a similarity row; for the losses margin_mse and kl, of a teacher's scores of the row's positive and
-    /// negatives, as a list in this order.
+    /// Column of the score of a similarity row. For the losses margin_mse and kl: column of a teacher's
+    /// scores, a list in the order [positive, negative, …].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<String>,
 }

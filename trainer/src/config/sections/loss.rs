@@ -18,7 +18,7 @@ use crate::config::{Distance, LossKind};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Loss {
-    /// Loss of the data sets that name none. Similarity rows always have cosent.
+    /// Loss of the data sets that have no `loss` of their own. Similarity rows always have cosent.
     pub kind: LossKind,
     /// Temperature by which similarities are divided (info_nce, kl), above 0. It is 1 / `scale` of sentence-transformers.
     pub temperature: f64,
@@ -44,11 +44,12 @@ pub struct Loss {
     pub matryoshka: Option<Matryoshka>,
 }
 
-/// Matryoshka representation learning: the loss is computed on the first numbers of each embedding, for several lengths.
+/// Matryoshka representation learning: the loss is computed on the first dimensions of each embedding, for
+/// several numbers of dimensions.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Matryoshka {
-    /// Lengths that are trained. The whole length counts only if it is listed. Required.
+    /// Numbers of dimensions that are trained; the whole embedding only if its size is listed. Required.
     pub dims: Vec<usize>,
     /// Weight of the loss at each of `dims`. Default: 1 each.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -94,7 +94,7 @@ pub struct Lora {
     /// Rank of the adapter's two matrices (PEFT's `r`). Default: 8.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rank: Option<usize>,
-    /// Scale of the adapter's output, which is multiplied by alpha / rank (PEFT's `lora_alpha`). Default: 8.
+    /// The adapter's output is multiplied by alpha / rank (PEFT's `lora_alpha`). Default: 8.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
     /// Dropout probability of the adapter's input, in [0, 1). Default: 0.
@@ -104,7 +104,7 @@ pub struct Lora {
     /// module name (PEFT's `target_modules`). Default: all-linear.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub targets: Option<Targets>,
-    /// Scale the adapter's output by alpha / √rank (rank-stabilised LoRA). Default: false.
+    /// Multiply the adapter's output by alpha / √rank instead (rank-stabilised LoRA). Default: false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rslora: Option<bool>,
 }

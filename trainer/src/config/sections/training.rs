@@ -38,10 +38,10 @@ pub struct Training {
     pub learning_rate: f64,
     /// Learning rate after the warm-up.
     pub schedule: ScheduleKind,
-    /// Fraction of the steps in which the learning rate rises from 0 to its peak, from 0 to 1. Default: 0.1, unless `warmup_steps` is
-    /// given.
+    /// Warm-up as a fraction of all steps, in [0, 1]: the learning rate rises from 0 to its peak. Default:
+    /// 0.1, unless `warmup_steps` is given.
     pub warmup_ratio: Option<f64>,
-    /// Number of steps in which the learning rate rises from 0 to its peak, instead of `warmup_ratio`. Default: unset.
+    /// Number of warm-up steps, instead of `warmup_ratio`. Default: unset.
     pub warmup_steps: Option<u64>,
     /// Weight decay of AdamW, decoupled from the gradient.
     pub weight_decay: f64,
@@ -53,8 +53,8 @@ pub struct Training {
     pub epsilon: f64,
     /// Maximum norm of the gradient; a larger one is scaled down to it. 0 disables clipping.
     pub max_grad_norm: f64,
-    /// Number of consecutive steps with a loss or gradient that is not finite after which the run fails. Such a step leaves the
-    /// parameters unchanged.
+    /// The run fails after this number of consecutive steps whose loss or gradient is not finite. Such a step
+    /// leaves the parameters unchanged.
     pub max_nonfinite: u64,
 }
 
