@@ -23,8 +23,8 @@ pub(crate) fn model(name: &str, adapted: bool, dropout: f64) -> (tempfile::TempD
     let model = Model::open(ModelFolder::open(folder.path()).unwrap(), &options).unwrap();
     if adapted {
         // B starts at zero, so A would have no gradient.
-        let half = Tensor::rand(-0.1f32, 0.1, model.flat().len(), &candle_core::Device::Cpu).unwrap();
-        model.flat().values().slice_set(&half, 0, 0).unwrap();
+        let random = Tensor::rand(-0.1f32, 0.1, model.flat().len(), &candle_core::Device::Cpu).unwrap();
+        model.flat().values().slice_set(&random, 0, 0).unwrap();
     }
     (folder, model)
 }
@@ -191,14 +191,12 @@ fn the_loss_without_in_batch_negatives_is_that_of_each_row_alone() {
     let mut batch = batch(0);
     let loss = config::Loss { in_batch_negatives: false, ..info_nce() };
     let together = step(&model, &batch, Limit::Tokens(512), u64::MAX, &loss);
-    let row = ROWS as u32;
     for i in 0..ROWS {
-        let all = |of: &[u32]| of[i];
         let candidates = &batch.tables[0].candidates;
         let table = LossTable {
             rows: vec![0],
-            queries: vec![all(&batch.tables[0].queries)],
-            candidates: vec![candidates[i], candidates[i + row as usize]],
+            queries: vec![batch.tables[0].queries[i]],
+            candidates: vec![candidates[i], candidates[i + ROWS]],
             positives: vec![0],
             excluded: CsrIndices { offsets: vec![0, 0], columns: vec![] },
             own: CsrIndices { offsets: vec![0, 2], columns: vec![0, 1] },

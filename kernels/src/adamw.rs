@@ -1,5 +1,5 @@
-//! AdamW (Loshchilov & Hutter, 2019) on the flat buffer of all parameters, and gradient clipping by the
-//! global norm.
+//! AdamW (Loshchilov & Hutter, 2019) on the flat buffer of all trained parameters, and gradient clipping by
+//! the global norm.
 //!
 //! The order of the operations is that of `torch.optim.AdamW`, so that runs of both can be compared step by
 //! step:
@@ -92,9 +92,9 @@ pub fn step(
         bail!("`step` is 0, but steps count from 1");
     }
     // A storage is locked while it is written, so two views of one storage would deadlock.
-    let mut places = [params, grads, m, v].map(|tensor| &raw const *tensor.storage_and_layout().0);
-    places.sort_unstable();
-    if places.windows(2).any(|pair| pair[0] == pair[1]) {
+    let mut storages = [params, grads, m, v].map(|tensor| &raw const *tensor.storage_and_layout().0);
+    storages.sort_unstable();
+    if storages.windows(2).any(|pair| pair[0] == pair[1]) {
         bail!("`params`, `grads`, `m` and `v` must not be views of one storage");
     }
     let factors = Factors::new(adamw, step);
@@ -144,9 +144,9 @@ pub fn all_finite(values: &Tensor) -> Result<bool> {
 
 fn norm(grads: &Tensor) -> Result<f64> {
     let grads = read::<f32>(grads)?;
-    // Blocks have a fixed size and are added in order, so the result has the same bits for any number of
+    // Pieces have a fixed size and are added in order, so the result has the same bits for any number of
     // threads.
-    let squares: Vec<f64> = grads.par_chunks(GRAIN).map(|block| vectorised(|| squares(block))).collect();
+    let squares: Vec<f64> = grads.par_chunks(GRAIN).map(|piece| vectorised(|| squares(piece))).collect();
     Ok(squares.iter().sum::<f64>().sqrt())
 }
 

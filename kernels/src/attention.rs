@@ -240,8 +240,8 @@ fn backward_in(
     // gradients.
     let (dq, dk, dv) = unsafe { (dq.written(), dk.written(), dv.written()) };
     let mut sum = vec![0f32; bias.len()];
-    for text in dbias.elements.chunks_exact(bias.len().max(1)) {
-        add(&mut sum, text);
+    for sequence in dbias.elements.chunks_exact(bias.len().max(1)) {
+        add(&mut sum, sequence);
     }
     Ok((
         tensor(dq, (tokens, heads * width))?,
@@ -300,7 +300,8 @@ struct Job<'a> {
     columns: usize,
 }
 
-/// One task: key-value head `g` of sequence `n`, which has `tokens` tokens from token `start` on.
+/// One task: key-value head `g` of sequence `n`, with all query heads that share it. The sequence has
+/// `tokens` tokens from token `start` on.
 #[derive(Clone, Copy)]
 struct Head {
     n: usize,
@@ -336,7 +337,7 @@ impl Job<'_> {
 
     /// The offset in lse of row `r` of a head's queries.
     #[inline(always)]
-    fn query_sum(&self, head: Head, r: usize) -> usize {
+    fn query_lse(&self, head: Head, r: usize) -> usize {
         let (token, member) = self.token_and_member(r);
         (head.g * self.group() + member) * self.packing.tokens() + head.start + token
     }

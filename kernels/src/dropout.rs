@@ -36,7 +36,7 @@ pub struct Dropout {
 ///
 /// # Errors
 /// If `p` is not at least 0 and below 1, if `x` does not have as many rows as the packing has tokens, or if
-/// `x` is not contiguous f32 (on a GPU: contiguous).
+/// `x` is not contiguous f32 (on a GPU: not contiguous).
 pub fn apply(x: &Tensor, packing: &Packing, d: &Dropout) -> Result<Tensor> {
     let (tokens, width) = packed("x", x, packing)?;
     d.check()?;

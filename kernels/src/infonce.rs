@@ -221,7 +221,10 @@ fn backward_in(
     Ok((tensor(dq, (b, d))?, tensor(dc, (m, d))?))
 }
 
-/// The running sum Σ exp(z) of a row, including the positive, whose z is 0, as exp(max) · (exp(−max) + rest).
+/// The running sum Σ exp(z) of a row, as exp(max) · (exp(−max) + rest).
+///
+/// `rest` is Σ exp(z − max) over the columns that were added. The term exp(−max) is the positive, whose z is
+/// 0.
 #[derive(Clone, Copy, Default)]
 struct LogSumExp {
     max: f32,

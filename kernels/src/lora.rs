@@ -3,9 +3,9 @@
 //! With `xa = dropout(x)·Aᵀ` and `g = scale·dy·B`, both `(T, R)`: dA = gᵀ·dropout(x), dB = scale·dyᵀ·xa,
 //! dx += dropout(g·A).
 //!
-//! Forward and backward read and write memory once. All products of a block of tokens are computed while the
-//! block is in the cache, where dropout(x) is computed and discarded. The size of a block is fixed, so sums
-//! over tokens do not depend on the number of threads.
+//! Forward and backward read each input and write each output once. All products of a block of tokens are
+//! computed while the block is in the cache, where dropout(x) is computed and discarded. The size of a block
+//! is fixed, so sums over tokens do not depend on the number of threads.
 
 use crate::Packing;
 use crate::dropout::Dropout;

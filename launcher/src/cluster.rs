@@ -10,7 +10,7 @@ use trainer::system::device;
 use crate::args::{Hardware, Job, Nodes};
 use crate::gpu::Machine;
 
-/// The ranks of this node and what they must know of the others.
+/// The ranks of this node, and how they find those of the other nodes.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     nodes: u32,
@@ -146,7 +146,7 @@ fn slurm() -> Result<Option<Nodes>, String> {
     Ok(Some(Nodes { count, node, rendezvous: format!("{host}:{port}") }))
 }
 
-/// Splits and resolves `HOST:PORT`.
+/// Splits `HOST:PORT` and checks that the host has an address.
 fn address(meeting: &str) -> Result<(String, u16), String> {
     let split = meeting.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
     let (host, port): (String, u16) =

@@ -273,12 +273,12 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<Hung>) -> Outcome {
     if let Some(hung) = hung {
         let rank = first + hung.local;
         let lines = ranks.into_iter().find(|other| other.rank == rank).map(|other| other.lines);
-        let message = hung.message(rank) + &last_lines_of(&lines.unwrap_or_default());
+        let message = hung.message(rank) + &format_last_lines(&lines.unwrap_or_default());
         return Outcome { status: 1, message: Some(message), failed: true };
     }
-    // The culprit is a rank that was killed by someone else, since this launcher kills only after a failure;
-    // otherwise the first that printed an error, since the others may only have lost it; otherwise the first
-    // that ended.
+    // The rank that failed first is one that was killed from outside, since this launcher kills only after a
+    // failure; otherwise the first that printed an error, since the others may only have lost the connection
+    // to it; otherwise the first that ended.
     ranks.retain(|rank| !rank.status.success());
     ranks.sort_by_key(|Ended { rank, status, at, lines }| {
         let killed = status.signal().is_some_and(|signal| signal != SIGTERM);
@@ -288,7 +288,7 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<Hung>) -> Outcome {
         return Outcome { status: 0, message: None, failed: false };
     };
     if let Some(signal) = status.signal() {
-        let message = killed(*rank, signal) + &last_lines_of(lines);
+        let message = killed(*rank, signal) + &format_last_lines(lines);
         // 128 + S means that a stop was requested; a rank that was killed otherwise is a run that failed.
         let requested = [SIGTERM, SIGINT, SIGUSR1].contains(&signal);
         let status = if requested { 128 + signal as u8 } else { 1 };
@@ -303,7 +303,7 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<Hung>) -> Outcome {
 }
 
 /// The end of a message about a rank that could not report its error itself.
-fn last_lines_of(lines: &[String]) -> String {
+fn format_last_lines(lines: &[String]) -> String {
     if lines.is_empty() {
         return String::new();
     }

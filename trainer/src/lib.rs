@@ -10,17 +10,17 @@ pub mod config;
 pub mod hub;
 // Rows, tokens, batches.
 pub mod data;
-// Encoders with a written backward.
+// Encoders with a backward pass written by hand.
 pub mod model;
 // Embeddings in, loss and gradient out.
 pub mod loss;
 // The ranks of a run.
 pub mod comm;
-// How good a model is.
+// Evaluation of a model on held-out texts.
 pub mod eval;
 // Hard negatives, and small evaluation sets.
 pub mod mine;
-// Model folders that other programs open.
+// Model folders that sentence-transformers and other programs can open.
 pub mod export;
 // From a plan to a trained model.
 pub mod train;

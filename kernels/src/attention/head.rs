@@ -113,7 +113,7 @@ impl WithSimd for Forward<'_> {
                 // SAFETY: no other task has this sequence and these heads.
                 unsafe {
                     o.write(job.query(head, query), &sums[r * padded..][..width], 1.0 / row_sum[r]);
-                    lse.write(job.query_sum(head, query), &[(row_max[r] + row_sum[r].log2()) * LN_2], 1.0);
+                    lse.write(job.query_lse(head, query), &[(row_max[r] + row_sum[r].log2()) * LN_2], 1.0);
                 }
             }
         }
@@ -183,7 +183,7 @@ impl WithSimd for Backward<'_> {
             transpose(d_o_transposed, tile.queries, shape, S::F32_LANES, 1.0, |r| &d_o[at(r)..]);
             for r in 0..block.lanes {
                 delta[r] = crate::simd::dot(&d_o[at(r)..][..width], &o[at(r)..][..width]);
-                lse_log2[r] = lse[job.query_sum(head, block.first + r)] * LOG2_E;
+                lse_log2[r] = lse[job.query_lse(head, block.first + r)] * LOG2_E;
             }
             delta[block.lanes..columns].fill(0.0);
             lse_log2[block.lanes..columns].fill(0.0);

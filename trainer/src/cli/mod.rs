@@ -147,7 +147,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     ExitCode::from(status)
 }
 
-/// Connects this rank to the others, if the environment names some and the command shares its work.
+/// Starts to publish heartbeats if a launcher reads them, and connects this rank to the others if the
+/// environment names some.
+///
+/// # Errors
+/// The environment names other ranks, but the command does not share its work; the ranks cannot connect.
 fn start(command: &Command) -> Result<World> {
     let env = RankEnv::from_env()?;
     if let Ok(Some((path, slot))) = env::var(heartbeat::VARIABLE).map(|variable| {

@@ -120,7 +120,8 @@ fn read(get: Get) -> Result<Option<RankEnv>> {
 
 fn torchrun(get: Get) -> Result<RankEnv> {
     let (rank, size): (usize, usize) = (need(get, "RANK")?, need(get, "WORLD_SIZE")?);
-    // Without LOCAL_RANK and LOCAL_WORLD_SIZE, as in torch, all processes are on this host.
+    // Without LOCAL_RANK and LOCAL_WORLD_SIZE, as in torch, all processes count as being on this host. That
+    // is not certain, so `one_host` is false then and other hosts may connect.
     let local_rank = number(get, "LOCAL_RANK")?.unwrap_or(rank);
     let counted = number(get, "LOCAL_WORLD_SIZE")?;
     let (local_size, one_host) =

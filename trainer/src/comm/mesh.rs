@@ -60,22 +60,23 @@ impl PeerLiveness {
         })
     }
 
-    /// The connection is closed.
+    /// Records that the connection is closed.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Relaxed);
     }
 
-    /// The rank has failed. Callers that wait for another rank learn it here at once.
+    /// Records that the rank has failed. Then a send that waits for any rank to accept its message ends with
+    /// this failure.
     pub(super) fn set_failed(&self, failure: &Failure) {
         *lock(&self.failure) = Some(failure.clone());
     }
 
-    /// The rank makes progress.
+    /// Records that the rank makes progress.
     pub(super) fn touch(&self) {
         *lock(&self.since) = Instant::now();
     }
 
-    /// The rank reports the number of units of work that it has done.
+    /// Records the number of units of work that the rank has done; a new number is progress.
     pub(super) fn set_work_count(&self, work_count: u64) {
         if self.work_count.swap(work_count, Ordering::Relaxed) != work_count {
             self.touch();

@@ -170,10 +170,10 @@ impl World {
         let (_, width) = embeddings.dims2()?;
         let by_rank = self.all_gather(&values(&embeddings)?)?;
         let mut rows = vec![0f32; share.count() * width];
-        for ((rank, part), pieces) in by_rank.iter().enumerate().zip(share.ranks()) {
-            self.check_length(rank, part.len(), pieces.len() * width)?;
-            for (row, &piece) in part.chunks_exact(width).zip(pieces) {
-                rows[piece * width..][..width].copy_from_slice(row);
+        for ((rank, part), members) in by_rank.iter().enumerate().zip(share.ranks()) {
+            self.check_length(rank, part.len(), members.len() * width)?;
+            for (row, &member) in part.chunks_exact(width).zip(members) {
+                rows[member * width..][..width].copy_from_slice(row);
             }
         }
         tensor_on(rows, (share.count(), width), embeddings.device())
@@ -186,8 +186,8 @@ impl World {
         }
         let (_, width) = gradient.dims2()?;
         let all = values(&gradient)?;
-        let rows_of = |pieces: &[usize]| -> Vec<f32> {
-            pieces.iter().flat_map(|&piece| &all[piece * width..][..width]).copied().collect()
+        let rows_of = |members: &[usize]| -> Vec<f32> {
+            members.iter().flat_map(|&member| &all[member * width..][..width]).copied().collect()
         };
         let parts: Vec<Vec<f32>> = share.ranks().map(rows_of).collect();
         let sum = self.reduce_scatter(&parts)?;
@@ -239,14 +239,14 @@ impl World {
             })
             .collect();
         let mut all = vec![Sequence { ids: Vec::new(), skip: 0 }; share.count()];
-        for ((rank, numbers), pieces) in self.all_gather(&numbers)?.iter().enumerate().zip(share.ranks()) {
+        for ((rank, numbers), members) in self.all_gather(&numbers)?.iter().enumerate().zip(share.ranks()) {
             let mut rest = numbers.as_slice();
-            for &piece in pieces {
+            for &member in members {
                 let [skip, length, after @ ..] = rest else { return Err(self.mismatch(rank)) };
                 let Some((ids, after)) = after.split_at_checked(*length as usize) else {
                     return Err(self.mismatch(rank));
                 };
-                all[piece] = Sequence { ids: ids.to_vec(), skip: *skip };
+                all[member] = Sequence { ids: ids.to_vec(), skip: *skip };
                 rest = after;
             }
         }

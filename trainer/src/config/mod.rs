@@ -126,7 +126,7 @@ impl Config {
         Ok(config)
     }
 
-    /// The resolved configuration as YAML. Loading it gives an equal configuration.
+    /// The configuration as YAML, with its default values. Loading it gives an equal configuration.
     ///
     /// # Errors
     /// A path is not UTF-8.

@@ -46,7 +46,8 @@ pub struct Builder<'a> {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Text<'t> {
     text: &'t str,
-    /// The first data set that has this prompt, so that equal prompts are equal here.
+    /// Index of the first data set with the same prompt for this role, so that a text with equal prompts is
+    /// tokenised once.
     prompt: usize,
     role: usize,
 }
@@ -196,6 +197,7 @@ struct TextTable {
     columns: Vec<usize>,
     /// Class of each column.
     classes: Vec<Option<Class>>,
+    /// Columns of each row's own positive and negatives.
     own: Vec<Vec<u32>>,
     /// Known positives of each row; empty if nothing is masked.
     known: Vec<Vec<usize>>,

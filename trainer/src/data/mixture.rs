@@ -21,11 +21,13 @@ pub use super::set::{Example, TrainSet};
 use crate::config::{Batching, Config};
 use crate::{Error, Result};
 
-/// Purposes of the random orders: rows of a stream, batches of an epoch.
+/// Purposes of the random orders: rows of a stream, batches of an epoch. The numbers differ from those in
+/// `set.rs` and `labels.rs`.
 const ROWS: u64 = 3;
 const BATCHES: u64 = 4;
 
-/// Maximum number of deferred rows. While there are as many, a row is used even if it repeats a text.
+/// Maximum number of deferred rows of a stream. Once it is reached, a row is used even if it repeats a text
+/// of the batch.
 const MAX_DEFERRED: usize = 1 << 16;
 
 /// All training data, open and checked.

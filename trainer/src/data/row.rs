@@ -60,6 +60,8 @@ pub(super) const POSITIVE: [&str; 8] =
 pub(super) const NEGATIVE: [&str; 3] = ["negatives", "negative", "neg"];
 pub(super) const TEXT: [&str; 2] = ["text", "sentence"];
 pub(super) const LABEL: [&str; 2] = ["label", "labels"];
+// Columns with one of the first three names of each of the next three lists make the rows scored pairs. The
+// last names of the lists occur in other kinds of rows, too.
 pub(super) const FIRST: [&str; 5] = ["sentence1", "s1", "text1", "query", "anchor"];
 pub(super) const SECOND: [&str; 6] = ["sentence2", "s2", "text2", "positive", "document", "passage"];
 pub(super) const SCORE: [&str; 4] = ["score", "similarity", "similarityscore", "label"];
@@ -341,7 +343,7 @@ impl Roles {
         self.value == Some(column)
     }
 
-    /// Assembles a row from its cells; `cell` is called once for each column.
+    /// Assembles a row from its cells. `cell` is called once for each column that the row uses.
     ///
     /// # Errors
     /// A text is missing, empty or a list; scores are not finite numbers or do not fit the texts; a negative

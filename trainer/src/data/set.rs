@@ -37,8 +37,8 @@ pub struct TrainSet {
     chosen: Subset,
     /// Whether later uses of a row take its other positives and negatives.
     rotates: bool,
-    /// With a weight that is not an integer, an epoch uses a window of the samples; this permutation scatters
-    /// it over the file.
+    /// With a weight that is not an integer, an epoch uses some of the samples once more than the others.
+    /// This permutation spreads them over the file.
     window: Option<Permutation>,
     seed: u64,
     number: u64,
@@ -178,7 +178,8 @@ impl TrainSet {
         let labels = self.source.labels().ok_or_else(gone)?;
         let drawn = labels.draw(row.row, count, self.seed, self.number, pass);
         let text = |other: u64| Ok::<_, Error>(self.source.row(other)?.query);
-        // A file may contain a text twice: it is neither a positive nor a negative of itself.
+        // A file may contain a text twice. A text is its own positive only if all the drawn ones equal it,
+        // and never its own negative.
         let mut positive = None;
         for other in drawn.positives {
             let found = text(other)?;

@@ -114,8 +114,8 @@ impl EvalOutput {
 }
 
 impl EvalSet {
-    /// Reads a set into memory. Without a name it is called as its folder or file, without a kind it has that
-    /// of its columns.
+    /// Reads a set into memory. By default its name is that of its folder or file without endings, and its
+    /// kind the one that its columns imply.
     ///
     /// `kind: loss` takes the loss, the batch size and the number of negatives from `config`; other kinds do
     /// not use it.
@@ -136,7 +136,7 @@ impl EvalSet {
         Ok(Self { name, kind, task: (EvalSpec::of(kind).open)(path, set, config)? })
     }
 
-    /// The first part of the names of its metrics.
+    /// The name of the set, with which the names of its metrics begin.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -206,7 +206,7 @@ fn kind_of(path: &Path) -> Result<EvaluationKind> {
     }
 }
 
-/// Opens a set that can only be a file.
+/// Refuses a folder, for a kind whose sets are files.
 fn expect_file(path: &Path, kind: EvaluationKind) -> Result<()> {
     if path.is_dir() {
         return Err(Error::file(path, format!("is a folder; a set of kind {kind} is a file of rows")));

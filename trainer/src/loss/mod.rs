@@ -1,4 +1,5 @@
-//! Losses: embeddings in, the loss of each row and the gradient by the embeddings out. They know neither encoders nor ranks.
+//! Losses: embeddings in, the loss of each row and the gradient of the embeddings out. They know neither
+//! encoders nor ranks.
 //!
 //! A loss gets all embeddings of a batch, the table of its rows, and the range of rows that this rank evaluates. It returns the
 //! losses of these rows, and their part of the gradient of the mean over all rows of the batch. So the sum over ranks is the

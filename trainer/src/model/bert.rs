@@ -151,7 +151,7 @@ impl Bert {
         })
     }
 
-    /// Relative attention bias for each distance (H, 257) of a family that has one.
+    /// Relative attention bias for each distance from −128 to 128, (H, 257); `None` in families without one.
     fn attention_bias(&self, pass: &Pass) -> Result<Option<Tensor>> {
         self.relative_attention_bias.as_ref().map(|relative| relative.bias(pass)).transpose()
     }
@@ -297,8 +297,8 @@ impl Layer {
         Ok((y, (save > Saved::None).then_some(LayerTape { activations, output_layer_norm, output_dense })))
     }
 
-    /// Computes all activations but the last matrix product, and z (T, D), the input of the feed-forward
-    /// layer.
+    /// Computes the activations up to the input of the last matrix product, and z (T, D), the input of the
+    /// feed-forward layer.
     fn activations(
         &self,
         x: &Tensor,

@@ -97,8 +97,8 @@ enum QueriesAndKeys {
     Normed([norm::Tape; 2]),
 }
 
-/// Residual stream between two layers, as two addends: the next norm adds them in the pass that it makes
-/// anyway.
+/// Residual stream between two layers, as two addends. The next norm adds them while it reads them, which
+/// saves a pass over memory.
 struct ResidualStream {
     residual: Option<Tensor>, // (T, D)
     block_output: Tensor,     // (T, D)
@@ -145,7 +145,8 @@ impl EncoderConfig for Config {
 }
 
 impl Decoder {
-    /// Takes the weights. RoPE tables have `max_length` rows: 131,072 positions of Mistral would take 67 MB.
+    /// Builds the layers from `weights`. RoPE tables have `max_length` rows, because one for all 131,072
+    /// positions of Mistral would take 67 MB.
     fn new(config: Config, weights: &Weights, max_length: usize) -> Result<Self> {
         let (d, f, k) = (config.hidden_size, config.intermediate_size, config.head_dim);
         let (queries, keys) = (config.heads * k, config.kv_heads * k);
@@ -216,8 +217,8 @@ impl Decoder {
         Ok((ResidualStream { residual, block_output: d }, (save > Saved::None).then_some(tape)))
     }
 
-    /// Computes all activations but the last matrix product, from y (T, D), the output of the first norm, and
-    /// its input, the residual stream (T, D).
+    /// Computes the activations up to the input of the last matrix product. `y` (T, D) is the output of the
+    /// first norm, `residual` (T, D) its input.
     fn activations(&self, layer: &Layer, y: &Tensor, residual: &Tensor, pass: &Pass) -> Result<Activations> {
         let (q, q_tape) = layer.q_proj.forward(y, pass)?; // (T, H·K)
         let (k, k_tape) = layer.k_proj.forward(y, pass)?; // (T, G·K)
@@ -236,8 +237,8 @@ impl Decoder {
         Ok(Activations { qk, v, o, log_sum, post_attention_norm, mlp_norm, gate, up, adapters })
     }
 
-    /// Maps ds (T, D), the gradient of the residual stream after this layer, to that before it, which may be
-    /// `None` unless `needs_dx`.
+    /// Maps `ds` (T, D), the gradient of the residual stream after this layer, to the gradient of the stream
+    /// before it. The result may be `None` if `needs_dx` is false.
     fn backward_layer(
         &self,
         layer: &Layer,

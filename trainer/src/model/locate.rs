@@ -155,8 +155,8 @@ fn no_adapter(place: &Path) -> Error {
     Error::file(place, message)
 }
 
-/// Whether a cached snapshot has the files of a model, and its `weights` if they are needed. Fetches nothing:
-/// of an adapter, the base model is not looked at.
+/// Whether a cached snapshot has the files of a model, and its weights if `weights` is true. It fetches
+/// nothing and does not look for the base model of an adapter.
 fn is_complete(snapshot: &Path, weights: bool) -> bool {
     let Ok(Modules { transformer, dense, .. }) = Modules::open(snapshot) else { return false };
     let has = |name: &str| transformer.join(name).exists();
@@ -200,8 +200,8 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// Whether a file is a configuration or a tokenizer of the model, and not of a copy in another format, in a
-/// subfolder.
+/// Whether a file is a configuration or a tokenizer of the model. Those in subfolders that are not modules
+/// belong to copies of the model in other formats, such as `onnx`.
 fn is_small(name: &str) -> bool {
     let file = in_module(name).unwrap_or(name);
     let sentence_bert =
@@ -217,8 +217,8 @@ fn is_small(name: &str) -> bool {
     sentence_bert || configurations.contains(&file) || tokenize::FILES.contains(&file)
 }
 
-/// Name of a file inside the folder of a module, such as `1_Pooling/config.json` or
-/// `0_Transformer/config.json`.
+/// Name of a file inside the folder of a module, `config.json` for `1_Pooling/config.json`; `None` if the
+/// file is not in such a folder.
 fn in_module(name: &str) -> Option<&str> {
     let (module, file) = name.split_once('/')?;
     let digit = module.starts_with(|c: char| c.is_ascii_digit());

@@ -1,7 +1,7 @@
 //! The embedding model: token ids go in, embeddings come out, and gradients go back.
 //!
-//! Encoders have a written backward pass: a layer's `forward` returns a tape and its `backward`, in the same
-//! file, takes it. Frozen parameters get no gradient, and nothing is computed for them.
+//! The backward pass of the encoders is written by hand: a layer's `forward` returns a tape, which its
+//! `backward`, in the same file, takes. Frozen parameters get no gradient, and nothing is computed for them.
 
 // Files of a model.
 pub mod config_json;
@@ -288,17 +288,17 @@ impl Model {
         self.lora
     }
 
-    /// D: elements of an embedding.
+    /// Number of elements of an embedding: D, unless a dense layer after pooling changes it.
     pub fn embedding_dim(&self) -> usize {
         self.folder.dense.last().map_or(self.hidden_size(), |dense| dense.outputs)
     }
 
-    /// D: elements of a hidden state.
+    /// D: number of elements of a hidden state.
     pub fn hidden_size(&self) -> usize {
         self.encoder.config().sizes().hidden_size
     }
 
-    /// Number of tokens of the longest text that has positions.
+    /// Maximum number of tokens of a text: the number of positions of the model.
     pub fn max_positions(&self) -> usize {
         self.encoder.config().sizes().max_positions
     }
@@ -378,8 +378,8 @@ impl Model {
     }
 }
 
-/// Number of tokens of the longest text of a run, where `default` is the length that the configuration may
-/// leave out.
+/// Maximum number of tokens of a text in a run: the greater of the configured lengths of queries and
+/// documents. `default` replaces a length that the configuration omits.
 fn max_length(model: &config::Model, default: usize) -> usize {
     model.max_query_length.unwrap_or(default).max(model.max_document_length.unwrap_or(default))
 }

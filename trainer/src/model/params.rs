@@ -140,8 +140,8 @@ pub struct FlatParameters {
 }
 
 impl FlatParameters {
-    /// Moves the parameters whose kind is `trained` into one buffer, on the device of the first parameter.
-    /// `walk` visits all parameters, in the same order each time.
+    /// Moves the parameters whose kind `trained` accepts into one buffer, on the device of the first
+    /// parameter. `walk` visits all parameters, in the same order each time.
     pub fn flatten(
         mut walk: impl FnMut(&mut dyn ParameterVisitor) -> Result<()>,
         trained: impl Fn(ParameterKind) -> bool,
@@ -204,7 +204,7 @@ impl FlatParameters {
         self.len() == 0
     }
 
-    /// Number of elements, from the first on, that weight decay applies to.
+    /// Number of elements that weight decay applies to. They are the first ones of the buffer.
     pub fn decayed(&self) -> usize {
         self.decayed
     }

@@ -78,6 +78,7 @@ pub fn encode(
 impl Encoded {
     /// Second pass: adds the gradients of all trained parameters, given d(embeddings) (N, D). Chunks run in the order of the first
     /// pass, whatever was kept, so that every sum has the same order and the same bits with any amount of memory.
+    /// In f16 the gradients must be zero before, because the whole buffer is scaled at the end.
     ///
     /// # Errors
     /// There is not enough memory.
@@ -133,14 +134,15 @@ fn run_two_at_a_time<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + 
 /// (1) each. The first is the power of two that brings the largest element of d(embeddings) near 1, the second its reciprocal. They
 /// depend on d alone, so there is no loss scale to adapt or to save, and they are computed on the device of d.
 fn f16_scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
-    const MOST: i32 = 60;
-    let powers: Vec<f32> = (-MOST..=MOST).map(|exponent| (exponent as f32).exp2()).collect(); // rising
+    const LIMIT: i32 = 60;
+    let powers: Vec<f32> = (-LIMIT..=LIMIT).map(|exponent| (exponent as f32).exp2()).collect(); // ascending
     let powers = Tensor::new(powers, d.device())?;
-    let below = powers.broadcast_le(&d.abs()?.max_all()?)?.to_dtype(DType::F32)?.sum_all()?;
-    // As many powers as are not above the largest element: the last of them is the one.
-    let place = (below - 1.0)?.clamp(0f32, 2.0 * MOST as f32)?.to_dtype(DType::U32)?.reshape(1)?;
-    let mirrored = (f64::from(2 * MOST) - &place.to_dtype(DType::F32)?)?.to_dtype(DType::U32)?;
-    Ok((powers.index_select(&mirrored, 0)?, powers.index_select(&place, 0)?))
+    let count = powers.broadcast_le(&d.abs()?.max_all()?)?.to_dtype(DType::F32)?.sum_all()?;
+    // `count` powers are at most the largest element, so the largest of them has the index `count` − 1. Its
+    // reciprocal has the same index from the other end.
+    let index = (count - 1.0)?.clamp(0f32, 2.0 * LIMIT as f32)?.to_dtype(DType::U32)?.reshape(1)?;
+    let reciprocal = (f64::from(2 * LIMIT) - &index.to_dtype(DType::F32)?)?.to_dtype(DType::U32)?;
+    Ok((powers.index_select(&reciprocal, 0)?, powers.index_select(&index, 0)?))
 }
 
 /// Chooses what each chunk saves within `bytes` bytes. A token takes `inputs` bytes on a tape of layer inputs and `whole` bytes on

@@ -177,7 +177,7 @@ impl Run {
         if let Some(path) = resumed {
             checkpoint::restore(path, state, model.flat(), &stepper.optimizer)?;
             if state.selection.best.is_some_and(|best| best.step == state.step) {
-                // A kill may have come between the checkpoint and its link.
+                // The run may have been killed after it wrote the checkpoint, before it linked OUTPUT/best.
                 checkpoints.mark_best(state.step)?;
             }
             tracing::info!("resumed after step {} from {}", state.step, path.display());
@@ -190,7 +190,8 @@ impl Run {
             if world.is_rank_zero() { Some(RunLog::open(output, state, &config.logging)?) } else { None };
         let mut writer = Writer::new(checkpoints.clone());
         if evaluation::is_due(plan, state) && state.evaluated != Some(state.step) {
-            // A stop by a signal skips the evaluation that is due at its step; it is made up for here.
+            // The base model before the first step, or the evaluation that was skipped when a signal stopped
+            // the run at this step.
             let best = evaluation::run(plan, model, world, state, &mut log)?;
             if best && world.is_rank_zero() {
                 checkpoints.mark_best(state.step)?;

@@ -19,7 +19,7 @@ use crate::train::schedule::LrSchedule;
 pub struct Stepper<'a> {
     /// The encoder, whose trained parameters are updated.
     pub model: &'a Model,
-    /// Gradients of all trained parameters; zeroed at the start of each step.
+    /// Gradients of all trained parameters; each step zeroes them before its backward pass.
     pub gradients: Gradients,
     /// AdamW with its moments.
     pub optimizer: Optimizer,
@@ -64,8 +64,9 @@ impl Stepper<'_> {
         let local = share.of(world.rank());
         let (embeddings, encoded) = gradcache::encode(model, &batch.sequences, local, *budget, dropout_key)?;
         let embeddings = world.all_gather_rows(embeddings, &share)?; // (N, D)
-        let (losses, d) = losses.evaluate(&embeddings, &batch.tables, world.local_rows(rows))?; // (B of this rank), (N, D)
-        let losses = world.all_gather_tensor(losses)?; // (B)
+        // The losses of this rank's rows (b), and their part of the gradient of the embeddings (N, D).
+        let (local_losses, d) = losses.evaluate(&embeddings, &batch.tables, world.local_rows(rows))?;
+        let losses = world.all_gather_tensor(local_losses)?; // (B)
         gradients.clear()?;
         encoded.backward(model, &world.reduce_scatter_rows(d, &share)?, gradients)?;
         world.all_reduce(gradients)?;

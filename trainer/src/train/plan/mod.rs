@@ -57,7 +57,7 @@ pub struct Plan {
     pub workload: Workload,
 }
 
-/// Texts that are put before each text of a role.
+/// Prompts of an evaluation set: what is put before each text, by the role of the text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prompts {
     /// Prompt of queries.
@@ -151,7 +151,7 @@ impl Plan {
         }
     }
 
-    /// The configuration with the defaults that follow from other values filled in.
+    /// The configuration, in which omitted values that follow from others or from the data are filled in.
     pub fn resolved(&self) -> Config {
         let mut config = self.config.clone();
         let training = &mut config.training;
@@ -245,7 +245,8 @@ fn lengths(config: &Config, model: &Model) -> Result<Lengths> {
     })
 }
 
-/// Opens the evaluation sets. Their prompts are those that the trained model's folder will have.
+/// Opens the evaluation sets. A set without prompts of its own gets those that the trained model's folder
+/// will have.
 fn evaluation_sets(config: &Config, folder: &ModelFolder) -> Result<Vec<(EvalSet, Prompts)>> {
     let mut sets: Vec<(EvalSet, Prompts)> = Vec::new();
     for (i, set) in config.evaluation.sets.iter().enumerate() {
