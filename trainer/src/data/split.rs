@@ -478,7 +478,7 @@ mod tests {
         named.columns = vec!["Antwort".into()];
         let error = named.run(&input, &output).unwrap_err().to_string();
         assert!(
-            error.contains("x.jsonl:1: has no column `Antwort`, as named by --columns; found Frage"),
+            error.contains("x.jsonl:1: has no column `Antwort` as named by --columns; found Frage"),
             "{error}"
         );
         named.columns = vec!["Frage".into()];
