@@ -2,7 +2,7 @@
 //!
 //! [`Config`] mirrors the file key by key and knows nothing of data, models or memory; [`crate::train::plan`] works out what the
 //! run will do. The error for an unknown key names the nearest known one, the error for a wrong value names file, line, field
-//! and what was expected. [`reference`] generates the documentation of the keys.
+//! and what was expected. [`mod@reference`] generates the documentation of the keys.
 
 mod check;
 mod origin;

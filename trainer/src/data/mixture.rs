@@ -2,7 +2,7 @@
 //! cursor.
 //!
 //! Batches are cut from *streams* of rows: a single one if batches mix the data sets, else one for each data
-//! set. In every epoch a stream has its own order ([`Permutation`]), and its batch number n has exactly
+//! set. In every epoch a stream has its own order (`permutation`), and its batch number n has exactly
 //! `min(batch_size, rows left)` rows, so the number of batches is known in advance: ceil(rows / batch_size),
 //! summed over the streams. No list of drawn rows is kept: a [`Cursor`] holds a position and the deferred
 //! rows, and a sampler that starts there continues exactly.

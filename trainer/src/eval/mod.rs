@@ -1,7 +1,7 @@
 //! Evaluation: how good a model is on texts that it is not trained on.
 //!
 //! Metrics, their names and the CSV files are those of sentence-transformers 6. Each kind of evaluation has a
-//! file here, which describes it in a `static KIND` and implements [`Task`] for its sets; [`EvalSpec::of`]
+//! file here, which describes it in a `static KIND` and implements `Task` for its sets; `EvalSpec::of`
 //! lists all kinds.
 
 mod bootstrap;

@@ -82,7 +82,10 @@ pub(crate) fn write_dir(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -
     fs::create_dir_all(&new).map_err(Error::write("create", &new))?;
     let written = fill(&new).and_then(|()| match fs::rename(target, &old) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::write("replace", target)(error)),
-        _ => rename(&new, target),
+        _ => rename(&new, target).inspect_err(|_| {
+            // The old folder takes its place again.
+            let _ = fs::rename(&old, target);
+        }),
     });
     if written.is_err() {
         // Leave no part of it on a disk that may be full.

@@ -75,6 +75,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         );
     }
 
+    // Whatever can fail comes before the first file is written.
+    let lengths = yaml::Lengths::measure(&training, &args.model)?;
     let held_out = match evaluation.is_empty() {
         true => HeldOut::choose(&training)?,
         false => None,
@@ -113,7 +115,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         name: &name,
         config: &config,
         model: &args.model,
-        lengths: yaml::Lengths::measure(&training, &args.model)?,
+        lengths,
         trained: &trained,
         rows: rows.iter().sum(),
         evaluation: &evaluation,
