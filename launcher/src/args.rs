@@ -23,8 +23,8 @@ use trainer::comm::LONGEST_TIMEOUT;
   launch -- evaluate --model runs/quickstart/model --set data/quickstart/test
   LODESTONE_TOKEN=… launch --gpus 8 --nodes 2 --node 0 --rendezvous n1:29400 configs/minilm.yaml    on each of 2 nodes
 
-Exit status: 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong and nothing was started; \
-128+S signal S (TERM, INT or USR1) requested a stop, and a checkpoint was written."
+Exit status: 0 if done; 1 if the run failed; 2 if the command line, the configuration or an input is wrong, \
+and nothing was started; 128+S if the run got signal S (TERM, INT or USR1), wrote a checkpoint and stopped."
 )]
 pub(crate) struct Arguments {
     /// Number of CPU ranks on this node, which share its cores. Default: 1 if no GPU is visible

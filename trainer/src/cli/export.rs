@@ -27,8 +27,8 @@ pub(super) struct Args {
     /// Merge LoRA adapters into the weights and write the whole model. Default: write only the adapter
     #[arg(long)]
     merge: bool,
-    /// Checkpoint to export: `best`, `last` or `step-N`. Default: the step that OUTPUT/model has, which is the last unless
-    /// the run stopped early or has `evaluation.load_best`
+    /// Checkpoint to export: `best`, `last` or `step-N`. Default: `best` if the run stopped early or has
+    /// `evaluation.load_best`, else `last`
     #[arg(long, value_name = "WHICH")]
     checkpoint: Option<String>,
 }

@@ -42,8 +42,9 @@ use crate::{Error, Result};
 #[command(name = "trainer", version, long_version = version(), propagate_version = true)]
 #[command(after_help = "Examples:\n  trainer train configs/quickstart.yaml training.learning_rate=2e-4\n  \
     trainer evaluate --model runs/quickstart/model --set data/quickstart/test\n  trainer help mine\n\n\
-    Exit status: 0 done; 1 the run failed; 2 the command line, the configuration or an input is wrong and nothing was \
-    started; 128+S signal S (TERM, INT or USR1) requested a stop, and a checkpoint was written.")]
+    Exit status: 0 if done; 1 if the run failed; 2 if the command line, the configuration or an input is \
+    wrong, and nothing was started; 128+S if the run got signal S (TERM, INT or USR1), wrote a checkpoint \
+    and stopped.")]
 struct Cli {
     #[command(subcommand)]
     command: Command,

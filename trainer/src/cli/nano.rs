@@ -26,8 +26,8 @@ pub(super) struct Args {
     /// Number of queries to draw
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = at_least_one)]
     queries: usize,
-    /// Maximum number of documents to add per query: those that BM25 and the model rank highest, taken in
-    /// turn
+    /// Maximum number of documents to add per query: those that BM25 and the model rank highest, alternately
+    /// one of each ranking
     #[arg(long, value_name = "N", default_value_t = 200)]
     negatives: usize,
     /// Model folder, or model id on the Hugging Face hub, for the dense ranking. Default: rank with BM25 only

@@ -97,7 +97,7 @@ choice! {
 choice! {
     /// `data.batching`: whether a batch has rows of several data sets.
     Batching {
-        /// A batch has rows of all data sets, in the order of the shuffled rows.
+        /// The rows of all data sets are shuffled together, and batches are taken from them.
         Mixed = "mixed",
         /// A batch has rows of one data set; the data sets alternate in proportion to their rows.
         PerDataset = "per_dataset",
@@ -113,9 +113,9 @@ choice! {
         InfoNce = "info_nce",
         /// Triplet loss: the positive is closer than each negative by a margin (TripletLoss).
         Triplet = "triplet",
-        /// CoSENT: similarities of pairs in the order of their scores (CoSENTLoss). For similarity rows only.
+        /// CoSENT: a pair with a higher score gets a higher cosine (CoSENTLoss). For similarity rows only.
         CoSent = "cosent",
-        /// Mean squared error of the differences between positive and negatives, against a teacher's (MarginMSELoss).
+        /// Mean squared error of score(positive) − score(negative) against the teacher's (MarginMSELoss).
         MarginMse = "margin_mse",
         /// KL divergence from a teacher's distribution over the candidates (DistillKLDivLoss).
         Kl = "kl",

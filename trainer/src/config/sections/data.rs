@@ -31,8 +31,9 @@ pub struct Data {
     pub batching: Batching,
     /// Draw a new order of the rows for every epoch, from `seed`. If false, rows come in the order of the files.
     pub shuffle: bool,
-    /// Avoid duplicate texts within a batch: a row that would repeat a text is deferred to a later batch. Rows that are still
-    /// deferred at the end of the epoch, or when 65,536 are waiting, are used anyway.
+    /// Avoid duplicate texts within a batch: a row that would repeat a text is deferred to a later batch.
+    /// Rows that are still deferred at the end of the epoch are used anyway. While 65,536 rows are deferred,
+    /// the next row is used even if it repeats a text.
     pub no_duplicates: bool,
 }
 
@@ -146,10 +147,12 @@ pub struct Columns {
     /// Column of the query.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub query: Option<String>,
-    /// Column of the positive, a text that answers the query; or a list of columns.
+    /// Column of the positive, a text that answers the query. A value is a text or a list of texts. To use
+    /// several columns, list their names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub positive: Option<ColumnNames>,
-    /// Column of the hard negatives, texts that do not answer the query: one text or a list of texts; or a list of columns.
+    /// Column of the hard negatives, texts that do not answer the query. A value is a text or a list of
+    /// texts. To use several columns, list their names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub negatives: Option<ColumnNames>,
     /// Column of the text of a labelled row.

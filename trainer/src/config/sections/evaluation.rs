@@ -27,8 +27,8 @@ pub struct Evaluation {
     pub every: Interval,
     /// The evaluation sets.
     pub sets: Vec<EvaluationSet>,
-    /// Metric that decides which step is the best, and early stopping: its name without the name of a set. It
-    /// is averaged over the sets that have it.
+    /// Metric that decides which step is the best and when the training stops early. Give its name without
+    /// the name of a set: it is averaged over the sets that have it.
     pub metric: String,
     /// Stop the training after this number of evaluations without a better `metric` (early stopping). Default: no early stopping.
     pub patience: Option<u64>,

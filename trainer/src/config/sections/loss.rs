@@ -49,7 +49,7 @@ pub struct Loss {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Matryoshka {
-    /// Numbers of dimensions that are trained; the whole embedding only if its size is listed. Required.
+    /// Numbers of dimensions to train. The whole embedding is trained only if its size is listed. Required.
     pub dims: Vec<usize>,
     /// Weight of the loss at each of `dims`. Default: 1 each.
     #[serde(skip_serializing_if = "Option::is_none")]
