@@ -183,7 +183,8 @@ fn fifty_steps_have_the_losses_of_one_rank() {
         for ranks in [2, 3, 4] {
             let some = on(ranks, &setup, batches);
             compare(&some, &one, &format!("{name} on {ranks} ranks"));
-            // AdamW makes full steps for gradients that are only dropout_key, such as those of the key biases.
+            // AdamW makes full steps for gradients that are only rounding errors, such as those of
+            // the key biases.
             let close = if adapted { CLOSE } else { 1e-3 };
             let error = relative_error(&some.parameters, &one.parameters);
             assert!(error < close, "{name} on {ranks} ranks: parameters differ by {error:e}");

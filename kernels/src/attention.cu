@@ -3,7 +3,7 @@
 // A block of four warps computes 64 rows of one head, 16 rows for each warp. It iterates over tiles of the
 // columns that are visible to at least one row, and copies the next tile while it multiplies the current one.
 // Scores are kept in registers. Backward has two kernels, one whose rows are queries and one whose rows are
-// keys. They compute a seventh more products than one kernel with atomic additions would, and give the same
+// keys. They compute two fifths more products than one kernel with atomic additions would, and give the same
 // bits each time.
 
 #include "attention.cuh"
@@ -89,7 +89,7 @@ __device__ __forceinline__ void write_rows(T* to, int64_t stride, int rows, int 
     }
 }
 
-constexpr int KEYS_A_TILE = 64;
+constexpr int TILE_KEYS = 64;  // of a tile in forward
 
 // The launch bounds ask for one block per multiprocessor, because ptxas would spill registers for more.
 template <class T, int WIDTH>
@@ -103,16 +103,16 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, boo
     const int begin = max(0, first - a.left), end = min(tokens, last + a.right + 1);
 
     Arena arena;
-    constexpr int TILE = KEYS_A_TILE * STRIDE<WIDTH>;
+    constexpr int TILE = TILE_KEYS * STRIDE<WIDTH>;
     Shared<T> q = arena.take<T>(ROWS * STRIDE<WIDTH>);
     Shared<T> k = arena.take<T>(2 * TILE), v = arena.take<T>(2 * TILE);
     const int64_t stride = int64_t(a.heads) * a.head_width, kv_stride = int64_t(a.kv_heads) * a.head_width;
     auto copy_tile = [&](int at, int buffer) {
         const int64_t from = kv_row(a, start + at, g);
-        copy_rows<KEYS_A_TILE, WIDTH>(k.from(buffer * TILE, TILE), static_cast<const T*>(a.k) + from, kv_stride, end - at,
-                                      a.head_width, vectors);
-        copy_rows<KEYS_A_TILE, WIDTH>(v.from(buffer * TILE, TILE), static_cast<const T*>(a.v) + from, kv_stride, end - at,
-                                      a.head_width, vectors);
+        copy_rows<TILE_KEYS, WIDTH>(k.from(buffer * TILE, TILE), static_cast<const T*>(a.k) + from, kv_stride, end - at,
+                                    a.head_width, vectors);
+        copy_rows<TILE_KEYS, WIDTH>(v.from(buffer * TILE, TILE), static_cast<const T*>(a.v) + from, kv_stride, end - at,
+                                    a.head_width, vectors);
         commit_copies();
     };
     copy_rows<ROWS, WIDTH>(q, static_cast<const T*>(a.q) + q_row(a, start + first, h), stride, tokens - first, a.head_width,
@@ -123,20 +123,20 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, boo
     const int row = first + warp_row + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     float acc[WIDTH / 8][4] = {}, row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
     const float scale = a.scale * LOG2_E;
-    for (int at = begin, buffer = 0; at < end; at += KEYS_A_TILE, buffer ^= 1) {
-        if (at + KEYS_A_TILE < end) {
-            copy_tile(at + KEYS_A_TILE, buffer ^ 1);
+    for (int at = begin, buffer = 0; at < end; at += TILE_KEYS, buffer ^= 1) {
+        if (at + TILE_KEYS < end) {
+            copy_tile(at + TILE_KEYS, buffer ^ 1);
             wait_for_copies<1>();
         } else {
             wait_for_copies<0>();
         }
         __syncthreads();
-        float s[KEYS_A_TILE / 8][4];
-        multiply<KEYS_A_TILE, WIDTH>(s, q, warp_row, k.from(buffer * TILE, TILE));
-        const bool all_seen = at + KEYS_A_TILE <= end && at >= last - a.left && at + KEYS_A_TILE - 1 <= first + a.right;
+        float s[TILE_KEYS / 8][4];
+        multiply<TILE_KEYS, WIDTH>(s, q, warp_row, k.from(buffer * TILE, TILE));
+        const bool all_seen = at + TILE_KEYS <= end && at >= last - a.left && at + TILE_KEYS - 1 <= first + a.right;
         float new_max[2] = {row_max[0], row_max[1]};
 #pragma unroll
-        for (int n = 0; n < KEYS_A_TILE / 8; n++) {
+        for (int n = 0; n < TILE_KEYS / 8; n++) {
 #pragma unroll
             for (int x = 0; x < 4; x++) {
                 const int i = row + x / 2 * 8, j = at + n * 8 + column + x % 2;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, boo
             }
         }
 #pragma unroll
-        for (int n = 0; n < KEYS_A_TILE / 8; n++) {
+        for (int n = 0; n < TILE_KEYS / 8; n++) {
 #pragma unroll
             for (int x = 0; x < 4; x++) {
                 s[n][x] = exp2f(s[n][x] - reference[x / 2]);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward(Attention a, boo
                 }
             }
         }
-        accumulate<KEYS_A_TILE, WIDTH>(acc, s, v.from(buffer * TILE, TILE));
+        accumulate<TILE_KEYS, WIDTH>(acc, s, v.from(buffer * TILE, TILE));
         __syncthreads();
     }
 
@@ -210,8 +210,9 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention a, bo
 
     Arena arena;
     constexpr int TILE = COLUMNS * STRIDE<WIDTH>;
-    Shared<T> rows1 = arena.take<T>(ROWS * STRIDE<WIDTH>), rows2 = arena.take<T>(ROWS * STRIDE<WIDTH>);  // q, do | k, v
-    Shared<T> columns1 = arena.take<T>(2 * TILE), columns2 = arena.take<T>(2 * TILE);                    // k, v | q, do
+    // The rows are those of q and do, the columns those of k and v; with KEYS the other way round.
+    Shared<T> rows1 = arena.take<T>(ROWS * STRIDE<WIDTH>), rows2 = arena.take<T>(ROWS * STRIDE<WIDTH>);
+    Shared<T> columns1 = arena.take<T>(2 * TILE), columns2 = arena.take<T>(2 * TILE);
     const int64_t q_stride = int64_t(a.heads) * a.head_width, kv_stride = int64_t(a.kv_heads) * a.head_width;
     const T *q = static_cast<const T*>(a.q), *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
     const T* d_o = static_cast<const T*>(a.d_o);
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention a, bo
     copy_tile(0);
 
     const int row = first + warp_row + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-    float acc1[WIDTH / 8][4] = {}, acc2[KEYS ? WIDTH / 8 : 1][4] = {};
+    float acc1[WIDTH / 8][4] = {}, acc2[KEYS ? WIDTH / 8 : 1][4] = {};  // dq; with KEYS dk and dv
     const float scale = a.scale * LOG2_E;
     for (int tile = 0; tile < all_tiles; tile++) {
         if (tile + 1 < all_tiles) {
@@ -285,7 +286,7 @@ static dim3 grid_for(const Attention& a, int heads) {
 template <class T, int WIDTH>
 static int forward_in(const Attention& a, cudaStream_t stream) {
     const bool vectors = whole_vectors<T>(a.head_width, a.q, a.k, a.v);
-    const size_t bytes = (ROWS + 4 * KEYS_A_TILE) * STRIDE<WIDTH> * sizeof(T);
+    const size_t bytes = (ROWS + 4 * TILE_KEYS) * STRIDE<WIDTH> * sizeof(T);
     return launch(Launch(grid_for(a, a.heads), THREADS, bytes, stream), attention_forward<T, WIDTH>, a, vectors);
 }
 

@@ -64,7 +64,7 @@ __global__ void attention_delta(Attention a) {
 // kernels. A warp computes one row, 32 columns at a time: first each lane computes the score of one column,
 // then some elements of the row.
 constexpr int MAX_HEAD_WIDTH = 256;
-constexpr int ELEMENTS_A_LANE = MAX_HEAD_WIDTH / 32;
+constexpr int LANE_ELEMENTS = MAX_HEAD_WIDTH / 32;  // of a row in each lane
 
 template <class T>
 __device__ __forceinline__ float dot(const T* x, const T* y, int width) {
@@ -75,11 +75,11 @@ __device__ __forceinline__ float dot(const T* x, const T* y, int width) {
 
 // acc += Σ weight_l · row l over the lanes l below `count`
 template <class T>
-__device__ __forceinline__ void add_rows(float (&acc)[ELEMENTS_A_LANE], float weight, const T* row, int64_t stride, int count, int width) {
+__device__ __forceinline__ void add_rows(float (&acc)[LANE_ELEMENTS], float weight, const T* row, int64_t stride, int count, int width) {
     for (int l = 0; l < count; l++) {
         const float w = __shfl_sync(ALL_LANES, weight, l);
 #pragma unroll
-        for (int n = 0; n < ELEMENTS_A_LANE; n++) {
+        for (int n = 0; n < LANE_ELEMENTS; n++) {
             const int d = n * 32 + threadIdx.x % 32;
             if (d < width) acc[n] += w * to_float(row[l * stride + d]);
         }
@@ -87,9 +87,9 @@ __device__ __forceinline__ void add_rows(float (&acc)[ELEMENTS_A_LANE], float we
 }
 
 template <class T>
-__device__ __forceinline__ void write_elements(T* to, const float (&acc)[ELEMENTS_A_LANE], float factor, int width) {
+__device__ __forceinline__ void write_elements(T* to, const float (&acc)[LANE_ELEMENTS], float factor, int width) {
 #pragma unroll
-    for (int n = 0; n < ELEMENTS_A_LANE; n++) {
+    for (int n = 0; n < LANE_ELEMENTS; n++) {
         const int d = n * 32 + threadIdx.x % 32;
         if (d < width) to[d] = from_float<T>(acc[n] * factor);
     }
@@ -105,7 +105,7 @@ __global__ void scalar_forward(Attention a) {
     const int tokens = int(a.packing.offsets[n + 1] - start), i = int(a.packing.positions[t]);
     const T* q = static_cast<const T*>(a.q) + q_row(a, t, h);
     const int64_t stride = int64_t(a.kv_heads) * width;
-    float acc[ELEMENTS_A_LANE] = {}, row_max = -INFINITY, row_sum = 0;
+    float acc[LANE_ELEMENTS] = {}, row_max = -INFINITY, row_sum = 0;
     const int first = max(0, i - a.left), end = min(tokens, i + a.right + 1);
     for (int base = first; base < end; base += 32) {
         const int count = min(32, end - base), j = base + lane;
@@ -124,7 +124,7 @@ __global__ void scalar_forward(Attention a) {
         row_max = new_max;
         row_sum = row_sum * rescale + sum_of_warp(p);
 #pragma unroll
-        for (int k = 0; k < ELEMENTS_A_LANE; k++) acc[k] *= rescale;
+        for (int k = 0; k < LANE_ELEMENTS; k++) acc[k] *= rescale;
         if (a.has_dropout && lane < count) p *= dropout_factor(a, a.packing.numbers[n], h, tokens, i, j);
         add_rows(acc, p, static_cast<const T*>(a.v) + key, stride, count, width);
     }
@@ -148,7 +148,7 @@ __global__ void scalar_backward(Attention a) {
     const int64_t stride = int64_t(KEYS ? a.heads : a.kv_heads) * width;
     const T *q = static_cast<const T*>(a.q), *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
     const T* d_o = static_cast<const T*>(a.d_o);
-    float of_first[ELEMENTS_A_LANE] = {}, of_second[ELEMENTS_A_LANE] = {};
+    float acc1[LANE_ELEMENTS] = {}, acc2[LANE_ELEMENTS] = {};  // dq; with KEYS dk and dv
     for (int member = 0; member < (KEYS ? group : 1); member++) {
         const int h = KEYS ? head * group + member : head, g = h / group;
         for (int base = first; base < end; base += 32) {
@@ -157,27 +157,27 @@ __global__ void scalar_backward(Attention a) {
             float ds = 0, p = 0;
             if (lane < count) {
                 const int64_t query = q_row(a, start + i, h), key = kv_row(a, start + j, g);
-                const int64_t sum = int64_t(h) * a.packing.tokens + start + i;
+                const int64_t query_row = int64_t(h) * a.packing.tokens + start + i;
                 float s = a.scale * dot(q + query, k + key, width);
                 if (a.bias) s += a.bias_of(h, i, j);
-                const float probability = expf(s - a.lse[sum]);
+                const float probability = expf(s - a.lse[query_row]);
                 const float factor = a.has_dropout ? dropout_factor(a, a.packing.numbers[n], h, tokens, i, j) : 1.0f;
                 p = probability * factor;
-                ds = probability * (factor * dot(d_o + query, v + key, width) - a.delta[sum]);
+                ds = probability * (factor * dot(d_o + query, v + key, width) - a.delta[query_row]);
             }
             if (KEYS) {
-                add_rows(of_first, ds, q + q_row(a, start + base, h), stride, count, width);
-                add_rows(of_second, p, d_o + q_row(a, start + base, h), stride, count, width);
+                add_rows(acc1, ds, q + q_row(a, start + base, h), stride, count, width);
+                add_rows(acc2, p, d_o + q_row(a, start + base, h), stride, count, width);
             } else {
-                add_rows(of_first, ds, k + kv_row(a, start + base, g), stride, count, width);
+                add_rows(acc1, ds, k + kv_row(a, start + base, g), stride, count, width);
             }
         }
     }
     if (KEYS) {
-        write_elements(static_cast<T*>(a.dk) + kv_row(a, t, head), of_first, a.scale, width);
-        write_elements(static_cast<T*>(a.dv) + kv_row(a, t, head), of_second, 1.0f, width);
+        write_elements(static_cast<T*>(a.dk) + kv_row(a, t, head), acc1, a.scale, width);
+        write_elements(static_cast<T*>(a.dv) + kv_row(a, t, head), acc2, 1.0f, width);
     } else {
-        write_elements(static_cast<T*>(a.dq) + q_row(a, t, head), of_first, a.scale, width);
+        write_elements(static_cast<T*>(a.dq) + q_row(a, t, head), acc1, a.scale, width);
     }
 }
 
@@ -198,7 +198,7 @@ __global__ void bias_backward(Attention a) {
         int last = column == 2 * a.max_distance ? tokens - 1 : i + column - a.max_distance;
         first = max(max(first, 0), i - a.left);
         last = min(min(last, tokens - 1), i + a.right);
-        const int64_t query = q_row(a, t, h), sum = int64_t(h) * a.packing.tokens + t;
+        const int64_t query = q_row(a, t, h), query_row = int64_t(h) * a.packing.tokens + t;
         for (int j = first; j <= last; j++) {
             const int64_t key = kv_row(a, start + j, g);
             float s = 0, dp = 0;
@@ -210,7 +210,7 @@ __global__ void bias_backward(Attention a) {
             dp = sum_of_warp(dp);
             if (lane == 0) {
                 const float factor = a.has_dropout ? dropout_factor(a, a.packing.numbers[n], h, tokens, i, j) : 1.0f;
-                total[0] += expf(s - a.lse[sum]) * (factor * dp - a.delta[sum]);
+                total[0] += expf(s - a.lse[query_row]) * (factor * dp - a.delta[query_row]);
             }
         }
     }

@@ -216,9 +216,9 @@ fn contiguous(layout: &Layout) -> Result<std::ops::Range<usize>> {
     }
 }
 
-/// GPU copies of the tables of the struct that contains it, created on first use.
+/// A field with GPU copies of other fields of the same struct, which are created on first use.
 ///
-/// All values compare equal, because the copies follow from the other fields of that struct.
+/// Two values always compare equal, so that only the other fields decide whether two such structs are equal.
 #[cfg(feature = "cuda")]
 #[derive(Clone, Debug)]
 pub(crate) struct Copies<const N: usize>(std::sync::OnceLock<[Tensor; N]>);

@@ -10,11 +10,11 @@ struct Scores {
     float* scores;                 // (B, columns), or of all lists
     const uint32_t* offsets;       // (B+1) of lists, or null
     const uint32_t* positives;     // (B) column of the positive; with lists its index in the list, or 2^32 − 1
-    const uint32_t* excluded_offsets;   // (B+1) offsets of the excluded columns, which are sorted; or null
+    const uint32_t* excluded_offsets;  // (B+1) offsets of the excluded columns, which are sorted; or null
     const uint32_t* excluded;
     const float* positive_scores;  // (B)
-    float* maxima;                   // (B) Σ exp(z) so far is exp(max)·(exp(−max) + sum)
-    double* sums;                  // (B)
+    float* maxima;                 // (B) the largest z so far, with that of the positive, which is 0
+    double* sums;                  // (B) Σ exp(z − maximum) so far, without the positive
     float* losses;                 // (B)
     int64_t rows, first;
     int32_t columns;
@@ -83,7 +83,8 @@ __global__ void infonce_sums(Scores a) {
 __global__ void infonce_losses(Scores a) {
     const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
     if (i >= a.rows) return;
-    // The sum is 1 + others if the positive has the maximum, and log1p is accurate for small others.
+    // The loss is log Σ exp(z) = maximum + log(exp(−maximum) + sum), where exp(−maximum) is the positive.
+    // With expm1 and log1p it is accurate for a small loss, whose maximum is 0 and whose sum is small.
     a.losses[i] = float(double(a.maxima[i]) + log1p(a.sums[i] + expm1(-double(a.maxima[i]))));
 }
 

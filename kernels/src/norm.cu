@@ -81,7 +81,7 @@ __global__ void norm_forward(NormForward a) {
     write_row<V, T>(a, row, s, mean, rstd);
 }
 
-// Recomputes y from the tape, whose sum is `x`.
+// Recomputes y from the tape. The argument `x` is the tape's sum, and `residual` is not read.
 template <class T, int V>
 __global__ void norm_recompute(NormForward a) {
     const int64_t row = blockIdx.x;
@@ -118,25 +118,26 @@ __global__ void norm_backward(NormBackward a) {
     float dw[VECTORS][V] = {}, db[VECTORS][V] = {};
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         const float mean = a.centred ? a.mean[row] : 0.0f, rstd = a.rstd[row];
-        float n_[VECTORS][V], g[VECTORS][V], sums[2] = {0, 0};
+        // n and g of the formulas, and the sums of g and of g·n.
+        float normalised[VECTORS][V], g[VECTORS][V], sums[2] = {0, 0};
 #pragma unroll
         for (int n = 0; n < VECTORS; n++) {
             const int d = (n * blockDim.x + threadIdx.x) * V;
             if (d >= a.width) break;
             float w[V];
-            load<V>(static_cast<const T*>(a.sum) + row * a.width + d, n_[n]);
+            load<V>(static_cast<const T*>(a.sum) + row * a.width + d, normalised[n]);
             load<V>(static_cast<const T*>(a.dy) + row * a.width + d, g[n]);
             load<V>(a.w + d, w);
 #pragma unroll
             for (int i = 0; i < V; i++) {
-                n_[n][i] = (n_[n][i] - mean) * rstd;
+                normalised[n][i] = (normalised[n][i] - mean) * rstd;
                 if (PARAMETERS) {
-                    dw[n][i] += g[n][i] * n_[n][i];
+                    dw[n][i] += g[n][i] * normalised[n][i];
                     db[n][i] += g[n][i];
                 }
                 g[n][i] *= w[i];
                 sums[0] += g[n][i];
-                sums[1] += g[n][i] * n_[n][i];
+                sums[1] += g[n][i] * normalised[n][i];
             }
         }
         sum_of_block(sums, scratch);
@@ -149,7 +150,7 @@ __global__ void norm_backward(NormBackward a) {
             if (a.dsum) load<V>(static_cast<const T*>(a.dsum) + row * a.width + d, dx);
 #pragma unroll
             for (int i = 0; i < V; i++) {
-                dx[i] = (a.dsum ? dx[i] : 0.0f) + rstd * (g[n][i] - mean_g - n_[n][i] * mean_gn);
+                dx[i] = (a.dsum ? dx[i] : 0.0f) + rstd * (g[n][i] - mean_g - normalised[n][i] * mean_gn);
             }
             store<V>(static_cast<T*>(a.dx) + row * a.width + d, dx);
         }

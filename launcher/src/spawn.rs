@@ -52,8 +52,8 @@ pub(crate) struct Outcome {
     pub(crate) status: u8,
     /// An error message, unless a rank has already printed it.
     pub(crate) message: Option<String>,
-    /// Whether the run failed and may be restarted. It did not if it is done, was stopped, or its input is
-    /// wrong.
+    /// Whether the run failed, so that it may be restarted. False if the run is done or was stopped, or if an
+    /// input is wrong.
     pub(crate) failed: bool,
 }
 
@@ -276,9 +276,10 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<Hung>) -> Outcome {
         let message = hung.message(rank) + &format_last_lines(&lines.unwrap_or_default());
         return Outcome { status: 1, message: Some(message), failed: true };
     }
-    // The rank that failed first is one that was killed from outside, since this launcher kills only after a
-    // failure; otherwise the first that printed an error, since the others may only have lost the connection
-    // to it; otherwise the first that ended.
+    // The rank that failed first comes first. If a rank was killed by a signal other than TERM, it is that
+    // one: this launcher kills only after a failure, so the signal came from outside. Otherwise it is the
+    // first that printed an error, because the others may only have lost the connection to it; otherwise the
+    // first that ended.
     ranks.retain(|rank| !rank.status.success());
     ranks.sort_by_key(|Ended { rank, status, at, lines }| {
         let killed = status.signal().is_some_and(|signal| signal != SIGTERM);
@@ -289,7 +290,7 @@ fn conclude(ranks: Vec<Rank>, first: usize, hung: Option<Hung>) -> Outcome {
     };
     if let Some(signal) = status.signal() {
         let message = killed(*rank, signal) + &format_last_lines(lines);
-        // 128 + S means that a stop was requested; a rank that was killed otherwise is a run that failed.
+        // The status 128 + signal tells the caller that a stop was requested. Any other signal is a failure.
         let requested = [SIGTERM, SIGINT, SIGUSR1].contains(&signal);
         let status = if requested { 128 + signal as u8 } else { 1 };
         return Outcome { status, message: Some(message), failed: true };

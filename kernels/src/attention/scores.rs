@@ -115,9 +115,9 @@ impl Job<'_> {
 
 /// Dropout of the probabilities.
 impl Job<'_> {
-    /// Length of the first scratch of [`Self::dropout_factors`]: a row for each query of a block. A block can
-    /// begin and end between the query heads of one token; the rows of that token's other heads are computed,
-    /// too.
+    /// Length of the first scratch of [`Self::dropout_factors`]: a row for each query of a block. The rows of
+    /// a token are computed for all heads of the group, even if the block has only some of them, which can be
+    /// so for its first and its last token.
     pub(super) fn dropout_rows_len(&self) -> usize {
         let rows = self.tiles.queries + 2 * self.group();
         if self.attention.dropout.is_some() { rows * self.tiles.keys } else { 0 }

@@ -233,7 +233,7 @@ impl<'a> Job<'a> {
             count: rows.len() as i64,
             width: self.problem.width as i32,
         };
-        // SAFETY: `SortedIndices` has checked the rows and the columns.
+        // SAFETY: `Problem::new` has checked the rows and the columns.
         unsafe { listed_scores(&self.device, &arguments)? };
         Ok(values)
     }
@@ -267,8 +267,8 @@ impl<'a> Job<'a> {
     fn arguments(&self, state: &State, first: usize, rows: usize, gradient_factor: f32) -> Scores {
         let infonce = self.problem.infonce;
         let (excluded_offsets, excluded) = match &self.excluded {
-            Some((from, columns)) => {
-                (from.pointer::<u32>().wrapping_add(first).cast_const(), columns.pointer())
+            Some((offsets, columns)) => {
+                (offsets.pointer::<u32>().wrapping_add(first).cast_const(), columns.pointer())
             }
             None => (null(), null_mut::<u32>()),
         };

@@ -21,8 +21,8 @@ pub(super) struct Geometry {
     lanes: usize,
     /// The rows of a panel of a.
     pub(super) height: usize,
-    /// The maximum number of rows of b that are packed, which the microkernel sums in registers before it
-    /// updates C.
+    /// The maximum number of rows of b in a panel. The microkernel adds up their products in registers, and
+    /// then updates C once.
     pub(super) depth: usize,
 }
 
@@ -163,7 +163,8 @@ fn pack_rows<const HEIGHT: usize>(panels: &mut [f32], a: Matrix) {
     for first in (0..a.rows).step_by(HEIGHT) {
         let panel = &mut panels[first / HEIGHT * size..][..size + SPILL];
         let rows = HEIGHT.min(a.rows - first);
-        // In reverse, so that rows beyond the height, which spill into the next column, are overwritten.
+        // The last four rows can extend beyond the height, into the first elements of the next column of the
+        // panel. So they are written first, and the first four rows then overwrite those elements.
         for four in (0..rows).step_by(4).rev() {
             let row = |r: usize| match four + r < rows {
                 true => &a.elements[(first + four + r) * a.row_stride..][..a.columns],

@@ -1,9 +1,9 @@
 //! The transport in which every rank has a link to every other one: a channel between threads, or a socket
 //! between processes.
 //!
-//! A rank sends all its messages of a collective before it waits for one, so that all ranks miss the rank
-//! that hangs, and all can name it. Sending does not wait for the receiver to call the collective: a thread
-//! of the receiver takes in what arrives.
+//! A rank sends all its messages of a collective before it waits for one. So if a rank hangs, all others wait
+//! for that rank and not for each other, and each can name it. Sending does not wait for the receiver to call
+//! the collective: a thread of the receiver takes in what arrives.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -153,7 +153,7 @@ impl Transport for Mesh {
 }
 
 impl Mesh {
-    /// A mesh of threads: what each of `size` ranks holds of it.
+    /// The connections of `size` ranks that are threads of this process: one [`Mesh`] for each rank.
     pub(super) fn threads(size: usize) -> Vec<Self> {
         let mut ends: Vec<Vec<Option<Receiver<Received>>>> = (0..size).map(|_| Vec::new()).collect();
         let mut links: Vec<Vec<Option<Sender<Received>>>> = (0..size).map(|_| Vec::new()).collect();

@@ -145,7 +145,7 @@ impl World {
         self.rank == 0
     }
 
-    /// This rank's shard of work that is divided by number, without communication.
+    /// This rank and the number of ranks, for work that the ranks divide without communication.
     pub fn shard(&self) -> Shard {
         Shard { rank: self.rank, ranks: self.size }
     }

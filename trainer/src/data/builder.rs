@@ -188,7 +188,8 @@ pub struct PartialBatch {
     epoch: f64,
 }
 
-/// A [`LossTable`] of numbers of texts, which become numbers of sequences once all texts are tokenised.
+/// A [`LossTable`] that refers to texts by their index in the list of unique texts. These become indices of
+/// sequences once all texts are tokenised.
 #[derive(Debug, Default)]
 struct TextTable {
     loss: LossKind,

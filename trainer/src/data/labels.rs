@@ -28,7 +28,7 @@ pub(super) struct Drawn {
     pub(super) negatives: Vec<u64>,
 }
 
-/// Purposes of the random draws.
+/// First number of the `purpose` of each [`Permutation`], as in `mixture.rs`.
 const POSITIVES: u64 = 101;
 const NEGATIVES: u64 = 102;
 const SUBSET: u64 = 103;
@@ -142,7 +142,7 @@ impl Labels {
 mod tests {
     use super::*;
 
-    /// Classes of so many rows, in turn.
+    /// Labels with `sizes[c]` rows of class c. The rows go through the classes in turn: 0, 1, 2, 0, 1, 2, …
     fn labels(sizes: &[usize]) -> Labels {
         let mut left = sizes.to_vec();
         let mut of_row = Vec::new();

@@ -7,8 +7,8 @@
 //! summed over the streams. No list of drawn rows is kept: a [`Cursor`] holds a position and the deferred
 //! rows, and a sampler that starts there continues exactly.
 //!
-//! `no_duplicates` defers a row with a text that another row of the batch has to a later batch. Rows still
-//! deferred at the end of the epoch are used anyway.
+//! With `no_duplicates`, a row that shares a text with another row of the batch is deferred to a later batch.
+//! Rows still deferred at the end of the epoch are used anyway.
 
 use std::collections::HashSet;
 
@@ -21,8 +21,8 @@ pub use super::set::{Example, TrainSet};
 use crate::config::{Batching, Config};
 use crate::{Error, Result};
 
-/// Purposes of the random orders: rows of a stream, batches of an epoch. The numbers differ from those in
-/// `set.rs` and `labels.rs`.
+/// First number of the `purpose` of a [`Permutation`]: of a stream's rows, and of an epoch's batches. No two
+/// uses in `mixture.rs`, `set.rs` and `labels.rs` have the same number, so all orders are independent.
 const ROWS: u64 = 3;
 const BATCHES: u64 = 4;
 
@@ -43,7 +43,9 @@ pub struct Mixture {
     seed: u64,
 }
 
-/// Rows from which batches are cut: `rows` places of the epoch, from `start` on.
+/// Rows from which batches are cut: those at the places `start..start + rows` of an epoch.
+///
+/// A place is a number below [`Mixture::rows`]; [`Mixture::example`] maps it to a row.
 struct Stream {
     start: u64,
     rows: u64,

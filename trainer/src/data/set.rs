@@ -11,7 +11,7 @@ use super::row::Row;
 use crate::config::{Config, DataSet, LossKind, RowKind};
 use crate::{Error, Result, hub};
 
-/// Purposes of the random orders.
+/// First number of the `purpose` of each [`Permutation`], as in `mixture.rs`.
 const SUBSET: u64 = 1;
 const WINDOW: u64 = 2;
 

@@ -46,7 +46,7 @@ impl RowLoss for InfoNce {
         let c = embeddings.index_select(&candidates, 0)?; // (M, D)
         let lists = if self.in_batch_negatives { &table.excluded } else { &table.own }.of(rows.clone());
         let lists = infonce::CsrIndices { offsets: &lists.offsets, columns: &lists.columns };
-        let forward = infonce::InfoNce {
+        let by_query = infonce::InfoNce {
             positives: &table.positives[rows.clone()],
             candidates: match (self.in_batch_negatives, lists.columns.is_empty()) {
                 (true, true) => Candidates::All,
@@ -58,8 +58,8 @@ impl RowLoss for InfoNce {
         };
         let weight = weight as f32;
         let directions = if self.symmetric { 2.0 } else { 1.0 };
-        let tape = infonce::forward(&q, &c, &forward)?;
-        let (dq, dc) = infonce::backward(&q, &c, &forward, &tape, weight / directions)?;
+        let tape = infonce::forward(&q, &c, &by_query)?;
+        let (dq, dc) = infonce::backward(&q, &c, &by_query, &tape, weight / directions)?;
         let mut losses = tape.losses;
         let mut d = embeddings.zeros_like()?.index_add(&queries, &dq, 0)?.index_add(&candidates, &dc, 0)?;
 
@@ -72,16 +72,16 @@ impl RowLoss for InfoNce {
             let p = embeddings.index_select(&positives, 0)?; // (B, D)
             let diagonal: Vec<u32> = rows.clone().map(|row| row as u32).collect();
             let excluded = transposed(table).of(rows);
-            let backward = infonce::InfoNce {
+            let by_positive = infonce::InfoNce {
                 positives: &diagonal,
                 candidates: Candidates::AllBut(infonce::CsrIndices {
                     offsets: &excluded.offsets,
                     columns: &excluded.columns,
                 }),
-                ..forward
+                ..by_query
             };
-            let tape = infonce::forward(&p, &q, &backward)?;
-            let (dp, dq) = infonce::backward(&p, &q, &backward, &tape, weight / directions)?;
+            let tape = infonce::forward(&p, &q, &by_positive)?;
+            let (dp, dq) = infonce::backward(&p, &q, &by_positive, &tape, weight / directions)?;
             d = d.index_add(&positives, &dp, 0)?.index_add(&queries, &dq, 0)?;
             losses = ((losses + tape.losses)? / 2.0)?;
         }

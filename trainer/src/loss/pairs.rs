@@ -63,13 +63,13 @@ impl<'t> Pairs<'t> {
     ) -> Result<(Tensor, Tensor)> {
         self.all_rows(embeddings, measure, |values| {
             let rows = self.offsets.windows(2).zip(&self.scores);
-            let (losses, changes): (Vec<f32>, Vec<Vec<f64>>) = rows
+            let (losses, derivatives): (Vec<f32>, Vec<Vec<f64>>) = rows
                 .map(|(bounds, scores)| {
-                    let (loss, changes) = loss(&values[bounds[0]..bounds[1]], scores);
-                    (loss as f32, changes)
+                    let (loss, derivatives) = loss(&values[bounds[0]..bounds[1]], scores);
+                    (loss as f32, derivatives)
                 })
                 .unzip();
-            (losses, changes.concat().into_iter().map(|change| change * weight).collect())
+            (losses, derivatives.concat().into_iter().map(|derivative| derivative * weight).collect())
         })
     }
 
@@ -95,18 +95,20 @@ impl<'t> Pairs<'t> {
             Measure::Manhattan => (&a - &b)?.abs()?.sum(D::Minus1)?,
         }; // (P)
         let on_host: Vec<f64> = values.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
-        let (losses, changes) = loss(&on_host);
-        let changes: Vec<f32> = changes.into_iter().map(|change| change as f32).collect();
-        let changes = Tensor::from_vec(changes, (on_host.len(), 1), e.device())?; // (P, 1)
+        let (losses, derivatives) = loss(&on_host);
+        let derivatives: Vec<f32> = derivatives.into_iter().map(|derivative| derivative as f32).collect();
+        let derivatives = Tensor::from_vec(derivatives, (on_host.len(), 1), e.device())?; // (P, 1)
         let (da, db) = match measure {
-            Measure::Dot | Measure::Cosine => (b.broadcast_mul(&changes)?, a.broadcast_mul(&changes)?),
+            Measure::Dot | Measure::Cosine => {
+                (b.broadcast_mul(&derivatives)?, a.broadcast_mul(&derivatives)?)
+            }
             Measure::Euclidean => {
-                let apart = values.unsqueeze(1)?.maximum(MIN_DISTANCE)?;
-                let da = (a - b)?.broadcast_mul(&changes.div(&apart)?)?;
+                let distance = values.unsqueeze(1)?.maximum(MIN_DISTANCE)?;
+                let da = (a - b)?.broadcast_mul(&derivatives.div(&distance)?)?;
                 (da.clone(), da.neg()?)
             }
             Measure::Manhattan => {
-                let da = (a - b)?.sign()?.broadcast_mul(&changes)?;
+                let da = (a - b)?.sign()?.broadcast_mul(&derivatives)?;
                 (da.clone(), da.neg()?)
             }
         };

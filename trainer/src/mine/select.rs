@@ -39,8 +39,8 @@ pub struct Filter {
     pub negatives: usize,
     /// Number of the best remaining candidates to skip.
     pub range_min: usize,
-    /// Rank after the last remaining candidate to use. Default: `range_min` + `negatives` + the largest
-    /// number of positives, with ten times `negatives` if a margin or `max_score` is set.
+    /// Rank after the last remaining candidate to use. Default: `range_min` + n + the largest number of
+    /// positives of a query, where n is `negatives`, or ten times that if a margin or `max_score` is set.
     pub range_max: Option<usize>,
     /// Smallest difference between the positive's score and a negative's.
     pub absolute_margin: Option<f32>,

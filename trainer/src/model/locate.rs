@@ -84,8 +84,8 @@ fn local(id_or_path: &str) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Repositories that an id may mean. A model without an organisation is one of the hub's oldest, or of
-/// sentence-transformers.
+/// Repositories that an id may mean, in the order in which they are tried. An id without an organisation may
+/// be a repository of that name, as the oldest models of the hub have it, or `sentence-transformers/ID`.
 fn repositories(id: &str) -> Vec<Repository> {
     let prefixed = (!id.contains('/')).then(|| format!("sentence-transformers/{id}"));
     std::iter::once(id).chain(prefixed.as_deref()).map(Repository::model).collect()

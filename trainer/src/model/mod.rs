@@ -63,6 +63,7 @@ pub struct Model {
     encoder_parameters: NamedParameters,
     head_parameters: NamedParameters,
     flat: FlatParameters,
+    /// Tensors that the encoder does not use but an export keeps, such as BERT's pooler.
     passthrough: Vec<(String, Tensor)>,
     lora: Option<LoraConfig>,
 }

@@ -130,9 +130,10 @@ fn run_two_at_a_time<R: Send>(count: usize, pass: impl Fn(usize) -> Result<R> + 
     Ok(done.into_iter().map(|(_, result)| result).collect())
 }
 
-/// The factors by which the gradient is multiplied before and after its way through a model in f16, whose smallest number is 6e-8;
-/// (1) each. The first is the power of two that brings the largest element of d(embeddings) near 1, the second its reciprocal. They
-/// depend on d alone, so there is no loss scale to adapt or to save, and they are computed on the device of d.
+/// Two factors, each a tensor (1), that multiply the gradient before and after the backward pass of a model
+/// in f16, because the smallest number of f16 is 6e-8. The first is the power of two that brings the largest
+/// element of d(embeddings) near 1, the second is its reciprocal. They depend on d alone, so there is no loss
+/// scale to adapt or to save, and they are computed on the device of d.
 fn f16_scale(d: &Tensor) -> Result<(Tensor, Tensor)> {
     const LIMIT: i32 = 60;
     let powers: Vec<f32> = (-LIMIT..=LIMIT).map(|exponent| (exponent as f32).exp2()).collect(); // ascending
