@@ -43,7 +43,7 @@ mod report;
 // A resumed run equals an uninterrupted one.
 mod resume;
 // The modules of the trainer use only those above them.
-mod rooms;
+mod modules;
 // Evaluation during training, and early stopping.
 mod stopping;
 // A table becomes a trained model by the commands that `trainer init` prints.
