@@ -3,7 +3,7 @@
 
 const COLORS = 8;
 const DASHES = ["", "6 4", "2 3", "9 3 2 3"];
-const LEFT = 54, RIGHT = 10, TOP = 16, BOTTOM = 24;
+const LEFT = 64, RIGHT = 10, TOP = 16, BOTTOM = 24;
 
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
