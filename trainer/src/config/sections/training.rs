@@ -38,8 +38,8 @@ pub struct Training {
     pub learning_rate: f64,
     /// Learning rate after the warm-up.
     pub schedule: ScheduleKind,
-    /// Warm-up as a fraction of all steps, in [0, 1]: the learning rate rises from 0 to its peak. Default:
-    /// 0.1, unless `warmup_steps` is given.
+    /// Warm-up as a fraction of all steps, in [0, 1]: the learning rate rises from 0 to its peak.
+    /// Default: 0.1, unless `warmup_steps` is given.
     pub warmup_ratio: Option<f64>,
     /// Number of warm-up steps, instead of `warmup_ratio`. Default: unset.
     pub warmup_steps: Option<u64>,
