@@ -1,6 +1,6 @@
 //! Prepares batches in the background, a few ahead of the step that uses them.
 //!
-//! One thread reads rows and builds partial batches in order; a small thread pool of its own tokenises, so
+//! One thread reads rows and builds partial batches in order; its own small thread pool tokenises, so
 //! that it does not delay the matrix products on the main pool. Batches go through a bounded channel: the
 //! thread waits while it is full, and ends when the receiver is dropped.
 

@@ -1,7 +1,7 @@
 //! Data formats and compressions: the only table of file-name endings, and how each format is read.
 //!
 //! To add a format, add a row to `FORMATS`. A format that is neither JSON lines nor CSV also needs a
-//! `convert` function in a file of its own, as `parquet`.
+//! `convert` function in its own file, as `parquet`.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};

@@ -245,7 +245,7 @@ fn lengths(config: &Config, model: &Model) -> Result<Lengths> {
     })
 }
 
-/// Opens the evaluation sets. A set without prompts of its own gets those that the trained model's folder
+/// Opens the evaluation sets. A set without its own prompts gets those that the trained model's folder
 /// will have.
 fn evaluation_sets(config: &Config, folder: &ModelFolder) -> Result<Vec<(EvalSet, Prompts)>> {
     let mut sets: Vec<(EvalSet, Prompts)> = Vec::new();
