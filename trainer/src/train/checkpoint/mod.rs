@@ -159,8 +159,9 @@ impl Checkpoints {
                 .filter(|path| is_complete(path)),
         };
         found.ok_or_else(|| {
-            let steps: Vec<String> =
-                self.steps().unwrap_or_default().iter().map(|step| format!("step-{step}")).collect();
+            let mut steps = self.steps().unwrap_or_default();
+            steps.retain(|&step| is_complete(&self.path(step)));
+            let steps: Vec<String> = steps.iter().map(|step| format!("step-{step}")).collect();
             let there = if steps.is_empty() { "none".to_owned() } else { steps.join(", ") };
             Error::file(&self.folder, format!("no checkpoint `{which}`; there are {there}"))
         })
@@ -350,6 +351,8 @@ mod tests {
         assert!(checkpoints.find("best").unwrap().ends_with("step-000002"));
         assert!(checkpoints.find("last").unwrap().ends_with("step-000005"));
         assert!(checkpoints.find("step-4").is_ok());
+        // An incomplete checkpoint is not offered.
+        fs::create_dir(checkpoints.path(3)).unwrap();
         let message = checkpoints.find("step-3").unwrap_err().to_string();
         assert!(message.contains("no checkpoint `step-3`; there are step-2, step-4, step-5"), "{message}");
     }
